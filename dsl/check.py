@@ -1,0 +1,263 @@
+"""Check a spec: source text in, a Program or diagnostics out. Runs no user code and imports no
+JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tunelang.dsl import messages, overrides, rules, syntax, types
+from tunelang.dsl.diagnostics import Diagnostics
+from tunelang.dsl.evaluate import NONE_VALUE, Entry, Evaluator, Owner, Place, each_nodes
+from tunelang.dsl.fit import fit
+from tunelang.dsl.load import Loaded, load, read
+from tunelang.dsl.program import Branch, Declared, Origin, Program
+from tunelang.dsl.scope import Module, Symbol, in_order
+from tunelang.dsl.source import Source
+from tunelang.dsl.units import Quantity
+from tunelang.dsl.values import INVALID, Word, article
+from tunelang.dsl.vocabulary import EXPRESSION_NOUNS, KINDS, RUN
+from tunelang.dsl.vocabulary.base import KindInfo
+from tunelang.dsl.vocabulary.stages import Run
+
+MAX_BRANCHES = 256
+
+PARAM_TYPES: dict[str, types.Type] = {
+    "number": types.Number(),
+    "integer": types.Whole(),
+    "percent": types.Share(),
+    "text": types.Text(),
+    "flag": types.Flag(),
+    "regex": types.Pattern(),
+    "memory": types.Memory(),
+    "time": types.Duration(),
+    "tokens": types.count("tokens", low=0),
+    "steps": types.count("steps", low=0),
+    "epochs": types.count("epochs", low=0),
+    "prompts": types.count("prompts"),
+    "sequences": types.count("sequences"),
+    "tokenizer": types.Ref(("tokenizer",)),
+    "model": types.Ref(("model", "stage")),
+    "stage": types.Ref(("stage",)),
+    "eval": types.Ref(("eval",)),
+    "hardware": types.Ref(("hardware",)),
+    "data": types.Of("data"),
+    "reward": types.Of("reward"),
+}
+"""The types that a parameter may state, beside `choice(a, b)`."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The outcome: diagnostics, and the Program unless one of them is an error."""
+
+    diagnostics: Diagnostics
+    program: Program | None
+
+
+def check_file(path: Path, sets: Sequence[str] = ()) -> Checked:
+    """Check a file; one that cannot be read is a diagnostic too."""
+    try:
+        source = read(path)
+    except (OSError, ValueError) as error:
+        diagnostics = Diagnostics()
+        diagnostics.add(messages.unreadable(Source(str(path), ""), error))
+        return Checked(diagnostics, None)
+    return check(source, sets)
+
+
+def check(source: Source, sets: Sequence[str] = ()) -> Checked:
+    """Check the text of a spec with `--set` overrides."""
+    diagnostics = Diagnostics()
+    loaded = load(source, diagnostics)
+    overrides.apply(list(sets), loaded, diagnostics)
+    checker = _Checker(loaded, diagnostics, source.folder)
+    program = checker.program()
+    return Checked(diagnostics, None if diagnostics.errors else program)
+
+
+class _Checker:
+    """Evaluates every declaration once, in order."""
+
+    def __init__(self, loaded: Loaded, diagnostics: Diagnostics, folder: Path) -> None:
+        self.loaded, self.diagnostics, self.folder = loaded, diagnostics, folder
+        self.origins: dict[str, Origin] = {}
+        self.places: dict[int, Place] = {}
+        symbols = dict.fromkeys(s for m in loaded.modules for s in m.names.values())
+        self.symbols = {symbol.name: symbol for symbol in symbols}
+
+    def program(self) -> Program:
+        """Evaluate, apply the rules, and put the Program together."""
+        declared: dict[str, Declared] = {}
+        for symbol in in_order(list(self.symbols.values()), self.diagnostics):
+            found = self._declaration(symbol)
+            if found is not None:
+                declared[symbol.name] = found
+        run = self._run()
+        program = Program(declared, run, self.folder, self.origins)
+        rules.apply(program, self.places, self.diagnostics)
+        rules.unused(self.loaded.root, self.diagnostics)
+        return Program(_reachable(program, self.loaded.root), run, self.folder, self.origins)
+
+    def _evaluator(self, module: Module, path: str) -> Evaluator:
+        return Evaluator(
+            module,
+            self.diagnostics.add,
+            self.symbols.get,
+            self.folder,
+            self.origins,
+            self.places,
+            path=path.split(".", 1),
+        )
+
+    def _declaration(self, symbol: Symbol) -> Declared | None:
+        declaration = symbol.declaration
+        if declaration.kind is not None and declaration.block is not None:
+            value, branches = self._kinded(symbol, declaration.kind, declaration.block)
+        else:
+            value, branches = self._bound(symbol), ()
+        symbol.value = value
+        if value is INVALID:
+            symbol.module.broken.add(declaration.name.text)
+            return None
+        kind = declaration.kind.text if declaration.kind else None
+        held = None if branches or value is NONE_VALUE else value
+        return Declared(
+            symbol.noun, symbol.name, kind, held, declaration.doc, branches, symbol.span
+        )
+
+    def _bound(self, symbol: Symbol) -> Any:
+        """The value of `noun name = expression`."""
+        declaration = symbol.declaration
+        node = declaration.value
+        assert node is not None
+        if symbol.noun not in EXPRESSION_NOUNS:
+            self.diagnostics.add(messages.needs_kind(declaration, KINDS[symbol.noun]))
+            return INVALID
+        module = symbol.module
+        if symbol.noun == "param":
+            return self._param(symbol, node)
+        evaluator = self._evaluator(module, f"{symbol.noun}.{symbol.name}")
+        if symbol.noun == "let":
+            value = evaluator.value(node, types.Anything())
+            return NONE_VALUE if value is None else value
+        return evaluator.value(node, types.Of(symbol.noun))
+
+    def _param(self, symbol: Symbol, node: syntax.Expr) -> Any:
+        declaration, module = symbol.declaration, symbol.module
+        if declaration.type is None:
+            self.diagnostics.add(messages.param_without_type(declaration))
+            return INVALID
+        want = self._param_type(declaration.type)
+        if symbol.declaration.name.text in module.arguments:
+            argument, module = module.arguments[symbol.declaration.name.text]
+            node = argument.value
+        if want is None:
+            return INVALID
+        evaluator = self._evaluator(module, f"param.{symbol.name}")
+        if isinstance(want, types.Choice):
+            word = evaluator.value(node, want)
+            return word if word is INVALID else Word(word)
+        raw = evaluator.value(node, types.Anything())
+        if raw is INVALID or fit(raw, want, evaluator.site(node.span)) is INVALID:
+            return INVALID
+        if isinstance(raw, Quantity) and raw.dimension is None and isinstance(want, types.Amount):
+            return Quantity(raw.value, want.units[0])
+        return raw
+
+    def _param_type(self, node: syntax.Expr) -> types.Type | None:
+        if isinstance(node, syntax.Name) and node.text in PARAM_TYPES:
+            return PARAM_TYPES[node.text]
+        if isinstance(node, syntax.Chain) and isinstance(node.head, syntax.Name):
+            call = node.links[0]
+            words = call.arguments if isinstance(call, syntax.Call) else ()
+            names = [a.value.text for a in words if isinstance(a.value, syntax.Name) and not a.name]
+            if node.head.text == "choice" and names and len(names) == len(words):
+                return types.Choice(tuple(names))
+        self.diagnostics.add(messages.unknown_type(node.span, [*PARAM_TYPES, "choice(a, b)"]))
+        return None
+
+    def _kinded(
+        self, symbol: Symbol, kind: syntax.Name, block: syntax.Block
+    ) -> tuple[Any, tuple[Branch, ...]]:
+        """The value of `noun name : kind { ... }`, and for a stage its branches."""
+        info = KINDS.get(symbol.noun, {}).get(kind.text)
+        if info is None:
+            self.diagnostics.add(messages.unknown_kind(symbol.declaration, kind, KINDS))
+            for attribute in block.attributes:
+                self._touch(attribute.value, symbol.module)
+            return INVALID, ()
+        path = f"{symbol.noun}.{symbol.name}"
+        if symbol.noun != "stage":
+            evaluator = self._evaluator(symbol.module, path)
+            return self._block(info, block, evaluator, symbol.declaration.name), ()
+        forks = each_nodes([attribute.value for attribute in block.attributes])
+        sizes = [len(fork.links[0].arguments) for fork in forks]  # type: ignore[union-attr]
+        if prod(sizes) > MAX_BRANCHES:
+            self.diagnostics.add(messages.too_many_branches(forks[-1].span, sizes, MAX_BRANCHES))
+            return INVALID, ()
+        branches: list[Branch] = []
+        for combination in product(*(range(max(size, 1)) for size in sizes)):
+            evaluator = self._evaluator(symbol.module, path)
+            evaluator.choice = {fork.span: at for fork, at in zip(forks, combination, strict=True)}
+            value = self._block(info, block, evaluator, symbol.declaration.name)
+            if value is INVALID:
+                continue
+            choices = tuple(
+                (evaluator.forks[span], _argument(fork, at).span.text)
+                for fork, (span, at) in zip(forks, evaluator.choice.items(), strict=True)
+                if span in evaluator.forks
+            )
+            branches.append(Branch(choices, value))
+        if len(branches) < prod(max(size, 1) for size in sizes):
+            return INVALID, ()
+        return branches, tuple(branches)
+
+    def _block(
+        self, info: KindInfo, block: syntax.Block, evaluator: Evaluator, name: syntax.Name
+    ) -> Any:
+        entries: list[Entry] = [(a.name, a.value, a.span) for a in block.attributes]
+        title = f"{article(info.word)} {info.noun}" if info.noun != info.word else "the run block"
+        if info.noun in ("data", "hardware"):
+            title = f"`{info.word}` {info.noun}"
+        owner = Owner(title, info.noun, name.span, block.damaged, info.word)
+        bound = evaluator.bind(entries, info.attributes, owner)
+        if bound is INVALID:
+            return INVALID
+        return info.model.fixed(**(dict(info.presets) | bound))
+
+    def _run(self) -> Run:
+        run = self.loaded.run
+        if run is None:
+            return Run.fixed()
+        evaluator = self._evaluator(self.loaded.root, "run")
+        value = self._block(RUN, run.block, evaluator, syntax.Name("run", run.span))
+        return Run.fixed() if value is INVALID else value
+
+    def _touch(self, node: syntax.Expr, module: Module) -> None:
+        for part in syntax.walk(node):
+            if isinstance(part, syntax.Name) and part.text in module.names:
+                module.names[part.text].used = True
+
+
+def _argument(fork: syntax.Chain, at: int) -> syntax.Expr:
+    call = fork.links[0]
+    assert isinstance(call, syntax.Call)
+    return call.arguments[at].value
+
+
+def _reachable(program: Program, root: Module) -> dict[str, Declared]:
+    """The root's own declarations, and what they use of the imports."""
+    own = {s.name for s in root.names.values() if s.module is root}
+    wanted = set(own)
+    for name in reversed(program.declarations):
+        if name in wanted:
+            wanted.update(rules.uses(program.declarations[name]))
+    for path_value in rules.references_in(program.run, "run"):
+        wanted.add(path_value[1].name)
+    return {name: d for name, d in program.declarations.items() if name in wanted}

@@ -1,0 +1,415 @@
+"""What the spec names outside itself: files and their fields, model folders, functions,
+generators.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunelang.dsl import files, messages
+from tunelang.dsl.examples import Examples, examples
+from tunelang.dsl.program import Declared
+from tunelang.dsl.source import Span
+from tunelang.dsl.values import template_fields
+from tunelang.dsl.vocabulary import data, models, rewards, stages
+from tunelang.dsl.vocabulary.base import DataExpression, Node, RewardExpression
+
+if TYPE_CHECKING:
+    from tunelang.dsl.rules import Book
+
+RUBRIC_FIELDS = ("criteria", *rewards.COMPLETION_FIELDS)
+
+
+def check(book: Book) -> None:
+    """Check everything outside the spec, data first: later checks need its fields."""
+    for declared in book.program.declarations.values():
+        if isinstance(declared.value, data.DataKind):
+            _data(book, declared, declared.value)
+    for declared in book.program.declarations.values():
+        match declared.value:
+            case models.SentencePiece():
+                _file(book, book.span(declared, "path"), declared.value.path)
+            case models.Pretrained():
+                _model(book, declared, declared.value)
+            case models.HuggingFace():
+                _folder(book, book.span(declared, "path"), declared.value.path)
+            case DataExpression():
+                _expression(book, declared, declared.value)
+        if declared.noun == "eval":
+            _expression(book, declared, declared.value.data)
+        if isinstance(declared.value, rewards.Generate):
+            score, found = declared.value.score, declared.value.data
+            _reward(
+                book, declared, score, list(examples(found, book.program, book.fields)), "score"
+            )
+        for branch in declared.branches:
+            if isinstance(branch.value, stages.Training):
+                _expression(book, declared, branch.value.data)
+            if isinstance(branch.value, stages.Policy):
+                found = branch.value.data
+                sources = list(examples(found, book.program, book.fields))
+                _reward(book, declared, branch.value.reward, sources, "reward")
+    for declared in book.program.of("reward"):
+        _functions(book, declared)
+
+
+# Files.
+
+
+def _file(book: Book, span: Span, name: str) -> Path | None:
+    """The path of a file that exists; None after a report."""
+    path = book.program.folder / Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.exists():
+        book.add(messages.not_a_file(span, name, path))
+    else:
+        book.add(messages.missing_file(span, name, path, files.nearest(path)))
+    return None
+
+
+def _folder(book: Book, span: Span, name: str) -> Path | None:
+    """The path of a folder that exists; None for an id on the hub, or after a report."""
+    path = book.program.folder / Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if files.is_hub_id(name) and not path.exists():
+        return None
+    book.add(messages.missing_folder(span, name, path, files.nearest(path)))
+    return None
+
+
+def _model(book: Book, declared: Declared, model: models.Pretrained) -> None:
+    span = book.span(declared, "path")
+    path = _folder(book, span, model.path)
+    if path is None:
+        return
+    try:
+        config = files.model_config(path)
+    except files.BadFile as error:
+        book.add(messages.bad_file(span, model.path, str(error.args[0]), None))
+        return
+    longest = config.get("max_position_embeddings")
+    if isinstance(longest, int):
+        book.contexts[declared.name] = longest
+        if model.context is not None and model.context > longest:
+            book.add(messages.context_too_long(book.span(declared, "context"), longest))
+
+
+# Data.
+
+
+def _data(book: Book, declared: Declared, source: data.DataKind) -> None:
+    """The files of a source exist, are what they should be, and have the fields of its
+    templates.
+    """
+    book.fields[declared.name] = None
+    if isinstance(source, data.Procedural):
+        _procedural(book, declared, source)
+        fields: dict[str, Any] = {"question": "", "answer": "", "metadata": {}}
+    else:
+        found = _samples(book, declared, source)
+        if found is None:
+            return
+        fields = found
+    book.fields[declared.name] = frozenset(fields)
+    for role in data.ROLES:
+        template = getattr(source, role)
+        if template is not None:
+            for name, span in _template_places(book, template, book.span(declared, role)):
+                _known_field(book, name, span, fields, declared)
+
+
+def _samples(book: Book, declared: Declared, source: data.DataKind) -> dict[str, Any] | None:
+    """The fields of all files of a source with an example value each; None after a report."""
+    fields: dict[str, Any] = {}
+    span = book.span(declared, "path")
+    for name in source.path:  # type: ignore[attr-defined]
+        path = _file(book, span, name)
+        if path is None:
+            return None
+        separator = getattr(source, "separator", ",")
+        try:
+            found = files.sample(path, declared.kind or "", separator)
+        except files.BadFile as error:
+            book.add(messages.bad_file(span, name, *error.args))
+            return None
+        except OSError as error:
+            book.add(
+                messages.bad_file(span, name, (error.strerror or "it cannot be read").lower(), None)
+            )
+            return None
+        fields.update({key: found.example.get(key) for key in found.fields})
+    return fields
+
+
+def _known_field(
+    book: Book, name: str, span: Span, fields: dict[str, Any], declared: Declared
+) -> None:
+    """`{a}` or `{a.b}` must be there."""
+    head, _, rest = name.partition(".")
+    if head not in fields and name not in fields:
+        book.add(messages.unknown_field(span, name, list(fields), declared.title, None))
+    elif rest and isinstance(fields.get(head), dict) and fields[head]:
+        inner = fields[head]
+        if rest.partition(".")[0] not in inner:
+            known = [f"{head}.{key}" for key in inner]
+            book.add(messages.unknown_field(span, name, known, declared.title, None))
+
+
+def _procedural(book: Book, declared: Declared, source: data.Procedural) -> None:
+    span = book.span(declared, "task")
+    tasks = files.procedural_tasks()
+    if tasks is None:
+        book.add(messages.no_generators(span))
+    elif source.task not in tasks:
+        book.add(messages.unknown_task(span, source.task, list(tasks)))
+    elif source.settings is not None:
+        known = files.procedural_settings(source.task)
+        for name in source.settings.values if known is not None else ():
+            if name not in known or name in ("size", "seed"):  # type: ignore[operator]
+                at = book.argument(source.settings, name, book.span(declared, "settings"))
+                free = [k for k in known or () if k not in ("size", "seed")]
+                book.add(messages.unknown_setting(at, name, source.task, free))
+
+
+def _expression(book: Book, declared: Declared, expression: DataExpression) -> None:
+    """`where` and `map` name fields that every source has."""
+    match expression:
+        case data.Mixture():
+            for part in expression.parts:
+                _expression(book, declared, part)
+        case data.Weighted():
+            _expression(book, declared, expression.of)
+        case data.DataMethod():
+            _expression(book, declared, expression.of)
+            sources = list(examples(expression.of, book.program, book.fields))
+            if isinstance(expression, data.Where):
+                span = book.argument(expression, "condition", book.span(declared))
+                for name in _condition_fields(expression.condition):
+                    _fields_of_sources(book, name, _word(span, name), sources, ("length",), None)
+            if isinstance(expression, data.Map):
+                for role in data.ROLES:
+                    template = getattr(expression, role)
+                    if template is not None:
+                        span = book.argument(expression, role, book.span(declared))
+                        for name, at in _template_places(book, template, span):
+                            _fields_of_sources(book, name, at, sources, (), None)
+
+
+def _condition_fields(condition: Node) -> Iterator[str]:
+    if isinstance(condition, data.FieldValue):
+        yield condition.name
+    elif isinstance(condition, data.Operator):
+        for operand in condition.operands:
+            yield from _condition_fields(operand)
+
+
+def _fields_of_sources(
+    book: Book,
+    name: str,
+    span: Span,
+    sources: list[Examples],
+    extra: tuple[str, ...],
+    used: tuple[Span, str] | None,
+) -> None:
+    """A field must be in every source that it is read from."""
+    head = name.partition(".")[0]
+    for source in sources:
+        if source.fields is None or head in extra or head in source.fields or name in source.fields:
+            continue
+        declared = book.declared(source.source)
+        title = declared.title if declared else source.source
+        book.add(messages.unknown_field(span, name, [*source.fields, *extra], title, used))
+        return
+
+
+# Templates.
+
+
+def _template_places(book: Book, template: Node, span: Span) -> Iterator[tuple[str, Span]]:
+    """The fields of a text expression with their places in the spec."""
+    if isinstance(template, data.TemplateText):
+        for name, _ in template_fields(template.text)[0]:
+            yield name, _word(span, f"{{{name}}}")
+    else:
+        for name in type(template).model_fields:
+            inner = getattr(template, name)
+            if isinstance(inner, Node):
+                yield from _template_places(book, inner, book.argument(template, name, span))
+
+
+def _word(span: Span, text: str) -> Span:
+    """Where a text stands inside a span; the whole span where it was written otherwise."""
+    match = re.search(rf"(?<!\w){re.escape(text)}(?!\w)", span.text)
+    if match is None:
+        return span
+    return Span(span.source, span.start + match.start(), span.start + match.end())
+
+
+# Rewards.
+
+
+def _reward(
+    book: Book, user: Declared, reward: Node, sources: list[Examples], attribute: str
+) -> None:
+    """A reward must find the fields that it reads in the data that its user trains or measures
+    on.
+    """
+    used = (book.span(user, attribute), f"used by `{user.name}` here")
+    span = used[0]
+    match reward:
+        case rewards.RewardRef():
+            declared = book.declared(reward.name)
+            if declared is not None:
+                _parts(book, declared.value, sources, book.span(declared), used)
+        case _:
+            _parts(book, reward, sources, span, used)
+
+
+def _parts(
+    book: Book, reward: Node, sources: list[Examples], span: Span, used: tuple[Span, str]
+) -> None:
+    match reward:
+        case rewards.RewardRef():
+            declared = book.declared(reward.name)
+            if declared is not None:
+                _parts(book, declared.value, sources, book.span(declared), used)
+        case rewards.RewardOperator():
+            for operand in reward.operands:
+                _parts(book, operand, sources, span, used)
+        case rewards.BySource():
+            _by_source(book, reward, sources, span, used)
+        case rewards.Verified():
+            for source in sources:
+                if source.kind != "procedural":
+                    at = book.argument(reward, "", span)
+                    book.add(messages.needs_procedural(at, source.source, used))
+                    break
+            _templates(book, reward, sources, span, used)
+        case rewards.PythonReward():
+            _python(book, reward, sources, span, used)
+        case rewards.Rubric():
+            pass
+        case RewardExpression():
+            _templates(book, reward, sources, span, used)
+
+
+def _templates(
+    book: Book, reward: Node, sources: list[Examples], span: Span, used: tuple[Span, str]
+) -> None:
+    for name in type(reward).model_fields:
+        template = getattr(reward, name)
+        if not isinstance(template, Node):
+            continue
+        at = book.argument(reward, name, span)
+        for field, place in _template_places(book, template, at):
+            for source in sources:
+                if field in data.ROLES and field not in source.roles:
+                    if source.fields is not None and field not in source.fields:
+                        book.add(
+                            messages.role_not_there(place, field, source.source, source.roles, used)
+                        )
+                        break
+            else:
+                if field not in data.ROLES:
+                    _fields_of_sources(book, field, place, sources, ("completion",), used)
+
+
+def _by_source(
+    book: Book,
+    reward: rewards.BySource,
+    sources: list[Examples],
+    span: Span,
+    used: tuple[Span, str],
+) -> None:
+    names = [source.source for source in sources]
+    place = book.argument(reward, "", span)
+    for name, part in reward.sources.items():
+        if name not in names:
+            at = book.argument(reward, name, span)
+            book.add(messages.unknown_source(at, name, names, used))
+        own = [source for source in sources if source.source == name]
+        _parts(book, part, own, place, used)
+    missing = [name for name in names if name not in reward.sources]
+    if missing:
+        book.add(messages.source_without_reward(place, missing, used))
+
+
+def _python(
+    book: Book,
+    reward: rewards.PythonReward,
+    sources: list[Examples],
+    span: Span,
+    used: tuple[Span, str],
+) -> None:
+    """The function exists, and each parameter without a default is a field that will be passed."""
+    at = book.argument(reward, "reference", span)
+    found = _python_function(book, reward, at)
+    if found is None:
+        return
+    for parameter in found.parameters:
+        name = parameter.name
+        if not parameter.required or name == "completion":
+            continue
+        for source in sources:
+            known = set(source.fields or ()) | source.roles
+            if source.fields is not None and name not in known:
+                known_names = ["completion", *sorted(known)]
+                book.add(
+                    messages.unknown_parameter_field(at, reward.reference, name, known_names, used)
+                )
+                break
+
+
+def _python_function(
+    book: Book, reward: rewards.PythonReward, span: Span
+) -> files.PythonFunction | None:
+    file, _, function = reward.reference.rpartition(":")
+    path = _file(book, span, file)
+    if path is None:
+        return None
+    try:
+        functions = files.python_functions(path)
+    except files.BadFile as error:
+        book.add(messages.bad_file(span, file, *error.args))
+        return None
+    if function not in functions:
+        book.add(messages.unknown_python_function(span, function, file, list(functions)))
+        return None
+    found = functions[function]
+    if not found.takes_any and not any(p.name == "completion" for p in found.parameters):
+        book.add(
+            messages.no_completion_parameter(
+                span, reward.reference, [p.name for p in found.parameters]
+            )
+        )
+        return None
+    return found
+
+
+def _functions(book: Book, declared: Declared) -> None:
+    """Python functions and rubrics of declared rewards, whether a stage uses them or not."""
+    pending = [declared.value]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, rewards.PythonReward):
+            _python_function(book, node, book.argument(node, "reference", book.span(declared)))
+        elif isinstance(node, rewards.RewardOperator):
+            pending += node.operands
+        elif isinstance(node, rewards.BySource):
+            pending += node.sources.values()
+        elif isinstance(node, rewards.Rubric) and node.instructions is not None:
+            span = book.span(declared, "instructions")
+            places = dict(_template_places(book, node.instructions, span))
+            for name, at in places.items():
+                if name not in RUBRIC_FIELDS:
+                    book.add(
+                        messages.unknown_field(at, name, list(RUBRIC_FIELDS), "a rubric", None)
+                    )
+            for name in ("criteria", "completion"):
+                if name not in places:
+                    book.add(messages.instructions_lack(span, name))

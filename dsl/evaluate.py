@@ -1,0 +1,629 @@
+"""Expressions to values: names looked up, calls bound, operators applied, each fitted to what is
+wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tunelang.dsl import messages, operators, syntax, types
+from tunelang.dsl.diagnostics import Diagnostic
+from tunelang.dsl.fit import Site, fit
+from tunelang.dsl.program import Origin
+from tunelang.dsl.scope import Module, Symbol
+from tunelang.dsl.source import Span
+from tunelang.dsl.values import INVALID, RegexValue, Word
+from tunelang.dsl.vocabulary import (
+    FORMS,
+    FUNCTIONS,
+    KINDS,
+    data,
+    functions_of,
+    rewards,
+)
+from tunelang.dsl.vocabulary.base import (
+    Attribute,
+    DataExpression,
+    Function,
+    Node,
+    Reference,
+    attributes,
+)
+
+
+@cache
+def choice_words() -> frozenset[str]:
+    """Every word that is a choice somewhere: what a `let` may hold bare."""
+    kinds = [info.model for table in KINDS.values() for info in table.values()]
+    return frozenset(
+        word
+        for model in [*kinds, *FUNCTIONS.values()]
+        for attribute in attributes(model).values()
+        if isinstance(attribute.type, types.Choice)
+        for word in attribute.type.words
+    )
+
+
+Entry = tuple[syntax.Name | None, syntax.Expr, Span]
+"""Name, value and place of an argument or attribute."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call stands, and each of its arguments. Holds the value, so that its identity stays
+    its own.
+    """
+
+    value: Node
+    span: Span
+    arguments: dict[str, Span]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What attributes or arguments belong to, for messages."""
+
+    title: str
+    """`an sft stage`, "`adamw`"."""
+    noun: str
+    """`stage`, `data`, ..., or `function`."""
+    span: Span
+    """Where it stands: the place of what is missing."""
+    damaged: bool = False
+    """A syntax error took something away, so nothing counts as missing."""
+    word: str = ""
+    """The kind, where it is one."""
+
+
+@dataclass
+class Evaluator:
+    """Evaluates the expressions of one declaration."""
+
+    module: Module
+    complain: Callable[[Diagnostic], None]
+    declared: Callable[[str], Symbol | None]
+    folder: Path = field(default_factory=Path)
+    """The folder of the spec."""
+    origins: dict[str, Origin] = field(default_factory=dict)
+    places: dict[int, Place] = field(default_factory=dict)
+    """Identity of a call's value -> its places, for the rules."""
+    choice: dict[Span, int] | None = None
+    """Which value each `each` takes in this branch; None where `each` is not allowed."""
+    path: list[str] = field(default_factory=list)
+    forks: dict[Span, str] = field(default_factory=dict)
+    """`each` call -> the attribute that it stands in, without the stage's own name."""
+
+    # Places.
+
+    @contextmanager
+    def at(self, part: str) -> Iterator[None]:
+        """Work on a part of the value: its path names origins."""
+        self.path.append(part)
+        try:
+            yield
+        finally:
+            self.path.pop()
+
+    def site(self, span: Span, want: Attribute | None = None) -> Site:
+        """A place where a value is wanted."""
+        owner = f"`{self.path[-1]}`" if self.path else "this"
+        example = want.example if want else ""
+        return Site(span, owner, example, self.complain, self.declared, self.folder)
+
+    # Expressions.
+
+    def value(self, node: syntax.Expr, want: types.Type, attribute: Attribute | None = None) -> Any:
+        """The value of an expression, fitted to a type; `INVALID` after a report."""
+        match node:
+            case syntax.Group():
+                return self.value(node.inner, want, attribute)
+            case syntax.Conditional():
+                test = self.value(node.test, types.Flag())
+                both = [self.value(side, want, attribute) for side in (node.then, node.otherwise)]
+                return INVALID if test is INVALID or INVALID in both else both[0 if test else 1]
+            case syntax.Chain() if _is_each(node):
+                return self._each(node, want, attribute)
+            case syntax.ListOf() if isinstance(want, types.ListOf):
+                items = tuple(self.value(item, want.item, attribute) for item in node.items)
+                return (
+                    INVALID
+                    if INVALID in items
+                    else fit(items, want, self.site(node.span, attribute))
+                )
+        if isinstance(want, types.ListOf):
+            want_inside: types.Type = want.item
+            if not _names_list(node, self.module):
+                item = self.value(node, want_inside, attribute)
+                return item if item is INVALID else (item,)
+        if isinstance(want, types.Metric):
+            return self._metric(node)
+        if isinstance(want, types.Of) and want.family == "condition":
+            return self._condition(node)
+        special = self._word(node, want)
+        if special is not None:
+            return special
+        if isinstance(node, syntax.Constant) and node.value is None:
+            if attribute is not None and attribute.optional:
+                return None
+        raw = self._raw(node, want)
+        if raw is None and attribute is not None and attribute.optional:
+            return None
+        return fit(raw, want, self.site(node.span, attribute))
+
+    def _raw(self, node: syntax.Expr, want: types.Type) -> Any:
+        match node:
+            case syntax.Number():
+                return INVALID if node.quantity is None else node.quantity
+            case syntax.Text() | syntax.Constant():
+                return node.value
+            case syntax.Regex():
+                return RegexValue(node.pattern, node)
+            case syntax.Name():
+                return self._name(node, want)
+            case syntax.ListOf():
+                items = tuple(self.value(item, types.Anything()) for item in node.items)
+                return INVALID if INVALID in items else items
+            case syntax.Chain():
+                return self._chain(node, want)
+            case syntax.Unary():
+                operand = self.value(node.operand, types.Anything())
+                return operators.unary(node.operator, operand, node.span, self.complain)
+            case syntax.Operation():
+                return self._operation(node)
+        raise AssertionError(node)
+
+    def _operation(self, node: syntax.Operation) -> Any:
+        left = self.value(node.first, types.Anything())
+        span = node.first.span
+        failed = left is INVALID
+        for operator, operand in node.rest:
+            right = self.value(operand, types.Anything())
+            failed = failed or right is INVALID
+            span = span.to(operand.span)
+            if not failed:
+                left = operators.binary(operator, left, right, span, operand.span, self.complain)
+                failed = left is INVALID
+        if failed:
+            return INVALID
+        return operators.finish(left, node.span, self.complain)
+
+    def _word(self, node: syntax.Expr, want: types.Type) -> Any:
+        """A bare word that the wanted type gives a meaning; None if it does not."""
+        if not isinstance(node, syntax.Name):
+            return None
+        options = want.options if isinstance(want, types.Either) else (want,)
+        for option in options:
+            if isinstance(option, types.Choice) and node.text in option.words:
+                return node.text
+            if isinstance(option, types.Of):
+                function = FUNCTIONS.get(node.text)
+                if (
+                    function is not None
+                    and function.family == option.family
+                    and hasattr(function, "bare")
+                ):
+                    return function.fixed()
+        if node.text not in self.module.names and not self.module.excuses(node.text):
+            for option in options:
+                if isinstance(option, types.Choice):
+                    owner = self.site(node.span).owner
+                    self.complain(
+                        messages.unknown_choice(node.span, owner, node.text, option.words)
+                    )
+                    return INVALID
+        return None
+
+    def _name(self, node: syntax.Name, want: types.Type) -> Any:
+        symbol = self.module.names.get(node.text)
+        if symbol is not None:
+            return self._symbol(symbol)
+        if self.module.excuses(node.text):
+            return INVALID
+        if node.text in choice_words() and isinstance(want, types.Anything):
+            return Word(node.text)
+        self.complain(messages.unknown_name(node.span, node.text, self._candidates(want), want))
+        return INVALID
+
+    def _candidates(self, want: types.Type) -> list[str]:
+        """Names that would fit, for suggestions: those of the right noun first."""
+        nouns: tuple[str, ...] = ()
+        if isinstance(want, types.Ref):
+            nouns = want.nouns
+        elif isinstance(want, types.Of) and want.family in KINDS:
+            nouns = (want.family,)
+        fitting = [
+            n
+            for n, s in self.module.names.items()
+            if not nouns or s.noun in (*nouns, "let", "param")
+        ]
+        if isinstance(want, types.Of):
+            fitting += functions_of(want.family)
+        return fitting
+
+    def _symbol(self, symbol: Symbol) -> Any:
+        symbol.used = True
+        if symbol.value is None or symbol.value is INVALID:
+            return INVALID
+        match symbol.noun:
+            case "let" | "param":
+                return None if isinstance(symbol.value, _NoneValue) else symbol.value
+            case "data":
+                return data.DataRef.fixed(name=symbol.name)
+            case "reward":
+                return rewards.RewardRef.fixed(name=symbol.name)
+        return Reference.fixed(noun=symbol.noun, name=symbol.name)
+
+    # Chains: calls, members, methods.
+
+    def _chain(self, node: syntax.Chain, want: types.Type) -> Any:
+        links = list(node.links)
+        head = node.head
+        if isinstance(head, syntax.Name) and isinstance(links[0], syntax.Call):
+            value = self._call(head, links.pop(0), want)  # type: ignore[arg-type]
+            span = head.span.to(node.links[0].span)
+        elif isinstance(head, syntax.Name) and self._is_prefix(head.text):
+            member = links.pop(0)
+            assert isinstance(member, syntax.Member)
+            span = head.span.to(member.span)
+            module = self.module.prefixes[head.text]
+            symbol = module.names.get(member.name.text)
+            if symbol is None:
+                if not module.excuses(member.name.text):
+                    names = list(module.names)
+                    self.complain(
+                        messages.unknown_in_import(
+                            member.name.span, head.text, member.name.text, names
+                        )
+                    )
+                return INVALID
+            value = self._symbol(symbol)
+        else:
+            value = self.value(head, types.Anything())
+            span = head.span
+        while links and value is not INVALID:
+            link = links.pop(0)
+            span = span.to(link.span)
+            if isinstance(link, syntax.Call):
+                self.complain(messages.not_callable(link.span, value))
+                return INVALID
+            if links and isinstance(links[0], syntax.Call):
+                call = links.pop(0)
+                assert isinstance(call, syntax.Call)
+                value = self._method(value, link.name, call)
+            else:
+                value = self._member(value, link.name)
+        return value
+
+    def _is_prefix(self, name: str) -> bool:
+        return name in self.module.prefixes and name not in self.module.names
+
+    def _method(self, value: Any, name: syntax.Name, call: syntax.Call) -> Any:
+        if isinstance(value, DataExpression):
+            if isinstance(value, data.Split) and value.part is None:
+                self.complain(messages.split_needs_part(name.span, value))
+                return INVALID
+            method = data.METHODS.get(name.text)
+            if method is None:
+                self.complain(
+                    messages.unknown_method(name.span, name.text, value, list(data.METHODS))
+                )
+                return INVALID
+            return self._bind_call(method, name, call, {"of": value})
+        if isinstance(value, Reference) and value.noun == "stage" and name.text == "step":
+            attribute = Attribute(
+                "step",
+                types.Whole(low=1),
+                None,
+                True,
+                False,
+                "",
+                "baseline.step(500)",
+                "result",
+                True,
+            )
+            bound = self.bind(
+                _entries(call), {"step": attribute}, Owner("`step`", "function", name.span)
+            )
+            if bound is INVALID:
+                return INVALID
+            return Reference.fixed(noun="stage", name=value.name, step=bound["step"])
+        known = ["step"] if isinstance(value, Reference) and value.noun == "stage" else []
+        self.complain(messages.unknown_method(name.span, name.text, value, known))
+        return INVALID
+
+    def _member(self, value: Any, name: syntax.Name) -> Any:
+        if isinstance(value, data.Split) and value.part is None:
+            parts = [*value.parts, "train"]
+            if name.text in parts:
+                part = value.model_copy(update={"part": name.text})
+                return self._placed(part, name.span, {})
+            self.complain(messages.unknown_part(name.span, name.text, parts))
+            return INVALID
+        known = list(data.METHODS) if isinstance(value, DataExpression) else []
+        self.complain(messages.unknown_method(name.span, name.text, value, known))
+        return INVALID
+
+    def _call(self, head: syntax.Name, call: syntax.Call, want: types.Type) -> Any:
+        function = FUNCTIONS.get(head.text)
+        if function is None:
+            if head.text in FORMS:
+                raise AssertionError(head.text)
+            symbol = self.module.names.get(head.text)
+            if symbol is not None:
+                self.complain(messages.not_a_function(head.span, symbol))
+            else:
+                family = want.family if isinstance(want, types.Of) else None
+                near = list(functions_of(family)) if family else list(FUNCTIONS)
+                self.complain(
+                    messages.unknown_function(head.span, head.text, near, list(FUNCTIONS))
+                )
+            for argument in call.arguments:
+                _mark_used(argument.value, self.module)
+            return INVALID
+        return self._bind_call(function, head, call, {})
+
+    def _bind_call(
+        self, function: type[Function], head: syntax.Name, call: syntax.Call, given: dict[str, Any]
+    ) -> Any:
+        variadic = getattr(function, "variadic", None)
+        if variadic is not None:
+            return self._bind_variadic(function, variadic, head, call, given)
+        owner = Owner(f"`{head.text}`", "function", head.span.to(call.span))
+        spans: dict[str, Span] = {}
+        bound = self.bind(_entries(call), attributes(function), owner, spans)
+        if bound is INVALID:
+            return INVALID
+        return self._placed(function.fixed(**given, **bound), owner.span, spans)
+
+    def _placed(self, value: Node, span: Span, arguments: dict[str, Span]) -> Node:
+        self.places[id(value)] = Place(value, span, arguments)
+        return value
+
+    def _bind_variadic(
+        self,
+        function: type[Function],
+        into: str,
+        head: syntax.Name,
+        call: syntax.Call,
+        given: dict[str, Any],
+    ) -> Any:
+        """Functions that take any names: `settings`, `split`, `by_source`."""
+        want: types.Type = {
+            "settings": types.Anything(), "split": types.Share(), "by_source": types.Of("reward")
+        }[function.word]  # fmt: skip
+        values: dict[str, Any] = {}
+        spans: dict[str, Span] = {}
+        failed = False
+        for argument in call.arguments:
+            if argument.name is None:
+                self.complain(messages.needs_names(argument.span, function.word))
+                failed = True
+                continue
+            name = argument.name.text
+            if name in values:
+                self.complain(messages.repeated(argument.name.span, name, head.text))
+                failed = True
+            spans[name] = argument.name.span
+            with self.at(name):
+                self._origin(argument.span)
+                values[name] = self.value(argument.value, want)
+            if want == types.Anything():
+                values[name] = _setting(values[name])
+        if failed or INVALID in values.values():
+            return INVALID
+        if not values:
+            self.complain(messages.needs_names(head.span.to(call.span), function.word))
+            return INVALID
+        if function is data.Split and (sum(values.values()) >= 1 or "train" in values):
+            self.complain(messages.split_too_large(call.span, values))
+            return INVALID
+        return self._placed(
+            function.fixed(**given, **{into: values}), head.span.to(call.span), spans
+        )
+
+    # Blocks and arguments.
+
+    def bind(
+        self,
+        entries: list[Entry],
+        known: dict[str, Attribute],
+        owner: Owner,
+        spans: dict[str, Span] | None = None,
+    ) -> Any:
+        """Match names with attributes and evaluate: field -> value, or `INVALID` after reports.
+
+        Everything that is wrong is reported: unknown, repeated and missing names, and each value.
+        """
+        bound: dict[str, Any] = {}
+        seen: dict[str, Span] = {}
+        values_at = {} if spans is None else spans
+        failed = False
+        places = [attribute for attribute in known.values() if attribute.positional]
+        unknown: list[str] = []
+        nameless = False
+        given = {name.text for name, _, _ in entries if name is not None}
+        for name, node, span in entries:
+            attribute: Attribute | None
+            if name is None:
+                attribute = places.pop(0) if places else None
+                if attribute is None:
+                    nameless = True
+                    open_ = [a for a in known.values() if a.name not in given]
+                    self.complain(messages.needs_name(span, owner.title, open_))
+            else:
+                attribute = known.get(name.text)
+                if attribute is None:
+                    unknown.append(name.text)
+                    self.complain(
+                        messages.unknown_attribute(name.span, name.text, node.span, owner, known)
+                    )
+                elif attribute in places:
+                    places.remove(attribute)
+            if attribute is None:
+                failed = True
+                _mark_used(node, self.module)
+                continue
+            if attribute.name in seen:
+                self.complain(
+                    messages.repeated(span, attribute.name, owner.title, seen[attribute.name])
+                )
+                failed = True
+                continue
+            seen[attribute.name] = span
+            values_at[attribute.name] = node.span
+            with self.at(attribute.name):
+                self._origin(node.span)
+                value = self.value(node, attribute.type, attribute)
+            failed = failed or value is INVALID
+            bound[attribute.name] = value
+        missing = [a for a in known.values() if a.required and a.name not in seen]
+        if missing:
+            failed = True
+            meant = messages.meant_by(unknown, owner.noun, [a.name for a in known.values()])
+            missing = [a for a in missing if a.name not in meant]
+            if missing and not owner.damaged and not nameless:
+                self.complain(messages.missing_attribute(owner, missing))
+        return INVALID if failed else bound
+
+    def _origin(self, span: Span) -> None:
+        kind = "override" if span.source.kind == "override" else "spec"
+        self.origins[".".join(self.path)] = Origin(kind, span)  # type: ignore[arg-type]
+
+    # Forms.
+
+    def _each(self, node: syntax.Chain, want: types.Type, attribute: Attribute | None) -> Any:
+        call = node.links[0]
+        assert isinstance(call, syntax.Call)
+        if self.choice is None:
+            self.complain(messages.each_outside(node.span))
+            return INVALID
+        for argument in call.arguments:
+            if argument.name is not None:
+                self.complain(messages.each_name(argument.name.span))
+                return INVALID
+        if len(call.arguments) < 2:
+            self.complain(messages.each_too_few(node.span, len(call.arguments)))
+            return INVALID
+        chosen = call.arguments[self.choice.get(node.span, 0)].value
+        self._origin(chosen.span)
+        self.forks[node.span] = ".".join(self.path[2:])
+        return self.value(chosen, want, attribute)
+
+    def _metric(self, node: syntax.Expr) -> Any:
+        """`accuracy`, `accuracy.pass_at_k`, `loss`, `math.reward`: checked against the stage in
+        `rules`.
+        """
+        names: list[str] = []
+        if isinstance(node, syntax.Name):
+            names = [node.text]
+        elif isinstance(node, syntax.Chain) and isinstance(node.head, syntax.Name):
+            if all(isinstance(link, syntax.Member) for link in node.links):
+                names = [node.head.text, *(link.name.text for link in node.links)]  # type: ignore[union-attr]
+        if not names:
+            self.complain(messages.not_a_metric(node.span))
+            return INVALID
+        symbol = self.module.names.get(names[0])
+        if symbol is None and len(names) > 1 and self._is_prefix(names[0]):
+            symbol = self.module.prefixes[names[0]].names.get(names[1])
+            names = names[1:]
+        if symbol is not None:
+            symbol.used = symbol.used or symbol.noun == "data"
+            return ".".join([symbol.name, *names[1:]])
+        return ".".join(names)
+
+    def _condition(self, node: syntax.Expr) -> Any:
+        match node:
+            case syntax.Group():
+                return self._condition(node.inner)
+            case syntax.Name():
+                return data.FieldValue.fixed(name=node.text)
+            case syntax.Chain() if isinstance(node.head, syntax.Name) and all(
+                isinstance(link, syntax.Member) for link in node.links
+            ):
+                parts = [node.head.text, *(link.name.text for link in node.links)]  # type: ignore[union-attr]
+                return data.FieldValue.fixed(name=".".join(parts))
+            case syntax.Number() | syntax.Text() | syntax.Constant():
+                raw = self._raw(node, types.Anything())
+                value = getattr(raw, "value", raw)
+                return INVALID if raw is INVALID else data.Literal.fixed(value=value)
+            case syntax.Unary():
+                operand = self._condition(node.operand)
+                if operand is INVALID:
+                    return INVALID
+                return data.Operator.fixed(operator=node.operator, operands=(operand,))
+            case syntax.Operation():
+                left = self._condition(node.first)
+                for operator, operand in node.rest:
+                    right = self._condition(operand)
+                    if left is INVALID or right is INVALID:
+                        return INVALID
+                    left = data.Operator.fixed(operator=operator, operands=(left, right))
+                return left
+        self.complain(messages.not_a_condition(node.span))
+        return INVALID
+
+
+class _NoneValue:
+    """The value `none` of a `let`, told apart from a symbol that has no value yet."""
+
+
+NONE_VALUE = _NoneValue()
+
+
+def _entries(call: syntax.Call) -> list[Entry]:
+    return [(a.name, a.value, a.span) for a in call.arguments]
+
+
+def _setting(value: Any) -> Any:
+    """The value of a generator's setting as plain data."""
+    if isinstance(value, tuple):
+        return tuple(_setting(item) for item in value)
+    if isinstance(value, Word):
+        return value.text
+    return getattr(value, "value", value)
+
+
+def _is_each(node: syntax.Chain) -> bool:
+    return (
+        isinstance(node.head, syntax.Name)
+        and node.head.text == "each"
+        and isinstance(node.links[0], syntax.Call)
+    )
+
+
+def _names_list(node: syntax.Expr, module: Module) -> bool:
+    """Whether an expression is the name of a list, so that it is not one item of it."""
+    if isinstance(node, syntax.Name):
+        symbol = module.names.get(node.text)
+        return symbol is not None and isinstance(symbol.value, tuple)
+    if isinstance(node, syntax.Chain) and isinstance(node.head, syntax.Name):
+        other = module.prefixes.get(node.head.text)
+        link = node.links[0]
+        if other is not None and isinstance(link, syntax.Member):
+            symbol = other.names.get(link.name.text)
+            return symbol is not None and isinstance(symbol.value, tuple)
+    return False
+
+
+def _mark_used(node: syntax.Expr, module: Module) -> None:
+    """Names in an expression that is not evaluated are used all the same: no cascades."""
+    for part in syntax.walk(node):
+        if isinstance(part, syntax.Name):
+            symbol = module.names.get(part.text)
+            if symbol is not None:
+                symbol.used = True
+
+
+def each_nodes(expressions: list[syntax.Expr]) -> list[syntax.Chain]:
+    """The `each(...)` calls inside expressions, in the order of the text."""
+    return [
+        node
+        for expression in expressions
+        for node in syntax.walk(expression)
+        if isinstance(node, syntax.Chain) and _is_each(node)
+    ]

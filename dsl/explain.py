@@ -1,0 +1,227 @@
+"""`tune explain`: the documentation of any noun, kind, attribute, function, unit or code, as
+Markdown.
+
+The same text, for everything there is, is the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunelang.dsl import types, units
+from tunelang.dsl.codes import Code, codes
+from tunelang.dsl.show import literal
+from tunelang.dsl.vocabulary import FORMS, FUNCTIONS, KINDS, NOUNS, RUN, data
+from tunelang.dsl.vocabulary.base import EFFECTS, Attribute, Function, KindInfo, attributes, doc_of
+
+
+def topics() -> list[str]:
+    """Every name that can be explained."""
+    names = [*NOUNS, "run", *FUNCTIONS, *data.METHODS, *FORMS, *codes()]
+    for table in KINDS.values():
+        for word, info in table.items():
+            names += [word, *(f"{word}.{attribute}" for attribute in info.attributes)]
+    names += [f"run.{name}" for name in RUN.attributes]
+    for word, function in {**FUNCTIONS, **data.METHODS}.items():
+        names += [f"{word}.{name}" for name in attributes(function)]
+    return list(dict.fromkeys([*names, *units.SCALES, *units.UNITS]))
+
+
+def explain(name: str) -> str | None:
+    """The documentation of a name as Markdown; None if there is no such name.
+
+    A name that means several things, such as `text`, is explained in each sense.
+    """
+    if name in codes():
+        return code(codes()[name])
+    head, _, tail = name.partition(".")
+    parts: list[str] = []
+    if not tail:
+        if head in NOUNS:
+            parts.append(noun(head))
+        if head == "run":
+            parts.append(kind(RUN))
+        parts += [kind(table[head]) for table in KINDS.values() if head in table]
+        callables = {**FUNCTIONS, **data.METHODS}
+        if head in callables:
+            parts.append(function(callables[head]))
+        if head in FORMS:
+            parts.append(f"# `{head}(...)`\n\n{FORMS[head]}\n")
+        parts += unit(head)
+        if not parts:
+            parts += _everywhere(head)
+    else:
+        for owner, known in _owners(head):
+            if tail in known:
+                parts.append(f"# `{owner}.{tail}`\n\n" + attribute(known[tail], full=True))
+        if head in NOUNS and tail in KINDS.get(head, {}):
+            parts.append(kind(KINDS[head][tail]))
+    return "\n".join(parts) if parts else None
+
+
+def overview() -> str:
+    """What there is to explain, by sort."""
+    out = ["# The `.tune` language", ""]
+    for name, doc in NOUNS.items():
+        kinds = ", ".join(f"`{word}`" for word in KINDS.get(name, {}))
+        out.append(f"- `{name}`: {doc}{f' Kinds: {kinds}.' if kinds else ''}")
+    out += [
+        "- `run`: " + RUN.doc,
+        "",
+        "Functions: " + ", ".join(f"`{word}`" for word in [*FUNCTIONS, *FORMS]) + ".",
+        "",
+        "Methods of data: " + ", ".join(f"`{word}`" for word in data.METHODS) + ".",
+        "",
+        "Diagnostics: " + ", ".join(f"`{word}`" for word in codes()) + ".",
+        "",
+        "`tune explain grpo.clip` explains an attribute, `tune explain"
+        " --all` prints the reference.",
+    ]
+    return "\n".join(out) + "\n"
+
+
+def reference() -> str:
+    """Everything, as one Markdown document."""
+    parts = ["# Reference of the `.tune` language\n"]
+    for name in NOUNS:
+        parts.append(f"## `{name}`\n\n{NOUNS[name]}\n")
+        parts += [_deeper(kind(info)) for info in KINDS.get(name, {}).values()]
+    parts.append("## `run`\n")
+    parts.append(_deeper(kind(RUN)))
+    parts.append("## Functions\n")
+    parts += [_deeper(function(f)) for f in FUNCTIONS.values()]
+    parts.append("## Methods of data\n")
+    parts += [_deeper(function(f)) for f in data.METHODS.values()]
+    parts.append("## Diagnostics\n")
+    parts += [_deeper(code(c)) for c in codes().values()]
+    return "\n".join(parts)
+
+
+def _deeper(text: str) -> str:
+    return "\n".join(f"##{line}" if line.startswith("# ") else line for line in text.split("\n"))
+
+
+def noun(name: str) -> str:
+    """A noun with its kinds."""
+    out = [f"# `{name}`", "", NOUNS[name], ""]
+    for word, info in KINDS.get(name, {}).items():
+        out.append(f"- `{word}`: {info.doc.splitlines()[0]}")
+    if name in ("data", "reward"):
+        out += ["", f"Also an expression: `{name} NAME = ...`."]
+    if name in ("let", "param"):
+        form = "`param NAME : TYPE = value`" if name == "param" else "`let NAME = expression`"
+        out.append(f"Written {form}.")
+    return "\n".join(out) + "\n"
+
+
+def kind(info: KindInfo) -> str:
+    """A kind with its attributes."""
+    title = f"`{info.noun} NAME : {info.word} {{ ... }}`" if info.noun != "run" else "`run { ... }`"
+    out = [f"# {title}", "", info.doc, ""]
+    if info.presets:
+        row = ", ".join(f"`{name} = {literal(value)}`" for name, value in info.presets)
+        out += [f"Its row of the table of policy optimisation: {row}.", ""]
+    required = [a for a in info.attributes.values() if a.required]
+    optional = [a for a in info.attributes.values() if not a.required]
+    if required:
+        out += ["Required:", "", *(attribute(a) for a in required), ""]
+    if optional:
+        out += ["With a default:", "", *(attribute(a) for a in optional), ""]
+    metrics = getattr(info.model, "metrics", {})
+    if metrics:
+        out += ["Metrics:", "", *(f"- `{name}`: {doc}." for name, doc in metrics.items()), ""]
+    return "\n".join(out)
+
+
+def function(model: type[Function]) -> str:
+    """A function or method with its arguments."""
+    known = attributes(model)
+    names = [a.name if a.positional else f"{a.name} = ..." for a in known.values()]
+    variadic = getattr(model, "variadic", None)
+    if variadic is not None:
+        names.append("NAME = ..., ...")
+    dot = "data." if issubclass(model, data.DataMethod) else ""
+    call = f"{dot}{model.word}({', '.join(names)})" if not hasattr(model, "bare") else model.word
+    out = [
+        f"# `{call}`",
+        "",
+        doc_of(model),
+        "",
+        f"It yields {model.family}." if dot == "" else "",
+        "",
+    ]
+    out += [attribute(a) for a in known.values()]
+    return "\n".join(out).replace("\n\n\n", "\n\n").rstrip() + "\n"
+
+
+def attribute(a: Attribute, full: bool = False) -> str:
+    """An attribute as an item of a list, or with everything there is to know of it."""
+    default = "" if a.required else f"; default `{literal(a.default, a.type)}`"
+    if not full:
+        return f"- `{a.name}`: {a.type.describe()}{default}. {a.doc}"
+    none = " (or `none`)" if a.optional else ""
+    lines = [
+        a.doc, "", f"- type: {a.type.describe()}{none}",
+        f"- default: `{literal(a.default, a.type)}`" if not a.required else "- required",
+        f"- a change: {EFFECTS[a.effect]}", f"- example: `{a.example}`",
+    ]  # fmt: skip
+    if isinstance(a.type, types.Text) and a.type.among:
+        lines.insert(3, "- one of: " + ", ".join(f'`"{word}"`' for word in a.type.among))
+    return "\n".join(lines) + "\n"
+
+
+def code(entry: Code) -> str:
+    """A kind of diagnostic with a wrong and a right example."""
+    flag = "" if not entry.arguments else "".join(f" --set {a!r}" for a in entry.arguments)
+    out = [f"# `{entry.name}`", "", entry.text, ""]
+    if entry.wrong:
+        out += [f"Wrong{', with' + flag if flag else ''}:", "", *_indented(entry.wrong), ""]
+    if entry.right:
+        out += ["Right:", "", *_indented(entry.right), ""]
+    return "\n".join(out)
+
+
+def _indented(text: str) -> list[str]:
+    return [f"    {line}".rstrip() for line in text.strip("\n").split("\n")]
+
+
+def unit(name: str) -> list[str]:
+    """A scale or unit."""
+    if name in units.SCALES:
+        return [f"# `{name}`\n\nA scale: `3{name}` is {3 * units.SCALES[name]:,}.\n"]
+    if name in units.UNITS:
+        dimension, factor = units.UNITS[name]
+        base = {"bytes": "bytes", "s": "seconds", "%": "of one"}.get(dimension, dimension)
+        what = units.DIMENSION_NAMES[dimension]
+        return [
+            f"# `{name}`\n\nA unit: `3{'' if name == '%' else ' '}{name}` is"
+            f" {what}, {3 * factor:,} {base}.\n"
+        ]
+    return []
+
+
+def _owners(word: str) -> list[tuple[str, dict[str, Attribute]]]:
+    """What a word with attributes may be: kinds, functions, methods, the run block."""
+    found: list[tuple[str, Any]] = [
+        (word, table[word].attributes) for table in KINDS.values() if word in table
+    ]
+    found += [(word, attributes(t[word])) for t in (FUNCTIONS, data.METHODS) if word in t]
+    if word == "run":
+        found.append(("run", RUN.attributes))
+    return found
+
+
+def _everywhere(name: str) -> list[str]:
+    """An attribute by its bare name, in each place that has it; equal ones once."""
+    seen: dict[str, list[str]] = {}
+    owners = [
+        *(word for table in KINDS.values() for word in table),
+        *FUNCTIONS,
+        *data.METHODS,
+        "run",
+    ]
+    for word in dict.fromkeys(owners):
+        for owner, known in _owners(word):
+            if name in known:
+                seen.setdefault(attribute(known[name], full=True), []).append(f"`{owner}.{name}`")
+    return [f"# {', '.join(places)}\n\n{text}" for text, places in seen.items()]

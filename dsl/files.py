@@ -1,0 +1,225 @@
+"""What a spec names on disk: data files and their first rows, model folders, Python functions.
+
+Only reads; nothing is imported or run. Results are cached by path for the time of one check.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+FIRST_ROWS = 50
+_FIRST_BYTES = 1 << 20
+
+
+class BadFile(Exception):
+    """A file does not hold what it should; `args[0]` says what, `args[1]` the line (from 1) or
+    None.
+    """
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first rows of a data file: the fields that occur, and how often each does."""
+
+    fields: dict[str, int]
+    rows: int
+    example: dict[str, Any]
+
+
+def sample(path: Path, kind: str, separator: str = ",") -> Sample:
+    """The fields of a data file by its first rows.
+
+    Raises `BadFile` where the file is not of its kind, `OSError` where it cannot be read.
+    """
+    if kind == "text":
+        with path.open("rb") as file:
+            file.read(1)
+        return Sample({"text": 1}, 1, {})
+    if kind == "parquet":
+        return _parquet(path)
+    with path.open("rb") as file:
+        head = file.read(_FIRST_BYTES)
+        whole = len(head) < _FIRST_BYTES
+    try:
+        text = head.decode("utf-8-sig", errors="strict" if whole else "ignore")
+    except UnicodeDecodeError as error:
+        line = head.count(b"\n", 0, error.start) + 1
+        raise BadFile("it is not UTF-8 text", line) from None
+    lines = text.splitlines()
+    if not whole:
+        lines = lines[:-1]
+    rows = _csv(lines, separator) if kind == "csv" else _jsonl(lines)
+    if not rows:
+        raise BadFile("it has no rows", None)
+    fields: dict[str, int] = {}
+    for row in rows:
+        for name in row:
+            fields[name] = fields.get(name, 0) + 1
+    return Sample(fields, len(rows), rows[0])
+
+
+def _jsonl(lines: list[str]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            what = (
+                "it is one JSON document, not one object a line"
+                if number == 1
+                else "it is not JSON"
+            )
+            raise BadFile(what, number) from None
+        if not isinstance(row, dict):
+            raise BadFile("it is not a JSON object", number)
+        rows.append(row)
+        if len(rows) == FIRST_ROWS:
+            break
+    return rows
+
+
+def _csv(lines: list[str], separator: str) -> list[dict[str, Any]]:
+    if len(separator) != 1:
+        raise BadFile("a separator is one character", None)
+    try:
+        reader = csv.DictReader(lines[: FIRST_ROWS + 1], delimiter=separator)
+        return [{k: v for k, v in row.items() if k is not None} for row in reader]
+    except csv.Error as error:
+        raise BadFile(f"it is not CSV: {error}", None) from None
+
+
+def _parquet(path: Path) -> Sample:
+    try:
+        from pyarrow import ArrowInvalid, parquet  # heavy, and only this kind needs it
+    except ImportError:
+        raise BadFile("reading Parquet needs the package `pyarrow`", None) from None
+    try:
+        schema = parquet.read_schema(path)
+    except ArrowInvalid:
+        raise BadFile("it is not a Parquet file", None) from None
+    return Sample(dict.fromkeys(schema.names, 1), 1, {})
+
+
+def nearest(path: Path) -> list[str]:
+    """Names beside a path that does not exist: of its folder, or of the nearest folder that
+    does.
+    """
+    folder = path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return sorted(entry.name for entry in folder.iterdir())[:10_000]
+    except OSError:
+        return []
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path has the form of an id on the hub: `organisation/name`."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
+
+
+def model_config(path: Path) -> dict[str, Any]:
+    """The `config.json` of a model folder; raises `BadFile` where there is none to read."""
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+    except OSError:
+        raise BadFile("it has no `config.json`", None) from None
+    except ValueError:
+        raise BadFile("its `config.json` is not JSON", None) from None
+    if not isinstance(config, dict):
+        raise BadFile("its `config.json` is not a JSON object", None)
+    return config
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a Python function."""
+
+    name: str
+    required: bool
+
+
+@dataclass(frozen=True)
+class PythonFunction:
+    """The signature of a function, read from its file's syntax tree."""
+
+    parameters: tuple[Parameter, ...]
+    takes_any: bool
+    """Whether it has `**fields`."""
+    line: int
+
+
+def python_functions(path: Path) -> dict[str, PythonFunction]:
+    """The functions at the top level of a Python file; raises `BadFile` where it does not parse."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise BadFile("it is not valid Python", getattr(error, "lineno", None)) from None
+    found: dict[str, PythonFunction] = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            positional = [*node.args.posonlyargs, *node.args.args]
+            required = len(positional) - len(node.args.defaults)
+            parameters = [Parameter(a.arg, at < required) for at, a in enumerate(positional)]
+            defaults = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            parameters += [Parameter(a.arg, default is None) for a, default in defaults]
+            found[node.name] = PythonFunction(
+                tuple(parameters), node.args.kwarg is not None, node.lineno
+            )
+    return found
+
+
+@cache
+def procedural_tasks() -> dict[str, Path] | None:
+    """The generators of reasoning-gym and the files that define them; None where it is not
+    installed.
+
+    Found by reading the package's files, not by importing it.
+    """
+    spec = importlib.util.find_spec("reasoning_gym")
+    if spec is None or spec.origin is None:
+        return None
+    found: dict[str, Path] = {}
+    for path in Path(spec.origin).parent.rglob("*.py"):
+        text = path.read_text("utf-8", errors="ignore")
+        constants = dict(re.findall(r'^([A-Z_]+) = "(\w+)"', text, re.MULTILINE))
+        for quoted, constant in re.findall(
+            r'^register_dataset\(\s*(?:"(\w+)"|([A-Z_]+))', text, re.MULTILINE
+        ):
+            name = quoted or constants.get(constant)
+            if name:
+                found[name] = path
+    return found
+
+
+def procedural_settings(task: str) -> list[str] | None:
+    """The settings of a generator, from the fields of its configuration; None where they cannot be
+    read.
+    """
+    path = (procedural_tasks() or {}).get(task)
+    if path is None:
+        return None
+    text = path.read_text("utf-8")
+    constants = dict(re.findall(r'^([A-Z_]+) = "(\w+)"', text, re.MULTILINE))
+    for name, config in re.findall(
+        r"^register_dataset\(\s*([\w\"]+),\s*\w+,\s*(\w+)", text, re.MULTILINE
+    ):
+        if constants.get(name, name.strip('"')) == task:
+            for node in ast.parse(text).body:
+                if isinstance(node, ast.ClassDef) and node.name == config:
+                    return [
+                        item.target.id
+                        for item in node.body
+                        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+                    ]
+    return None

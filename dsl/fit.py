@@ -1,0 +1,288 @@
+"""Fit a value to the type of an attribute, or say why it does not fit."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunelang.dsl import messages, types
+from tunelang.dsl.diagnostics import Diagnostic, Label
+from tunelang.dsl.files import is_hub_id
+from tunelang.dsl.scope import Symbol
+from tunelang.dsl.source import Span
+from tunelang.dsl.units import Quantity
+from tunelang.dsl.values import INVALID, RegexValue, Word, template_fields
+from tunelang.dsl.vocabulary import data
+from tunelang.dsl.vocabulary.base import (
+    DataExpression,
+    Function,
+    Measure,
+    Reference,
+    TextExpression,
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a value is wanted: the place to report, and what it is wanted for."""
+
+    span: Span
+    owner: str
+    """`batch`, or `the argument `lr` of `adamw``."""
+    example: str
+    complain: Callable[[Diagnostic], None]
+    declared: Callable[[str], Symbol | None]
+    """The symbol of a qualified name, for second places."""
+    folder: Path
+    """The folder of the spec: what paths in the Program are relative to."""
+
+    def wrong_type(self, value: Any, want: types.Type, help: str | None = None) -> Any:
+        """Report that the value is of another type."""
+        seconds: tuple[Label, ...] = ()
+        symbol = self.symbol(value)
+        if symbol is not None:
+            seconds = (Label(symbol.span, f"`{symbol.name}` is declared as {symbol.noun} here"),)
+        self.complain(
+            messages.wrong_type(self.span, self.owner, value, want, self.example, help, seconds)
+        )
+        return INVALID
+
+    def symbol(self, value: Any) -> Symbol | None:
+        """The symbol that a value refers to."""
+        name = getattr(value, "name", None)
+        if isinstance(value, Reference | data.DataRef) or type(value).__name__ == "RewardRef":
+            return self.declared(str(name))
+        return None
+
+
+def fit(value: Any, want: types.Type, site: Site) -> Any:
+    """The Python value that a field of type `want` holds, or `INVALID` after reporting."""
+    if value is INVALID or isinstance(want, types.Anything):
+        return value
+    match want:
+        case types.Share():
+            return _share(value, want, site)
+        case types.Number():
+            return _number(value, want, site)
+        case types.Amount():
+            return _amount(value, want, site)
+        case types.Memory():
+            return _dimension(value, "bytes", want, site, "GiB")
+        case types.Duration():
+            return _dimension(value, "s", want, site, "s")
+        case types.Price():
+            return _dimension(value, "per device_hour", want, site, "per device_hour")
+        case types.Flag():
+            return value if isinstance(value, bool) else site.wrong_type(value, want)
+        case types.Choice():
+            return _choice(value, want, site)
+        case types.Text():
+            return _text(value, want, site)
+        case types.Path():
+            return _path(value, want, site)
+        case types.Pattern():
+            return _pattern(value, want, site)
+        case types.Ref():
+            return _reference(value, want, site)
+        case types.Of():
+            return _family(value, want, site)
+        case types.ListOf():
+            items = value if isinstance(value, tuple) else (value,)
+            fitted = tuple(fit(item, want.item, site) for item in items)
+            if INVALID in fitted:
+                return INVALID
+            if len(fitted) < want.low:
+                site.complain(messages.empty_list(site.span, site.owner, want))
+                return INVALID
+            return fitted
+        case types.Either():
+            return _either(value, want, site)
+    return site.wrong_type(value, want)
+
+
+def _number(value: Any, want: types.Number, site: Site) -> Any:
+    if not isinstance(value, Quantity):
+        return site.wrong_type(value, want)
+    if value.dimension is not None:
+        return site.wrong_type(value, want)
+    number: int | float = value.value
+    if isinstance(want, types.Whole):
+        if number != int(number):
+            site.complain(messages.not_whole(site.span, site.owner, value))
+            return INVALID
+        number = int(number)
+    else:
+        number = float(number)
+    if not want.admits(number):
+        site.complain(messages.out_of_range(site.span, site.owner, value, want))
+        return INVALID
+    return number
+
+
+def _share(value: Any, want: types.Share, site: Site) -> Any:
+    if not isinstance(value, Quantity) or value.dimension not in (None, "%"):
+        return site.wrong_type(value, want)
+    if not want.admits(value.value):
+        site.complain(messages.share_out_of_range(site.span, site.owner, value))
+        return INVALID
+    return float(value.value)
+
+
+def _amount(value: Any, want: types.Amount, site: Site) -> Any:
+    if not isinstance(value, Quantity):
+        return site.wrong_type(value, want)
+    if want.share and value.dimension == "%":
+        share = _share(value, types.Share(), site)
+        return share if share is INVALID else Measure.fixed(value=share, unit="%")
+    if value.dimension is None:
+        if want.measured and not (value.value == 0 and want.low == 0):
+            site.complain(
+                messages.missing_unit(site.span, site.owner, value, want.units, want.share)
+            )
+            return INVALID
+    elif value.dimension not in want.units:
+        return site.wrong_type(value, want)
+    unit = value.dimension or want.units[0]
+    number = value.value
+    if number != int(number) and unit != "epochs":
+        site.complain(messages.not_whole(site.span, site.owner, value))
+        return INVALID
+    if number < want.low and not (unit == "epochs" and number > 0):
+        site.complain(
+            messages.out_of_range(site.span, site.owner, value, types.Whole(low=want.low))
+        )
+        return INVALID
+    number = int(number) if number == int(number) else number
+    return Measure.fixed(value=number, unit=unit) if want.measured else number
+
+
+def _dimension(value: Any, dimension: str, want: types.Type, site: Site, unit: str) -> Any:
+    if isinstance(value, Quantity) and value.dimension is None:
+        site.complain(messages.missing_unit(site.span, site.owner, value, (unit,), False))
+        return INVALID
+    if not isinstance(value, Quantity) or value.dimension != dimension:
+        return site.wrong_type(value, want)
+    if value.value <= 0 and not isinstance(want, types.Price):
+        site.complain(messages.out_of_range(site.span, site.owner, value, types.Number(above=0)))
+        return INVALID
+    return int(value.value) if dimension == "bytes" else float(value.value)
+
+
+def _choice(value: Any, want: types.Choice, site: Site) -> Any:
+    word = value.text if isinstance(value, Word) else value
+    if isinstance(value, Word | str) and word in want.words:
+        if isinstance(value, str):
+            site.complain(messages.quoted_choice(site.span, word))
+            return INVALID
+        return word
+    if isinstance(value, Word | str):
+        site.complain(messages.unknown_choice(site.span, site.owner, str(word), want.words))
+        return INVALID
+    return site.wrong_type(value, want)
+
+
+def _text(value: Any, want: types.Text, site: Site) -> Any:
+    if not isinstance(value, str):
+        return site.wrong_type(value, want)
+    if want.among and value not in want.among:
+        site.complain(
+            messages.unknown_choice(site.span, site.owner, value, want.among, quoted=True)
+        )
+        return INVALID
+    return value
+
+
+def _path(value: Any, want: types.Path, site: Site) -> Any:
+    """The path as the spec's folder sees it; ids on the hub stay as they are."""
+    if not isinstance(value, str):
+        return site.wrong_type(value, want)
+    if not value.strip() or "\0" in value:
+        site.complain(messages.empty_path(site.span, site.owner))
+        return INVALID
+    file, colon, function = value.rpartition(":") if want.what == "python" else (value, "", "")
+    if want.what == "python" and not (file and function.isidentifier()):
+        site.complain(messages.bad_python_reference(site.span, value))
+        return INVALID
+    path = site.span.source.folder / Path(file).expanduser()
+    if want.what == "model" and is_hub_id(file) and not path.exists():
+        return value
+    if site.span.source.folder != site.folder and not Path(file).is_absolute():
+        file = os.path.relpath(path, site.folder)
+    if want.what == "model" and is_hub_id(file):
+        file = f"./{file}"
+    return f"{file}{colon}{function}"
+
+
+def _pattern(value: Any, want: types.Pattern, site: Site) -> Any:
+    if not isinstance(value, RegexValue):
+        return site.wrong_type(value, want)
+    try:
+        re.compile(value.pattern, re.DOTALL)
+    except (re.error, OverflowError, RecursionError) as error:
+        at = getattr(error, "pos", None)
+        what = getattr(error, "msg", "it is too large")
+        site.complain(messages.bad_regex(value.node.span, at, what))
+        return INVALID
+    return value.pattern
+
+
+def _reference(value: Any, want: types.Ref, site: Site) -> Any:
+    if isinstance(value, Reference) and value.noun in want.nouns:
+        return value
+    symbol = site.symbol(value)
+    if symbol is not None:
+        site.complain(messages.wrong_noun(site.span, site.owner, symbol, want.nouns))
+        return INVALID
+    return site.wrong_type(value, want)
+
+
+def _family(value: Any, want: types.Of, site: Site) -> Any:
+    if isinstance(value, Function) and value.family == want.family:
+        if isinstance(value, data.Split) and value.part is None:
+            site.complain(messages.split_needs_part(site.span, value))
+            return INVALID
+        if isinstance(value, data.Weighted):
+            site.complain(messages.weights(site.span, [value.weight]))
+            return INVALID
+        return value
+    if want.family == "text":
+        return _template(value, want, site)
+    symbol = site.symbol(value)
+    if symbol is not None and want.family in ("data", "reward"):
+        site.complain(messages.wrong_noun(site.span, site.owner, symbol, (want.family,)))
+        return INVALID
+    if isinstance(value, DataExpression) and want.family == "reward":
+        return site.wrong_type(value, want)
+    return site.wrong_type(value, want)
+
+
+def _template(value: Any, want: types.Of, site: Site) -> TextExpression | Any:
+    if not isinstance(value, str):
+        return site.wrong_type(value, want)
+    fields, brace = template_fields(value)
+    if brace is not None:
+        site.complain(messages.lone_brace(site.span, value[brace]))
+        return INVALID
+    for name, _ in fields:
+        if not re.fullmatch(r"[^\W\d][\w-]*(?:\.[\w-]+)*", name):
+            site.complain(messages.bad_field_name(site.span, name))
+            return INVALID
+    return data.TemplateText.fixed(text=value)
+
+
+def _either(value: Any, want: types.Either, site: Site) -> Any:
+    for option in want.options:
+        quiet: list[Diagnostic] = []
+        scratch = replace(site, complain=quiet.append)
+        fitted = fit(value, option, scratch)
+        if fitted is not INVALID:
+            return fitted
+    if isinstance(value, Word):
+        words = [w for o in want.options if isinstance(o, types.Choice) for w in o.words]
+        site.complain(messages.unknown_choice(site.span, site.owner, value.text, tuple(words)))
+        return INVALID
+    return site.wrong_type(value, want)

@@ -1,0 +1,206 @@
+"""Text to tokens. Comments are kept apart; every character ends up in a token or a diagnostic."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+from lark import Token
+
+from tunelang.dsl import messages, units
+from tunelang.dsl.diagnostics import Diagnostic
+from tunelang.dsl.source import Source, Span
+
+KEYWORDS = {
+    word: word.upper() for word in ("if", "else", "and", "or", "not", "true", "false", "none")
+}
+_PUNCTUATION = {
+    "{": "LBRACE", "}": "RBRACE", "(": "LPAR", ")": "RPAR", "[": "LSQB", "]": "RSQB",
+    ":": "COLON", "=": "EQUALS", ",": "COMMA", ".": "DOT",
+    "+": "PLUS", "-": "MINUS", "*": "STAR", "/": "SLASH",
+}  # fmt: skip
+_ENDS_OPERAND = {"NAME", "NUMBER", "TEXT", "REGEX", "TRUE", "FALSE", "NONE", "RPAR", "RSQB"}
+
+# A number takes its scale or unit along: `20%`, `4Ki`, `2 epochs`, `10M tokens`, `1.2 per
+# device_hour`.
+_TOKEN = re.compile(
+    r"""
+    (?P<SPACE>[ \t]+)
+  | (?P<NEWLINE>\r\n?|\n)
+  | (?P<COMMENT>\#[^\r\n]*)
+  | (?P<NAME>[^\W\d]\w*)
+  | (?P<NUMBER>(?:\d[\d_]*(?:\.\d[\d_]*)?|\.\d[\d_]*)(?:[eE][+-]?\d+)?(?:%|[^\W\d]\w*)?
+      (?:[ \t]+(?!(?:if|else|and|or|not|per)\b)[^\W\d]\w*(?!\w|[ \t]*=(?!=)))?
+      (?:[ \t]+per[ \t]+[^\W\d]\w*)?)
+  | (?P<LONGTEXT>\"{3}(?:[^\"\\]|\\[\s\S]|\"(?!\"\"))*\"{3})
+  | (?P<OPENLONG>\"{3})
+  | (?P<TEXT>\"(?:[^\"\\\r\n]|\\[^\r\n])*\")
+  | (?P<OPENTEXT>\"[^\r\n]*)
+  | (?P<SINGLE>'(?:[^'\\\r\n]|\\[^\r\n])*')
+  | (?P<CURLY>[“”„«‘’][^\r\n“”„«»‘’"]*[“”»’])
+  | (?P<COMPARE>==|!=|<=|>=|<|>)
+  | (?P<PUNCTUATION>[{}()\[\]:=,.+\-*/])
+  | (?P<STRAY>[\s\S])
+    """,
+    re.VERBOSE,
+)
+_LINE_END = re.compile(r"\r\n?|\n")
+_TEXTS = {"TEXT", "LONGTEXT", "OPENTEXT", "OPENLONG", "SINGLE", "CURLY"}
+_ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|[\s\S])")
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "'": "'", "\\": "\\"}
+_REGEX = re.compile(r"/((?:[^/\\\r\n]|\\[^\r\n])+)/")
+
+
+class Lexeme(Token):
+    """A token with its place, the lines (from 0) that it starts and ends on, and what it means.
+
+    `meaning` is the `Quantity` of a NUMBER (None if its unit is unknown), the text of a TEXT, the
+    pattern of a REGEX.
+    """
+
+    span: Span
+    last_line: int
+    meaning: units.Quantity | str | None
+
+    def __new__(
+        cls,
+        kind: str,
+        span: Span,
+        line: int,
+        last_line: int | None = None,
+        meaning: units.Quantity | str | None = None,
+    ) -> Lexeme:
+        """A token that covers `span`."""
+        token = cast(Lexeme, super().__new__(cls, kind, span.text, span.start, line))
+        token.span, token.meaning = span, meaning
+        token.last_line = line if last_line is None else last_line
+        return token
+
+    def __deepcopy__(self, memo: object) -> Lexeme:
+        return self
+
+    def retyped(self, kind: str) -> Lexeme:
+        """The same token as another terminal of the grammar."""
+        return Lexeme(kind, self.span, self.first_line, self.last_line, self.meaning)
+
+    @property
+    def first_line(self) -> int:
+        """The line that it starts on, from 0."""
+        return self.line or 0
+
+
+@dataclass(frozen=True, slots=True)
+class Comment:
+    """A comment with its `#`, and whether it has its line to itself."""
+
+    text: str
+    span: Span
+    alone: bool
+
+
+@dataclass
+class Tokens:
+    """The result of lexing."""
+
+    tokens: list[Lexeme] = field(default_factory=list)
+    comments: list[Comment] = field(default_factory=list)
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+
+
+def lex(source: Source) -> Tokens:
+    """Split a source into tokens.
+
+    What cannot be a token is reported once for each run of such characters; text in single
+    quotes and text that is not closed still yield a TEXT token, so that parsing goes on.
+    """
+    out = Tokens()
+    complain = out.diagnostics.append
+    text, line, at, end = source.text, 0, 0, len(source.text)
+    stray_end = -1
+    while at < end:
+        match = _TOKEN.match(text, at)
+        assert match is not None  # STRAY takes any character
+        kind, stop = match.lastgroup or "", match.end()
+        if kind == "PUNCTUATION" and match.group() == "/" and not _after_operand(out, line):
+            regex = _REGEX.match(text, at)
+            if regex is not None:
+                kind, stop = "REGEX", regex.end()
+        if kind in ("SPACE", "NEWLINE"):
+            line += kind == "NEWLINE"
+            at = stop
+            continue
+        span = Span(source, at, stop)
+        if kind == "COMMENT":
+            alone = not out.tokens or out.tokens[-1].last_line != line
+            out.comments.append(Comment(match.group().rstrip(), span, alone))
+        elif kind == "STRAY":
+            if stray_end != at:
+                complain(messages.stray_character(span))
+            stray_end = stop
+        elif kind == "NUMBER":
+            out.tokens.append(Lexeme(kind, span, line, None, _quantity(span, complain)))
+        elif kind == "REGEX":
+            pattern = span.text[1:-1].replace("\\/", "/")
+            out.tokens.append(Lexeme(kind, span, line, None, pattern))
+        elif kind in _TEXTS:
+            if kind == "OPENLONG":
+                stop = end
+            last_line = line + len(_LINE_END.findall(text, at, stop))
+            value = _text(kind, Span(source, at, stop), complain)
+            out.tokens.append(Lexeme("TEXT", Span(source, at, stop), line, last_line, value))
+            line = last_line
+        else:
+            word = match.group()
+            kind = _PUNCTUATION.get(word) or KEYWORDS.get(word) or kind
+            out.tokens.append(Lexeme(kind, span, line))
+        at = stop
+    return out
+
+
+def _after_operand(out: Tokens, line: int) -> bool:
+    """Whether a slash here divides: something to divide stands before it on the line."""
+    before = out.tokens[-1] if out.tokens else None
+    return before is not None and before.type in _ENDS_OPERAND and before.last_line == line
+
+
+def _quantity(span: Span, complain: Callable[[Diagnostic], None]) -> units.Quantity | None:
+    try:
+        return units.parse(span.text)
+    except units.UnknownUnit as error:
+        complain(messages.unknown_unit(span, str(error)))
+    except units.NumberTooLarge:
+        complain(messages.number_too_large(span))
+    return None
+
+
+def _text(kind: str, span: Span, complain: Callable[[Diagnostic], None]) -> str:
+    """What a text literal says: quotes off, escapes resolved, long text dedented."""
+    raw = span.text
+    if kind == "LONGTEXT":
+        body = textwrap.dedent(raw[3:-3].removeprefix("\n").removeprefix("\r\n"))
+    elif kind == "OPENLONG":
+        complain(messages.unclosed_text(Span(span.source, span.start, span.start + 3)))
+        return raw[3:]
+    elif kind == "OPENTEXT":
+        complain(messages.unclosed_text(span))
+        return raw[1:]
+    else:
+        body = raw[1:-1]
+        if kind in ("SINGLE", "CURLY"):
+            complain(messages.other_quotes(span))
+    if "\\" not in body:
+        return body
+
+    def resolve(match: re.Match[str]) -> str:
+        what = match.group(1)
+        if what in _ESCAPES:
+            return _ESCAPES[what]
+        if len(what) > 1 and int(what[1:], 16) not in range(0xD800, 0xE000):
+            return chr(int(what[1:], 16))
+        complain(messages.unknown_escape(span, match.group()))
+        return match.group()
+
+    return _ESCAPE.sub(resolve, body)

@@ -1,0 +1,134 @@
+"""Read a spec and everything that it imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tunelang.dsl import messages, syntax
+from tunelang.dsl.diagnostics import Diagnostics
+from tunelang.dsl.parser import parse
+from tunelang.dsl.scope import Module
+from tunelang.dsl.source import Source
+from tunelang.dsl.vocabulary import KINDS, NOUNS
+
+
+def read(path: Path, name: str | None = None) -> Source:
+    """A file as a source; raises `OSError`, or `UnicodeDecodeError` where it is not UTF-8."""
+    text = path.read_bytes().decode("utf-8-sig")
+    return Source(name or str(path), text, path.parent)
+
+
+@dataclass
+class Loaded:
+    """The root module, every module, and the run block of the root."""
+
+    root: Module
+    modules: list[Module] = field(default_factory=list)
+    run: syntax.Run | None = None
+
+
+def load(source: Source, diagnostics: Diagnostics) -> Loaded:
+    """Parse a spec and its imports, and declare their names. Problems go to `diagnostics`."""
+    return _Loader(diagnostics).load(source)
+
+
+@dataclass
+class _Loader:
+    diagnostics: Diagnostics
+    files: dict[Path, syntax.File] = field(default_factory=dict)
+    modules: dict[tuple[Path, str], Module] = field(default_factory=dict)
+    order: list[Module] = field(default_factory=list)
+    stack: list[tuple[Path, str]] = field(default_factory=list)
+
+    def load(self, source: Source) -> Loaded:
+        root_path = (source.folder / Path(source.name).name).resolve()
+        self.files[root_path] = self._parse(source)
+        module = self._module(root_path, self.files[root_path], "")
+        run = None
+        for item in module.file.items:
+            if isinstance(item, syntax.Run):
+                if run is not None:
+                    self.diagnostics.add(messages.second_run(item.span, run.span))
+                else:
+                    run = item
+        return Loaded(module, self.order, run)
+
+    def _parse(self, source: Source) -> syntax.File:
+        tree, found = parse(source)
+        self.diagnostics.extend(found)
+        return tree
+
+    def _module(self, path: Path, tree: syntax.File, prefix: str) -> Module:
+        module = Module(tree, prefix, broken=set(tree.broken))
+        self.order.append(module)
+        self.stack.append((path, tree.source.name))
+        for item in tree.items:
+            if isinstance(item, syntax.Declaration):
+                if item.noun.text in NOUNS:
+                    module.declare(item, self.diagnostics)
+                else:
+                    self.diagnostics.add(messages.unknown_noun(item, list(NOUNS), KINDS))
+                    module.broken.add(item.name.text)
+            elif isinstance(item, syntax.Run) and len(self.stack) > 1:
+                self.diagnostics.add(messages.run_in_import(item.span))
+        for item in tree.items:
+            if isinstance(item, syntax.Import):
+                self._import(module, item)
+        self.stack.pop()
+        return module
+
+    def _import(self, module: Module, item: syntax.Import) -> None:
+        here = module.file.source
+        path = here.folder / item.path.value
+        resolved = path.resolve()
+        if item.prefix is not None:
+            module.broken.add(item.prefix.text)
+        if resolved in [entry for entry, _ in self.stack]:
+            start = [entry for entry, _ in self.stack].index(resolved)
+            cycle = [name for _, name in self.stack[start:]]
+            self.diagnostics.add(messages.import_cycle(item.path.span, [*cycle, cycle[0]]))
+            return
+        tree = self.files.get(resolved)
+        if tree is None:
+            try:
+                source = read(path, _display(here.name, item.path.value))
+            except (OSError, ValueError) as error:
+                self.diagnostics.add(messages.unreadable_import(item.path.span, path, error))
+                if item.prefix is None:
+                    module.anything = True
+                return
+            tree = self.files[resolved] = self._parse(source)
+        prefix = f"{module.prefix}{item.prefix.text}." if item.prefix else module.prefix
+        text = ", ".join(a.span.text for a in item.arguments)
+        imported = self.modules.get((resolved, text))
+        if imported is None:
+            imported = self.modules[resolved, text] = self._module(resolved, tree, prefix)
+            self._arguments(module, imported, item)
+        if item.prefix is None:
+            module.include(imported, item.path.span, self.diagnostics)
+        else:
+            module.broken.discard(item.prefix.text)
+            taken = module.names.get(item.prefix.text)
+            if taken is not None:
+                self.diagnostics.add(messages.name_taken(item.prefix.span, taken))
+            module.prefixes[item.prefix.text] = imported
+
+    def _arguments(self, module: Module, imported: Module, item: syntax.Import) -> None:
+        params = [
+            n for n, s in imported.names.items() if s.noun == "param" and s.module is imported
+        ]
+        for argument in item.arguments:
+            if argument.name is None:
+                self.diagnostics.add(messages.nameless_parameter(argument.span, params))
+            elif argument.name.text not in params:
+                self.diagnostics.add(
+                    messages.unknown_parameter(argument.name.span, argument.name.text, params)
+                )
+            else:
+                imported.arguments[argument.name.text] = (argument, module)
+
+
+def _display(importer: str, path: str) -> str:
+    """How an imported file is called in messages: relative to where the importer's name is."""
+    return str(Path(importer).parent / path)

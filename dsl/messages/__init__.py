@@ -1,0 +1,30 @@
+"""Every sentence that a diagnostic says. A function for each cause; its arguments are the facts.
+
+The modules are read on first use: a spec without errors needs none of them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from tunelang.dsl.diagnostics import Diagnostic
+
+if TYPE_CHECKING:
+    from tunelang.dsl.messages.forms import *
+    from tunelang.dsl.messages.names import *
+    from tunelang.dsl.messages.pipeline import *
+    from tunelang.dsl.messages.values import *
+    from tunelang.dsl.messages.world import *
+
+_MODULES = ("forms", "names", "pipeline", "values", "world")
+
+
+def __getattr__(name: str) -> Any:
+    for module in _MODULES:
+        found = import_module(f"tunelang.dsl.messages.{module}")
+        message = getattr(found, name, None)
+        if message is not None and message.__module__ == found.__name__:
+            return message
+    raise AttributeError(name)
+
+
+__all__ = ["Diagnostic"]

@@ -1,0 +1,588 @@
+"""Messages about names: unknown, missing, repeated, taken, of the wrong noun, unused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunelang.dsl import types
+from tunelang.dsl.diagnostics import Diagnostic, Edit, Label
+from tunelang.dsl.messages.wording import (
+    SHORT_LIST,
+    choose,
+    error,
+    listed,
+    nearest,
+    quoted,
+    replace_fix,
+)
+from tunelang.dsl.source import Span
+from tunelang.dsl.values import article, describe
+from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, foreign
+
+if TYPE_CHECKING:
+    from tunelang.dsl import syntax
+    from tunelang.dsl.evaluate import Owner
+    from tunelang.dsl.scope import Symbol
+    from tunelang.dsl.vocabulary.base import Attribute, KindInfo
+
+
+# Declarations.
+
+
+def unknown_noun(
+    item: syntax.Declaration, nouns: list[str], kinds: Mapping[str, Mapping[str, Any]]
+) -> Diagnostic:
+    """`modle gemma : pretrained`."""
+    word, span = item.noun.text, item.noun.span
+    meant = foreign.NOUNS.get(word) or nearest(word, nouns)
+    if meant is None and item.kind is not None:
+        meant = next((noun for noun, table in kinds.items() if item.kind.text in table), None)
+    if meant is None:
+        return error(
+            "unknown-noun",
+            f"{quoted(word)} is no noun",
+            span,
+            help=f"the nouns are {listed(nouns)}",
+        )
+    return error(
+        "unknown-noun",
+        f"{quoted(word)} is no noun",
+        span,
+        help=f"did you mean `{meant}`?",
+        fix=Edit(span, meant),
+    )
+
+
+def unknown_kind(
+    item: syntax.Declaration, kind: syntax.Name, kinds: Mapping[str, Mapping[str, Any]]
+) -> Diagnostic:
+    """`stage s : stf`."""
+    noun, word = item.noun.text, kind.text
+    title = f"{quoted(word)} is no kind of {noun}"
+    own = list(kinds.get(noun, {}))
+    if not own:
+        return error(
+            "unknown-kind",
+            f"`{noun}` has no kinds",
+            kind.span,
+            help=f"write `{noun} {item.name.text} = ...`",
+        )
+    for other, table in kinds.items():
+        if word in table and other != noun:
+            return error(
+                "unknown-kind",
+                title,
+                kind.span,
+                f"a kind of {other}",
+                help=f"the kinds of {noun} are {listed(own)}",
+            )
+    meant = foreign.KINDS.get(word)
+    if meant in own:
+        return error(
+            "unknown-kind",
+            title,
+            kind.span,
+            help=f"here it is called `{meant}`",
+            fix=Edit(kind.span, meant),
+        )
+    help = choose(word, own, "the kinds are") or f"the kinds of {noun} are {listed(own)}"
+    return error("unknown-kind", title, kind.span, help=help, fix=replace_fix(kind.span, word, own))
+
+
+def needs_kind(item: syntax.Declaration, kinds: Mapping[str, KindInfo]) -> Diagnostic:
+    """`model m = gemma`."""
+    noun, name = item.noun.text, item.name.text
+    return error(
+        "missing-kind",
+        f"{article(noun)} is declared with its kind",
+        item.name.span,
+        help=f"write `{noun} {name} : KIND {{ ... }}`; the kinds are {listed(list(kinds))}",
+    )
+
+
+def name_taken(span: Span, taken: Symbol) -> Diagnostic:
+    """A name is declared twice."""
+    return error(
+        "name-taken",
+        f"{quoted(taken.declaration.name.text)} is declared already",
+        span,
+        "declared again",
+        seconds=[Label(taken.span, f"first declared here, as {article(taken.noun)}")],
+    )
+
+
+def name_taken_by_import(span: Span, taken: Symbol, other: Symbol) -> Diagnostic:
+    """An import brings a name in that is there already."""
+    name = taken.declaration.name.text
+    return error(
+        "name-taken",
+        f"this import brings in a second `{name}`",
+        span,
+        seconds=[Label(taken.span, "declared here"), Label(other.span, "and in the imported file")],
+        help='give the import a prefix: `import "..." as base`',
+    )
+
+
+def cycle(symbols: Sequence[Symbol], spans: Sequence[Span]) -> Diagnostic:
+    """Declarations that need one another."""
+    names = [symbol.name for symbol in symbols]
+    path = " → ".join([*names, names[0]])
+    nouns = {symbol.noun for symbol in symbols}
+    what = f"{nouns.pop()} " if len(nouns) == 1 else ""
+    if len(symbols) == 1:
+        title = f"{what}`{names[0]}` uses itself"
+    elif len(symbols) <= 5:
+        title = f"{what}{listed(names)} wait for one another"
+    else:
+        title = f"{len(symbols)} declarations wait for one another"
+    seconds = [
+        Label(span, f"`{names[at]}` uses `{names[(at + 1) % len(names)]}`")
+        for at, span in enumerate(spans[:6])
+    ]
+    shown = path if len(names) <= 8 else f"{' → '.join(names[:6])} → … → {names[0]}"
+    return error(
+        "cycle",
+        title,
+        seconds[0].span,
+        seconds[0].text,
+        seconds=seconds[1:],
+        notes=[f"the path: {shown}"],
+    )
+
+
+def second_run(span: Span, first: Span) -> Diagnostic:
+    """Two run blocks."""
+    head = Span(span.source, span.start, span.start + 3)
+    return error(
+        "name-taken",
+        "a spec has one `run` block",
+        head,
+        "the second",
+        seconds=[Label(Span(first.source, first.start, first.start + 3), "the first")],
+    )
+
+
+def unused(symbol: Symbol) -> Diagnostic:
+    """Declared for nothing."""
+    return error(
+        "unused",
+        f"{symbol.noun} {quoted(symbol.declaration.name.text)} is never used",
+        symbol.span,
+        severity="warning",
+    )
+
+
+# Imports.
+
+
+def import_cycle(span: Span, names: Sequence[str]) -> Diagnostic:
+    """Files that import one another."""
+    return error(
+        "import-cycle",
+        "this import leads back to its own file",
+        span,
+        notes=[f"the path: {' → '.join(names)}"],
+    )
+
+
+def unreadable_import(span: Span, path: Path, problem: Exception) -> Diagnostic:
+    """An imported file is not there or not text."""
+    if isinstance(problem, FileNotFoundError):
+        try:
+            beside = [p.name for p in path.parent.iterdir() if p.suffix == ".tune"]
+        except OSError:
+            beside = []
+        near = nearest(path.name, beside)
+        written = Path(span.text.strip('"'))
+        help = f"did you mean `{written.with_name(near)}`?" if near else None
+        return error("missing-file", "the imported file does not exist", span, help=help)
+    what = "is not UTF-8 text" if isinstance(problem, UnicodeDecodeError) else "cannot be read"
+    return error("unreadable-file", f"the imported file {what}", span)
+
+
+def run_in_import(span: Span) -> Diagnostic:
+    """The run block of an imported file does not apply."""
+    return error(
+        "run-in-import",
+        "the `run` block of an imported file does not apply",
+        Span(span.source, span.start, span.start + 3),
+        severity="warning",
+        help="the importing file's own `run` block holds",
+    )
+
+
+def nameless_parameter(span: Span, params: list[str]) -> Diagnostic:
+    """`import ... with (1)`."""
+    help = f"its parameters are {listed(params)}" if params else "it declares no `param`"
+    return error("needs-name", "an import sets parameters by name", span, "which one?", help=help)
+
+
+def unknown_parameter(span: Span, name: str, params: list[str]) -> Diagnostic:
+    """`import ... with (nmae = 1)`."""
+    help = choose(name, params, "its parameters are") or "it declares no `param`"
+    return error(
+        "unknown-attribute",
+        f"the imported file has no parameter {quoted(name)}",
+        span,
+        help=help,
+        fix=replace_fix(span, name, params),
+    )
+
+
+def unknown_in_import(span: Span, prefix: str, name: str, names: list[str]) -> Diagnostic:
+    """`base.nothing`."""
+    help = choose(name, names, f"`{prefix}` has")
+    return error(
+        "unknown-name",
+        f"the import `{prefix}` declares no {quoted(name)}",
+        span,
+        help=help,
+        fix=replace_fix(span, name, names),
+    )
+
+
+# References.
+
+
+def unknown_name(span: Span, name: str, names: list[str], want: types.Type) -> Diagnostic:
+    """A name that nothing declares."""
+    title = f"{quoted(name)} is not declared"
+    value = foreign.NAMES.get(name)
+    if value is not None:
+        return error(
+            "unknown-name", title, span, help=f"here it is written `{value}`", fix=Edit(span, value)
+        )
+    if name in FUNCTIONS:
+        example = f"{name}(...)"
+        return error(
+            "missing-call",
+            f"`{name}` is a function",
+            span,
+            "its arguments are missing",
+            help=f"write `{example}`",
+        )
+    if name == "each":
+        return error(
+            "missing-call", "`each` takes the values in parentheses", span, help="`each(a, b)`"
+        )
+    known = [n for n in names if n not in FUNCTIONS] or names
+    help = choose(name, known, "declared are")
+    if help is None and isinstance(want, types.Ref):
+        help = f"a {' or '.join(want.nouns)} is wanted here"
+    return error("unknown-name", title, span, help=help, fix=replace_fix(span, name, known))
+
+
+def wrong_noun(span: Span, owner: str, symbol: Symbol, nouns: Sequence[str]) -> Diagnostic:
+    """A `reward` where `data` is wanted."""
+    wanted = " or ".join(article(noun) for noun in nouns)
+    return error(
+        "wrong-noun",
+        f"{owner} wants {wanted}, not {article(symbol.noun)}",
+        span,
+        f"`{symbol.name}` is {article(symbol.noun)}",
+        seconds=[Label(symbol.span, f"declared as {article(symbol.noun)} here")],
+        notes=["what a run measures is known only after the run, so it cannot be a setting"]
+        if symbol.noun == "eval"
+        else [],
+    )
+
+
+def unknown_function(span: Span, name: str, near: list[str], every: list[str]) -> Diagnostic:
+    """`adamw2(lr = 1)`."""
+    meant = foreign.FUNCTIONS.get(name)
+    title = f"there is no function {quoted(name)}"
+    if meant is not None:
+        return error(
+            "unknown-function", title, span, help=f"here it is `{meant}`", fix=Edit(span, meant)
+        )
+    help = choose(name, near, "functions that fit here are") or choose(name, every, "")
+    return error("unknown-function", title, span, help=help, fix=replace_fix(span, name, near))
+
+
+def not_a_function(span: Span, symbol: Symbol) -> Diagnostic:
+    """`math(1)`."""
+    return error(
+        "unknown-function",
+        f"`{symbol.name}` is {article(symbol.noun)}, not a function",
+        span,
+        seconds=[Label(symbol.span, "declared here")],
+    )
+
+
+def not_callable(span: Span, value: Any) -> Diagnostic:
+    """`f(1)(2)`."""
+    return error("unexpected-token", f"{describe(value)} takes no arguments", span)
+
+
+def unknown_method(span: Span, name: str, value: Any, methods: list[str]) -> Diagnostic:
+    """`math.tkae(3)`."""
+    help = choose(name, methods, "there is")
+    if help is None and methods:
+        help = f"there is {listed(methods)}"
+    if name in methods:
+        help = f"it takes arguments: `.{name}(...)`"
+    return error(
+        "unknown-method",
+        f"{describe(value)} has no {quoted('.' + name)}",
+        span,
+        help=help,
+        fix=replace_fix(span, name, methods) if name not in methods else (),
+    )
+
+
+def unknown_part(span: Span, name: str, parts: list[str]) -> Diagnostic:
+    """`.split(test = 5%).valid`."""
+    return error(
+        "unknown-method",
+        f"this split has no part {quoted(name)}",
+        span,
+        help=choose(name, parts, "its parts are"),
+        fix=replace_fix(span, name, parts),
+    )
+
+
+# Attributes and arguments.
+
+
+def unknown_attribute(
+    span: Span, name: str, value: Span, owner: Owner, known: Mapping[str, Attribute]
+) -> Diagnostic:
+    """A name that is not an attribute here: led over from another tool, misspelt, or elsewhere."""
+    function = owner.noun == "function"
+    what = "argument" if function else "attribute"
+    title = f"{_short(owner)} has no {what} {quoted(name)}"
+    label = f"not an {what} of {owner.title}"
+    table = foreign.FUNCTION if function else foreign.BY_NOUN.get(owner.noun, {})
+    found = table.get(name)
+    names = list(known)
+    near = nearest(name, names)
+    if found is not None and not (near and near.replace("_", "") == name.replace("_", "").lower()):
+        line = found.line.format(value=value.text) if len(value.text) < 60 else found.line
+        takes = not line or line.split(" =")[0] in known
+        help = f"{found.help}: `{line}`" if line else found.help
+        whole = found.whole and takes and _plain(value.text)
+        fix = Edit(span.to(value), line) if whole else ()
+        return error("unknown-attribute", title, span, label, help=help, fix=fix)
+    if near is not None:
+        return error(
+            "unknown-attribute",
+            title,
+            span,
+            label,
+            help=f"did you mean `{near}`?",
+            fix=Edit(span, near),
+        )
+    elsewhere = _elsewhere(name, owner)
+    if elsewhere is not None:
+        return error("unknown-attribute", title, span, label, help=elsewhere)
+    if len(names) <= SHORT_LIST:
+        help = f"there is {listed(names)}" if names else f"{owner.title} takes none"
+    else:
+        help = f"`tune explain {owner.word or owner.title.strip('`')}` lists them"
+    return error("unknown-attribute", title, span, label, help=help)
+
+
+def _short(owner: Owner) -> str:
+    return owner.title if owner.noun == "function" or not owner.word else f"`{owner.word}`"
+
+
+def _plain(text: str) -> bool:
+    """Whether a value can be moved as it stands: a number, a name or text."""
+    return "\n" not in text and "(" not in text and len(text) < 60
+
+
+def _elsewhere(name: str, owner: Owner) -> str | None:
+    """Where an attribute of this name does exist: in a call that this owner takes, or another
+    kind.
+    """
+    if owner.noun == "function":
+        return None
+    own = KINDS.get(owner.noun, {}).get(owner.word)
+    for attribute in own.attributes.values() if own else ():
+        if isinstance(attribute.type, types.Of):
+            for word, function in FUNCTIONS.items():
+                if function.family == attribute.type.family and name in function.model_fields:
+                    call = f"{attribute.name} = {word}({name} = ...)"
+                    return f"it belongs to `{attribute.name}`: `{call}`"
+    for noun in (owner.noun, *KINDS):
+        for word, info in KINDS.get(noun, {}).items():
+            if name in info.attributes:
+                return f"it is an attribute of {article(word)} {noun}"
+    return None
+
+
+def meant_by(unknown: Iterable[str], noun: str, known: Sequence[str]) -> set[str]:
+    """The attributes that unknown names probably stand for: they are not missing as well."""
+    table = foreign.FUNCTION if noun == "function" else foreign.BY_NOUN.get(noun, {})
+    meant: set[str] = set()
+    for name in unknown:
+        near = nearest(name, known)
+        if near is not None:
+            meant.add(near)
+        if name in table:
+            meant.add(table[name].line.split(" =")[0])
+    return meant
+
+
+def missing_attribute(owner: Owner, missing: Sequence[Attribute]) -> Diagnostic:
+    """Required attributes that are not there."""
+    names = listed([attribute.name for attribute in missing])
+    what = "argument" if owner.noun == "function" else "attribute"
+    many = "s" if len(missing) > 1 else ""
+    notes = [f"`{attribute.name}`: {_sentence(attribute.doc)}" for attribute in missing]
+    examples = [a.example for a in missing]
+    help = (
+        f"add {listed(examples)}"
+        if owner.noun != "function"
+        else f"for instance {listed(examples)}"
+    )
+    return error(
+        "missing-attribute",
+        f"{_short(owner)} needs the {what}{many} {names}",
+        owner.span,
+        "missing here",
+        notes=notes,
+        help=help,
+    )
+
+
+def _sentence(doc: str) -> str:
+    first = doc.split(". ")[0].rstrip(".")
+    return first[:1].lower() + first[1:]
+
+
+def repeated(span: Span, name: str, owner: str, first: Span | None = None) -> Diagnostic:
+    """An attribute is set twice."""
+    seconds = [Label(first, "first set here")] if first else []
+    return error(
+        "repeated-attribute",
+        f"{quoted(name)} is set twice",
+        span,
+        f"again in {owner}",
+        seconds=seconds,
+    )
+
+
+def needs_name(span: Span, owner: str, free: Sequence[Attribute]) -> Diagnostic:
+    """A positional argument too many."""
+    required = [attribute.name for attribute in free if attribute.required]
+    names = [attribute.name for attribute in free]
+    if len(required) == 1:
+        named = f"{required[0]} = {span.text}"
+        return error(
+            "needs-name",
+            f"{owner} needs the name of this argument",
+            span,
+            "which one?",
+            help=f"did you mean `{named}`?",
+            fix=Edit(span, named),
+        )
+    if not names:
+        return error("needs-name", f"{owner} takes no more arguments", span, "one too many")
+    help = f"it takes {listed(names)}" if len(names) <= SHORT_LIST else None
+    return error(
+        "needs-name", f"{owner} needs the name of this argument", span, "which one?", help=help
+    )
+
+
+def needs_names(span: Span, function: str) -> Diagnostic:
+    """Functions that take nothing but names."""
+    example = {
+        "settings": "settings(n_people = 2)",
+        "split": "math.split(test = 5%)",
+        "by_source": "by_source(math = correct, logic = verified())",
+    }[function]
+    return error(
+        "needs-name", f"`{function}` takes named arguments", span, help=f"such as `{example}`"
+    )
+
+
+def param_without_type(item: syntax.Declaration) -> Diagnostic:
+    """`param lr = 1e-5`."""
+    end = Span(item.name.span.source, item.name.span.end, item.name.span.end)
+    return error(
+        "missing-type",
+        f"parameter {quoted(item.name.text)} states no type",
+        item.name.span,
+        help=f"write `param {item.name.text} : number = ...`",
+        fix=Edit(end, " : number"),
+    )
+
+
+def unknown_type(span: Span, names: list[str]) -> Diagnostic:
+    """`param lr : float`."""
+    word = span.text
+    meant = {"float": "number", "int": "integer", "bool": "flag", "str": "text", "string": "text",
+             "boolean": "flag", "double": "number", "path": "text"}.get(word)  # fmt: skip
+    near = meant or nearest(word, names)
+    help = f"did you mean `{near}`?" if near else f"the types are {listed(names)}"
+    return error(
+        "unknown-type",
+        f"{quoted(word)} is no type",
+        span,
+        help=help,
+        fix=Edit(span, near) if near else (),
+    )
+
+
+# Overrides.
+
+
+def bad_override(span: Span) -> Diagnostic:
+    """`--set` without `name=`."""
+    return error(
+        "bad-override",
+        "an override is `NAME=EXPRESSION`",
+        span,
+        help="such as `--set lr=3e-6` or `--set stage.baseline.optimizer.lr=1e-5`",
+    )
+
+
+def unknown_override(span: Span, path: str, noun: str, names: list[str]) -> Diagnostic:
+    """The path leads nowhere."""
+    last = path.split(".")[1] if noun != "param" and "." in path else path
+    help = choose(last, names, f"there is {noun}")
+    if help is None and noun == "param":
+        help = "an attribute is set by noun and name: `stage.baseline.batch`"
+    return error("bad-override", f"there is no {noun} {quoted(last)} to set", span, help=help)
+
+
+def override_needs_noun(span: Span, symbol: Symbol, rest: list[str]) -> Diagnostic:
+    """`--set baseline.batch=...`, or `--set math=...`."""
+    path = ".".join([symbol.noun, symbol.name, *rest])
+    what = "only a `param` is set by its bare name"
+    return error(
+        "bad-override",
+        f"`{symbol.name}` is {article(symbol.noun)}: {what}",
+        span,
+        help=f"write `{path}=...`",
+    )
+
+
+def override_needs_attribute(span: Span, symbol: Symbol) -> Diagnostic:
+    """`--set stage.baseline=...`."""
+    path = f"{symbol.noun}.{symbol.name}"
+    return error(
+        "bad-override",
+        f"`{path}` is a block, not a value",
+        span,
+        help=f"name an attribute: `{path}.NAME=...`",
+    )
+
+
+def override_of_expression(span: Span, symbol: Symbol) -> Diagnostic:
+    """`--set data.general.path=...` where `general` is an expression."""
+    path = f"{symbol.noun}.{symbol.name}"
+    return error(
+        "bad-override",
+        f"`{path}` is an expression without attributes",
+        span,
+        help=f"replace it: `{path}=...`",
+    )
+
+
+def override_needs_call(span: Span, name: str) -> Diagnostic:
+    """`--set stage.x.optimizer.lr=...` where the optimizer is no call."""
+    return error("bad-override", f"there is no call here whose {quoted(name)} could be set", span)

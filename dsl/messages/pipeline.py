@@ -1,0 +1,370 @@
+"""Messages about stages and models: values that do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tunelang.dsl import units
+from tunelang.dsl.diagnostics import Diagnostic, Edit, Label
+from tunelang.dsl.messages.wording import choose, error, listed, nearest, replace_fix
+from tunelang.dsl.source import Span
+from tunelang.dsl.values import article
+from tunelang.dsl.vocabulary.base import Measure
+from tunelang.dsl.vocabulary.stages import Sampling
+
+if TYPE_CHECKING:
+    from tunelang.dsl.program import Declared
+
+
+# Models and hardware.
+
+
+def missing_sizes(span: Span, missing: Sequence[str], all_of_them: bool) -> Diagnostic:
+    """A transformer without its sizes."""
+    help = 'or take those of a well-known model: `preset = "qwen3-0.6b"`' if all_of_them else None
+    return error(
+        "missing-attribute",
+        f"this transformer needs {listed(missing)}",
+        span,
+        "missing here",
+        help=help,
+    )
+
+
+def does_not_divide_heads(span: Span, what: str, size: int, heads: int) -> Diagnostic:
+    """The width over heads, or query heads over key heads."""
+    near = [n for n in range(max(1, heads // 2), heads * 2) if size % n == 0]
+    near.sort(key=lambda n: (abs(n - heads), n))
+    help = (
+        f"the nearest that divide: {', '.join(str(n) for n in sorted(near[:2]))}" if near else None
+    )
+    return error(
+        "does-not-divide",
+        f"{heads} heads do not divide the {what}, {size}",
+        span,
+        f"{size} / {heads} = {size / heads:.4g}",
+        help=help,
+    )
+
+
+def too_many_active(span: Span, active: int, count: int) -> Diagnostic:
+    """More active experts than there are."""
+    return error(
+        "out-of-range", "more experts are active than there are", span, f"{active} of {count}"
+    )
+
+
+def unknown_topology(span: Span, text: str, known: Mapping[str, Sequence[str]]) -> Diagnostic:
+    """A slice that does not exist."""
+    generation, _, shape = text.partition(":")
+    if generation not in known:
+        near = {"v7x": "tpu7x", "v7": "tpu7x", "v5": "v5p", "v5litepod": "v5e"}.get(
+            generation
+        ) or nearest(generation, list(known))
+        help = f"did you mean `{near}`?" if near else f"there is {listed(list(known))}"
+        return error("unknown-topology", f"there is no TPU `{generation}`", span, help=help)
+    shapes = ", ".join(known[generation])
+    return error(
+        "unknown-topology",
+        f"{generation} has no slice of the shape `{shape}`",
+        span,
+        help=f"there is {shapes}",
+    )
+
+
+def mesh_size(span: Span, size: int, devices: int, hardware: Declared) -> Diagnostic:
+    """A pinned mesh that is not the size of the hardware."""
+    return error(
+        "mesh-does-not-fit",
+        f"this mesh is for {size} devices, `{hardware.name}` has {devices}",
+        span,
+        seconds=[Label(hardware.span, f"{devices} devices")] if hardware.span else [],
+    )
+
+
+# Batches, lengths.
+
+
+def batch_does_not_divide(
+    span: Span,
+    sequences: int,
+    formula: str,
+    parts: Sequence[tuple[str, int]],
+    step: int,
+    group: int,
+    pinned: Span,
+) -> Diagnostic:
+    """A batch that does not divide over the pinned mesh and micro-batch."""
+    product = " × ".join(f"{name} {size}" for name, size in parts)
+    left = f"{formula} = {sequences}" if formula != str(sequences) else formula
+    unit = step // _gcd(step, group)
+    now = sequences // group
+    near = sorted({max(unit, now // unit * unit), (now // unit + 1) * unit})
+    what = "sequences" if group == 1 else "prompts"
+    return error(
+        "does-not-divide",
+        f"{sequences} sequences do not divide over the mesh and micro-batch",
+        span,
+        f"{left} = {product} × {sequences / step:.5g}",
+        seconds=[Label(pinned, "pinned here")],
+        help=f"the nearest that divide: {', '.join(f'{n} {what}' for n in near)}",
+    )
+
+
+def _gcd(a: int, b: int) -> int:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+def minibatches(span: Span, prompts: int, group: int, count: int) -> Diagnostic:
+    """Updates that do not divide the step's completions."""
+    total = prompts * group
+    return error(
+        "does-not-divide",
+        f"{count} minibatches do not divide {total} completions",
+        span,
+        f"{prompts} prompts × group {group} = {total} = {count} × {total / count:.5g}",
+    )
+
+
+def warmup_too_long(span: Span, warmup: Measure, length: Measure, where: Span) -> Diagnostic:
+    """A warm-up that outlasts the run."""
+    return error(
+        "warmup-too-long",
+        "the warm-up is longer than the stage",
+        span,
+        _measure(warmup),
+        seconds=[Label(where, f"the stage is {_measure(length)} long")],
+        help="a share of the stage, such as `warmup = 3%`, always fits",
+    )
+
+
+def _measure(measure: Measure) -> str:
+    return units.show(measure.value, measure.unit)
+
+
+def beyond_context(
+    span: Span, rollout: Sampling, context: int, model: str, where: Span | None
+) -> Diagnostic:
+    """Prompt and completion are longer than the model's context."""
+    prompt = f"prompt {rollout.max_prompt:,} + " if rollout.max_prompt else ""
+    total = rollout.max_tokens + (rollout.max_prompt or 0)
+    label = (
+        f"{prompt}completion {rollout.max_tokens:,} = {total:,} tokens"
+        if prompt
+        else f"{total:,} tokens, and the prompt"
+    )
+    return error(
+        "beyond-context",
+        "prompt and completion do not fit into the context",
+        span,
+        label,
+        seconds=[Label(where, f"the context of `{model}` is {context:,} tokens")] if where else [],
+        notes=[] if where else [f"the context of `{model}` is {context:,} tokens"],
+    )
+
+
+# Policy optimisation.
+
+
+def group_too_small(span: Span, stage: Declared) -> Diagnostic:
+    """A group of one."""
+    return error(
+        "group-too-small",
+        f"{stage.kind} compares the completions of a group: one is not enough",
+        span,
+        "at least 2",
+        help="with one completion every advantage is 0 and nothing is learned",
+    )
+
+
+def greedy(span: Span, stage: Declared) -> Diagnostic:
+    """Temperature 0 in a rollout."""
+    return error(
+        "greedy-rollout",
+        "at temperature 0 all completions of a group are the same",
+        span,
+        "nothing to compare",
+        help=f"{stage.kind} learns from differences: `temperature = 1.0`",
+    )
+
+
+def greedy_samples(span: Span, samples: int) -> Diagnostic:
+    """Several samples at temperature 0."""
+    return error(
+        "greedy-rollout",
+        "at temperature 0 all samples of a prompt are the same",
+        span,
+        f"{samples} times the same",
+        help="set a `temperature`, such as 0.7",
+    )
+
+
+def reference_without_kl(span: Span) -> Diagnostic:
+    """A reference that nothing measures from."""
+    return error(
+        "no-effect",
+        "a `reference` without `kl` does nothing",
+        span,
+        help="add `kl = k3(0.04)`, or take it out",
+        severity="warning",
+    )
+
+
+def overlong_buffer(span: Span, buffer: int, limit: int, where: Span) -> Diagnostic:
+    """A penalty that starts below zero tokens."""
+    return error(
+        "out-of-range",
+        "the penalty starts before the completion does",
+        span,
+        f"{buffer:,} tokens",
+        seconds=[Label(where, f"a completion has at most {limit:,}")],
+    )
+
+
+def constant_reward(span: Span) -> Diagnostic:
+    """A reward that no completion changes."""
+    return error(
+        "constant-reward",
+        "no part of this reward looks at the completion",
+        span,
+        "the same for a whole group",
+        severity="warning",
+        help='read it in a template: `exact("{completion}", "{target}")`',
+    )
+
+
+# Stages among one another.
+
+
+def missing_role(
+    span: Span,
+    stage: Declared,
+    source: Declared,
+    roles: frozenset[str],
+    needs: Sequence[Sequence[str]],
+) -> Diagnostic:
+    """Data without what the stage trains on."""
+    wanted = " or ".join(listed(need) for need in needs)
+    missing = [role for role in needs[0] if role not in roles]
+    example = {
+        "text": 'text = "{text}"',
+        "prompt": 'prompt = "{question}"',
+        "response": 'response = "{answer}"',
+    }
+    has = f"`{source.name}` has {listed(sorted(roles)) or 'no role'}"
+    return error(
+        "missing-role",
+        f"{article(stage.kind or '')} stage needs data with {wanted}",
+        span,
+        has,
+        seconds=[
+            Label(source.span, f"add {listed([example[r] for r in missing if r in example])} here")
+        ]
+        if source.span
+        else [],
+    )
+
+
+def trains_on_eval(span: Span, measured: Declared, name: str) -> Diagnostic:
+    """The eval's data is the training data."""
+    return error(
+        "trains-on-eval",
+        f"`{measured.name}` measures on the data that this stage trains on",
+        span,
+        f"`{name}` again",
+        severity="warning",
+        seconds=[Label(measured.span, "the eval")] if measured.span else [],
+        help=f"hold some out: `{name}.split(test = 5%)`, then `.train` and `.test`",
+    )
+
+
+def quantized_without_adapter(span: Span, stage: Declared, weights: str) -> Diagnostic:
+    """Frozen weights in fewer bits, but nothing to train beside them."""
+    return error(
+        "quantized-needs-adapter",
+        f"weights in {weights} are frozen: `{stage.name}` has nothing to train",
+        span,
+        help="train an adapter: `adapter = lora(rank = 16)`",
+    )
+
+
+def yields_no_model(span: Span, stage: Declared) -> Diagnostic:
+    """`from` an export."""
+    return error(
+        "yields-no-model",
+        f"`{stage.name}` yields no model: {article(stage.kind or '')} stage only writes files",
+        span,
+        seconds=[Label(stage.span, "declared here")] if stage.span else [],
+        help="start from the stage that it writes",
+    )
+
+
+def same_output(span: Span, path: str, other: Span) -> Diagnostic:
+    """Two stages write to one folder."""
+    return error(
+        "same-output", f"two stages write to `{path}`", span, seconds=[Label(other, "and here")]
+    )
+
+
+# Sweeps.
+
+
+def no_winner(span: Span, stage: Declared, where: Span) -> Diagnostic:
+    """A stage that fans out is used where one model is needed."""
+    branches = f"{len(stage.branches)} branches" if stage.fans_out else "several branches"
+    return error(
+        "fan-out-without-winner",
+        f"`{stage.name}` has {branches}: which one goes on?",
+        span,
+        "this needs one model",
+        seconds=[Label(where, f"fans out into {branches}")],
+        help=f"say in `{stage.name}` which: `keep = best(METRIC)`, `lowest(METRIC)`, or `all`",
+    )
+
+
+def keep_without_each(span: Span) -> Diagnostic:
+    """A winner of one."""
+    return error(
+        "no-effect",
+        "`keep` chooses among branches, and this stage has one",
+        span,
+        severity="warning",
+        help="fan out with `each(a, b)`, or take `keep` out",
+    )
+
+
+def metric_not_measured(
+    span: Span, measured: Declared, stage: Declared, where: Span | None
+) -> Diagnostic:
+    """The winner's metric is an eval that the stage does not run."""
+    fix: tuple[Edit, ...] = ()
+    seconds: list[Label] = []
+    if where is not None:
+        seconds = [Label(where, "not in this list")]
+        if where.text.startswith("[") and where.text.endswith("]"):
+            inside = where.text[1:-1].strip()
+            text = f"[{inside}, {measured.name}]" if inside else f"[{measured.name}]"
+            fix = (Edit(where, text),)
+    return error(
+        "metric-not-measured",
+        f"`{stage.name}` does not measure `{measured.name}`",
+        span,
+        seconds=seconds,
+        help=f"add it to the stage: `evals = [{measured.name}]`" if not fix else None,
+        fix=fix,
+    )
+
+
+def unknown_metric(span: Span, name: str, stage: Declared, known: list[str]) -> Diagnostic:
+    """A winner by what nothing measures."""
+    help = choose(name, known, "it yields") or f"it yields {listed(known)}"
+    return error(
+        "unknown-metric",
+        f"`{stage.name}` yields no metric `{name}`",
+        span,
+        help=help,
+        fix=replace_fix(span, name, known),
+    )

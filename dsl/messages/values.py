@@ -1,0 +1,340 @@
+"""Messages about values: types, units, ranges, operators, templates, sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tunelang.dsl import types, units
+from tunelang.dsl.diagnostics import Diagnostic, Edit, Label
+from tunelang.dsl.messages.wording import error, listed, nearest, plural
+from tunelang.dsl.source import Span
+from tunelang.dsl.units import Quantity
+from tunelang.dsl.values import describe
+from tunelang.dsl.vocabulary import data, foreign
+from tunelang.dsl.vocabulary.base import DataExpression
+
+
+def wrong_type(
+    span: Span,
+    owner: str,
+    value: Any,
+    want: types.Type,
+    example: str,
+    help: str | None,
+    seconds: Sequence[Label],
+) -> Diagnostic:
+    """A value of another type than is wanted."""
+    got = describe(value)
+    fix: tuple[Edit, ...] = ()
+    if isinstance(value, str) and isinstance(want, types.Pattern):
+        help, fix = "a regular expression stands between slashes", (Edit(span, f"/{value}/"),)
+    elif isinstance(value, str) and _reads_as_number(value) and not isinstance(want, types.Flag):
+        help, fix = "numbers stand without quotes", (Edit(span, value),)
+    elif isinstance(want, types.Number) and isinstance(value, Quantity) and value.dimension:
+        help = f"{owner} takes {want.describe()}"
+    elif isinstance(want, types.Amount) and isinstance(value, Quantity):
+        help = f"{owner} counts {listed(want.units, 'or')}"
+    elif example and help is None:
+        help = f"such as `{example}`"
+    shown = f"this is {got}" if got != span.text else ""
+    return error(
+        "wrong-type",
+        f"{owner} wants {_short(want)}",
+        span,
+        shown,
+        seconds=seconds,
+        help=help,
+        fix=fix,
+    )
+
+
+def _short(want: types.Type) -> str:
+    """A type in a title: without the list of a long choice or an example."""
+    text = want.describe()
+    return (
+        text.split(", such as")[0].split(": a name")[0]
+        if len(text) > 60 or ", such as" in text
+        else text
+    )
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        units.parse(text.strip())
+    except ValueError:
+        return False
+    return True
+
+
+def missing_unit(
+    span: Span, owner: str, value: Quantity, accepted: Sequence[str], share: bool
+) -> Diagnostic:
+    """A bare number where the unit decides."""
+    number = value.written or units.show(value.value)
+    choices = [f"{number} {unit}" if unit != "s" else f"{number}s" for unit in accepted]
+    if share:
+        choices.append(f"{number}%")
+    return error(
+        "missing-unit",
+        f"{owner} needs a unit",
+        span,
+        f"{number} of what?",
+        help=f"write {listed(choices, 'or')}",
+    )
+
+
+def not_whole(span: Span, owner: str, value: Quantity) -> Diagnostic:
+    """`layers = 2.5`."""
+    return error("not-whole", f"{owner} is a whole number", span, f"{value} is not")
+
+
+def out_of_range(span: Span, owner: str, value: Quantity, want: types.Number) -> Diagnostic:
+    """A number beyond its bounds."""
+    return error(
+        "out-of-range",
+        f"{owner} is out of range",
+        span,
+        f"must be {want.describe()}",
+        notes=[f"the value is {value}"] if str(value) != span.text else [],
+    )
+
+
+def share_out_of_range(span: Span, owner: str, value: Quantity) -> Diagnostic:
+    """`20` or `120%` where a part of a whole is wanted."""
+    if value.dimension is None and 1 < value.value <= 100:
+        percent = f"{units.show(value.value)}%"
+        return error(
+            "out-of-range",
+            f"{owner} is a percentage up to 100%",
+            span,
+            f"{value} is {units.show(float(value.value), '%')}",
+            help=f"did you mean `{percent}`?",
+            fix=Edit(span, percent),
+        )
+    return error(
+        "out-of-range", f"{owner} is a percentage up to 100%", span, "must be from 0% to 100%"
+    )
+
+
+def empty_list(span: Span, owner: str, want: types.ListOf) -> Diagnostic:
+    """`path = []`."""
+    return error(
+        "out-of-range", f"{owner} needs at least {plural(want.low, 'item')}", span, "empty"
+    )
+
+
+def unknown_choice(
+    span: Span, owner: str, word: str, words: Sequence[str], quoted: bool = False
+) -> Diagnostic:
+    """A word that is not one of the choices."""
+    meant = foreign.NAMES.get(word)
+    if meant not in words:
+        meant = nearest(word, words)
+    mark = '"' if quoted else ""
+    help = (
+        f"did you mean `{mark}{meant}{mark}`?" if meant else f"it is one of {listed(words, 'or')}"
+    )
+    fix = (Edit(span, f"{mark}{meant}{mark}"),) if meant else ()
+    return error("unknown-choice", f"{owner} cannot be `{word}`", span, help=help, fix=fix)
+
+
+def quoted_choice(span: Span, word: str) -> Diagnostic:
+    """`decay = "cosine"`."""
+    return error(
+        "quoted-choice", f"the choice `{word}` stands without quotes", span, fix=Edit(span, word)
+    )
+
+
+# Operators.
+
+
+def wrong_operand(span: Span, operator: str, values: Sequence[Any]) -> Diagnostic:
+    """An operator over values that it does not take."""
+    described = " and ".join(dict.fromkeys(describe(value) for value in values))
+    help = None
+    if any(isinstance(value, DataExpression) for value in values):
+        help = "data is mixed with percentages: `80% * a + 20% * b`"
+    return error("wrong-operand", f"`{operator}` does not take {described}", span, help=help)
+
+
+def unit_mismatch(span: Span, operator: str, left: Quantity, right: Quantity) -> Diagnostic:
+    """`2 epochs + 3 steps`."""
+    names = [units.DIMENSION_NAMES.get(v.dimension, "a number") for v in (left, right)]
+    verb = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}.get(operator, "compare")
+    return error("unit-mismatch", f"cannot {verb} {names[0]} and {names[1]}", span)
+
+
+def division_by_zero(span: Span) -> Diagnostic:
+    """`1 / 0`."""
+    return error("out-of-range", "division by zero", span)
+
+
+def weight_not_percent(span: Span, weight: Quantity) -> Diagnostic:
+    """`0.8 * a` over data."""
+    help = "data is mixed with percentages: `80% * a + 20% * b`"
+    if weight.dimension is None and 0 < weight.value <= 1:
+        help = f"write {units.show(float(weight.value), '%')}"
+    return error(
+        "bad-weights",
+        "the share of data in a mixture is a percentage",
+        span,
+        f"{weight} is not",
+        help=help,
+    )
+
+
+def weights(span: Span, shares: Sequence[float]) -> Diagnostic:
+    """A mixture whose shares do not add up."""
+    total = units.show(round(sum(shares), 12), "%")
+    parts = " + ".join(units.show(share, "%") for share in shares)
+    label = f"{parts} = {total}" if 1 < len(shares) <= 8 else f"{total} in all"
+    apart = round(1 - sum(shares), 12)
+    what = f"{units.show(abs(apart), '%')} {'missing' if apart > 0 else 'too much'}"
+    return error(
+        "bad-weights", "the shares of a mixture must add up to 100%", span, label, help=what
+    )
+
+
+def mixture_without_weights(span: Span, count: int, some: bool) -> Diagnostic:
+    """`a + b` over data."""
+    title = "each part of a mixture needs its share" if some else "a mixture needs shares"
+    share = units.show(round(1 / count, 4), "%")
+    example = " + ".join(f"{share} * {name}" for name in ("a", "b", "c", "d")[: min(count, 4)])
+    return error(
+        "bad-weights", title, span, help=f"write `{example}`" if count <= 4 else "such as `20% * a`"
+    )
+
+
+def split_needs_part(span: Span, split: data.Split) -> Diagnostic:
+    """`math.split(test = 5%)` as data."""
+    parts = [*split.parts, "train"]
+    return error(
+        "split-needs-part",
+        "a split is several parts: name one",
+        span,
+        help=f"write {listed(['.' + part for part in parts], 'or')} behind it",
+    )
+
+
+def split_too_large(span: Span, parts: Mapping[str, float]) -> Diagnostic:
+    """Parts that leave nothing, or one called `train`."""
+    if "train" in parts:
+        return error(
+            "out-of-range",
+            "`train` is what the other parts leave over",
+            span,
+            help="name only the others",
+        )
+    total = units.show(round(sum(parts.values()), 12), "%")
+    return error(
+        "out-of-range", "a split must leave something to train on", span, f"{total} in all"
+    )
+
+
+# Text, templates, patterns.
+
+
+def lone_brace(span: Span, brace: str) -> Diagnostic:
+    """`{` without `}`."""
+    return error(
+        "bad-template",
+        f"`{brace}` has no partner in this template",
+        span,
+        help=f"a field is `{{name}}`; a brace itself is `{brace * 2}`",
+    )
+
+
+def bad_field_name(span: Span, name: str) -> Diagnostic:
+    """`{}` or `{a b}`."""
+    shown = f"`{{{name}}}`" if len(name) < 40 else "this"
+    return error(
+        "bad-template",
+        f"{shown} names no field",
+        span,
+        help="a field is a name: `{question}`; a brace itself is `{{`",
+    )
+
+
+def bad_regex(span: Span, at: int | None, what: str) -> Diagnostic:
+    """A regular expression that does not compile, pointed at inside the literal."""
+    place = span
+    if at is not None:
+        raw = span.text
+        offset, seen = 1, 0
+        while seen < at and offset < len(raw) - 1:
+            offset += 2 if raw.startswith("\\/", offset) else 1
+            seen += 1
+        offset = min(offset, len(raw) - 1)
+        place = Span(span.source, span.start + offset, span.start + offset + 1)
+    return error("bad-regex", "this regular expression does not compile", place, what)
+
+
+def empty_path(span: Span, owner: str) -> Diagnostic:
+    """`path = ""`."""
+    return error("out-of-range", f"{owner} is empty", span)
+
+
+def bad_python_reference(span: Span, text: str) -> Diagnostic:
+    """`python("mine.py")`."""
+    help = "write `file.py:function`"
+    if "." in text and ":" not in text and not text.endswith(".py"):
+        module, _, function = text.rpartition(".")
+        help = f"write the file and the function: `{module.replace('.', '/')}.py:{function}`"
+    return error("wrong-type", "this names no Python function", span, help=help)
+
+
+def not_a_condition(span: Span) -> Diagnostic:
+    """`where(f(x))`."""
+    return error(
+        "wrong-type",
+        "a condition compares fields of an example",
+        span,
+        help='such as `length < 512` or `difficulty == "hard"`',
+    )
+
+
+def not_a_metric(span: Span) -> Diagnostic:
+    """`best(1)`."""
+    return error(
+        "wrong-type", "a metric is named", span, help="such as `best(accuracy)` or `lowest(loss)`"
+    )
+
+
+# Sweeps.
+
+
+def each_outside(span: Span) -> Diagnostic:
+    """`each` in a `let` or in data."""
+    return error(
+        "each-outside-stage",
+        "only a stage fans out",
+        span,
+        "`each` stands outside of a stage",
+        help="move it into the attribute of the stage",
+    )
+
+
+def each_name(span: Span) -> Diagnostic:
+    """`each(lr = 1)`."""
+    return error("unknown-attribute", "`each` takes values without names", span)
+
+
+def each_too_few(span: Span, count: int) -> Diagnostic:
+    """`each(1)`."""
+    label = "no value" if count == 0 else "one value is no choice"
+    return error("out-of-range", "`each` takes two values or more", span, label)
+
+
+def too_many_branches(span: Span, sizes: Sequence[int], limit: int) -> Diagnostic:
+    """A product of `each` beyond what anybody runs."""
+    total = 1
+    for size in sizes:
+        total *= size
+    product = " × ".join(str(size) for size in sizes)
+    return error(
+        "too-many-branches",
+        f"this stage fans out into {total:,} branches",
+        span,
+        f"{product}; the limit is {limit}",
+    )

@@ -1,0 +1,109 @@
+"""What the messages share: building a diagnostic, suggestions, lists in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tunelang.dsl.diagnostics import Diagnostic, Edit, Label, Severity
+from tunelang.dsl.source import Span
+
+SHORT_LIST = 8
+_LONGEST_COMPARED = 60
+
+
+def error(
+    code: str,
+    title: str,
+    span: Span,
+    label: str = "",
+    *,
+    seconds: Iterable[Label] = (),
+    notes: Iterable[str] = (),
+    help: str | None = None,
+    fix: Edit | tuple[Edit, ...] = (),
+    severity: Severity = "error",
+) -> Diagnostic:
+    """A diagnostic; `help` says what to do, `fix` does it."""
+    edits = (fix,) if isinstance(fix, Edit) else fix
+    return Diagnostic(
+        code, title, Label(span, label), tuple(seconds), tuple(notes), help, edits, severity
+    )
+
+
+def quoted(text: str, longest: int = 40) -> str:
+    """A user's text in backticks, on one line, shortened in the middle if it is long."""
+    text = " ".join(text.split())
+    if len(text) > longest:
+        half = (longest - 1) // 2
+        text = f"{text[:half]}…{text[-half:]}"
+    return f"`{text}`"
+
+
+def distance(a: str, b: str, limit: int) -> int:
+    """Edits (insert, delete, replace, swap neighbours) from `a` to `b`; beyond `limit`, `limit +
+    1`.
+    """
+    if abs(len(a) - len(b)) > limit:
+        return limit + 1
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        older, before, row = before, row, [i]
+        for j, y in enumerate(b, 1):
+            cost = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (x != y))
+            if i > 1 and j > 1 and x == b[j - 2] and a[i - 2] == y:
+                cost = min(cost, older[j - 2] + 1)
+            row.append(cost)
+        if min(row) > limit:
+            return limit + 1
+    return row[-1]
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The name that was probably meant: within a third of the word's length, or the same parts."""
+    if len(word) > _LONGEST_COMPARED:
+        return None
+    limit = max(1, len(word) // 3)
+    lowered = word.lower()
+    ranked = []
+    for at, name in enumerate(names):
+        if name == word:
+            continue
+        apart = distance(lowered, name.lower(), limit)
+        if apart <= limit and apart < max(len(word), len(name)):
+            ranked.append((apart, at, name))
+    if ranked:
+        return min(ranked)[2]
+    parts = sorted(lowered.replace("-", "_").split("_"))
+    return next(
+        (n for n in names if len(parts) > 1 and sorted(n.lower().split("_")) == parts), None
+    )
+
+
+def listed(names: Sequence[str], last: str = "and") -> str:
+    """`a`, `b` and `c`."""
+    marked = [f"`{name}`" for name in names]
+    if len(marked) < 2:
+        return "".join(marked)
+    return f"{', '.join(marked[:-1])} {last} {marked[-1]}"
+
+
+def choose(word: str, names: Sequence[str], what: str) -> str | None:
+    """The help for an unknown word: the nearest name, else all names if they are few."""
+    near = nearest(word, names)
+    if near is not None:
+        return f"did you mean `{near}`?"
+    if 0 < len(names) <= SHORT_LIST:
+        return f"{what} {listed(list(names))}"
+    return None
+
+
+def replace_fix(span: Span, word: str, names: Iterable[str]) -> tuple[Edit, ...]:
+    """The edit that puts the nearest name in the place of a word."""
+    near = nearest(word, names)
+    return (Edit(span, near),) if near is not None else ()
+
+
+def plural(count: int, one: str) -> str:
+    """`1 row`, `2 rows`."""
+    return f"{count:,} {one}{'' if count == 1 else 's'}"

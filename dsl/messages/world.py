@@ -1,0 +1,249 @@
+"""Messages about what a spec names outside itself: files, fields, functions, generators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tunelang.dsl.diagnostics import Diagnostic, Label
+from tunelang.dsl.messages.wording import (
+    SHORT_LIST,
+    choose,
+    error,
+    listed,
+    nearest,
+    quoted,
+    replace_fix,
+)
+from tunelang.dsl.source import Span
+from tunelang.dsl.vocabulary.data import ROLES
+
+Use = tuple[Span, str] | None
+"""Where a reward is used, and by what."""
+
+
+def _seconds(used: Use) -> list[Label]:
+    return [Label(*used)] if used is not None else []
+
+
+# Files.
+
+
+def missing_file(span: Span, name: str, path: Path, beside: Sequence[str]) -> Diagnostic:
+    """A file that does not exist."""
+    return error(
+        "missing-file", f"there is no file {quoted(name, 60)}", span, help=_near(name, path, beside)
+    )
+
+
+def missing_folder(span: Span, name: str, path: Path, beside: Sequence[str]) -> Diagnostic:
+    """A model folder that does not exist."""
+    help = _near(name, path, beside) or "a model on the hub is `organisation/name`"
+    return error("missing-file", f"there is no folder {quoted(name, 60)}", span, help=help)
+
+
+def _near(name: str, path: Path, beside: Sequence[str]) -> str | None:
+    """The nearest name in the folder, or the first folder of the path that is not there."""
+    if not path.parent.is_dir():
+        missing = path.parent
+        while missing.parent != missing and not missing.parent.is_dir():
+            missing = missing.parent
+        near = nearest(missing.name, beside)
+        what = f"there is no folder `{missing.name}`"
+        return f"{what}; did you mean `{near}`?" if near else what
+    near = nearest(path.name, beside)
+    if near is None:
+        same = [other for other in beside if Path(other).stem == path.stem]
+        near = same[0] if same else None
+    if near is not None:
+        return f"did you mean `{Path(name).with_name(near)}`?"
+    return f"the folder holds {listed(list(beside))}" if 0 < len(beside) <= SHORT_LIST else None
+
+
+def not_a_file(span: Span, name: str, path: Path) -> Diagnostic:
+    """A folder where a file is wanted."""
+    inside = sorted(p.name for p in path.iterdir())[:SHORT_LIST] if path.is_dir() else []
+    return error(
+        "missing-file",
+        f"{quoted(name, 60)} is a folder",
+        span,
+        help=f"it holds {listed(inside)}" if inside else None,
+    )
+
+
+def bad_file(span: Span, name: str, problem: str, line: int | None) -> Diagnostic:
+    """A file that is not what it should be."""
+    where = f", line {line}" if line is not None else ""
+    return error("bad-file", f"{quoted(name, 60)}{where}: {problem}", span)
+
+
+def context_too_long(span: Span, longest: int) -> Diagnostic:
+    """A context beyond what the model was made for."""
+    return error(
+        "beyond-context",
+        "the context is longer than the model was trained for",
+        span,
+        f"the model's configuration says {longest:,} tokens",
+    )
+
+
+# Fields.
+
+
+def unknown_field(span: Span, name: str, fields: list[str], data: str, used: Use) -> Diagnostic:
+    """A field that the data does not have."""
+    fields = sorted(fields)
+    shown = listed(fields) if len(fields) <= 12 else f"{listed(fields[:12])}, ..."
+    near = nearest(name, fields)
+    notes = [f"`{data}` has {shown}" if fields else f"`{data}` has no fields"]
+    text = span.text
+    fix = replace_fix(span, name, fields) if text == name else ()
+    if text == f"{{{name}}}" and near:
+        inner = Span(span.source, span.start + 1, span.end - 1)
+        fix = replace_fix(inner, name, fields)
+    return error(
+        "unknown-field",
+        f"there is no field {quoted(name)}",
+        span,
+        seconds=_seconds(used),
+        notes=notes,
+        help=f"did you mean `{near}`?" if near else None,
+        fix=fix,
+    )
+
+
+def role_not_there(
+    span: Span, role: str, source: str, roles: frozenset[str], used: Use
+) -> Diagnostic:
+    """A reward reads `{target}`, and the data has none."""
+    has = listed([r for r in ROLES if r in roles]) or "none"
+    return error(
+        "unknown-field",
+        f"`{source}` has no `{role}`",
+        span,
+        seconds=_seconds(used),
+        notes=[f"its roles are {has}"],
+        help=f'declare it: `{role} = "{{...}}"`',
+    )
+
+
+def instructions_lack(span: Span, name: str) -> Diagnostic:
+    """A rubric's instructions without what is judged."""
+    return error("bad-template", f"these instructions lack `{{{name}}}`", span)
+
+
+# Rewards.
+
+
+def needs_procedural(span: Span, source: str, used: Use) -> Diagnostic:
+    """`verified()` over data that no generator made."""
+    return error(
+        "needs-procedural",
+        f"`verified()` cannot score `{source}`: no generator made it",
+        span,
+        seconds=_seconds(used),
+        help="give each source its own reward: `by_source(a = verified(), b = ...)`",
+    )
+
+
+def unknown_source(span: Span, name: str, names: list[str], used: Use) -> Diagnostic:
+    """`by_source` names what is not in the mixture."""
+    return error(
+        "unknown-source",
+        f"{quoted(name)} is no source of this data",
+        span,
+        seconds=_seconds(used),
+        help=choose(name, names, "its sources are"),
+        fix=replace_fix(span, name, names),
+    )
+
+
+def source_without_reward(span: Span, names: list[str], used: Use) -> Diagnostic:
+    """`by_source` leaves a source of the mixture out."""
+    return error(
+        "unknown-source",
+        f"{listed(names)} would get no reward",
+        span,
+        seconds=_seconds(used),
+        help=f"add `{names[0]} = ...`",
+    )
+
+
+def unknown_python_function(span: Span, name: str, file: str, functions: list[str]) -> Diagnostic:
+    """A function that the file does not have."""
+    help = choose(name, functions, "it has")
+    return error(
+        "python-function", f"{quoted(file, 50)} has no function {quoted(name)}", span, help=help
+    )
+
+
+def no_completion_parameter(span: Span, name: str, parameters: list[str]) -> Diagnostic:
+    """A reward that does not take the completion."""
+    takes = f"it takes {listed(parameters)}" if parameters else "it takes nothing"
+    return error(
+        "python-function",
+        f"{quoted(name, 50)} has no parameter `completion`",
+        span,
+        takes,
+        help="a reward is called with the fields that its parameters name",
+    )
+
+
+def unknown_parameter_field(
+    span: Span, name: str, parameter: str, known: list[str], used: Use
+) -> Diagnostic:
+    """A parameter of a reward that no field fills."""
+    return error(
+        "python-function",
+        f"nothing fills the parameter `{parameter}` of {quoted(name, 40)}",
+        span,
+        seconds=_seconds(used),
+        notes=[f"there is {listed(known)}"],
+        help="give it a default, or name a field of the data",
+    )
+
+
+# Generators.
+
+
+def no_generators(span: Span) -> Diagnostic:
+    """reasoning-gym is not installed."""
+    return error(
+        "missing-package",
+        "procedural data needs the package `reasoning-gym`",
+        span,
+        help="install it: `pip install tunelang[data]`",
+    )
+
+
+def unknown_task(span: Span, name: str, tasks: list[str]) -> Diagnostic:
+    """A generator that does not exist."""
+    near = nearest(name, tasks)
+    parts = [p for p in name.split("_") if len(p) > 3]
+    related = sorted(t for t in tasks if any(p in t for p in parts))[:SHORT_LIST]
+    help = f"did you mean `{near}`?" if near else f"there is {listed(related)}" if related else None
+    return error(
+        "unknown-task",
+        f"reasoning-gym has no generator {quoted(name)}",
+        span,
+        help=help or f"it has {len(tasks)}, such as {listed(sorted(tasks)[:5])}",
+    )
+
+
+def unknown_setting(span: Span, name: str, task: str, known: list[str]) -> Diagnostic:
+    """A setting that the generator does not have."""
+    if name in ("size", "seed"):
+        return error(
+            "unknown-attribute",
+            f"`{name}` is an attribute of the data itself",
+            span,
+            help=f"write `{name} = ...` in the block",
+        )
+    help = choose(name, known, "its settings are") or f"its settings are {listed(known)}"
+    return error(
+        "unknown-attribute",
+        f"the generator `{task}` has no setting {quoted(name)}",
+        span,
+        help=help,
+        fix=replace_fix(span, name, known),
+    )

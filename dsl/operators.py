@@ -1,0 +1,173 @@
+"""Operators over numbers with units, text, rewards and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tunelang.dsl import messages
+from tunelang.dsl.diagnostics import Diagnostic
+from tunelang.dsl.source import Span
+from tunelang.dsl.units import Quantity
+from tunelang.dsl.values import INVALID
+from tunelang.dsl.vocabulary import data, rewards
+from tunelang.dsl.vocabulary.base import DataExpression, RewardExpression
+
+Complain = Callable[[Diagnostic], None]
+_COMPARE = ("==", "!=", "<", "<=", ">", ">=")
+
+
+class _Sum(DataExpression):
+    """Data added up so far; `finish` makes a mixture of it."""
+
+    word = ""
+    parts: tuple[Any, ...]
+    spans: tuple[Any, ...]
+
+
+def unary(operator: str, value: Any, span: Span, complain: Complain) -> Any:
+    """`-x`, `+x`, `not x`."""
+    if value is INVALID:
+        return INVALID
+    if operator == "not" and isinstance(value, bool):
+        return not value
+    if operator in "+-" and isinstance(value, Quantity):
+        sign = -1 if operator == "-" else 1
+        return Quantity(sign * value.value, value.dimension)
+    if operator in "+-" and isinstance(value, RewardExpression):
+        if operator == "+":
+            return value
+        minus = rewards.RewardConstant.fixed(value=-1.0)
+        return rewards.RewardOperator.fixed(operator="*", operands=(minus, value))
+    complain(messages.wrong_operand(span, operator, (value,)))
+    return INVALID
+
+
+def binary(
+    operator: str, left: Any, right: Any, span: Span, right_span: Span, complain: Complain
+) -> Any:
+    """`left operator right`; the value, or `INVALID` after a report."""
+    if operator in ("and", "or"):
+        if isinstance(left, bool) and isinstance(right, bool):
+            return (left and right) if operator == "and" else (left or right)
+    elif isinstance(left, Quantity) and isinstance(right, Quantity):
+        return _numbers(operator, left, right, span, right_span, complain)
+    elif isinstance(left, RewardExpression) or isinstance(right, RewardExpression):
+        return _rewards(operator, left, right, span, complain)
+    elif isinstance(left, DataExpression) or isinstance(right, DataExpression):
+        return _data(operator, left, right, span, right_span, complain)
+    elif operator in ("==", "!=") and type(left) is type(right):
+        return (left == right) is (operator == "==")
+    elif operator == "+" and isinstance(left, str) and isinstance(right, str):
+        return left + right
+    complain(messages.wrong_operand(span, operator, (left, right)))
+    return INVALID
+
+
+def _numbers(
+    operator: str, left: Quantity, right: Quantity, span: Span, right_span: Span, complain: Complain
+) -> Any:
+    a, b = left.value, right.value
+    one, other = left.dimension, right.dimension
+    if operator in ("+", "-") or operator in _COMPARE:
+        if one != other:
+            complain(messages.unit_mismatch(span, operator, left, right))
+            return INVALID
+        if operator in _COMPARE:
+            return {"==": a == b, "!=": a != b, "<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[
+                operator
+            ]
+        return Quantity(a + b if operator == "+" else a - b, one)
+    if operator == "/":
+        if b == 0:
+            complain(messages.division_by_zero(right_span))
+            return INVALID
+        if other not in (None, "%", one):
+            complain(messages.unit_mismatch(span, operator, left, right))
+            return INVALID
+        ratio = a // b if isinstance(a, int) and isinstance(b, int) and a % b == 0 else a / b
+        return Quantity(ratio, None if one == other else one)
+    if one not in (None, "%") and other not in (None, "%"):
+        complain(messages.unit_mismatch(span, operator, left, right))
+        return INVALID
+    dimension = one if one not in (None, "%") else other if other not in (None, "%") else None
+    if one == "%" and other == "%":
+        dimension = "%"
+    product = a * b
+    if isinstance(product, float) and (product != product or abs(product) > 1e300):
+        complain(messages.number_too_large(span))
+        return INVALID
+    if isinstance(product, int) and abs(product) > 10**300:
+        complain(messages.number_too_large(span))
+        return INVALID
+    if (
+        isinstance(product, float)
+        and dimension is not None
+        and abs(product - round(product)) < 1e-9
+    ):
+        product = round(product)
+    return Quantity(product, dimension)
+
+
+def _rewards(operator: str, left: Any, right: Any, span: Span, complain: Complain) -> Any:
+    operands: list[RewardExpression] = []
+    for value in (left, right):
+        if isinstance(value, Quantity) and value.dimension in (None, "%"):
+            operands.append(rewards.RewardConstant.fixed(value=float(value.value)))
+        elif isinstance(value, RewardExpression):
+            operands.append(value)
+    if len(operands) < 2:
+        complain(messages.wrong_operand(span, operator, (left, right)))
+        return INVALID
+    if operator == "/" and operands[1] == rewards.RewardConstant.fixed(value=0.0):
+        complain(messages.division_by_zero(span))
+        return INVALID
+    first = operands[0]
+    if (
+        operator in ("+", "*")
+        and isinstance(first, rewards.RewardOperator)
+        and first.operator == operator
+    ):
+        return rewards.RewardOperator.fixed(
+            operator=operator, operands=(*first.operands, operands[1])
+        )
+    return rewards.RewardOperator.fixed(operator=operator, operands=tuple(operands))
+
+
+def _data(
+    operator: str, left: Any, right: Any, span: Span, right_span: Span, complain: Complain
+) -> Any:
+    if operator == "*":
+        weight, of = (left, right) if isinstance(left, Quantity) else (right, left)
+        if isinstance(weight, Quantity) and isinstance(of, DataExpression):
+            if weight.dimension != "%":
+                complain(messages.weight_not_percent(span, weight))
+                return INVALID
+            if not 0 < weight.value <= 1:
+                complain(messages.share_out_of_range(span, "a weight", weight))
+                return INVALID
+            if isinstance(of, data.Split) and of.part is None:
+                complain(messages.split_needs_part(right_span, of))
+                return INVALID
+            return data.Weighted.fixed(of=of, weight=float(weight.value))
+    if operator == "+" and isinstance(left, DataExpression) and isinstance(right, DataExpression):
+        if isinstance(left, _Sum):
+            return _Sum.fixed(parts=(*left.parts, right), spans=(*left.spans, right_span))
+        first = Span(span.source, span.start, right_span.start)
+        return _Sum.fixed(parts=(left, right), spans=(first, right_span))
+    complain(messages.wrong_operand(span, operator, (left, right)))
+    return INVALID
+
+
+def finish(value: Any, span: Span, complain: Complain) -> Any:
+    """A whole run of operators: added data must be weighted, and the weights add to 100%."""
+    if not isinstance(value, _Sum):
+        return value
+    weights = [part.weight if isinstance(part, data.Weighted) else None for part in value.parts]
+    if None in weights:
+        complain(messages.mixture_without_weights(span, len(weights), any(weights)))
+        return INVALID
+    if abs(sum(weights) - 1) > 1e-9:  # type: ignore[arg-type]
+        complain(messages.weights(span, weights))  # type: ignore[arg-type]
+        return INVALID
+    return data.Mixture.fixed(parts=value.parts)

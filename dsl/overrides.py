@@ -1,0 +1,162 @@
+"""`--set name=expression`: put into the syntax tree, so that everything else sees an ordinary
+value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tunelang.dsl import messages, syntax
+from tunelang.dsl.diagnostics import Diagnostic, Diagnostics
+from tunelang.dsl.load import Loaded
+from tunelang.dsl.parser import parse_expression
+from tunelang.dsl.scope import Module, Symbol
+from tunelang.dsl.source import Source, Span
+from tunelang.dsl.units import Quantity
+from tunelang.dsl.vocabulary import KINDS
+from tunelang.dsl.vocabulary.base import Function
+
+
+def apply(overrides: list[str], loaded: Loaded, diagnostics: Diagnostics) -> None:
+    """Apply the overrides in order; what cannot be applied is reported at the override's own
+    text.
+    """
+    for text in overrides:
+        source = Source(f"--set {text}", text, Path(), kind="override")
+        left, equals, _ = text.partition("=")
+        path = [part.strip() for part in left.split(".")]
+        if not equals or not all(part.isidentifier() for part in path):
+            diagnostics.add(messages.bad_override(Span(source, 0, len(text))))
+            continue
+        value, found = parse_expression(source)
+        diagnostics.extend(found)
+        if value is None:
+            continue
+        target = Span(source, 0, len(left.rstrip()))
+        problem = _Override(loaded, target, value).apply(path)
+        if problem is not None:
+            diagnostics.add(problem)
+
+
+class _Override:
+    def __init__(self, loaded: Loaded, target: Span, value: syntax.Expr) -> None:
+        self.loaded, self.target, self.value = loaded, target, value
+
+    def apply(self, path: list[str]) -> Diagnostic | None:
+        if path[0] == "run" and len(path) > 1:
+            empty = syntax.Run(syntax.Block((), self.target), self.target)
+            run = self.loaded.run or empty
+            block = self._block(run.block, path[1:])
+            if not isinstance(block, syntax.Block):
+                return block
+            self.loaded.run = replace(run, block=block)
+            return None
+        if path[0] in KINDS:
+            symbol, rest = self._find(self.loaded.root, path[1:])
+            if symbol is not None and symbol.noun == path[0]:
+                return self._into(symbol, rest)
+            names = [s.name for s in self.loaded.root.names.values() if s.noun == path[0]]
+            return messages.unknown_override(self.target, ".".join(path), path[0], names)
+        symbol, rest = self._find(self.loaded.root, path)
+        if symbol is not None and symbol.noun == "param" and not rest:
+            symbol.module.arguments.pop(symbol.declaration.name.text, None)
+            symbol.declaration = replace(symbol.declaration, value=self.value)
+            symbol.used = True
+            return None
+        if symbol is not None:
+            return messages.override_needs_noun(self.target, symbol, rest)
+        names = [n for n, s in self.loaded.root.names.items() if s.noun == "param"]
+        return messages.unknown_override(self.target, ".".join(path), "param", names)
+
+    def _find(self, module: Module, path: list[str]) -> tuple[Symbol | None, list[str]]:
+        """The symbol that a path starts with, and the rest of the path."""
+        while len(path) > 1 and path[0] in module.prefixes and path[0] not in module.names:
+            module, path = module.prefixes[path[0]], path[1:]
+        return (module.names.get(path[0]), path[1:]) if path else (None, [])
+
+    def _into(self, symbol: Symbol, path: list[str]) -> Diagnostic | None:
+        declaration = symbol.declaration
+        if not path:
+            if declaration.value is None:
+                return messages.override_needs_attribute(self.target, symbol)
+            symbol.declaration = replace(declaration, value=self.value)
+            return None
+        if declaration.block is None:
+            return messages.override_of_expression(self.target, symbol)
+        block = self._block(declaration.block, path, symbol)
+        if not isinstance(block, syntax.Block):
+            return block
+        symbol.declaration = replace(declaration, block=block)
+        return None
+
+    def _block(
+        self, block: syntax.Block, path: list[str], symbol: Symbol | None = None
+    ) -> syntax.Block | Diagnostic:
+        """The block with the attribute at `path` replaced or added."""
+        name = syntax.Name(path[0], self.target)
+        found = next((a for a in block.attributes if a.name.text == path[0]), None)
+        value: syntax.Expr | Diagnostic = self.value
+        if len(path) > 1:
+            value = self._call(
+                found.value if found else self._default(symbol, path[0]), path[1:], symbol
+            )
+        if isinstance(value, Diagnostic):
+            return value
+        if found is None:
+            added = syntax.Attribute(name, value, self.target)
+            return replace(block, attributes=(*block.attributes, added))
+        changed = replace(found, value=value)
+        return replace(
+            block, attributes=tuple(changed if a is found else a for a in block.attributes)
+        )
+
+    def _call(
+        self, node: syntax.Expr | None, path: list[str], symbol: Symbol | None
+    ) -> syntax.Expr | Diagnostic:
+        """A call with one argument replaced or added; a name stands for the `let` behind it."""
+        if isinstance(node, syntax.Name) and symbol is not None:
+            target = symbol.module.names.get(node.text)
+            if target is not None and target.noun == "let":
+                target.used = True
+                node = target.declaration.value
+        if not isinstance(node, syntax.Chain) or not isinstance(node.links[-1], syntax.Call):
+            return messages.override_needs_call(self.target, path[0])
+        call = node.links[-1]
+        found = next((a for a in call.arguments if a.name and a.name.text == path[0]), None)
+        value: syntax.Expr | Diagnostic = self.value
+        if len(path) > 1:
+            value = self._call(found.value if found else None, path[1:], symbol)
+        if isinstance(value, Diagnostic):
+            return value
+        new = syntax.Argument(syntax.Name(path[0], self.target), value, self.target)
+        if found is None:
+            arguments = (*call.arguments, new)
+        else:
+            arguments = tuple(new if a is found else a for a in call.arguments)
+        return replace(node, links=(*node.links[:-1], replace(call, arguments=arguments)))
+
+    def _default(self, symbol: Symbol | None, name: str) -> syntax.Expr | None:
+        """The default of an attribute as an empty call, where it is a call: `rollout.max_tokens`
+        alone.
+        """
+        if symbol is None or symbol.declaration.kind is None:
+            return None
+        info = KINDS[symbol.noun].get(symbol.declaration.kind.text)
+        attribute = info.attributes.get(name) if info else None
+        if attribute is None or not isinstance(attribute.default, Function):
+            return None
+        head = syntax.Name(attribute.default.word, self.target)
+        arguments = tuple(
+            syntax.Argument(
+                syntax.Name(key, self.target), _literal(value, self.target), self.target
+            )
+            for key, value in attribute.default
+            if value != type(attribute.default).model_fields[key].default
+            and isinstance(value, int | float)
+        )
+        return syntax.Chain(head, (syntax.Call(arguments, self.target),), self.target)
+
+
+def _literal(value: int | float, span: Span) -> syntax.Expr:
+    return syntax.Number(Quantity(value), span)

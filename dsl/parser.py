@@ -1,0 +1,267 @@
+"""Tokens to a syntax tree. A file is cut into items, so that an error in one leaves the others
+whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from lark import Token
+from lark.exceptions import UnexpectedToken
+
+from tunelang.dsl import messages, syntax
+from tunelang.dsl.diagnostics import Diagnostic
+from tunelang.dsl.lexer import Comment, Lexeme, lex
+from tunelang.dsl.source import Source, Span
+from tunelang.dsl.tree import parse_item
+
+MAX_SYNTAX_ERRORS = 20
+MAX_DEPTH = 60
+_OPENERS = {"LBRACE": "RBRACE", "LPAR": "RPAR", "LSQB": "RSQB"}
+_CLOSERS = {closer: opener for opener, closer in _OPENERS.items()}
+_CONTINUES = {
+    "PLUS", "MINUS", "STAR", "SLASH", "COMPARE", "AND", "OR", "NOT", "IF", "ELSE", "DOT",
+}  # fmt: skip
+
+
+class _Unreadable(Exception):
+    """Nothing is left of an item once its errors are taken out."""
+
+
+@dataclass
+class _State:
+    source: Source
+    diagnostics: list[Diagnostic] = field(default_factory=list)
+    broken: set[str] = field(default_factory=set)
+
+    def report(self, diagnostic: Diagnostic) -> None:
+        self.diagnostics.append(diagnostic)
+        if len(self.diagnostics) >= MAX_SYNTAX_ERRORS:
+            raise _Unreadable
+
+
+def parse(source: Source) -> tuple[syntax.File, list[Diagnostic]]:
+    """A source as a syntax tree, and everything that is wrong with its form.
+
+    Never raises for bad text: items that cannot be read are left out and reported.
+    """
+    lexed = lex(source)
+    state = _State(source, lexed.diagnostics[:MAX_SYNTAX_ERRORS])
+    docs = _docs(lexed.comments, source)
+    items: list[syntax.Item] = []
+    for chunk in _chunks(lexed.tokens):
+        if len(state.diagnostics) >= MAX_SYNTAX_ERRORS:
+            state.diagnostics[-1] = messages.too_many_errors(chunk[0].span)
+            state.broken.update(str(token) for token in lexed.tokens if token.type == "NAME")
+            break
+        item = _read_item(chunk, state)
+        if isinstance(item, syntax.Declaration):
+            item = replace(item, doc=docs.get(chunk[0].first_line, ""))
+        if item is not None:
+            items.append(item)
+    tree = syntax.File(source, tuple(items), tuple(lexed.comments), frozenset(state.broken))
+    return tree, state.diagnostics
+
+
+def parse_expression(source: Source) -> tuple[syntax.Expr | None, list[Diagnostic]]:
+    """The right side of a `--set name=expression`, by the same grammar; the source is the whole of
+    it.
+    """
+    lexed = lex(source)
+    state = _State(source, lexed.diagnostics)
+    if len(lexed.tokens) < 3:
+        end = len(source.text)
+        state.diagnostics.append(messages.no_value(Span(source, end, end)))
+        return None, state.diagnostics
+    start = next(at for at, token in enumerate(lexed.tokens) if token.type == "EQUALS")
+    noun = Lexeme("NAME", Span(source, 0, 0), 0)
+    item = _read_item([noun, noun, *lexed.tokens[start:]], state)
+    return (item.value if isinstance(item, syntax.Declaration) else None), state.diagnostics
+
+
+def _docs(comments: list[Comment], source: Source) -> dict[int, str]:
+    """Line after a run of `##` lines -> their text."""
+    docs: dict[int, str] = {}
+    for comment in comments:
+        if comment.alone and comment.text.startswith("##"):
+            line = source.position(comment.span.start)[0]
+            docs[line + 1] = f"{docs.pop(line, '')}\n{comment.text[2:].strip()}".strip()
+    return docs
+
+
+def _starts_item(tokens: list[Lexeme], at: int) -> bool:
+    """Whether an item starts here: two names and `:` or `=`, an import, a run block."""
+    token = tokens[at]
+    if token.type != "NAME" or (at and tokens[at - 1].last_line == token.line):
+        return False
+    kinds = [t.type for t in tokens[at + 1 : at + 3] if t.line == token.line]
+    if token == "import":
+        return kinds[:1] == ["TEXT"]
+    if token == "run":
+        return kinds[:1] == ["LBRACE"]
+    return kinds in (["NAME", "COLON"], ["NAME", "EQUALS"], ["NAME", "LBRACE"])
+
+
+def _chunks(tokens: list[Lexeme]) -> list[list[Lexeme]]:
+    """Cut the tokens before each item start, and where an item's brackets are closed at a line
+    end.
+    """
+    chunks: list[list[Lexeme]] = []
+    depth = 0
+    for at, token in enumerate(tokens):
+        new_line = at > 0 and tokens[at - 1].last_line != token.line
+        ended = depth <= 0 and token.type not in _CLOSERS and token.type != "LBRACE"
+        if at and ended and tokens[at - 1].type in _CONTINUES:
+            ended = False
+        if not chunks or (new_line and (ended or _starts_item(tokens, at))):
+            chunks.append([])
+            depth = 0
+        chunks[-1].append(token)
+        depth += (token.type in _OPENERS) - (token.type in _CLOSERS)
+    return chunks
+
+
+def _read_item(chunk: list[Lexeme], state: _State) -> syntax.Item | None:
+    """One item; after a syntax error its smallest damaged part is taken out and the rest is
+    kept.
+    """
+    before = len(state.diagnostics)
+    span = chunk[0].span.to(chunk[-1].span)
+    try:
+        tokens = _separate(_balance(_keywords(chunk), state))
+        while True:
+            try:
+                item = parse_item(tokens)
+                break
+            except UnexpectedToken as error:
+                state.report(messages.syntax_error(tokens, error.token))
+                tokens = _without_attribute(tokens, error.token)
+        if _too_deep(item):
+            state.report(messages.too_deep(chunk[0].span))
+            raise _Unreadable
+    except _Unreadable:
+        state.broken.update(str(token) for token in chunk[:2] if token.type == "NAME")
+        return None
+    damaged = any(
+        d.where.span.start >= span.start and d.where.span.end <= span.end
+        for d in state.diagnostics[:before]
+    )
+    if (damaged or len(state.diagnostics) > before) and not isinstance(item, syntax.Import):
+        if item.block is not None:
+            item = replace(item, block=replace(item.block, damaged=True))
+    return item
+
+
+def _keywords(chunk: list[Lexeme]) -> list[Lexeme]:
+    """Words that are keywords only in an import or in front of a run block."""
+    if chunk[0] == "import":
+        words = {"import": "IMPORT", "as": "AS", "with": "WITH"}
+        return [t.retyped(words[t]) if t.type == "NAME" and t in words else t for t in chunk]
+    if chunk[0] == "run" and chunk[1:2] and chunk[1].type == "LBRACE":
+        return [chunk[0].retyped("RUN"), *chunk[1:]]
+    return chunk
+
+
+def _balance(chunk: list[Lexeme], state: _State) -> list[Lexeme]:
+    """Drop brackets that close nothing; close what was left open.
+
+    A parenthesis or square bracket that is not closed ends with its line, a brace with the item.
+    """
+    insert: dict[int, list[str]] = {}
+    dropped: set[int] = set()
+    stack: list[int] = []
+
+    def close_early(opener: int) -> None:
+        at = opener + 1
+        while at < len(chunk) and chunk[at].line == chunk[opener].line:
+            if chunk[at].type == "RBRACE":
+                break
+            at += 1
+        insert.setdefault(at, []).append(_OPENERS[chunk[opener].type])
+        state.report(messages.unclosed_bracket(chunk[opener].span))
+
+    for at, token in enumerate(chunk):
+        if token.type in _OPENERS:
+            stack.append(at)
+            if len(stack) > MAX_DEPTH:
+                state.report(messages.too_deep(token.span))
+                raise _Unreadable
+        elif token.type in _CLOSERS:
+            opener = _CLOSERS[token.type]
+            if not any(chunk[i].type == opener for i in stack):
+                dropped.add(at)
+                state.report(messages.unopened_bracket(token.span))
+                continue
+            while chunk[stack[-1]].type != opener:
+                close_early(stack.pop())
+            stack.pop()
+    for at in reversed(stack):
+        if chunk[at].type == "LBRACE":
+            insert.setdefault(len(chunk), []).append("RBRACE")
+            state.report(messages.unclosed_bracket(chunk[at].span))
+        else:
+            close_early(at)
+    if not insert and not dropped:
+        return chunk
+    out: list[Lexeme] = []
+    for at in range(len(chunk) + 1):
+        out.extend(_after(chunk[at - 1], kind) for kind in insert.get(at, ()))
+        if at < len(chunk) and at not in dropped:
+            out.append(chunk[at])
+    return out
+
+
+def _separate(tokens: list[Lexeme]) -> list[Lexeme]:
+    """Make SEP tokens of line ends and commas directly inside `{ }`.
+
+    A line end after an operator separates nothing.
+    """
+    out: list[Lexeme] = []
+    stack: list[str] = []
+    for at, token in enumerate(tokens):
+        in_block = stack[-1:] == ["LBRACE"]
+        if in_block and tokens[at - 1].last_line != token.line:
+            if tokens[at - 1].type not in _CONTINUES and tokens[at - 1].type != "LBRACE":
+                out.append(_after(tokens[at - 1], "SEP"))
+        if token.type in _OPENERS:
+            stack.append(token.type)
+        elif token.type in _CLOSERS:
+            stack.pop()
+        out.append(token.retyped("SEP") if in_block and token.type == "COMMA" else token)
+    return out
+
+
+def _after(token: Lexeme, kind: str) -> Lexeme:
+    """A token of no width right after another."""
+    return Lexeme(kind, Span(token.span.source, token.span.end, token.span.end), token.last_line)
+
+
+def _without_attribute(tokens: list[Lexeme], bad: Token) -> list[Lexeme]:
+    """The tokens less the attribute in which `bad` stands; raises `_Unreadable` outside a block."""
+    where = next((at for at, token in enumerate(tokens) if token is bad), len(tokens) - 1)
+    block = next((at for at, token in enumerate(tokens) if token.type == "LBRACE"), where)
+    start, depth = block + 1, 0
+    for at in range(block + 1, len(tokens)):
+        kind = tokens[at].type
+        if depth == 0 and kind in ("SEP", "RBRACE"):
+            if at >= where and start < at:
+                return tokens[:start] + tokens[at:]
+            start = at + 1
+        depth += (kind in _OPENERS) - (kind in _CLOSERS)
+    raise _Unreadable
+
+
+def _too_deep(item: syntax.Item) -> bool:
+    """Whether an expression nests deeper than anybody writes: evaluation is recursive."""
+    level: list[syntax.Expr] = []
+    if isinstance(item, syntax.Declaration):
+        level = [part for part in (item.type, item.value) if part is not None]
+    if not isinstance(item, syntax.Import) and item.block is not None:
+        level += [attribute.value for attribute in item.block.attributes]
+    if isinstance(item, syntax.Import):
+        level = [argument.value for argument in item.arguments]
+    for _ in range(2 * MAX_DEPTH):
+        level = [child for node in level for child in syntax.children(node)]
+        if not level:
+            return False
+    return True

@@ -1,0 +1,437 @@
+"""Rules that compare values: what no attribute can know by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunelang.dsl import content, messages
+from tunelang.dsl.diagnostics import Diagnostic, Diagnostics
+from tunelang.dsl.evaluate import Place
+from tunelang.dsl.examples import declared_names, examples
+from tunelang.dsl.program import Declared, Program
+from tunelang.dsl.scope import Module
+from tunelang.dsl.source import Span
+from tunelang.dsl.vocabulary import data, models, rewards, stages
+from tunelang.dsl.vocabulary.base import Kind, Node, Reference, TextExpression
+
+
+def references_in(
+    value: Any, path: str
+) -> Iterator[tuple[str, Reference | data.DataRef | rewards.RewardRef]]:
+    """Every reference inside a value, with the path of the attribute that it stands in."""
+    if isinstance(value, Reference | data.DataRef | rewards.RewardRef):
+        yield path, value
+    elif isinstance(value, Node):
+        for name, field_info in type(value).model_fields.items():
+            inner = f"{path}.{field_info.alias or name}"
+            yield from references_in(getattr(value, name), inner)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from references_in(item, path)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from references_in(item, f"{path}.{key}")
+
+
+def uses(declared: Declared) -> set[str]:
+    """The names that a declaration refers to."""
+    values = [branch.value for branch in declared.branches] or [declared.value]
+    return {found.name for value in values for _, found in references_in(value, "")}
+
+
+def unused(root: Module, diagnostics: Diagnostics) -> None:
+    """Warn of declarations of the spec itself that nothing uses."""
+    for symbol in root.names.values():
+        if symbol.module is root and not symbol.used and symbol.noun != "stage":
+            if symbol.value is not None:
+                diagnostics.add(messages.unused(symbol))
+
+
+def apply(program: Program, places: dict[int, Place], diagnostics: Diagnostics) -> None:
+    """Check a Program that may lack declarations which were reported already."""
+    book = Book(program, places, diagnostics)
+    content.check(book)
+    for declared in program.declarations.values():
+        values = [branch.value for branch in declared.branches] or [declared.value]
+        for value in values:
+            match value:
+                case models.Transformer():
+                    _transformer(book, declared, value)
+                case models.Tpu():
+                    _topology(book, declared, value)
+                case rewards.Generate():
+                    _generate(book, declared, value)
+                case stages.Training():
+                    _training(book, declared, value)
+                    if isinstance(value, stages.Policy):
+                        _policy(book, declared, value)
+        if declared.noun == "stage":
+            _sweep(book, declared)
+    _outputs(book)
+    _winners(book)
+
+
+@dataclass
+class Book:
+    """A Program with the places of its values, and where to report."""
+
+    program: Program
+    places: dict[int, Place]
+    diagnostics: Diagnostics
+    fields: dict[str, frozenset[str] | None] = field(default_factory=dict)
+    contexts: dict[str, int | None] = field(default_factory=dict)
+    """Model -> its context as its own files say."""
+    models: dict[str, Kind | None] = field(default_factory=dict)
+    """Model or stage -> the model at its start, as far as it was looked up."""
+
+    def add(self, diagnostic: Diagnostic) -> None:
+        """Report."""
+        self.diagnostics.add(diagnostic)
+
+    def span(self, declared: Declared, path: str = "") -> Span:
+        """The place of a value, or of what it stands in, or of the declared name."""
+        parts = [declared.noun, declared.name, *path.split(".")] if path else []
+        while len(parts) > 2:
+            origin = self.program.origins.get(".".join(parts))
+            if origin is not None:
+                return origin.span
+            parts.pop()
+        assert declared.span is not None
+        return declared.span
+
+    def argument(self, value: Any, name: str, otherwise: Span) -> Span:
+        """The place of an argument of a call, or of the call."""
+        place = self.places.get(id(value))
+        return place.arguments.get(name, place.span) if place else otherwise
+
+    def declared(self, name: str) -> Declared | None:
+        """A declaration, unless it was invalid."""
+        return self.program.declarations.get(name)
+
+    def model_of(self, reference: Reference) -> Kind | None:
+        """The model at the start of a chain of stages."""
+        chain: list[str] = []
+        model: Kind | None = None
+        while reference.name not in self.models:
+            chain.append(reference.name)
+            found = self.declared(reference.name)
+            if found is None or found.noun == "model":
+                model = found.value if found else None
+                break
+            start = getattr(found.branches[0].value, "from_", None) if found.branches else None
+            if not isinstance(start, Reference):
+                break
+            reference = start
+        else:
+            model = self.models[reference.name]
+        self.models.update(dict.fromkeys(chain, model))
+        return model
+
+
+# Models and hardware.
+
+
+def _transformer(book: Book, declared: Declared, model: models.Transformer) -> None:
+    sizes = {name: getattr(model, name) for name in ("layers", "width", "heads")}
+    missing = [name for name, size in sizes.items() if size is None]
+    if model.preset is None and missing:
+        book.add(messages.missing_sizes(book.span(declared), missing, len(missing) == len(sizes)))
+        return
+    if model.heads and model.width and model.head_dim is None and model.width % model.heads:
+        book.add(
+            messages.does_not_divide_heads(
+                book.span(declared, "heads"), "width", model.width, model.heads
+            )
+        )
+    if model.heads and model.kv_heads and model.heads % model.kv_heads:
+        span = book.span(declared, "kv_heads")
+        book.add(messages.does_not_divide_heads(span, "heads", model.heads, model.kv_heads))
+    if model.experts is not None and model.experts.active > model.experts.count:
+        span = book.span(declared, "experts.active")
+        book.add(messages.too_many_active(span, model.experts.active, model.experts.count))
+
+
+def _topology(book: Book, declared: Declared, tpu: models.Tpu) -> None:
+    generation, _, shape = tpu.topology.partition(":")
+    if shape not in models.TOPOLOGIES.get(generation, ()):
+        span = book.span(declared, "topology")
+        book.add(messages.unknown_topology(span, tpu.topology, models.TOPOLOGIES))
+
+
+def _devices(book: Book, stage: stages.Training) -> tuple[int, Declared] | None:
+    """How many devices the stage's hardware has, where the spec says so."""
+    reference = stage.on or book.program.run.on
+    declared = book.declared(reference.name) if reference is not None else None
+    if declared is None:
+        return None
+    match declared.value:
+        case models.Tpu(topology=topology, slices=slices):
+            shape = topology.partition(":")[2].split("x")
+            if not all(part.isdigit() for part in shape):
+                return None
+            count = slices
+            for part in shape:
+                count *= int(part)
+            return count * (2 if topology.startswith("tpu7x") else 1), declared
+        case models.Gpu(nodes=nodes, devices=devices):
+            return nodes * devices, declared
+        case models.Local(devices=int(devices)):
+            return devices, declared
+    return None
+
+
+# Stages.
+
+
+def _training(book: Book, declared: Declared, stage: stages.Training) -> None:
+    _start(book, declared, stage)
+    _warmup(book, declared, stage)
+    _division(book, declared, stage)
+    _roles(book, declared, stage)
+    _evals(book, declared, stage)
+
+
+def _start(book: Book, declared: Declared, stage: stages.Training) -> None:
+    start = book.declared(stage.from_.name)
+    if start is not None and start.kind == "export":
+        book.add(messages.yields_no_model(book.span(declared, "from"), start))
+    model = book.model_of(stage.from_)
+    if isinstance(model, models.Pretrained) and model.weights and stage.adapter is None:
+        book.add(
+            messages.quantized_without_adapter(book.span(declared, "from"), declared, model.weights)
+        )
+
+
+def _warmup(book: Book, declared: Declared, stage: stages.Training) -> None:
+    warmup, length = stage.optimizer.warmup, stage.length
+    if warmup.unit == length.unit and warmup.value > length.value:
+        span = book.span(declared, "optimizer.warmup")
+        book.add(messages.warmup_too_long(span, warmup, length, book.span(declared, "length")))
+
+
+def _division(book: Book, declared: Declared, stage: stages.Training) -> None:
+    """The batch against the micro-batch and mesh that the stage pins."""
+    sequences: int | None = None
+    formula = ""
+    if isinstance(stage, stages.Policy):
+        sequences = stage.batch * stage.group
+        formula = f"{stage.batch} prompts × group {stage.group}"
+        if sequences % stage.minibatches:
+            span = book.span(declared, "minibatches")
+            book.add(messages.minibatches(span, stage.batch, stage.group, stage.minibatches))
+    elif isinstance(stage, stages.Supervised) and stage.batch.unit == "sequences":
+        sequences = int(stage.batch.value)
+        formula = f"{sequences}"
+    mesh = stage.mesh
+    copies = mesh.data * mesh.fsdp if mesh is not None else 1
+    if sequences is not None and (mesh is not None or stage.micro_batch is not None):
+        parts = []
+        if mesh is not None:
+            parts += [(n, s) for n, s in (("data", mesh.data), ("fsdp", mesh.fsdp)) if s > 1]
+        if stage.micro_batch is not None:
+            parts.append(("micro-batch", stage.micro_batch))
+        step = copies * (stage.micro_batch or 1)
+        if sequences % step:
+            pinned = book.span(declared, "micro_batch" if stage.micro_batch else "mesh")
+            span = book.span(declared, "batch")
+            group = stage.group if isinstance(stage, stages.Policy) else 1
+            book.add(
+                messages.batch_does_not_divide(span, sequences, formula, parts, step, group, pinned)
+            )
+    devices = _devices(book, stage)
+    if mesh is not None and devices is not None:
+        size = copies * mesh.tensor * mesh.expert * mesh.context
+        if size != devices[0]:
+            book.add(messages.mesh_size(book.span(declared, "mesh"), size, *devices))
+
+
+def _roles(book: Book, declared: Declared, stage: stages.Training) -> None:
+    """The data of a stage must have the roles that its kind trains on."""
+    for found in examples(stage.data, book.program, book.fields):
+        if not any(found.roles.issuperset(need) for need in stage.needs):
+            source = book.declared(found.source)
+            assert source is not None
+            span = book.span(declared, "data")
+            book.add(messages.missing_role(span, declared, source, found.roles, stage.needs))
+
+
+def _evals(book: Book, declared: Declared, stage: stages.Training) -> None:
+    trained = declared_names(stage.data, book.program)
+    for reference in stage.evals:
+        found = book.declared(reference.name)
+        if found is None:
+            continue
+        measured = found.value.data
+        if (
+            measured == stage.data
+            and isinstance(measured, data.DataRef)
+            and measured.name in trained
+        ):
+            book.add(messages.trains_on_eval(book.span(declared, "data"), found, measured.name))
+
+
+def _policy(book: Book, declared: Declared, stage: stages.Policy) -> None:
+    if stage.group < 2:
+        book.add(messages.group_too_small(book.span(declared, "group"), declared))
+    if stage.rollout.temperature == 0:
+        book.add(messages.greedy(book.span(declared, "rollout.temperature"), declared))
+    if stage.reference is not None and stage.kl is None:
+        book.add(messages.reference_without_kl(book.span(declared, "reference")))
+    _context(book, declared, stage)
+    for value in _nodes(stage.reward, book.program):
+        if isinstance(value, rewards.Overlong) and value.buffer > stage.rollout.max_tokens:
+            span = book.argument(value, "buffer", book.span(declared, "reward"))
+            limit = book.span(declared, "rollout.max_tokens")
+            book.add(messages.overlong_buffer(span, value.buffer, stage.rollout.max_tokens, limit))
+    if not any(_looks(value) for value in _nodes(stage.reward, book.program)):
+        book.add(messages.constant_reward(book.span(declared, "reward")))
+
+
+def _looks(value: Node) -> bool:
+    """Whether a part of a reward depends on the completion."""
+    if isinstance(value, rewards.RewardConstant | rewards.RewardOperator | rewards.BySource):
+        return False
+    fields = [getattr(value, name) for name in type(value).model_fields]
+    templates = [part for part in fields if isinstance(part, TextExpression)]
+    return not templates or any(_reads_completion(template) for template in templates)
+
+
+def _reads_completion(template: TextExpression) -> bool:
+    if isinstance(template, data.TemplateText):
+        return "{completion}" in template.text
+    inner = [getattr(template, name) for name in type(template).model_fields]
+    return any(_reads_completion(part) for part in inner if isinstance(part, TextExpression))
+
+
+def _context(book: Book, declared: Declared, stage: stages.Policy) -> None:
+    """Prompt and completion must fit into the model's context."""
+    model = book.model_of(stage.from_)
+    if model is None:
+        return
+    name, context = "", getattr(model, "context", None)
+    for found in book.program.of("model"):
+        if found.value is model:
+            name = found.name
+            context = context or book.contexts.get(name)
+    prompt = stage.rollout.max_prompt or 1
+    if context is not None and stage.rollout.max_tokens + prompt > context:
+        owner = book.declared(name)
+        where = book.span(owner, "context") if owner else None
+        path = "rollout.max_tokens"
+        book.add(
+            messages.beyond_context(book.span(declared, path), stage.rollout, context, name, where)
+        )
+
+
+def _nodes(value: Any, program: Program) -> Iterator[Node]:
+    """Every part of a reward, through the names of declared rewards."""
+    if isinstance(value, rewards.RewardRef):
+        declared = program.declarations.get(value.name)
+        if declared is None:
+            yield rewards.Length.fixed()  # unknown: reported already, anything may stand here
+        elif isinstance(declared.value, rewards.RewardKind):
+            yield declared.value
+        else:
+            yield from _nodes(declared.value, program)
+        return
+    if isinstance(value, Node):
+        yield value
+    if isinstance(value, rewards.RewardOperator):
+        for operand in value.operands:
+            yield from _nodes(operand, program)
+    elif isinstance(value, rewards.BySource):
+        for part in value.sources.values():
+            yield from _nodes(part, program)
+
+
+def _generate(book: Book, declared: Declared, value: rewards.Generate) -> None:
+    if value.samples > 1 and value.temperature == 0:
+        span = book.span(declared, "samples")
+        book.add(messages.greedy_samples(span, value.samples))
+
+
+# Sweeps.
+
+
+def _sweep(book: Book, declared: Declared) -> None:
+    """The winner of a sweep must be measured."""
+    for branch in declared.branches:
+        stage = branch.value
+        keep = getattr(stage, "keep", None)
+        if keep is None:
+            return
+        span = book.span(declared, "keep")
+        if not declared.fans_out and not _inherits(book, declared):
+            book.add(messages.keep_without_each(span))
+        if isinstance(keep, stages.Best | stages.Lowest) and isinstance(stage, stages.Training):
+            _metric(book, declared, stage, keep)
+
+
+def _metric(
+    book: Book, declared: Declared, stage: stages.Training, keep: stages.Best | stages.Lowest
+) -> None:
+    span = book.argument(keep, "metric", book.span(declared, "keep"))
+    known = dict(stage.metrics)
+    for reference in stage.evals:
+        found = book.declared(reference.name)
+        if found is None:
+            return
+        for at, (metric, doc) in enumerate(found.value.metrics.items()):
+            known[f"{found.name}.{metric}"] = doc
+            if at == 0:
+                known[found.name] = doc
+    if isinstance(stage, stages.Policy):
+        for name in declared_names(stage.data, book.program):
+            known[f"{name}.reward"] = "mean reward of this source"
+    if keep.metric in known:
+        return
+    head = book.declared(keep.metric) or book.declared(keep.metric.rpartition(".")[0])
+    if head is not None and head.noun == "eval" and head.name not in [r.name for r in stage.evals]:
+        has_evals = f"{declared.noun}.{declared.name}.evals" in book.program.origins
+        where = book.span(declared, "evals") if has_evals else None
+        book.add(messages.metric_not_measured(span, head, declared, where))
+    else:
+        book.add(messages.unknown_metric(span, keep.metric, declared, list(known)))
+
+
+def _inherits(book: Book, declared: Declared) -> bool:
+    """Whether a stage fans out because one that it uses keeps all of its branches."""
+    for branch in declared.branches:
+        for _, reference in references_in(branch.value, ""):
+            found = book.declared(reference.name)
+            if found is None or found.noun != "stage" or found.name == declared.name:
+                continue
+            keeps_all = isinstance(getattr(found.branches[0].value, "keep", None), stages.All)
+            if keeps_all and (found.fans_out or _inherits(book, found)):
+                return True
+    return False
+
+
+def _winners(book: Book) -> None:
+    """A stage that fans out can be used where one model is needed only if it names its winner."""
+    for declared in book.program.declarations.values():
+        values = [branch.value for branch in declared.branches] or [declared.value]
+        for value in values:
+            for path, reference in references_in(value, ""):
+                found = book.declared(reference.name)
+                if found is None or found.noun != "stage" or not found.branches:
+                    continue
+                keep = getattr(found.branches[0].value, "keep", None)
+                if keep is None and (found.fans_out or _inherits(book, found)):
+                    span = book.span(declared, path.removeprefix("."))
+                    book.add(messages.no_winner(span, found, book.span(found)))
+
+
+def _outputs(book: Book) -> None:
+    """Two stages must not write into one folder."""
+    seen: dict[str, Declared] = {}
+    for declared in book.program.of("stage"):
+        for branch in declared.branches:
+            if isinstance(branch.value, stages.Export):
+                path = branch.value.path.rstrip("/")
+                if path in seen:
+                    other = book.span(seen[path], "path")
+                    book.add(messages.same_output(book.span(declared, "path"), path, other))
+                seen[path] = declared

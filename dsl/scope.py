@@ -1,0 +1,158 @@
+"""Names: which file declares what, what an import brings in, and in which order to evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunelang.dsl import messages, syntax
+from tunelang.dsl.diagnostics import Diagnostics
+from tunelang.dsl.source import Span
+
+
+@dataclass(eq=False)
+class Symbol:
+    """A declared name. `value` is set once it is evaluated; None stays for what is invalid."""
+
+    noun: str
+    name: str
+    """Qualified: `base.math`."""
+    declaration: syntax.Declaration
+    module: Module
+    value: Any = None
+    used: bool = False
+
+    @property
+    def span(self) -> Span:
+        """Where the name is declared."""
+        return self.declaration.name.span
+
+    @property
+    def title(self) -> str:
+        """`data math`."""
+        return f"{self.noun} {self.name}"
+
+
+@dataclass(eq=False)
+class Module:
+    """One file as imported: its declarations and what it sees."""
+
+    file: syntax.File
+    prefix: str
+    names: dict[str, Symbol] = field(default_factory=dict)
+    prefixes: dict[str, Module] = field(default_factory=dict)
+    arguments: dict[str, tuple[syntax.Argument, Module]] = field(default_factory=dict)
+    """Parameters that the importing file sets, with that file's own names."""
+    broken: set[str] = field(default_factory=set)
+    """Names that are declared somewhere in a form that could not be read: no further complaints."""
+    anything: bool = False
+    """An import could not be read, so that any name may be declared."""
+
+    def excuses(self, name: str) -> bool:
+        """Whether an unknown name is the consequence of something reported already."""
+        return self.anything or name in self.broken
+
+    def declare(self, declaration: syntax.Declaration, diagnostics: Diagnostics) -> Symbol | None:
+        """Add a declaration; a name that is taken already is reported."""
+        name = declaration.name.text
+        taken = self.names.get(name)
+        if taken is not None:
+            diagnostics.add(messages.name_taken(declaration.name.span, taken))
+            return None
+        symbol = Symbol(declaration.noun.text, f"{self.prefix}{name}", declaration, self)
+        self.names[name] = symbol
+        return symbol
+
+    def include(self, other: Module, at: Span, diagnostics: Diagnostics) -> None:
+        """Bring in the names of an import without a prefix."""
+        for name, symbol in other.names.items():
+            taken = self.names.setdefault(name, symbol)
+            if taken is not symbol:
+                diagnostics.add(messages.name_taken_by_import(at, taken, symbol))
+        self.broken |= other.broken
+        self.anything = self.anything or other.anything
+        for prefix, module in other.prefixes.items():
+            self.prefixes.setdefault(prefix, module)
+
+
+def references(symbol: Symbol) -> Iterator[tuple[Symbol, Span]]:
+    """The symbols that a declaration's expressions name, with the places."""
+    declaration, module = symbol.declaration, symbol.module
+    pending: list[syntax.Expr] = []
+    if declaration.value is not None:
+        pending.append(declaration.value)
+    if declaration.block is not None:
+        pending += [attribute.value for attribute in declaration.block.attributes]
+    if symbol.noun == "param" and declaration.name.text in module.arguments:
+        argument, module = module.arguments[declaration.name.text]
+        pending = [argument.value]
+    while pending:
+        node = pending.pop()
+        found: Symbol | None = None
+        if isinstance(node, syntax.Name):
+            found = module.names.get(node.text)
+        elif isinstance(node, syntax.Chain) and isinstance(node.head, syntax.Name):
+            first = node.links[0]
+            if isinstance(first, syntax.Member):
+                other = module.prefixes.get(node.head.text)
+                if other is not None and node.head.text not in module.names:
+                    found = other.names.get(first.name.text)
+                else:
+                    found = module.names.get(node.head.text)
+            pending += _arguments(node)
+        else:
+            pending += list(syntax.children(node))
+        if found is not None:
+            yield found, node.span
+
+
+def _arguments(node: syntax.Chain) -> Iterator[syntax.Expr]:
+    """The arguments of a chain's calls, without conditions, whose names are fields."""
+    method = ""
+    for link in node.links:
+        if isinstance(link, syntax.Member):
+            method = link.name.text
+        elif method != "where":
+            for argument in link.arguments:
+                yield argument.value
+
+
+def in_order(symbols: list[Symbol], diagnostics: Diagnostics) -> list[Symbol]:
+    """The symbols, each after those that it refers to. Those on a cycle are left out and reported.
+
+    Depth-first without recursion, so that a chain of thousands of declarations is fine.
+    """
+    order: list[Symbol] = []
+    done: set[Symbol] = set()
+    for root in symbols:
+        if root in done:
+            continue
+        path: list[Symbol] = [root]
+        spans: list[Span] = [root.span]
+        on_path = {root}
+        pending = [references(root)]
+        while path:
+            step = next(pending[-1], None)
+            if step is None:
+                finished = path.pop()
+                spans.pop()
+                pending.pop()
+                on_path.discard(finished)
+                done.add(finished)
+                order.append(finished)
+                continue
+            target, span = step
+            if target in on_path:
+                start = path.index(target)
+                cycle = path[start:]
+                if not any(symbol.name in symbol.module.broken for symbol in cycle):
+                    diagnostics.add(messages.cycle(cycle, [*spans[start + 1 :], span]))
+                for symbol in cycle:
+                    symbol.module.broken.add(symbol.declaration.name.text)
+            elif target not in done:
+                path.append(target)
+                spans.append(span)
+                on_path.add(target)
+                pending.append(references(target))
+    return [s for s in order if s.declaration.name.text not in s.module.broken]

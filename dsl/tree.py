@@ -1,0 +1,190 @@
+"""The lark parser for one item, and the callbacks that build `syntax` nodes as it reduces."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import lark
+from lark import Lark, Token, Transformer
+from lark.lexer import Lexer
+
+from tunelang.dsl import syntax
+from tunelang.dsl.lexer import Lexeme
+from tunelang.dsl.source import Span
+
+
+class _NoLexer(Lexer):
+    """Tokens are fed by hand."""
+
+    def __init__(self, lexer_conf: Any) -> None: ...
+
+    def lex(self, *_: Any) -> Any:
+        """Never called."""
+        raise AssertionError("tokens are fed by hand")
+
+
+@cache
+def item_parser() -> Lark:
+    """The parser of one item, built once a process."""
+    text = resources.files("tunelang.dsl").joinpath("grammar.lark").read_text("utf-8")
+    return Lark(
+        text,
+        parser="lalr",
+        lexer=_NoLexer,
+        start="item",
+        transformer=_Builder(),
+        cache=_cache(text),
+    )
+
+
+def _cache(grammar: str) -> str | bool:
+    """The file that keeps the parser's tables between processes; without a folder for it, none.
+
+    Making the tables takes longer than checking a spec. Lark makes them again if the file is
+    unusable.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(base, "tunelang")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    version = f"{lark.__version__}-{sys.version_info.major}.{sys.version_info.minor}"
+    return os.path.join(folder, f"grammar-{version}-{zlib.crc32(grammar.encode()):08x}.lark")
+
+
+def parse_item(tokens: list[Lexeme]) -> syntax.Item:
+    """The tokens of one item as a node; raises lark's `UnexpectedToken` at the first that does not
+    fit.
+    """
+    interactive = item_parser().parse_interactive()
+    for token in tokens:
+        interactive.feed_token(token)
+    end = Lexeme("$END", Span(tokens[-1].span.source, tokens[-1].span.end, tokens[-1].span.end), 0)
+    item = interactive.feed_token(end)
+    assert isinstance(item, syntax.Item)
+    return item
+
+
+def _name(token: Lexeme) -> syntax.Name:
+    return syntax.Name(str(token), token.span)
+
+
+def _around(children: list[Any]) -> Span:
+    span: Span = children[0].span.to(children[-1].span)
+    return span
+
+
+class _Builder(Transformer[Token, Any]):
+    """One method for each rule or alias of the grammar."""
+
+    def kinded(self, c: list[Any]) -> syntax.Declaration:
+        """`noun name : kind { ... }`."""
+        return syntax.Declaration(_name(c[0]), _name(c[1]), _around(c), _name(c[3]), c[4])
+
+    def bound(self, c: list[Any]) -> syntax.Declaration:
+        """`noun name = value`."""
+        return syntax.Declaration(_name(c[0]), _name(c[1]), _around(c), value=c[3])
+
+    def typed(self, c: list[Any]) -> syntax.Declaration:
+        """`param name : type = value`."""
+        return syntax.Declaration(_name(c[0]), _name(c[1]), _around(c), type=c[3], value=c[5])
+
+    def run(self, c: list[Any]) -> syntax.Run:
+        """`run { ... }`."""
+        return syntax.Run(c[1], _around(c))
+
+    def import_(self, c: list[Any]) -> syntax.Import:
+        """`import "path" as prefix with (...)`."""
+        prefix = next(
+            (c[i + 1] for i, t in enumerate(c) if isinstance(t, Token) and t.type == "AS"), None
+        )
+        arguments = next((x for x in c if isinstance(x, tuple)), ())
+        path = syntax.Text(c[1].meaning, c[1].span)
+        return syntax.Import(path, prefix and _name(prefix), arguments, _around(c))
+
+    def block(self, c: list[Any]) -> syntax.Block:
+        """`{ ... }`."""
+        return syntax.Block(tuple(x for x in c if isinstance(x, syntax.Attribute)), _around(c))
+
+    def attribute(self, c: list[Any]) -> syntax.Attribute:
+        """`name = value`."""
+        return syntax.Attribute(_name(c[0]), c[2], _around(c))
+
+    def name(self, c: list[Any]) -> syntax.Name:
+        """A bare word."""
+        return _name(c[0])
+
+    def type_call(self, c: list[Any]) -> syntax.Chain:
+        """`choice(a, b)` as a parameter's type."""
+        call = syntax.Call(c[2], c[1].span.to(c[3].span))
+        return syntax.Chain(_name(c[0]), (call,), _around(c))
+
+    def number(self, c: list[Any]) -> syntax.Number:
+        """A number with its unit."""
+        return syntax.Number(c[0].meaning, c[0].span)
+
+    def text(self, c: list[Any]) -> syntax.Text:
+        """Text."""
+        return syntax.Text(c[0].meaning, c[0].span)
+
+    def regex(self, c: list[Any]) -> syntax.Regex:
+        """A regular expression."""
+        return syntax.Regex(c[0].meaning, c[0].span)
+
+    def constant(self, c: list[Any]) -> syntax.Constant:
+        """`true`, `false`, `none`."""
+        value = {"TRUE": True, "FALSE": False, "NONE": None}[c[0].type]
+        return syntax.Constant(value, c[0].span)
+
+    def list_of(self, c: list[Any]) -> syntax.ListOf:
+        """`[a, b]`."""
+        items = tuple(x for x in c if not isinstance(x, Token))
+        return syntax.ListOf(items, _around(c))
+
+    def group(self, c: list[Any]) -> syntax.Group:
+        """`(a)`."""
+        return syntax.Group(c[1], _around(c))
+
+    def member(self, c: list[Any]) -> syntax.Member:
+        """`.name`."""
+        return syntax.Member(_name(c[1]), _around(c))
+
+    def call(self, c: list[Any]) -> syntax.Call:
+        """`(arguments)`."""
+        return syntax.Call(c[1], _around([c[0], c[2]]))
+
+    def arguments(self, c: list[Any]) -> tuple[syntax.Argument, ...]:
+        """What stands between the parentheses of a call."""
+        return tuple(x for x in c if isinstance(x, syntax.Argument))
+
+    def named(self, c: list[Any]) -> syntax.Argument:
+        """`name = value` in a call."""
+        return syntax.Argument(_name(c[0]), c[2], _around(c))
+
+    def positional(self, c: list[Any]) -> syntax.Argument:
+        """A value in a call."""
+        return syntax.Argument(None, c[0], c[0].span)
+
+    def chain(self, c: list[Any]) -> syntax.Chain:
+        """Members and calls after an operand."""
+        return syntax.Chain(c[0], tuple(c[1:]), _around(c))
+
+    def unary(self, c: list[Any]) -> syntax.Unary:
+        """`-x`, `not x`."""
+        return syntax.Unary(str(c[0]), c[1], _around(c))
+
+    def _operation(self, c: list[Any]) -> syntax.Operation:
+        rest = tuple((str(c[i]), c[i + 1]) for i in range(1, len(c), 2))
+        return syntax.Operation(c[0], rest, _around(c))
+
+    logic = compare = arithmetic = _operation
+
+    def conditional(self, c: list[Any]) -> syntax.Conditional:
+        """`a if c else b`."""
+        return syntax.Conditional(c[0], c[2], c[4], _around(c))

@@ -1,0 +1,370 @@
+"""The types that an attribute or argument may have: what is accepted, how it reads, its JSON
+Schema.
+
+A type stands in the annotation of a pydantic field: `rank: Annotated[int, Whole(low=1)]`. The
+Python value that a field holds is named in each docstring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tunelang.dsl.units import COUNTED, show
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Type:
+    """Base of all types."""
+
+    def describe(self) -> str:
+        """How a message or the reference calls it: `a whole number from 1`."""
+        raise NotImplementedError
+
+    def json(self) -> Json:
+        """JSON Schema of the value in a resolved Program."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Number(Type):
+    """A plain number (`float`), within inclusive (`low`, `high`) or exclusive (`above`, `below`)
+    bounds.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    noun = "a number"
+
+    def describe(self) -> str:
+        """See `Type`."""
+        bounds = [
+            f"from {show(self.low)}" if self.low is not None else "",
+            f"above {show(self.above)}" if self.above is not None else "",
+            f"to {show(self.high)}" if self.high is not None else "",
+            f"below {show(self.below)}" if self.below is not None else "",
+        ]
+        return " ".join([self.noun, *filter(None, bounds)])
+
+    def json(self) -> Json:
+        """See `Type`."""
+        limits = {
+            "minimum": self.low,
+            "maximum": self.high,
+            "exclusiveMinimum": self.above,
+            "exclusiveMaximum": self.below,
+        }
+        return {"type": "number", **{k: v for k, v in limits.items() if v is not None}}
+
+    def admits(self, value: float) -> bool:
+        """Whether a value is within the bounds."""
+        return not (
+            (self.low is not None and value < self.low)
+            or (self.high is not None and value > self.high)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+        )
+
+
+@dataclass(frozen=True)
+class Whole(Number):
+    """A whole number (`int`): `8`, `10_000`, `5k`, `4Ki`."""
+
+    noun = "a whole number"
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {**super().json(), "type": "integer"}
+
+
+@dataclass(frozen=True)
+class Share(Number):
+    """A part of a whole (`float` from 0 to 1): `5%`, or `0.05`."""
+
+    low: float | None = 0
+    high: float | None = 1
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return "a percentage" if self.high != 1 else "a percentage up to 100%"
+
+
+@dataclass(frozen=True)
+class Amount(Type):
+    """A whole number of something.
+
+    With one unit the value is an `int` and the unit may be left out (`max_tokens = 512`); with
+    several, a `Measure`, and the unit must be written (`length = 2 epochs`). `share` also admits a
+    percentage (`warmup = 3%`), which makes it a `Measure` too.
+    """
+
+    units: tuple[str, ...]
+    low: int = 1
+    share: bool = False
+
+    @property
+    def measured(self) -> bool:
+        """Whether the value keeps its unit."""
+        return len(self.units) > 1 or self.share
+
+    def describe(self) -> str:
+        """See `Type`."""
+        names = [f"a number of {unit}" for unit in self.units]
+        return " or ".join([*names, "a percentage"] if self.share else names)
+
+    def json(self) -> Json:
+        """See `Type`."""
+        if not self.measured:
+            return {"type": "integer", "minimum": self.low}
+        units = [*self.units, "%"] if self.share else list(self.units)
+        properties = {"value": {"type": "number", "minimum": 0}, "unit": {"enum": units}}
+        return {"type": "object", "properties": properties, "required": ["value", "unit"]}
+
+
+@dataclass(frozen=True)
+class Memory(Type):
+    """An amount of memory in bytes (`int`): `16 GiB`, `5 GB`."""
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return "an amount of memory, such as `16 GiB`"
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"type": "integer", "minimum": 1}
+
+
+@dataclass(frozen=True)
+class Duration(Type):
+    """A time in seconds (`float`): `30s`, `5m`, `2h`."""
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return "a time, such as `30s` or `5m`"
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"type": "number", "exclusiveMinimum": 0}
+
+
+@dataclass(frozen=True)
+class Price(Type):
+    """Money per device and hour (`float`): `1.2 per device_hour`."""
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return "a price, such as `1.2 per device_hour`"
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"type": "number", "minimum": 0}
+
+
+@dataclass(frozen=True)
+class Text(Type):
+    """Text taken as it stands (`str`); braces mean nothing in it. `among` closes the set of
+    texts.
+    """
+
+    among: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return "one of these texts" if self.among else "text"
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"enum": list(self.among)} if self.among else {"type": "string"}
+
+
+@dataclass(frozen=True)
+class Path(Type):
+    """A path (`str`), relative to the file that it is written in; the Program has it relative to
+    the spec.
+
+    `what` is `file`, which must exist; `model`, a folder or an id on the hub (`google/gemma-2b`);
+    `python`, a file and a function (`rewards/mine.py:score`); or `output`, which the run makes.
+    """
+
+    what: str = "file"
+    suffixes: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return {
+            "file": "the path of a file",
+            "python": "a Python function, as `file.py:function`",
+            "model": "the path of a model folder, or a hub id such as `google/gemma-2b`",
+            "output": "the path of a folder to write",
+        }[self.what]
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"type": "string", "minLength": 1}
+
+
+@dataclass(frozen=True)
+class Pattern(Type):
+    """A regular expression in Python's syntax (`str`): `/a+b/`."""
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return "a regular expression between slashes"
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"type": "string", "format": "regex"}
+
+
+@dataclass(frozen=True)
+class Flag(Type):
+    """`true` or `false` (`bool`)."""
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return "`true` or `false`"
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"type": "boolean"}
+
+
+@dataclass(frozen=True)
+class Choice(Type):
+    """One of a few words, written bare (`str`): `decay = cosine`."""
+
+    words: tuple[str, ...]
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return "one of " + ", ".join(f"`{word}`" for word in self.words)
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"enum": list(self.words)}
+
+
+@dataclass(frozen=True)
+class Ref(Type):
+    """A declaration of one of these nouns (`Reference`)."""
+
+    nouns: tuple[str, ...]
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return "the name of a " + " or ".join(f"`{noun}`" for noun in self.nouns)
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"$ref": "#/$defs/reference"}
+
+
+@dataclass(frozen=True)
+class Of(Type):
+    """A value of a family: a call such as `adamw(lr = 1e-5)`, or an expression over data or
+    rewards.
+
+    The Python value is an instance of the family's base class.
+    """
+
+    family: str
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return FAMILIES[self.family]
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"$ref": f"#/$defs/family.{self.family}"}
+
+
+FAMILIES = {
+    "text": 'a template such as `"{question}"`',
+    "data": "data: a name, or an expression such as `80% * a + 20% * b`",
+    "reward": "a reward: a name, or an expression such as `0.8 * correct + 0.2 * shape`",
+    "optimizer": "an optimizer, such as `adamw(lr = 1e-5)`",
+    "adapter": "an adapter, such as `lora(rank = 16)`",
+    "sampling": "how to sample, such as `sampling(max_tokens = 512)`",
+    "tracker": "a tracker, such as `tensorboard()`",
+    "criterion": 'a criterion, such as `criterion("Opens with an image", weight = 2)`',
+    "judge": 'a judge: `endpoint("http://localhost:8000/v1", model = "judge")` or `local(gemma)`',
+    "winner": "`best(metric)`, `lowest(metric)` or `all`",
+    "mesh": "mesh axes, such as `axes(fsdp = 8, tensor = 4)`",
+    "clip": "`clip(low = 0.2, high = 0.28)` or `clip_weights(high = 5)`",
+    "kl": "a KL term, such as `k3(0.04)`",
+    "correction": "`truncated(2.0)` or `masked(2.0)`",
+    "experts": "`experts(count = 64, active = 8, width = 768)`",
+    "settings": "`settings(name = value, ...)`",
+    "condition": "a condition on an example, such as `length < 512`",
+}
+"""Family -> how a message calls its values."""
+
+
+@dataclass(frozen=True)
+class ListOf(Type):
+    """`[a, b]` (`tuple`); a single value stands for a list of one."""
+
+    item: Type
+    low: int = 0
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return f"a list in `[ ]`, each {self.item.describe()}"
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"type": "array", "items": self.item.json(), "minItems": self.low}
+
+
+@dataclass(frozen=True)
+class Either(Type):
+    """A value of any of several types; the first that accepts it decides."""
+
+    options: tuple[Type, ...]
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return " or ".join(option.describe() for option in self.options)
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"anyOf": [option.json() for option in self.options]}
+
+
+@dataclass(frozen=True)
+class Metric(Type):
+    """A metric that a stage yields (`MetricName`): an eval, `eval.metric`, `loss`,
+    `data.reward`.
+    """
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return "a metric: the name of an eval, or `loss`, `reward`, ..."
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {"type": "string"}
+
+
+@dataclass(frozen=True)
+class Anything(Type):
+    """Whatever the expression is: the value of a `let`, a setting of a generator."""
+
+    def describe(self) -> str:
+        """See `Type`."""
+        return "a value"
+
+    def json(self) -> Json:
+        """See `Type`."""
+        return {}
+
+
+def count(*units: str, low: int = 1, share: bool = False) -> Amount:
+    """An `Amount` of the given units."""
+    assert all(unit in COUNTED for unit in units)
+    return Amount(units, low, share)

@@ -1,0 +1,68 @@
+"""Everything that a spec can say, as tables: nouns, their kinds, functions, foreign words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+from tunelang.dsl.vocabulary import data, models, rewards, stages
+from tunelang.dsl.vocabulary.base import Function, Kind, KindInfo, doc_of
+
+NOUNS: dict[str, str] = {
+    "param": "A value that `--set`, or a file that imports this one, may change.",
+    "let": "A named expression.",
+    "tokenizer": "A tokenizer, its special tokens and its chat template.",
+    "model": "Initial weights of one architecture.",
+    "data": "A stream of examples with named fields.",
+    "reward": "A number for each completion.",
+    "eval": "Named metrics, measured on examples.",
+    "hardware": "A set of devices, which need not be here.",
+    "stage": "A step of the pipeline; as a value, the model that it yields.",
+}
+"""Noun -> documentation."""
+
+EXPRESSION_NOUNS = ("param", "let", "data", "reward")
+"""Nouns that may be declared as `noun name = expression`."""
+
+
+def _kinds() -> dict[str, dict[str, KindInfo]]:
+    tables: dict[str, Mapping[str, type[Kind]]] = {
+        "tokenizer": models.TOKENIZERS,
+        "model": models.MODELS,
+        "data": data.KINDS,
+        "reward": rewards.REWARDS,
+        "eval": rewards.EVALS,
+        "hardware": models.HARDWARE,
+        "stage": stages.SUPERVISED,
+    }
+    found = {
+        noun: {word: KindInfo(noun, word, model, doc_of(model)) for word, model in table.items()}
+        for noun, table in tables.items()
+    }
+    for word, (doc, presets) in stages.POLICIES.items():
+        found["stage"][word] = KindInfo("stage", word, stages.Policy, doc, tuple(presets.items()))
+    return found
+
+
+KINDS = _kinds()
+"""Noun -> kind -> what it is."""
+
+RUN = KindInfo("run", "run", stages.Run, doc_of(stages.Run))
+"""The attributes of the `run` block."""
+
+FUNCTIONS: dict[str, type[Function]] = {
+    function.word: function for function in (*data.FUNCTIONS, *rewards.FUNCTIONS, *stages.FUNCTIONS)
+}
+"""Function -> its model. Data methods stand in `data.METHODS`."""
+
+FORMS: dict[str, str] = {
+    "each": "Fan a stage out: one branch for each value, and for each"
+    " combination of several `each`.",
+}
+"""Forms of the language that look like calls."""
+
+
+@cache
+def functions_of(family: str) -> tuple[str, ...]:
+    """The words of a family's functions."""
+    return tuple(word for word, function in FUNCTIONS.items() if function.family == family)

@@ -1,0 +1,217 @@
+"""How a kind or function is written down: a pydantic model whose fields carry everything.
+
+A field's annotation names its Python type and its language type; `result`, `placement` or
+`observe` gives the documentation, an example, the default and the *effect*: whether a change
+makes a finished stage stale (`result`), or not (`placement`: where it runs, `observe`: what is
+shown). The checker, `tune explain`, `tune schema` and the reference all read these fields.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic_core import PydanticUndefined
+
+from tunelang.dsl import types
+
+Effect = Literal["result", "placement", "observe"]
+EFFECTS: dict[Effect, str] = {
+    "result": "changes the result: a finished stage runs again",
+    "placement": "only where and how it runs: a finished stage stays finished",
+    "observe": "only what is shown: a finished stage stays finished",
+}
+
+
+class Node(BaseModel):
+    """Base of everything in a Program: frozen, strict, closed."""
+
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", defer_build=True, populate_by_name=True
+    )
+
+    @classmethod
+    def fixed(cls, **values: Any) -> Self:
+        """A value from parts that are known to be right: the checker's, and defaults.
+
+        Pydantic would build a validator for the class first, which takes longer than checking a
+        spec. The tests validate what comes out.
+        """
+        return cast(Self, cls.model_construct(**values))
+
+
+class Measure(Node):
+    """A number with the unit that it counts: `2 epochs`, `64 prompts`, `3%`."""
+
+    value: int | float
+    unit: str
+
+
+class Reference(Node):
+    """A declaration of the Program, by name; `step` picks a checkpoint of a stage."""
+
+    noun: str
+    name: str
+    step: int | None = None
+
+
+class Function(Node):
+    """Base of everything written as a call. The family is what it may stand for."""
+
+    family: ClassVar[str]
+    word: ClassVar[str]
+
+
+class TextExpression(Function):
+    """Text made from the fields of an example."""
+
+    family = "text"
+
+
+class DataExpression(Function):
+    """A stream of examples."""
+
+    family = "data"
+
+
+class RewardExpression(Function):
+    """A number for each completion."""
+
+    family = "reward"
+
+
+class Condition(Function):
+    """A test of one example."""
+
+    family = "condition"
+
+
+class Kind(Node):
+    """Base of the value of a declaration `noun name : kind { ... }`."""
+
+
+def _attribute(
+    effect: Effect, doc: str, example: str, default: Any, positional: bool, alias: str | None
+) -> Any:
+    extra: dict[str, Any] = {"effect": effect, "positional": positional}
+    return Field(default, description=doc, examples=[example], json_schema_extra=extra, alias=alias)
+
+
+def result(
+    doc: str,
+    example: str,
+    default: Any = ...,
+    *,
+    positional: bool = False,
+    alias: str | None = None,
+) -> Any:
+    """A field that changes what a stage computes."""
+    return _attribute("result", doc, example, default, positional, alias)
+
+
+def placement(doc: str, example: str, default: Any = ..., *, positional: bool = False) -> Any:
+    """A field that changes where or how a stage runs, not what it computes."""
+    return _attribute("placement", doc, example, default, positional, None)
+
+
+def observe(doc: str, example: str, default: Any = ..., *, positional: bool = False) -> Any:
+    """A field that changes what is logged or shown."""
+    return _attribute("observe", doc, example, default, positional, None)
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One attribute or argument, as the tools read it."""
+
+    name: str
+    type: types.Type
+    default: Any
+    required: bool
+    optional: bool
+    """Whether `none` is accepted."""
+    doc: str
+    example: str
+    effect: Effect
+    positional: bool
+
+
+@cache
+def attributes(model: type[Node]) -> dict[str, Attribute]:
+    """The attributes of a model by the name that a spec uses, in order of declaration."""
+    found: dict[str, Attribute] = {}
+    for name, field in model.model_fields.items():
+        extra = field.json_schema_extra
+        if not isinstance(extra, dict) or "effect" not in extra:
+            continue
+        kind = next(item for item in field.metadata if isinstance(item, types.Type))
+        required = field.default is PydanticUndefined
+        word = field.alias or name
+        found[word] = Attribute(
+            name=word,
+            type=kind,
+            default=None if required else field.default,
+            required=required,
+            optional=type(None) in get_args(field.annotation),
+            doc=field.description or "",
+            example=str((field.examples or [""])[0]),
+            effect=extra["effect"],  # type: ignore[arg-type]
+            positional=bool(extra["positional"]),
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class KindInfo:
+    """A kind of a noun: its model, and for a preset the defaults that differ from the model's."""
+
+    noun: str
+    word: str
+    model: type[Kind]
+    doc: str
+    presets: tuple[tuple[str, Any], ...] = ()
+
+    @cached_property
+    def attributes(self) -> dict[str, Attribute]:
+        """The attributes, with the defaults of this kind."""
+        own = dict(attributes(self.model))
+        for name, default in self.presets:
+            own[name] = _with_default(own[name], default)
+        return own
+
+
+def _with_default(attribute: Attribute, default: Any) -> Attribute:
+    changed = dict(attribute.__dict__, default=default, required=False)
+    return Attribute(**changed)
+
+
+def doc_of(model: type[Node]) -> str:
+    """The documentation of a model: its docstring, unwrapped into paragraphs."""
+    text = inspect.getdoc(model) or ""
+    return "\n\n".join(re.sub(r"\s*\n\s*", " ", part) for part in text.split("\n\n"))
+
+
+# Annotations used in many places. A comment names the Python value.
+Tokens = Annotated[int, types.count("tokens")]
+Steps = Annotated[int, types.count("steps")]
+MaybeSteps = Annotated[int | None, types.count("steps")]
+Flag = Annotated[bool, types.Flag()]
+Positive = Annotated[float, types.Number(above=0)]
+NonNegative = Annotated[float, types.Number(low=0)]
+Share = Annotated[float, types.Share()]
+Count = Annotated[int, types.Whole(low=1)]
+MaybeCount = Annotated[int | None, types.Whole(low=1)]
+Words = Annotated[str, types.Text()]
+MaybeWords = Annotated[str | None, types.Text()]
+Template = Annotated[SerializeAsAny[TextExpression], types.Of("text")]
+MaybeTemplate = Annotated[SerializeAsAny[TextExpression] | None, types.Of("text")]
+Data = Annotated[SerializeAsAny[DataExpression], types.Of("data")]
+Reward = Annotated[SerializeAsAny[RewardExpression], types.Of("reward")]
+Evals = Annotated[tuple[Reference, ...], types.ListOf(types.Ref(("eval",)))]
+TokenizerRef = Annotated[Reference, types.Ref(("tokenizer",))]
+ModelRef = Annotated[Reference, types.Ref(("model", "stage"))]
+HardwareRef = Annotated[Reference | None, types.Ref(("hardware",))]
+Dtype = Literal["f32", "bf16", "f16"]

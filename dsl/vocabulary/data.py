@@ -1,0 +1,321 @@
+"""Data: the kinds of sources, expressions over them, and the text functions of their templates."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import SerializeAsAny
+
+from tunelang.dsl import types
+from tunelang.dsl.vocabulary.base import (
+    Condition,
+    Count,
+    Data,
+    DataExpression,
+    Function,
+    Kind,
+    MaybeTemplate,
+    Template,
+    TextExpression,
+    Words,
+    result,
+)
+
+ROLES = ("prompt", "response", "target", "messages", "system", "text")
+"""What a field of an example may mean to a stage; each is an attribute of every data kind."""
+
+
+class DataKind(Kind):
+    """A source of examples. The roles say which text of a row is the prompt, the response, ..."""
+
+    prompt: MaybeTemplate = result(
+        "What the model is given: a template over the fields of a row.",
+        'prompt = "{question}"',
+        None,
+    )
+    response: MaybeTemplate = result(
+        "What the model should answer; supervised tuning trains on it alone.",
+        'response = "{answer}"',
+        None,
+    )
+    target: MaybeTemplate = result(
+        "The reference that rewards compare a completion with.",
+        'target = after("####", "{answer}")',
+        None,
+    )
+    messages: MaybeTemplate = result(
+        "The field with a whole conversation, a list of `role` and `content`.",
+        'messages = "{messages}"',
+        None,
+    )
+    system: MaybeTemplate = result(
+        "A system message in front of the prompt.", 'system = "Answer with a number."', None
+    )
+    text: MaybeTemplate = result(
+        "Plain text, for pre-training and perplexity: every token is trained.",
+        'text = "{body}"',
+        None,
+    )
+    on_bad_row: Annotated[str, types.Choice(("drop", "stop"))] = result(
+        "What happens to a row with a missing field or a field of the wrong type. Dropped rows are"
+        " counted and the first few are shown.",
+        "on_bad_row = stop",
+        "drop",
+    )
+    on_long_row: Annotated[str, types.Choice(("drop", "cut", "stop"))] = result(
+        "What happens to a row that is longer than the context; `cut` takes tokens off its end.",
+        "on_long_row = cut",
+        "drop",
+    )
+
+
+Files = Annotated[tuple[str, ...], types.ListOf(types.Path("file"), low=1)]
+
+
+class Jsonl(DataKind):
+    """Rows from files with one JSON object a line."""
+
+    path: Files = result(
+        "The file, or a list of files read one after another.", 'path = "train.jsonl"'
+    )
+
+
+class Parquet(DataKind):
+    """Rows from Parquet files."""
+
+    path: Files = result(
+        "The file, or a list of files read one after another.", 'path = "a.parquet"'
+    )
+
+
+class Csv(DataKind):
+    """Rows from files of comma-separated values whose first line names the fields."""
+
+    path: Files = result(
+        "The file, or a list of files read one after another.", 'path = "train.csv"'
+    )
+    separator: Words = result("What separates the fields of a line.", 'separator = ";"', ",")
+
+
+class TextFiles(DataKind):
+    """Plain text. Each row has one field, `text`, which is also the default role `text`."""
+
+    path: Files = result(
+        "The file, or a list of files read one after another.", 'path = "input.txt"'
+    )
+    rows: Annotated[str, types.Choice(("file", "line", "paragraph"))] = result(
+        "What makes a row: a whole file, a line, or a paragraph (text between empty lines).",
+        "rows = paragraph",
+        "file",
+    )
+
+
+class Settings(Function):
+    """Named settings that are handed on as they are, checked against the generator's own list."""
+
+    family = "settings"
+    word = "settings"
+    variadic: ClassVar[str] = "values"
+    values: dict[str, int | float | str | bool | tuple[int | float | str, ...] | None] = {}
+
+
+class Procedural(DataKind):
+    """Problems that a generator of reasoning-gym makes, with its own verifier.
+
+    The fields are `question`, `answer` and those of the generator's metadata. Without roles of
+    its own, the prompt is `{question}`, and the response and the target are `{answer}`.
+    """
+
+    task: Words = result("The name of the generator.", 'task = "knights_knaves"')
+    size: Count = result("How many problems to make.", "size = 5k", 1000)
+    seed: Annotated[int, types.Whole(low=0)] = result("The generator's seed.", "seed = 3", 0)
+    settings: Annotated[Settings | None, types.Of("settings")] = result(
+        "Settings of the generator, by its own names.", "settings = settings(n_people = 2)", None
+    )
+
+
+# Expressions over data.
+
+
+class DataRef(DataExpression):
+    """Declared data, by name."""
+
+    word = ""
+    name: str
+
+
+class Weighted(DataExpression):
+    """`80% * gsm8k`: data with its share of a mixture."""
+
+    word = ""
+    of: Data
+    weight: float
+
+
+class Mixture(DataExpression):
+    """`80% * a + 20% * b`: each batch holds each source in its proportion."""
+
+    word = ""
+    parts: tuple[SerializeAsAny[Weighted], ...]
+
+
+class DataMethod(DataExpression):
+    """Base of what is written `data.method(...)`; `of` is the data before the dot."""
+
+    word = ""
+    of: Data
+
+
+class Take(DataMethod):
+    """The first `count` examples."""
+
+    word = "take"
+    count: Count = result("How many examples.", "gsm8k.take(1000)", positional=True)
+
+
+class Skip(DataMethod):
+    """All examples but the first `count`."""
+
+    word = "skip"
+    count: Annotated[int, types.Whole(low=0)] = result(
+        "How many examples.", "gsm8k.skip(1000)", positional=True
+    )
+
+
+class Shuffle(DataMethod):
+    """The examples in another order, fixed by the seed."""
+
+    word = "shuffle"
+    seed: Annotated[int, types.Whole(low=0)] = result(
+        "The seed of the order.", "gsm8k.shuffle(seed = 1)", 0
+    )
+
+
+class Repeat(DataMethod):
+    """The examples several times over."""
+
+    word = "repeat"
+    times: Count = result("How many times.", "gsm8k.repeat(3)", positional=True)
+
+
+class Where(DataMethod):
+    """The examples for which a condition holds. `length` is the example's number of tokens."""
+
+    word = "where"
+    condition: Annotated[SerializeAsAny[Condition], types.Of("condition")] = result(
+        "The condition, over the fields of the example.",
+        "gsm8k.where(length < 512)",
+        positional=True,
+    )
+
+
+class Map(DataMethod):
+    """The examples with other templates for some of their roles."""
+
+    word = "map"
+    prompt: MaybeTemplate = result("The new prompt.", 'gsm8k.map(prompt = "Q: {question}")', None)
+    response: MaybeTemplate = result("The new response.", 'gsm8k.map(response = "{answer}")', None)
+    target: MaybeTemplate = result("The new target.", 'gsm8k.map(target = "{answer}")', None)
+    messages: MaybeTemplate = result(
+        "The new conversation.", 'gsm8k.map(messages = "{chat}")', None
+    )
+    system: MaybeTemplate = result(
+        "The new system message.", 'gsm8k.map(system = "Be brief.")', None
+    )
+    text: MaybeTemplate = result("The new plain text.", 'gsm8k.map(text = "{body}")', None)
+
+
+class Split(DataMethod):
+    """Parts of the data by name, each a share of it; `train` is what the other parts leave over.
+
+    Which part an example falls into depends on its content alone, so adding rows moves no other
+    row from one part to another.
+    """
+
+    word = "split"
+    variadic: ClassVar[str] = "parts"
+    parts: dict[str, float]
+    part: str | None = None
+
+
+# Conditions on one example.
+
+
+class FieldValue(Condition):
+    """A field of the example, or `length`, its number of tokens."""
+
+    word = ""
+    name: str
+
+
+class Literal(Condition):
+    """A constant."""
+
+    word = ""
+    value: int | float | str | bool | None
+
+
+class Operator(Condition):
+    """`and`, `or`, `not`, a comparison or an arithmetic operator over conditions."""
+
+    word = ""
+    operator: str
+    operands: tuple[SerializeAsAny[Condition], ...]
+
+
+# Text functions.
+
+
+class TemplateText(TextExpression):
+    """Text with `{field}` in it; `{{` and `}}` stand for braces."""
+
+    word = ""
+    text: str
+
+
+class After(TextExpression):
+    """What follows the last `marker` in a text, stripped of white space; empty if it is not
+    there.
+    """
+
+    word = "after"
+    marker: Words = result("What to look for.", 'after("####", "{answer}")', positional=True)
+    text: Template = result("Where to look.", 'after("####", "{answer}")', positional=True)
+
+
+class Before(TextExpression):
+    """What comes before the first `marker` in a text, stripped; the whole text if it is not
+    there.
+    """
+
+    word = "before"
+    marker: Words = result("What to look for.", 'before("####", "{answer}")', positional=True)
+    text: Template = result("Where to look.", 'before("####", "{answer}")', positional=True)
+
+
+class Between(TextExpression):
+    """What stands between two markers, the last such place, stripped; empty if they are not
+    there.
+    """
+
+    word = "between"
+    start: Words = result(
+        "The marker in front.", 'between("<answer>", "</answer>", "{completion}")', positional=True
+    )
+    end: Words = result(
+        "The marker behind.", 'between("<answer>", "</answer>", "{completion}")', positional=True
+    )
+    text: Template = result(
+        "Where to look.", 'between("<answer>", "</answer>", "{completion}")', positional=True
+    )
+
+
+KINDS: dict[str, type[DataKind]] = {
+    "jsonl": Jsonl,
+    "parquet": Parquet,
+    "csv": Csv,
+    "text": TextFiles,
+    "procedural": Procedural,
+}
+METHODS: dict[str, type[DataMethod]] = {
+    m.word: m for m in (Take, Skip, Shuffle, Repeat, Where, Map, Split)
+}
+FUNCTIONS: tuple[type[Function], ...] = (Settings, After, Before, Between)

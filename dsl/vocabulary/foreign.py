@@ -1,0 +1,202 @@
+"""Words that users of other tools bring along, and what leads from them to ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What to say about a word: the help, and if the value can be taken over, the line to write.
+
+    `line` may use `{value}`, the text of the value as the user wrote it. With `inside` the line is an
+    argument of that attribute's call.
+    """
+
+    help: str
+    line: str = ""
+    whole: bool = False
+    """Whether `line` replaces the attribute as it stands (a fix), or is only an example."""
+
+
+_LR = Foreign(
+    "the learning rate belongs to the optimizer", "optimizer = adamw(lr = {value})", whole=True
+)
+_BATCH = Foreign(
+    "`batch` is what one whole step trains on, over all devices; the plan chooses the micro-batch",
+    "batch = {value} sequences",
+    whole=True,
+)
+_GROUP = Foreign("completions for each prompt are the `group`", "group = {value}", whole=True)
+_KL = Foreign("the KL penalty is a term with its coefficient", "kl = k3({value})", whole=True)
+_EPOCHS = Foreign(
+    "the length of a stage states what it counts", "length = {value} epochs", whole=True
+)
+_STEPS = Foreign(
+    "the length of a stage states what it counts", "length = {value} steps", whole=True
+)
+_MAX_TOKENS = Foreign(
+    "the longest completion belongs to the rollout", "rollout = sampling(max_tokens = {value})",
+    whole=True,
+)  # fmt: skip
+_LORA = Foreign("LoRA is an adapter of a stage", "adapter = lora(rank = 16, alpha = 32)")
+_MODEL = Foreign(
+    "a stage starts `from` a model, or from the stage that yields it", "from = {value}", whole=True
+)
+_QUANTIZED = Foreign("frozen weights in fewer bits are an attribute of the model", "weights = nf4")
+
+STAGE: dict[str, Foreign] = {
+    "learning_rate": _LR, "lr": _LR, "actor_lr": _LR,
+    "weight_decay": Foreign("weight decay belongs to the optimizer", "optimizer = adamw(lr = 1e-5, weight_decay = {value})"),
+    "warmup_ratio": Foreign("the warm-up belongs to the optimizer", "optimizer = adamw(lr = 1e-5, warmup = 3%)"),
+    "warmup_steps": Foreign("the warm-up belongs to the optimizer", "optimizer = adamw(lr = 1e-5, warmup = {value} steps)"),
+    "lr_scheduler_type": Foreign("the schedule belongs to the optimizer", "optimizer = adamw(lr = 1e-5, decay = cosine)"),
+    "max_grad_norm": Foreign("gradient clipping belongs to the optimizer", "optimizer = adamw(lr = 1e-5, clip_norm = {value})"),
+    "gradient_clipping": Foreign("gradient clipping belongs to the optimizer", "optimizer = adamw(lr = 1e-5, clip_norm = {value})"),
+    "num_train_epochs": _EPOCHS, "num_epochs": _EPOCHS, "epochs": _EPOCHS, "n_epochs": _EPOCHS,
+    "max_steps": _STEPS, "num_steps": _STEPS, "steps": _STEPS, "num_train_steps": _STEPS,
+    "batch_size": _BATCH, "train_batch_size": _BATCH, "global_batch_size": _BATCH,
+    "per_device_train_batch_size": Foreign(
+        "`batch` is what one whole step trains on, over all devices; what a device handles at once is"
+        " the `micro_batch`, which the plan chooses unless you pin it",
+        "micro_batch = {value} sequences",
+    ),
+    "gradient_accumulation_steps": Foreign(
+        "there is nothing to set: `batch` is what one whole step trains on, and the plan divides it"
+        " into micro-batches that fit"
+    ),
+    "num_generations": _GROUP, "group_size": _GROUP, "n_samples": _GROUP,
+    "beta": _KL, "kl_coef": _KL, "kl_beta": _KL, "kl_coeff": _KL, "init_kl_coef": _KL,
+    "epsilon": Foreign("the clip range is a call", "clip = clip(low = {value}, high = {value})", whole=True),
+    "epsilon_high": Foreign("the clip range is a call", "clip = clip(low = 0.2, high = {value})"),
+    "max_new_tokens": _MAX_TOKENS, "max_tokens": _MAX_TOKENS, "max_completion_length": _MAX_TOKENS,
+    "max_response_length": _MAX_TOKENS,
+    "temperature": Foreign("the temperature belongs to the rollout", "rollout = sampling(temperature = {value})"),
+    "max_length": Foreign("the longest sequence is an attribute of the model", "context = {value}"),
+    "max_seq_length": Foreign("the longest sequence is an attribute of the model", "context = {value}"),
+    "lora": _LORA, "lora_r": _LORA, "lora_rank": _LORA, "peft_config": _LORA, "use_peft": _LORA,
+    "load_in_4bit": _QUANTIZED, "load_in_8bit": _QUANTIZED,
+    "model": _MODEL, "model_name_or_path": _MODEL, "base_model": _MODEL, "init_from": _MODEL,
+    "dataset": Foreign("a stage trains on its `data`", "data = {value}", whole=True),
+    "train_dataset": Foreign("a stage trains on its `data`", "data = {value}", whole=True),
+    "eval_dataset": Foreign("declare an `eval` over the data and list it", "evals = [accuracy]"),
+    "reward_funcs": Foreign("one reward expression combines them", "reward = 0.8 * correct + 0.2 * shape"),
+    "reward_fn": Foreign("one reward expression combines them", "reward = 0.8 * correct + 0.2 * shape"),
+    "optim": Foreign("the optimizer is a call", "optimizer = adamw(lr = 1e-5)"),
+    "save_steps": Foreign("checkpoints are written without asking; their spacing is", "checkpoint_every = {value} steps", whole=True),
+    "logging_steps": Foreign("metrics are logged without asking; their spacing is", "log_every = {value} steps", whole=True),
+    "eval_steps": Foreign("the spacing of evaluations is", "eval_every = {value} steps", whole=True),
+    "bf16": Foreign("the precision is an attribute of the model", "dtype = bf16"),
+    "fp16": Foreign("the precision is an attribute of the model", "dtype = bf16"),
+    "gradient_checkpointing": Foreign("what the backward pass computes again is", "remat = full"),
+    "depends_on": Foreign("stages are ordered by what they use: `from`, `data`, `reward`"),
+    "output_dir": Foreign("results go to the store; to write a model out, add an `export` stage", "path = {value}"),
+}  # fmt: skip
+"""Attributes of a stage elsewhere."""
+
+MODEL: dict[str, Foreign] = {
+    "name": Foreign("the model is found by its `path`", "path = {value}", whole=True),
+    "model_name_or_path": Foreign("the model is found by its `path`", "path = {value}", whole=True),
+    "max_position_embeddings": Foreign("the longest sequence is the `context`", "context = {value}", whole=True),
+    "max_seq_length": Foreign("the longest sequence is the `context`", "context = {value}", whole=True),
+    "torch_dtype": Foreign("the precision is the `dtype`", "dtype = bf16"),
+    "hidden_size": Foreign("the size of the residual stream is the `width`", "width = {value}", whole=True),
+    "d_model": Foreign("the size of the residual stream is the `width`", "width = {value}", whole=True),
+    "n_embd": Foreign("the size of the residual stream is the `width`", "width = {value}", whole=True),
+    "num_hidden_layers": Foreign("the number of blocks is `layers`", "layers = {value}", whole=True),
+    "n_layer": Foreign("the number of blocks is `layers`", "layers = {value}", whole=True),
+    "num_attention_heads": Foreign("the number of query heads is `heads`", "heads = {value}", whole=True),
+    "n_head": Foreign("the number of query heads is `heads`", "heads = {value}", whole=True),
+    "num_key_value_heads": Foreign("the number of key heads is `kv_heads`", "kv_heads = {value}", whole=True),
+    "intermediate_size": Foreign("the hidden size of the feed-forward layer is `mlp`", "mlp = {value}", whole=True),
+    "block_size": Foreign("the longest sequence is the `context`", "context = {value}", whole=True),
+    "vocab_size": Foreign("the tokenizer sets the size of the vocabulary", "tokenizer = pieces"),
+    "rope_theta": Foreign("the base of the rotary frequencies is `rope_base`", "rope_base = {value}", whole=True),
+    "tie_word_embeddings": Foreign("whether the head shares the embedding is `tied`", "tied = true"),
+    "load_in_4bit": Foreign("frozen weights in fewer bits are `weights`", "weights = nf4", whole=True),
+    "load_in_8bit": Foreign("frozen weights in fewer bits are `weights`", "weights = int8", whole=True),
+}  # fmt: skip
+"""Attributes of a model elsewhere."""
+
+DATA: dict[str, Foreign] = {
+    "file": Foreign("files are named by `path`", "path = {value}", whole=True),
+    "files": Foreign("files are named by `path`", "path = {value}", whole=True),
+    "completion": Foreign("what the model should answer is the `response`", "response = {value}", whole=True),
+    "output": Foreign("what the model should answer is the `response`", "response = {value}", whole=True),
+    "input": Foreign("what the model is given is the `prompt`", "prompt = {value}", whole=True),
+    "instruction": Foreign("what the model is given is the `prompt`", "prompt = {value}", whole=True),
+    "answer": Foreign("what rewards compare with is the `target`", "target = {value}", whole=True),
+    "split": Foreign("a part of the data is a method", "data = math.split(test = 5%).train"),
+    "weight": Foreign("shares stand where data is mixed", "data general = 80% * a + 20% * b"),
+}  # fmt: skip
+"""Attributes of data elsewhere."""
+
+FUNCTION: dict[str, Foreign] = {
+    "learning_rate": Foreign("the learning rate is `lr`", "lr = {value}", whole=True),
+    "betas": Foreign("the two are `b1` and `b2`", "b1 = 0.9, b2 = 0.95"),
+    "beta1": Foreign("it is called `b1`", "b1 = {value}", whole=True),
+    "beta2": Foreign("it is called `b2`", "b2 = {value}", whole=True),
+    "epsilon": Foreign("it is called `eps`", "eps = {value}", whole=True),
+    "warmup_steps": Foreign("the warm-up states what it counts", "warmup = {value} steps", whole=True),
+    "warmup_ratio": Foreign("the warm-up states what it counts", "warmup = 3%"),
+    "max_grad_norm": Foreign("gradient clipping is `clip_norm`", "clip_norm = {value}", whole=True),
+    "max_new_tokens": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}", whole=True),
+    "max_length": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}"),
+    "r": Foreign("the rank is `rank`", "rank = {value}", whole=True),
+    "lora_alpha": Foreign("it is called `alpha`", "alpha = {value}", whole=True),
+    "target_modules": Foreign("the matrices are `targets`", "targets = [attention, mlp]"),
+    "lora_dropout": Foreign("it is called `dropout`", "dropout = {value}", whole=True),
+    "use_rslora": Foreign("it is called `rank_stabilized`", "rank_stabilized = true"),
+}  # fmt: skip
+"""Arguments of functions elsewhere."""
+
+EVAL: dict[str, Foreign] = {
+    "max_new_tokens": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}", whole=True),
+    "reward": Foreign("what scores a completion is the `score`", "score = {value}", whole=True),
+    "metric": Foreign("what scores a completion is the `score`", "score = {value}", whole=True),
+    "dataset": Foreign("an eval measures on its `data`", "data = {value}", whole=True),
+    "k": Foreign("completions for each prompt are `samples`", "samples = {value}", whole=True),
+    "n": Foreign("completions for each prompt are `samples`", "samples = {value}", whole=True),
+}  # fmt: skip
+"""Attributes of an eval elsewhere."""
+
+BY_NOUN: dict[str, dict[str, Foreign]] = {
+    "stage": STAGE,
+    "model": MODEL,
+    "data": DATA,
+    "eval": EVAL,
+}
+
+NAMES: dict[str, str] = {
+    "True": "true", "TRUE": "true", "yes": "true", "False": "false", "FALSE": "false", "no": "false",
+    "None": "none", "null": "none", "nil": "none",
+    "float32": "f32", "fp32": "f32", "bfloat16": "bf16", "float16": "f16", "fp16": "f16",
+}  # fmt: skip
+"""Names that stand for a value elsewhere."""
+
+NOUNS: dict[str, str] = {
+    "dataset": "data", "datasets": "data", "task": "stage", "step": "stage", "job": "stage",
+    "train": "stage", "evaluation": "eval", "metric": "eval", "const": "let", "var": "let",
+    "variable": "param", "parameter": "param", "cluster": "hardware", "device": "hardware",
+    "devices": "hardware", "judge": "reward", "score": "reward", "base": "model", "def": "let",
+    "set": "let",
+}  # fmt: skip
+"""Nouns that go by another name here."""
+
+FUNCTIONS: dict[str, str] = {
+    "adam": "adamw", "AdamW": "adamw", "Adam": "adamw", "SGD": "sgd", "rouge": "exact",
+    "regex": "matches", "match": "exact", "equals": "exact", "grid": "each", "sweep": "each",
+    "choice": "each", "max": "best", "highest": "best", "min": "lowest", "LoRA": "lora",
+    "LoraConfig": "lora", "SamplingParams": "sampling", "generate": "sampling",
+}  # fmt: skip
+"""Functions that go by another name here."""
+
+KINDS: dict[str, str] = {
+    "json": "jsonl", "tsv": "csv", "txt": "text", "reasoning_gym": "procedural", "synthetic": "procedural",
+    "finetune": "sft", "fine_tune": "sft", "supervised": "sft", "train": "sft", "pretraining": "pretrain",
+    "rl": "grpo", "rlhf": "grpo", "hf": "pretrained", "huggingface": "pretrained", "hub": "pretrained",
+    "scratch": "transformer", "decoder": "transformer", "gpt": "transformer", "save": "export",
+    "accuracy": "generate", "loss": "perplexity", "cpu": "local", "cuda": "gpu", "spm": "sentencepiece",
+    "byte": "bytes", "llm_judge": "rubric", "judge": "rubric",
+}  # fmt: skip
+"""Kinds that go by another name here."""

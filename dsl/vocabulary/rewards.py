@@ -1,0 +1,298 @@
+"""Rewards, judges and evaluations."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import SerializeAsAny
+
+from tunelang.dsl import types
+from tunelang.dsl.vocabulary.base import (
+    Count,
+    Data,
+    Flag,
+    Function,
+    Kind,
+    MaybeCount,
+    MaybeTemplate,
+    ModelRef,
+    NonNegative,
+    Positive,
+    Reward,
+    RewardExpression,
+    Template,
+    Words,
+    observe,
+    placement,
+    result,
+)
+from tunelang.dsl.vocabulary.data import TemplateText
+
+COMPLETION_FIELDS = ("completion", "prompt", "response", "target", "system", "text")
+"""Fields that a reward's template has beside those of the data."""
+
+_COMPLETION = TemplateText.fixed(text="{completion}")
+_TARGET = TemplateText.fixed(text="{target}")
+
+
+class RewardRef(RewardExpression):
+    """A declared reward, by name."""
+
+    word = ""
+    name: str
+
+
+class RewardConstant(RewardExpression):
+    """The same number for every completion."""
+
+    word = ""
+    value: float
+
+
+class RewardOperator(RewardExpression):
+    """Arithmetic or a comparison over rewards, element by element."""
+
+    word = ""
+    operator: str
+    operands: tuple[SerializeAsAny[RewardExpression], ...]
+
+
+class NumericMatch(RewardExpression):
+    """1 if the last number in `text` equals the number in `target`, else 0.
+
+    Thousands separators, currency signs, fractions and percentages are read as numbers.
+    """
+
+    word = "numeric_match"
+    text: Template = result(
+        "Where to find the answer.",
+        'numeric_match("{completion}", "{target}")',
+        _COMPLETION,
+        positional=True,
+    )
+    target: Template = result(
+        "The right answer.", 'numeric_match("{completion}", "{target}")', _TARGET, positional=True
+    )
+    tolerance: NonNegative = result("Largest relative difference.", "tolerance = 1e-3", 0.0)
+
+
+class Exact(RewardExpression):
+    """1 if two texts are equal up to white space at their ends, else 0."""
+
+    word = "exact"
+    text: Template = result(
+        "The answer.", 'exact("{completion}", "{target}")', _COMPLETION, positional=True
+    )
+    target: Template = result(
+        "The right answer.", 'exact("{completion}", "{target}")', _TARGET, positional=True
+    )
+    ignore_case: Flag = result("Whether `A` equals `a`.", "ignore_case = true", False)
+
+
+class Contains(RewardExpression):
+    """1 if `text` contains `part`, else 0."""
+
+    word = "contains"
+    text: Template = result(
+        "Where to look.", 'contains("{completion}", "{target}")', _COMPLETION, positional=True
+    )
+    part: Template = result(
+        "What to look for.", 'contains("{completion}", "{target}")', _TARGET, positional=True
+    )
+    ignore_case: Flag = result("Whether `A` equals `a`.", "ignore_case = true", False)
+
+
+class Matches(RewardExpression):
+    """1 if the whole of `text` matches the regular expression, else 0; a dot matches line ends
+    too.
+    """
+
+    word = "matches"
+    text: Template = result(
+        "The text.",
+        'matches("{completion}", /<think>.*<\\/think>.*/)',
+        _COMPLETION,
+        positional=True,
+    )
+    pattern: Annotated[str, types.Pattern()] = result(
+        "The expression.", 'matches("{completion}", /<think>.*<\\/think>.*/)', positional=True
+    )
+
+
+class Verified(RewardExpression):
+    """The score, from 0 to 1, that the generator of `procedural` data gives the answer itself."""
+
+    word = "verified"
+    text: Template = result(
+        "The answer.",
+        'verified(between("<answer>", "</answer>", "{completion}"))',
+        _COMPLETION,
+        positional=True,
+    )
+
+
+class Length(RewardExpression):
+    """The number of tokens of the completion."""
+
+    word = "length"
+
+
+class Overlong(RewardExpression):
+    """A penalty for long completions, in tokens (DAPO, arXiv:2503.14476, equation 13).
+
+    0 up to `max_tokens - buffer` tokens, then falling linearly to -1 at `max_tokens`.
+    """
+
+    word = "overlong"
+    buffer: Annotated[int, types.count("tokens")] = result(
+        "Over how many tokens the penalty grows.", "overlong(512)", positional=True
+    )
+
+
+class BySource(RewardExpression):
+    """A reward of its own for each source of a mixture, by the name of the data."""
+
+    word = "by_source"
+    variadic: ClassVar[str] = "sources"
+    sources: dict[str, SerializeAsAny[RewardExpression]]
+
+
+class PythonReward(RewardExpression):
+    """A Python function of your own: `python("rewards/mine.py:score")`.
+
+    It is called once for each completion with the fields that its parameters name (`completion`,
+    `prompt`, `target`, or any field of the data) and returns a number.
+    """
+
+    word = "python"
+    reference: Annotated[str, types.Path("python")] = result(
+        "The file, relative to the spec, and the function.",
+        'python("rewards/mine.py:score")',
+        positional=True,
+    )
+    timeout: Annotated[float, types.Duration()] = placement(
+        "How long one call may take.", "timeout = 5s", 10.0
+    )
+    on_error: Annotated[float, types.Number()] = result(
+        "The value of a completion for which the function raises, hangs or returns no number.",
+        "on_error = -1",
+        0.0,
+    )
+
+
+class Criterion(Function):
+    """One criterion of a rubric, in plain words."""
+
+    family = "criterion"
+    word = "criterion"
+    text: Words = result("What to look for.", 'criterion("Opens with an image")', positional=True)
+    weight: Positive = result("Its weight beside the others.", "weight = 2", 1.0)
+
+
+class Endpoint(Function):
+    """A model behind an OpenAI-compatible chat API."""
+
+    family = "judge"
+    word = "endpoint"
+    url: Words = result(
+        "The base URL.", 'endpoint("http://localhost:8000/v1", model = "judge")', positional=True
+    )
+    model: Words = result("The model's name there.", 'model = "judge"')
+    key: Annotated[str | None, types.Text()] = placement(
+        "The environment variable that holds the key.", 'key = "OPENAI_API_KEY"', None
+    )
+    concurrency: Count = placement("Requests under way at once.", "concurrency = 16", 8)
+    retries: Annotated[int, types.Whole(low=0)] = placement(
+        "Tries after a failed request.", "retries = 5", 3
+    )
+    timeout: Annotated[float, types.Duration()] = placement(
+        "How long one request may take.", "timeout = 1m", 60.0
+    )
+
+
+class LocalJudge(Function):
+    """A model of the spec as the judge, on the run's own devices."""
+
+    family = "judge"
+    word = "local"
+    model: ModelRef = result(
+        "The model, or a stage that yields one.", "local(gemma)", positional=True
+    )
+
+
+class RewardKind(Kind):
+    """A reward with settings of its own."""
+
+
+class Rubric(RewardKind):
+    """A judge scores each completion against criteria; the reward is their weighted mean, 0 to
+    1.
+    """
+
+    judge: Annotated[SerializeAsAny[Function], types.Of("judge")] = result(
+        "Who judges.", 'judge = endpoint("http://localhost:8000/v1", model = "judge")'
+    )
+    criteria: Annotated[tuple[Criterion, ...], types.ListOf(types.Of("criterion"), low=1)] = result(
+        "What the judge looks for.", 'criteria = [criterion("Opens with an image")]'
+    )
+    instructions: MaybeTemplate = result(
+        "What the judge is told, in place of the stock text; `{criteria}`"
+        " and `{completion}` must occur.",
+        'instructions = "Judge {completion} by {criteria}."',
+        None,
+    )
+    on_error: Annotated[float, types.Number()] = result(
+        "The value of a completion that the judge could not score.", "on_error = 0.5", 0.0
+    )
+
+
+class EvalKind(Kind):
+    """A measurement of a model on data that it was not trained on."""
+
+    metrics: ClassVar[dict[str, str]] = {}
+    """Metric -> what it is; the first is what the eval's bare name stands for."""
+
+    data: Data = result("The examples.", "data = math_test")
+    limit: MaybeCount = result("Use only the first few examples.", "limit = 200", None)
+
+
+class Generate(EvalKind):
+    """Sample completions and score them."""
+
+    metrics: ClassVar[dict[str, str]] = {
+        "score": "mean score of all completions",
+        "pass_at_k": "chance that one of `samples` completions scores 1 (arXiv:2107.03374)",
+        "majority": "share of prompts whose most common answer scores 1",
+        "length": "mean number of tokens of a completion",
+        "truncated": "share of completions that reached `max_tokens`",
+    }
+    score: Reward = result("What scores a completion.", "score = correct")
+    max_tokens: Annotated[int, types.count("tokens")] = result(
+        "The longest completion.", "max_tokens = 512", 256
+    )
+    temperature: NonNegative = result(
+        "Softmax temperature; 0 takes the likeliest token.", "temperature = 0.7", 0.0
+    )
+    top_p: Annotated[float | None, types.Share()] = result(
+        "Sample from the likeliest tokens that make up this probability.", "top_p = 95%", None
+    )
+    top_k: MaybeCount = result("Sample from this many likeliest tokens.", "top_k = 50", None)
+    samples: Count = result("Completions for each prompt.", "samples = 8", 1)
+    show: Annotated[int, types.Whole(low=0)] = observe(
+        "How many completions to keep for reading.", "show = 10", 4
+    )
+
+
+class Perplexity(EvalKind):
+    """The loss on given text: on the response where the data has one, else on every token."""
+
+    metrics: ClassVar[dict[str, str]] = {
+        "loss": "mean negative log-likelihood of a token, in nats",
+        "perplexity": "exp of the loss",
+    }
+
+
+REWARDS: dict[str, type[RewardKind]] = {"rubric": Rubric}
+EVALS: dict[str, type[EvalKind]] = {"generate": Generate, "perplexity": Perplexity}
+FUNCTIONS: tuple[type[Function], ...] = (
+    NumericMatch, Exact, Contains, Matches, Verified, Length, Overlong, BySource, PythonReward,
+    Criterion, Endpoint, LocalJudge,
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Runs plans, and holds the command line."""
