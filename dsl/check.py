@@ -101,7 +101,8 @@ class _Checker:
         run = self._run()
         program = Program(declared, run, self.folder, self.origins)
         rules.apply(program, self.places, self.diagnostics)
-        rules.unused(self.loaded.root, self.diagnostics)
+        if not self.diagnostics.errors:  # what is wrong may be what would have used it
+            rules.unused(self.loaded.root, self.diagnostics)
         return Program(_reachable(program, self.loaded.root), run, self.folder, self.origins)
 
     def _evaluator(self, module: Module, path: str) -> Evaluator:
@@ -140,6 +141,8 @@ class _Checker:
             self.diagnostics.add(messages.needs_kind(declaration, KINDS[symbol.noun]))
             return INVALID
         module = symbol.module
+        kind = "override" if node.span.source.kind == "override" else "spec"
+        self.origins[f"{symbol.noun}.{symbol.name}"] = Origin(kind, node.span)  # type: ignore[arg-type]
         if symbol.noun == "param":
             return self._param(symbol, node)
         evaluator = self._evaluator(module, f"{symbol.noun}.{symbol.name}")
@@ -179,7 +182,7 @@ class _Checker:
             names = [a.value.text for a in words if isinstance(a.value, syntax.Name) and not a.name]
             if node.head.text == "choice" and names and len(names) == len(words):
                 return types.Choice(tuple(names))
-        self.diagnostics.add(messages.unknown_type(node.span, [*PARAM_TYPES, "choice(a, b)"]))
+        self.diagnostics.add(messages.unknown_type(node.span, list(PARAM_TYPES)))
         return None
 
     def _kinded(

@@ -19,6 +19,7 @@ data math : jsonl {
   response = "{answer}"
   target   = after("####", "{answer}")
 }
+
 data logic : procedural { task = "knights_knaves" }
 data prose : text { path = "prose.txt" }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunelang.dsl import files, messages
 from tunelang.dsl.examples import Examples, examples
+from tunelang.dsl.messages.wording import nearest
 from tunelang.dsl.program import Declared
 from tunelang.dsl.source import Span
 from tunelang.dsl.values import template_fields
@@ -334,7 +335,9 @@ def _by_source(
             book.add(messages.unknown_source(at, name, names, used))
         own = [source for source in sources if source.source == name]
         _parts(book, part, own, place, used)
-    missing = [name for name in names if name not in reward.sources]
+    unknown = [name for name in reward.sources if name not in names]
+    meant = {nearest(name, names) for name in unknown}
+    missing = [name for name in names if name not in reward.sources and name not in meant]
     if missing:
         book.add(messages.source_without_reward(place, missing, used))
 
@@ -407,9 +410,7 @@ def _functions(book: Book, declared: Declared) -> None:
             places = dict(_template_places(book, node.instructions, span))
             for name, at in places.items():
                 if name not in RUBRIC_FIELDS:
-                    book.add(
-                        messages.unknown_field(at, name, list(RUBRIC_FIELDS), "a rubric", None)
-                    )
+                    book.add(messages.unknown_field(at, name, list(RUBRIC_FIELDS), "rubric", None))
             for name in ("criteria", "completion"):
                 if name not in places:
                     book.add(messages.instructions_lack(span, name))

@@ -45,17 +45,27 @@ class Diagnostic:
     severity: Severity = "error"
 
 
+MAX_DIAGNOSTICS = 60
+
+
 class Diagnostics:
-    """Collects diagnostics, each cause at each place once, in the order of the text."""
+    """Collects diagnostics, each cause at each place once, in the order of the text.
+
+    Beyond `MAX_DIAGNOSTICS` they are only counted.
+    """
 
     def __init__(self) -> None:
         self._seen: dict[tuple[str, Span, str], Diagnostic] = {}
+        self.dropped = 0
 
     def add(self, diagnostic: Diagnostic) -> None:
         """Record a diagnostic, unless the same code already stands at the same place."""
         at = diagnostic.where.span
         key = (diagnostic.code, at, diagnostic.title if at.start == at.end else "")
-        self._seen.setdefault(key, diagnostic)
+        if key not in self._seen and len(self._seen) >= MAX_DIAGNOSTICS:
+            self.dropped += 1
+        else:
+            self._seen.setdefault(key, diagnostic)
 
     def extend(self, diagnostics: Iterable[Diagnostic]) -> None:
         """Record several."""
@@ -78,5 +88,5 @@ class Diagnostics:
 
     @property
     def errors(self) -> int:
-        """How many of them are errors."""
-        return sum(d.severity == "error" for d in self._seen.values())
+        """How many of them are errors, those that were only counted included."""
+        return self.dropped + sum(d.severity == "error" for d in self._seen.values())

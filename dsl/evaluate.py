@@ -130,11 +130,11 @@ class Evaluator:
                 return self._each(node, want, attribute)
             case syntax.ListOf() if isinstance(want, types.ListOf):
                 items = tuple(self.value(item, want.item, attribute) for item in node.items)
-                return (
-                    INVALID
-                    if INVALID in items
-                    else fit(items, want, self.site(node.span, attribute))
-                )
+                if len(items) < want.low:
+                    owner = self.site(node.span).owner
+                    self.complain(messages.empty_list(node.span, owner, want))
+                    return INVALID
+                return INVALID if INVALID in items else items
         if isinstance(want, types.ListOf):
             want_inside: types.Type = want.item
             if not _names_list(node, self.module):
@@ -236,11 +236,7 @@ class Evaluator:
             nouns = want.nouns
         elif isinstance(want, types.Of) and want.family in KINDS:
             nouns = (want.family,)
-        fitting = [
-            n
-            for n, s in self.module.names.items()
-            if not nouns or s.noun in (*nouns, "let", "param")
-        ]
+        fitting = [n for n, s in self.module.names.items() if not nouns or s.noun in nouns]
         if isinstance(want, types.Of):
             fitting += functions_of(want.family)
         return fitting
@@ -462,7 +458,10 @@ class Evaluator:
                     self.complain(
                         messages.unknown_attribute(name.span, name.text, node.span, owner, known)
                     )
-                elif attribute in places:
+                    meant = messages.misspelt(name.text, owner, list(known))
+                    if meant is not None and meant not in given:
+                        attribute = known[meant]  # go on as if it were written right
+                if attribute in places:
                     places.remove(attribute)
             if attribute is None:
                 failed = True
@@ -484,8 +483,8 @@ class Evaluator:
         missing = [a for a in known.values() if a.required and a.name not in seen]
         if missing:
             failed = True
-            meant = messages.meant_by(unknown, owner.noun, [a.name for a in known.values()])
-            missing = [a for a in missing if a.name not in meant]
+            taken_over = messages.meant_by(unknown, owner)
+            missing = [a for a in missing if a.name not in taken_over]
             if missing and not owner.damaged and not nameless:
                 self.complain(messages.missing_attribute(owner, missing))
         return INVALID if failed else bound

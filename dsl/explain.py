@@ -24,6 +24,7 @@ def topics() -> list[str]:
     names += [f"run.{name}" for name in RUN.attributes]
     for word, function in {**FUNCTIONS, **data.METHODS}.items():
         names += [f"{word}.{name}" for name in attributes(function)]
+    names += [name.partition(".")[2] for name in names if "." in name]
     return list(dict.fromkeys([*names, *units.SCALES, *units.UNITS]))
 
 

@@ -74,11 +74,8 @@ def _jsonl(lines: list[str]) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            what = (
-                "it is one JSON document, not one object a line"
-                if number == 1
-                else "it is not JSON"
-            )
+            whole = number == 1 and line.lstrip()[:1] in ("[", "{")
+            what = "it is one JSON document, not one object a line" if whole else "it is not JSON"
             raise BadFile(what, number) from None
         if not isinstance(row, dict):
             raise BadFile("it is not a JSON object", number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -221,7 +222,9 @@ def _pattern(value: Any, want: types.Pattern, site: Site) -> Any:
     if not isinstance(value, RegexValue):
         return site.wrong_type(value, want)
     try:
-        re.compile(value.pattern, re.DOTALL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on what future versions of Python may read otherwise
+            re.compile(value.pattern, re.DOTALL)
     except (re.error, OverflowError, RecursionError) as error:
         at = getattr(error, "pos", None)
         what = getattr(error, "msg", "it is too large")

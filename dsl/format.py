@@ -36,7 +36,9 @@ def format_source(source: Source) -> tuple[str | None, list[Diagnostic]]:
 def _words(text: str) -> tuple[list[str], list[str]]:
     """What a text says: its tokens but commas, and its comments in any order."""
     lexed = lex(Source("", text))
-    tokens = [re.sub(r"[ \t]+", " ", t) if t.type == "NUMBER" else str(t) for t in lexed.tokens]
+    tokens = [
+        re.sub(r"[ \t]+", " ", t.text) if t.type == "NUMBER" else t.text for t in lexed.tokens
+    ]
     return [t for t in tokens if t != ","], sorted(tidy(c.text) for c in lexed.comments)
 
 
@@ -471,9 +473,8 @@ def inner_brackets(call: syntax.Call) -> list[Span]:
 
 
 def tidy(comment: str) -> str:
-    """A comment with one space behind its `#`; rulers such as `#----` stay."""
+    """A comment with a space behind its `#` if words follow; other marks stay as they are."""
     body = comment.lstrip("#")
     marks = comment[: len(comment) - len(body)]
-    if not body or body[0] in " \t!-=":
-        return comment.rstrip()
-    return f"{marks} {body}".rstrip()
+    words = body[:1].isalnum() or body[:1] in ("`", '"', "(", "[")
+    return f"{marks} {body}".rstrip() if words else comment.rstrip()

@@ -6,9 +6,6 @@ import re
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import cast
-
-from lark import Token
 
 from tunelang.dsl import messages, units
 from tunelang.dsl.diagnostics import Diagnostic
@@ -47,6 +44,12 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
+LOOKALIKES = {
+    "“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "’": '"', "‘": '"', "`": '"',
+    "–": "-", "—": "-", "−": "-", "×": "*", "·": "*", "÷": "/", "，": ",", "：": ":", "＝": "=",
+}  # fmt: skip
+"""Characters that stand in for one of the language's own, as word processors put them in."""
+
 _LINE_END = re.compile(r"\r\n?|\n")
 _TEXTS = {"TEXT", "LONGTEXT", "OPENTEXT", "OPENLONG", "SINGLE", "CURLY"}
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|[\s\S])")
@@ -54,42 +57,34 @@ _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "'": "'", "\\": "\\"}
 _REGEX = re.compile(r"/((?:[^/\\\r\n]|\\[^\r\n])+)/")
 
 
-class Lexeme(Token):
-    """A token with its place, the lines (from 0) that it starts and ends on, and what it means.
+class Lexeme:
+    """A token for lark: its terminal, place, lines (from 0), and what it means.
 
     `meaning` is the `Quantity` of a NUMBER (None if its unit is unknown), the text of a TEXT, the
-    pattern of a REGEX.
+    pattern of a REGEX. A plain class: there are many, and lark asks for no more than a `type`.
     """
 
-    span: Span
-    last_line: int
-    meaning: units.Quantity | str | None
+    __slots__ = ("last_line", "line", "meaning", "span", "type")
 
-    def __new__(
-        cls,
-        kind: str,
+    def __init__(
+        self,
+        type: str,
         span: Span,
         line: int,
         last_line: int | None = None,
         meaning: units.Quantity | str | None = None,
-    ) -> Lexeme:
-        """A token that covers `span`."""
-        token = cast(Lexeme, super().__new__(cls, kind, span.text, span.start, line))
-        token.span, token.meaning = span, meaning
-        token.last_line = line if last_line is None else last_line
-        return token
-
-    def __deepcopy__(self, memo: object) -> Lexeme:
-        return self
-
-    def retyped(self, kind: str) -> Lexeme:
-        """The same token as another terminal of the grammar."""
-        return Lexeme(kind, self.span, self.first_line, self.last_line, self.meaning)
+    ) -> None:
+        self.type, self.span, self.line, self.meaning = type, span, line, meaning
+        self.last_line = line if last_line is None else last_line
 
     @property
-    def first_line(self) -> int:
-        """The line that it starts on, from 0."""
-        return self.line or 0
+    def text(self) -> str:
+        """The characters of the token; empty for one that stands for a line end."""
+        return self.span.text
+
+    def retyped(self, type: str) -> Lexeme:
+        """The same token as another terminal of the grammar."""
+        return Lexeme(type, self.span, self.line, self.last_line, self.meaning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +102,8 @@ class Tokens:
 
     tokens: list[Lexeme] = field(default_factory=list)
     comments: list[Comment] = field(default_factory=list)
+    unreadable: list[Span] = field(default_factory=list)
+    """Characters of which no token could be made, reported already."""
     diagnostics: list[Diagnostic] = field(default_factory=list)
 
 
@@ -140,6 +137,11 @@ def lex(source: Source) -> Tokens:
             if stray_end != at:
                 complain(messages.stray_character(span))
             stray_end = stop
+            meant = _PUNCTUATION.get(LOOKALIKES.get(span.text, ""))
+            if meant is not None:
+                out.tokens.append(Lexeme(meant, span, line))
+            elif span.text != ";":
+                out.unreadable.append(span)
         elif kind == "NUMBER":
             out.tokens.append(Lexeme(kind, span, line, None, _quantity(span, complain)))
         elif kind == "REGEX":

@@ -14,8 +14,8 @@ from tunelang.dsl.parser import parse_expression
 from tunelang.dsl.scope import Module, Symbol
 from tunelang.dsl.source import Source, Span
 from tunelang.dsl.units import Quantity
-from tunelang.dsl.vocabulary import KINDS
-from tunelang.dsl.vocabulary.base import Function
+from tunelang.dsl.vocabulary import KINDS, RUN
+from tunelang.dsl.vocabulary.base import Attribute, Function
 
 
 def apply(overrides: list[str], loaded: Loaded, diagnostics: Diagnostics) -> None:
@@ -98,6 +98,9 @@ class _Override:
         found = next((a for a in block.attributes if a.name.text == path[0]), None)
         value: syntax.Expr | Diagnostic = self.value
         if len(path) > 1:
+            known = self._known(symbol)
+            if found is None and path[0] not in known:
+                return messages.unknown_override(self.target, path[0], "attribute", list(known))
             value = self._call(
                 found.value if found else self._default(symbol, path[0]), path[1:], symbol
             )
@@ -136,14 +139,18 @@ class _Override:
             arguments = tuple(new if a is found else a for a in call.arguments)
         return replace(node, links=(*node.links[:-1], replace(call, arguments=arguments)))
 
+    def _known(self, symbol: Symbol | None) -> dict[str, Attribute]:
+        """The attributes of a declaration's kind."""
+        if symbol is None or symbol.declaration.kind is None:
+            return RUN.attributes if symbol is None else {}
+        info = KINDS[symbol.noun].get(symbol.declaration.kind.text)
+        return info.attributes if info else {}
+
     def _default(self, symbol: Symbol | None, name: str) -> syntax.Expr | None:
         """The default of an attribute as an empty call, where it is a call: `rollout.max_tokens`
         alone.
         """
-        if symbol is None or symbol.declaration.kind is None:
-            return None
-        info = KINDS[symbol.noun].get(symbol.declaration.kind.text)
-        attribute = info.attributes.get(name) if info else None
+        attribute = self._known(symbol).get(name)
         if attribute is None or not isinstance(attribute.default, Function):
             return None
         head = syntax.Name(attribute.default.word, self.target)

@@ -6,17 +6,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from lark import Token
 from lark.exceptions import UnexpectedToken
 
 from tunelang.dsl import messages, syntax
 from tunelang.dsl.diagnostics import Diagnostic
-from tunelang.dsl.lexer import Comment, Lexeme, lex
+from tunelang.dsl.lexer import KEYWORDS, Comment, Lexeme, lex
 from tunelang.dsl.source import Source, Span
 from tunelang.dsl.tree import parse_item
 
 MAX_SYNTAX_ERRORS = 20
-MAX_DEPTH = 60
+MAX_DEPTH = 100
 _OPENERS = {"LBRACE": "RBRACE", "LPAR": "RPAR", "LSQB": "RSQB"}
 _CLOSERS = {closer: opener for opener, closer in _OPENERS.items()}
 _CONTINUES = {
@@ -33,6 +32,7 @@ class _State:
     source: Source
     diagnostics: list[Diagnostic] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
+    unreadable: list[Span] = field(default_factory=list)
 
     def report(self, diagnostic: Diagnostic) -> None:
         self.diagnostics.append(diagnostic)
@@ -46,17 +46,17 @@ def parse(source: Source) -> tuple[syntax.File, list[Diagnostic]]:
     Never raises for bad text: items that cannot be read are left out and reported.
     """
     lexed = lex(source)
-    state = _State(source, lexed.diagnostics[:MAX_SYNTAX_ERRORS])
+    state = _State(source, lexed.diagnostics[:MAX_SYNTAX_ERRORS], unreadable=lexed.unreadable)
     docs = _docs(lexed.comments, source)
     items: list[syntax.Item] = []
     for chunk in _chunks(lexed.tokens):
         if len(state.diagnostics) >= MAX_SYNTAX_ERRORS:
             state.diagnostics[-1] = messages.too_many_errors(chunk[0].span)
-            state.broken.update(str(token) for token in lexed.tokens if token.type == "NAME")
+            state.broken.update(token.text for token in lexed.tokens if token.type == "NAME")
             break
         item = _read_item(chunk, state)
         if isinstance(item, syntax.Declaration):
-            item = replace(item, doc=docs.get(chunk[0].first_line, ""))
+            item = replace(item, doc=docs.get(chunk[0].line, ""))
         if item is not None:
             items.append(item)
     tree = syntax.File(source, tuple(items), tuple(lexed.comments), frozenset(state.broken))
@@ -95,11 +95,12 @@ def _starts_item(tokens: list[Lexeme], at: int) -> bool:
     if token.type != "NAME" or (at and tokens[at - 1].last_line == token.line):
         return False
     kinds = [t.type for t in tokens[at + 1 : at + 3] if t.line == token.line]
-    if token == "import":
+    if token.text == "import":
         return kinds[:1] == ["TEXT"]
-    if token == "run":
+    if token.text == "run":
         return kinds[:1] == ["LBRACE"]
-    return kinds in (["NAME", "COLON"], ["NAME", "EQUALS"], ["NAME", "LBRACE"])
+    named = kinds[:1] == ["NAME"] or (kinds and tokens[at + 1].text in KEYWORDS)
+    return bool(named) and kinds[1:] in (["COLON"], ["EQUALS"], ["LBRACE"])
 
 
 def _chunks(tokens: list[Lexeme]) -> list[list[Lexeme]]:
@@ -107,17 +108,21 @@ def _chunks(tokens: list[Lexeme]) -> list[list[Lexeme]]:
     end.
     """
     chunks: list[list[Lexeme]] = []
-    depth = 0
+    stack: list[str] = []
     for at, token in enumerate(tokens):
         new_line = at > 0 and tokens[at - 1].last_line != token.line
-        ended = depth <= 0 and token.type not in _CLOSERS and token.type != "LBRACE"
+        ended = not stack and token.type not in _CLOSERS and token.type != "LBRACE"
         if at and ended and tokens[at - 1].type in _CONTINUES:
             ended = False
         if not chunks or (new_line and (ended or _starts_item(tokens, at))):
             chunks.append([])
-            depth = 0
+            stack = []
         chunks[-1].append(token)
-        depth += (token.type in _OPENERS) - (token.type in _CLOSERS)
+        if token.type in _OPENERS:
+            stack.append(token.type)
+        elif token.type in _CLOSERS and _CLOSERS[token.type] in stack:
+            while stack.pop() != _CLOSERS[token.type]:
+                pass
     return chunks
 
 
@@ -129,6 +134,10 @@ def _read_item(chunk: list[Lexeme], state: _State) -> syntax.Item | None:
     span = chunk[0].span.to(chunk[-1].span)
     try:
         tokens = _separate(_balance(_keywords(chunk), state))
+        for place in state.unreadable:
+            if span.start <= place.start < span.end:
+                near = next(t for t in tokens if t.span.end > place.start or t is tokens[-1])
+                tokens = _without_attribute(tokens, near)
         while True:
             try:
                 item = parse_item(tokens)
@@ -140,7 +149,7 @@ def _read_item(chunk: list[Lexeme], state: _State) -> syntax.Item | None:
             state.report(messages.too_deep(chunk[0].span))
             raise _Unreadable
     except _Unreadable:
-        state.broken.update(str(token) for token in chunk[:2] if token.type == "NAME")
+        state.broken.update(token.text for token in chunk[:2] if token.type == "NAME")
         return None
     damaged = any(
         d.where.span.start >= span.start and d.where.span.end <= span.end
@@ -154,10 +163,12 @@ def _read_item(chunk: list[Lexeme], state: _State) -> syntax.Item | None:
 
 def _keywords(chunk: list[Lexeme]) -> list[Lexeme]:
     """Words that are keywords only in an import or in front of a run block."""
-    if chunk[0] == "import":
+    if chunk[0].text == "import":
         words = {"import": "IMPORT", "as": "AS", "with": "WITH"}
-        return [t.retyped(words[t]) if t.type == "NAME" and t in words else t for t in chunk]
-    if chunk[0] == "run" and chunk[1:2] and chunk[1].type == "LBRACE":
+        return [
+            t.retyped(words[t.text]) if t.type == "NAME" and t.text in words else t for t in chunk
+        ]
+    if chunk[0].text == "run" and chunk[1:2] and chunk[1].type == "LBRACE":
         return [chunk[0].retyped("RUN"), *chunk[1:]]
     return chunk
 
@@ -183,7 +194,7 @@ def _balance(chunk: list[Lexeme], state: _State) -> list[Lexeme]:
     for at, token in enumerate(chunk):
         if token.type in _OPENERS:
             stack.append(at)
-            if len(stack) > MAX_DEPTH:
+            if len(stack) > MAX_DEPTH // 2:
                 state.report(messages.too_deep(token.span))
                 raise _Unreadable
         elif token.type in _CLOSERS:
@@ -195,8 +206,12 @@ def _balance(chunk: list[Lexeme], state: _State) -> list[Lexeme]:
             while chunk[stack[-1]].type != opener:
                 close_early(stack.pop())
             stack.pop()
+    last = chunk[-1].span.text
+    swallowed = last.startswith('"""') and (len(last) < 6 or not last.endswith('"""'))
     for at in reversed(stack):
-        if chunk[at].type == "LBRACE":
+        if swallowed:  # by text that is not closed, reported already
+            insert.setdefault(len(chunk), []).append(_OPENERS[chunk[at].type])
+        elif chunk[at].type == "LBRACE":
             insert.setdefault(len(chunk), []).append("RBRACE")
             state.report(messages.unclosed_bracket(chunk[at].span))
         else:
@@ -236,7 +251,7 @@ def _after(token: Lexeme, kind: str) -> Lexeme:
     return Lexeme(kind, Span(token.span.source, token.span.end, token.span.end), token.last_line)
 
 
-def _without_attribute(tokens: list[Lexeme], bad: Token) -> list[Lexeme]:
+def _without_attribute(tokens: list[Lexeme], bad: object) -> list[Lexeme]:
     """The tokens less the attribute in which `bad` stands; raises `_Unreadable` outside a block."""
     where = next((at for at, token in enumerate(tokens) if token is bad), len(tokens) - 1)
     block = next((at for at, token in enumerate(tokens) if token.type == "LBRACE"), where)
@@ -260,7 +275,7 @@ def _too_deep(item: syntax.Item) -> bool:
         level += [attribute.value for attribute in item.block.attributes]
     if isinstance(item, syntax.Import):
         level = [argument.value for argument in item.arguments]
-    for _ in range(2 * MAX_DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [child for node in level for child in syntax.children(node)]
         if not level:
             return False

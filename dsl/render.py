@@ -102,7 +102,7 @@ class _Frame:
         """The whole frame."""
         d = self.d
         head = self.paint(d.severity, f"{d.severity}[{d.code}]")
-        out = [f"{head}{self.paint('title', f': {d.title}')}"]
+        out = [f"{head}{self.paint('title', f': {_clean(d.title)}')}"]
         sources: dict[Source, list[tuple[Label, bool]]] = {}
         sources.setdefault(d.where.span.source, []).append((d.where, True))
         for second in d.seconds:
@@ -125,7 +125,7 @@ class _Frame:
         return "\n".join(out) + "\n"
 
     def _note(self, entry: str) -> list[str]:
-        word, _, rest = entry.partition(": ")
+        word, _, rest = _clean(entry).partition(": ")
         indent = " " * (self.gutter + 3 + len(word) + 2)
         lines = textwrap.wrap(
             rest, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False
@@ -183,7 +183,7 @@ class _Frame:
             width = max(1, min(width, WIDTH - self.gutter - 3 - indent))
             style = self.d.severity if main else "bar"
             marks = self.paint(style, ("^" if main else "-") * width)
-            words = self.paint(style, label.text)
+            words = self.paint(style, _clean(label.text))
             if label.text and indent + width + 1 + len(label.text) + self.gutter + 3 > WIDTH:
                 out.append(f"{self.bar()} {' ' * indent}{marks}")
                 wrapped = max(0, min(indent, WIDTH - self.gutter - 3 - len(label.text)))
@@ -209,6 +209,8 @@ class _Frame:
                 out.append(self.bar())
             for mark, lines in (("-", old), ("+", new)):
                 for at, line in enumerate(lines):
+                    if mark == "+" and not line.strip() and len(lines) == 1:
+                        continue
                     shown = "".join(_visible(c) for c in line)
                     number = f"{first + at + 1:>{self.gutter}}"
                     out.append(
@@ -221,8 +223,13 @@ class _Frame:
 def _place(span: Span) -> str:
     line, column = span.source.position(span.start)
     if span.source.kind == "override":
-        return "the command line"
+        return f"{span.source.name.split()[0]} on the command line"
     return f"{span.source.name}:{line + 1}:{column + 1}"
+
+
+def _clean(text: str) -> str:
+    """Words of a message, which may quote the user's text, as a terminal may show them."""
+    return "".join(_visible(c) for c in text)
 
 
 def _visible(character: str) -> str:

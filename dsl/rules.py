@@ -85,6 +85,8 @@ class Book:
     """Model -> its context as its own files say."""
     models: dict[str, Kind | None] = field(default_factory=dict)
     """Model or stage -> the model at its start, as far as it was looked up."""
+    owners: dict[int, Declared] = field(default_factory=dict)
+    """Identity of a model's value -> its declaration."""
 
     def add(self, diagnostic: Diagnostic) -> None:
         """Report."""
@@ -109,6 +111,12 @@ class Book:
     def declared(self, name: str) -> Declared | None:
         """A declaration, unless it was invalid."""
         return self.program.declarations.get(name)
+
+    def owner(self, model: Kind) -> Declared | None:
+        """The declaration of a model."""
+        if not self.owners:
+            self.owners = {id(found.value): found for found in self.program.of("model")}
+        return self.owners.get(id(model))
 
     def model_of(self, reference: Reference) -> Kind | None:
         """The model at the start of a chain of stages."""
@@ -140,14 +148,10 @@ def _transformer(book: Book, declared: Declared, model: models.Transformer) -> N
         book.add(messages.missing_sizes(book.span(declared), missing, len(missing) == len(sizes)))
         return
     if model.heads and model.width and model.head_dim is None and model.width % model.heads:
-        book.add(
-            messages.does_not_divide_heads(
-                book.span(declared, "heads"), "width", model.width, model.heads
-            )
-        )
+        book.add(messages.heads(book.span(declared, "heads"), model.heads, model.width, key=False))
     if model.heads and model.kv_heads and model.heads % model.kv_heads:
         span = book.span(declared, "kv_heads")
-        book.add(messages.does_not_divide_heads(span, "heads", model.heads, model.kv_heads))
+        book.add(messages.heads(span, model.kv_heads, model.heads, key=True))
     if model.experts is not None and model.experts.active > model.experts.count:
         span = book.span(declared, "experts.active")
         book.add(messages.too_many_active(span, model.experts.active, model.experts.count))
@@ -197,6 +201,7 @@ def _start(book: Book, declared: Declared, stage: stages.Training) -> None:
     start = book.declared(stage.from_.name)
     if start is not None and start.kind == "export":
         book.add(messages.yields_no_model(book.span(declared, "from"), start))
+        return
     model = book.model_of(stage.from_)
     if isinstance(model, models.Pretrained) and model.weights and stage.adapter is None:
         book.add(
@@ -310,14 +315,11 @@ def _context(book: Book, declared: Declared, stage: stages.Policy) -> None:
     model = book.model_of(stage.from_)
     if model is None:
         return
-    name, context = "", getattr(model, "context", None)
-    for found in book.program.of("model"):
-        if found.value is model:
-            name = found.name
-            context = context or book.contexts.get(name)
+    owner = book.owner(model)
+    name = owner.name if owner is not None else ""
+    context = getattr(model, "context", None) or book.contexts.get(name)
     prompt = stage.rollout.max_prompt or 1
     if context is not None and stage.rollout.max_tokens + prompt > context:
-        owner = book.declared(name)
         where = book.span(owner, "context") if owner else None
         path = "rollout.max_tokens"
         book.add(

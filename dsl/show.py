@@ -171,8 +171,7 @@ def _declared(declared: Declared, program: Program) -> str:
     path = f"{declared.noun}.{declared.name}"
     if declared.kind is None:
         head = f"{declared.noun} {declared.name}"
-        place = declared.span.place if declared.span else ""
-        return f"{doc}{head} = {literal(declared.value)}  # {place}"
+        return f"{doc}{head} = {literal(declared.value)}  # {_origin(path, program)}"
     info = KINDS[declared.noun][declared.kind]
     head = f"{declared.noun} {declared.name} : {declared.kind} {{"
     if not declared.branches:

@@ -64,15 +64,15 @@ def parse_item(tokens: list[Lexeme]) -> syntax.Item:
     """
     interactive = item_parser().parse_interactive()
     for token in tokens:
-        interactive.feed_token(token)
+        interactive.feed_token(token)  # type: ignore[arg-type]
     end = Lexeme("$END", Span(tokens[-1].span.source, tokens[-1].span.end, tokens[-1].span.end), 0)
-    item = interactive.feed_token(end)
+    item = interactive.feed_token(end)  # type: ignore[arg-type]
     assert isinstance(item, syntax.Item)
     return item
 
 
 def _name(token: Lexeme) -> syntax.Name:
-    return syntax.Name(str(token), token.span)
+    return syntax.Name(token.text, token.span)
 
 
 def _around(children: list[Any]) -> Span:
@@ -102,7 +102,7 @@ class _Builder(Transformer[Token, Any]):
     def import_(self, c: list[Any]) -> syntax.Import:
         """`import "path" as prefix with (...)`."""
         prefix = next(
-            (c[i + 1] for i, t in enumerate(c) if isinstance(t, Token) and t.type == "AS"), None
+            (c[i + 1] for i, t in enumerate(c) if isinstance(t, Lexeme) and t.type == "AS"), None
         )
         arguments = next((x for x in c if isinstance(x, tuple)), ())
         path = syntax.Text(c[1].meaning, c[1].span)
@@ -144,7 +144,7 @@ class _Builder(Transformer[Token, Any]):
 
     def list_of(self, c: list[Any]) -> syntax.ListOf:
         """`[a, b]`."""
-        items = tuple(x for x in c if not isinstance(x, Token))
+        items = tuple(x for x in c if not isinstance(x, Lexeme))
         return syntax.ListOf(items, _around(c))
 
     def group(self, c: list[Any]) -> syntax.Group:
@@ -177,10 +177,10 @@ class _Builder(Transformer[Token, Any]):
 
     def unary(self, c: list[Any]) -> syntax.Unary:
         """`-x`, `not x`."""
-        return syntax.Unary(str(c[0]), c[1], _around(c))
+        return syntax.Unary(c[0].text, c[1], _around(c))
 
     def _operation(self, c: list[Any]) -> syntax.Operation:
-        rest = tuple((str(c[i]), c[i + 1]) for i in range(1, len(c), 2))
+        rest = tuple((c[i].text, c[i + 1]) for i in range(1, len(c), 2))
         return syntax.Operation(c[0], rest, _around(c))
 
     logic = compare = arithmetic = _operation

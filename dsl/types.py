@@ -114,8 +114,10 @@ class Amount(Type):
 
     def describe(self) -> str:
         """See `Type`."""
-        names = [f"a number of {unit}" for unit in self.units]
-        return " or ".join([*names, "a percentage"] if self.share else names)
+        names = "a number of " + " or ".join(
+            [", ".join(self.units[:-1]), self.units[-1]][-len(self.units) :]
+        )
+        return f"{names}, or a percentage" if self.share else names
 
     def json(self) -> Json:
         """See `Type`."""

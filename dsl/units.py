@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 
 SCALES: dict[str, int] = {
@@ -45,7 +45,7 @@ DIMENSION_NAMES: dict[str | None, str] = {
 """Dimension -> how a message calls it."""
 
 _PARTS = re.compile(
-    r"(?P<digits>[\d_.]+(?:[eE][+-]?\d+)?)(?P<suffix>%|[^\W\d]\w*)?"
+    r"(?P<digits>(?:\d[\d_]*(?:\.\d[\d_]*)?|\.\d[\d_]*)(?:[eE][+-]?\d+)?)(?P<suffix>%|[^\W\d]\w*)?"
     r"(?:[ \t]+(?!per\b)(?P<word>[^\W\d]\w*))?(?:[ \t]+per[ \t]+(?P<rate>[^\W\d]\w*))?"
 )
 _MAX_EXPONENT = 300
@@ -65,7 +65,7 @@ class Quantity:
 
     value: int | float
     dimension: str | None = None
-    written: str = ""
+    written: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         return self.written or show(self.value, self.dimension)
@@ -116,10 +116,11 @@ def show(value: int | float, dimension: str | None = None) -> str:
         percent = (Decimal(repr(value)) * 100).normalize()
         return f"{percent:f}%"
     if dimension == "bytes":
-        for unit in ("TiB", "GiB", "MiB", "KiB", "KB"):
-            if value and value % BYTES[unit] == 0:
-                return f"{int(value) // BYTES[unit]} {unit}"
-        return f"{Decimal(repr(value)) / 1000:f}KB"
+        whole = [unit for unit in BYTES if value and value % BYTES[unit] == 0]
+        if whole:
+            unit = min(whole, key=lambda unit: value // BYTES[unit])
+            return f"{int(value) // BYTES[unit]} {unit}"
+        return f"{Decimal(repr(value)) / 1000:f} KB"
     if dimension == "s":
         for unit in ("d", "h", "m"):
             if value and value % SECONDS[unit] == 0:

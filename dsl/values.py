@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from tunelang.dsl import units
@@ -40,7 +40,7 @@ class RegexValue:
     """A regular expression and the place of its literal."""
 
     pattern: str
-    node: syntax.Regex
+    node: syntax.Regex = field(compare=False)
 
 
 def describe(value: Any) -> str:
@@ -83,7 +83,8 @@ def article(word: str) -> str:
     """`an eval`, `a stage`; `data` and `hardware` take none."""
     if word in ("data", "hardware", "settings", "experts", "text", "sampling"):
         return word
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+    spoken_with_vowel = word in ("sft", "rloo", "sgd") or word[0] in "aeiou"
+    return f"{'an' if spoken_with_vowel else 'a'} {word}"
 
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")

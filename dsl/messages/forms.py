@@ -5,9 +5,8 @@ from __future__ import annotations
 import unicodedata
 from typing import TYPE_CHECKING
 
-from lark import Token
-
 from tunelang.dsl.diagnostics import Diagnostic, Edit
+from tunelang.dsl.lexer import LOOKALIKES
 from tunelang.dsl.messages.wording import error, listed, nearest, quoted
 from tunelang.dsl.source import Source, Span
 from tunelang.dsl.units import BYTES, COUNTED, SCALES, SECONDS, UNITS
@@ -28,11 +27,8 @@ _PARTNER = {"{": "}", "(": ")", "[": "]", "}": "{", ")": "(", "]": "["}
 _OPERAND_END = {"NAME", "NUMBER", "TEXT", "REGEX", "TRUE", "FALSE", "NONE", "RPAR", "RSQB"}
 _OPERAND_START = {"NAME", "NUMBER", "TEXT", "REGEX", "TRUE", "FALSE", "NONE", "LPAR", "LSQB", "NOT"}
 _KEYWORDS = {"IF", "ELSE", "AND", "OR", "NOT", "TRUE", "FALSE", "NONE"}
+_FORMS = "a declaration is `NOUN NAME : KIND { ... }` or `NOUN NAME = expression`"
 _OPERATORS = {"PLUS", "MINUS", "STAR", "SLASH", "COMPARE", "AND", "OR", "NOT", "IF", "ELSE"}
-_LOOKALIKES = {
-    "“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "’": '"', "‘": '"', "`": '"',
-    "–": "-", "—": "-", "−": "-", "×": "*", "·": "*", "÷": "/", "，": ",", "：": ":", "＝": "=",
-}  # fmt: skip
 
 
 def unreadable(source: Source, problem: Exception) -> Diagnostic:
@@ -59,8 +55,8 @@ def stray_character(span: Span) -> Diagnostic:
             fix=Edit(span, ""),
             help="a line end or a comma separates attributes",
         )
-    if character in _LOOKALIKES:
-        plain = _LOOKALIKES[character]
+    if character in LOOKALIKES:
+        plain = LOOKALIKES[character]
         return error(
             "unexpected-character",
             f"`{shown}` is not the character `{plain}`",
@@ -174,7 +170,7 @@ def no_value(span: Span) -> Diagnostic:
     return error("missing-value", "there is no value after `=`", span)
 
 
-def syntax_error(tokens: list[Lexeme], bad: Token) -> Diagnostic:
+def syntax_error(tokens: list[Lexeme], bad: object) -> Diagnostic:
     """A token that does not fit: the likeliest cause, else what stood there."""
     at = next((i for i, token in enumerate(tokens) if token is bad), len(tokens))
     return _Misfit(tokens, at).diagnose()
@@ -188,7 +184,7 @@ class _Misfit:
         last = tokens[-1].span
         self.kind = tokens[at].type if at < len(tokens) else "$END"
         self.span = tokens[at].span if at < len(tokens) else Span(last.source, last.end, last.end)
-        self.before = tokens[at - 1] if at else None
+        self.before = tokens[max(at - 1, 0)]
         stack: list[str] = []
         for token in tokens[:at]:
             if token.type in ("LBRACE", "LPAR", "LSQB"):
@@ -210,7 +206,7 @@ class _Misfit:
         for explain in (
             self._top_level, self._colon, self._double_equals, self._nested_block,
             self._missing_value, self._keyword_as_name, self._open_expression,
-            self._missing_equals, self._missing_comma, self._chained,
+            self._missing_equals, self._missing_comma, self._side_by_side, self._chained,
         ):  # fmt: skip
             found = explain()
             if found is not None:
@@ -222,46 +218,57 @@ class _Misfit:
             return None
         kinds = [token.type for token in self.tokens[:3]]
         first = self.tokens[0]
+        if kinds[0] in _OPERATORS:
+            return self._open_expression()
+        if kinds[0] == "NAME" and kinds[1:2] and kinds[1] in _KEYWORDS and self.at == 1:
+            return self._keyword_as_name()
+        if kinds == ["NAME", "NAME"] and self.kind == "$END":
+            return error(
+                "unexpected-token",
+                f"`{first.text} {self.tokens[1].text}` is no whole declaration",
+                first.span.to(self.tokens[1].span),
+                help=_FORMS,
+            )
         if kinds[:2] == ["NAME", "EQUALS"] and self.at == 1:
             start = Span(first.span.source, first.span.start, first.span.start)
             return error(
                 "missing-noun",
-                f"{quoted(first)} stands outside of any block",
+                f"{quoted(first.text)} stands outside of any block",
                 first.span,
                 "a declaration starts with a noun",
                 fix=Edit(start, "let "),
-                help=f"`let {first} = ...` names a value; an attribute belongs inside `{{ }}`",
+                help=f"`let {first.text} = ...` names a value; an attribute belongs inside `{{ }}`",
             )
         if kinds[:3] == ["NAME", "NAME", "LBRACE"] and self.at == 2:
             return error(
                 "missing-kind",
-                f"`{first} {self.tokens[1]}` has no kind",
+                f"`{first.text} {self.tokens[1].text}` has no kind",
                 self.span,
                 "`: kind` is missing before this",
-                help=f"write `{first} {self.tokens[1]} : KIND {{`",
+                help=f"write `{first.text} {self.tokens[1].text} : KIND {{`",
             )
         if kinds[:2] == ["NAME", "LBRACE"] or kinds[:2] == ["NAME", "COLON"]:
             return error(
                 "missing-name",
-                f"this {quoted(first)} has no name",
+                f"this {quoted(first.text)} has no name",
                 first.span,
-                help=f"write `{first} NAME : KIND {{ ... }}`",
+                help=f"write `{first.text} NAME : KIND {{ ... }}`",
             )
         if self.at == 0 or (self.at == 1 and self.kind != "$END"):
             return error(
                 "missing-noun",
-                f"{quoted(first)} starts no declaration",
+                f"{quoted(first.text)} starts no declaration",
                 first.span,
-                help="a declaration is `NOUN NAME : KIND { ... }` or `NOUN NAME = expression`",
+                help=_FORMS,
             )
         return None
 
     def _colon(self) -> Diagnostic | None:
         if self.kind == "COLON" and self.type_at(1) == "NAME" and self.inside in ("LBRACE", "LPAR"):
-            spaced = " =" if self.before and self.before.span.end == self.span.start else "="
+            spaced = " =" if self.before.span.end == self.span.start else "="
             return error(
                 "colon-for-equals",
-                f"`{self.before}` is set with `=`",
+                f"`{self.before.text}` is set with `=`",
                 self.span,
                 "a colon goes between a name and its kind",
                 fix=Edit(self.span, spaced),
@@ -272,7 +279,7 @@ class _Misfit:
         if self.span.text == "==" and self.type_at(1) == "NAME" and self.starts_attribute(1):
             return error(
                 "unexpected-token",
-                f"`{self.before}` is set with one `=`",
+                f"`{self.before.text}` is set with one `=`",
                 self.span,
                 "this compares",
                 fix=Edit(self.span, "="),
@@ -280,14 +287,14 @@ class _Misfit:
         return None
 
     def _nested_block(self) -> Diagnostic | None:
-        if self.kind != "LBRACE" or not self.inside or self.before is None:
+        if self.kind != "LBRACE" or not self.inside:
             return None
         name, call = self.before, self.before
         if self.starts_attribute(1):
-            example = f"{name} = NAME(...)"
+            example = f"{name.text} = NAME(...)"
         elif self.type_at(2) == "EQUALS":
             name = self.tokens[self.at - 3] if self.at >= 3 else name
-            example = f"{name} = {call}(...)"
+            example = f"{name.text} = {call.text}(...)"
         else:
             example = "name = call(...)"
         return error(
@@ -306,8 +313,7 @@ class _Misfit:
             "RPAR",
         ):
             return None
-        name = self.tokens[self.at - 2] if self.at >= 2 else ""
-        assert self.before is not None
+        name = self.tokens[self.at - 2].text if self.at >= 2 else ""
         return error("missing-value", f"`{name}` has no value", self.before.span, "nothing follows")
 
     def _keyword_as_name(self) -> Diagnostic | None:
@@ -323,14 +329,13 @@ class _Misfit:
 
     def _open_expression(self) -> Diagnostic | None:
         if self.type_at(1) in _OPERATORS and self.kind not in _OPERAND_START:
-            assert self.before is not None
             return error(
                 "unexpected-token",
-                f"nothing to the right of `{self.before}`",
+                f"nothing to the right of `{self.before.text}`",
                 self.before.span,
                 "a value must follow",
             )
-        if self.kind in _OPERATORS and self.starts_attribute(0):
+        if self.kind in _OPERATORS and (self.starts_attribute(0) or self.at == 0):
             return error(
                 "unexpected-token",
                 f"a line cannot start with `{self.span.text}`",
@@ -341,29 +346,35 @@ class _Misfit:
 
     def _missing_equals(self) -> Diagnostic | None:
         if self.type_at(1) == "NAME" and self.starts_attribute(1):
-            assert self.before is not None
             if self.kind in ("SEP", "RBRACE", "$END", "DOT"):
                 return error(
                     "missing-value",
-                    f"`{self.before}` has no value",
+                    f"`{self.before.text}` has no value",
                     self.before.span,
-                    help=f"write `{self.before} = ...`",
+                    help=f"write `{self.before.text} = ...`",
                 )
             between = Span(self.span.source, self.before.span.end, self.span.start)
             return error(
                 "missing-equals",
-                f"`=` is missing after `{self.before}`",
+                f"`=` is missing after `{self.before.text}`",
                 self.span,
                 fix=Edit(between, " = ") if self.kind in _OPERAND_START else (),
             )
         return None
 
+    def _side_by_side(self) -> Diagnostic | None:
+        if not self.inside and self.at > 2 and self.kind in _OPERAND_START - {"LPAR", "LSQB"}:
+            if self.type_at(1) in _OPERAND_END:
+                return error(
+                    "unexpected-token",
+                    "two values stand side by side",
+                    self.span,
+                    "an operator or a line end is missing before this",
+                )
+        return None
+
     def _missing_comma(self) -> Diagnostic | None:
-        if (
-            self.kind not in _OPERAND_START
-            or self.type_at(1) not in _OPERAND_END
-            or self.before is None
-        ):
+        if self.kind not in _OPERAND_START or self.type_at(1) not in _OPERAND_END:
             return None
         gap = Span(self.span.source, self.before.span.end, self.before.span.end)
         what = {"LPAR": "arguments", "LSQB": "items of a list", "LBRACE": "attributes on one line"}

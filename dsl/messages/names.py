@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tunelang.dsl import types
 from tunelang.dsl.diagnostics import Diagnostic, Edit, Label
 from tunelang.dsl.messages.wording import (
+    KNOWN_AFTER,
     SHORT_LIST,
     choose,
     error,
@@ -171,6 +172,10 @@ def unused(symbol: Symbol) -> Diagnostic:
         f"{symbol.noun} {quoted(symbol.declaration.name.text)} is never used",
         symbol.span,
         severity="warning",
+        help={
+            "hardware": f"a stage or the `run` block uses it by `on = {symbol.name}`",
+            "eval": f"a stage uses it by `evals = [{symbol.name}]`",
+        }.get(symbol.noun),
     )
 
 
@@ -270,7 +275,7 @@ def unknown_name(span: Span, name: str, names: list[str], want: types.Type) -> D
     known = [n for n in names if n not in FUNCTIONS] or names
     help = choose(name, known, "declared are")
     if help is None and isinstance(want, types.Ref):
-        help = f"a {' or '.join(want.nouns)} is wanted here"
+        help = f"{' or '.join(article(noun) for noun in want.nouns)} is wanted here"
     return error("unknown-name", title, span, help=help, fix=replace_fix(span, name, known))
 
 
@@ -283,9 +288,7 @@ def wrong_noun(span: Span, owner: str, symbol: Symbol, nouns: Sequence[str]) -> 
         span,
         f"`{symbol.name}` is {article(symbol.noun)}",
         seconds=[Label(symbol.span, f"declared as {article(symbol.noun)} here")],
-        notes=["what a run measures is known only after the run, so it cannot be a setting"]
-        if symbol.noun == "eval"
-        else [],
+        notes=[KNOWN_AFTER] if symbol.noun == "eval" else [],
     )
 
 
@@ -350,38 +353,46 @@ def unknown_attribute(
     span: Span, name: str, value: Span, owner: Owner, known: Mapping[str, Attribute]
 ) -> Diagnostic:
     """A name that is not an attribute here: led over from another tool, misspelt, or elsewhere."""
-    function = owner.noun == "function"
-    what = "argument" if function else "attribute"
+    what = "argument" if owner.noun == "function" else "attribute"
     title = f"{_short(owner)} has no {what} {quoted(name)}"
     label = f"not an {what} of {owner.title}"
-    table = foreign.FUNCTION if function else foreign.BY_NOUN.get(owner.noun, {})
-    found = table.get(name)
-    names = list(known)
-    near = nearest(name, names)
-    if found is not None and not (near and near.replace("_", "") == name.replace("_", "").lower()):
-        line = found.line.format(value=value.text) if len(value.text) < 60 else found.line
-        takes = not line or line.split(" =")[0] in known
-        help = f"{found.help}: `{line}`" if line else found.help
-        whole = found.whole and takes and _plain(value.text)
-        fix = Edit(span.to(value), line) if whole else ()
-        return error("unknown-attribute", title, span, label, help=help, fix=fix)
+    near = misspelt(name, owner, list(known))
     if near is not None:
+        fix = Edit(span, near)
         return error(
-            "unknown-attribute",
-            title,
-            span,
-            label,
-            help=f"did you mean `{near}`?",
-            fix=Edit(span, near),
+            "unknown-attribute", title, span, label, help=f"did you mean `{near}`?", fix=fix
         )
+    found = _foreign(owner).get(name)
+    if found is not None:
+        line = found.line.format(
+            value=value.text if len(value.text) < 60 else "...",
+            batch=known["batch"].type.units[0] if "batch" in known else "sequences",  # type: ignore[attr-defined]
+        )
+        help = f"{found.help}: `{line}`" if line else found.help
+        whole = found.whole and line.split(" =")[0] in known and _plain(value.text)
+        fixes = (Edit(span.to(value), line),) if whole else ()
+        return error("unknown-attribute", title, span, label, help=help, fix=fixes)
     elsewhere = _elsewhere(name, owner)
     if elsewhere is not None:
         return error("unknown-attribute", title, span, label, help=elsewhere)
-    if len(names) <= SHORT_LIST:
-        help = f"there is {listed(names)}" if names else f"{owner.title} takes none"
+    if len(known) <= SHORT_LIST:
+        help = f"there is {listed(list(known))}" if known else f"{owner.title} takes none"
     else:
         help = f"`tune explain {owner.word or owner.title.strip('`')}` lists them"
     return error("unknown-attribute", title, span, label, help=help)
+
+
+def misspelt(name: str, owner: Owner, known: list[str]) -> str | None:
+    """The attribute that a name was meant for, unless it is a word of another tool."""
+    near = nearest(name, known)
+    same = near is not None and near.replace("_", "") == name.replace("_", "").lower()
+    return near if same or name not in _foreign(owner) else None
+
+
+def _foreign(owner: Owner) -> Mapping[str, foreign.Foreign]:
+    if owner.noun == "function":
+        return foreign.FUNCTION
+    return foreign.BY_NOUN.get(owner.noun, {})
 
 
 def _short(owner: Owner) -> str:
@@ -409,21 +420,19 @@ def _elsewhere(name: str, owner: Owner) -> str | None:
     for noun in (owner.noun, *KINDS):
         for word, info in KINDS.get(noun, {}).items():
             if name in info.attributes:
-                return f"it is an attribute of {article(word)} {noun}"
+                kind = (
+                    f"`{word}` {noun}"
+                    if noun in ("data", "hardware")
+                    else f"{article(word)} {noun}"
+                )
+                return f"it is an attribute of {kind}"
     return None
 
 
-def meant_by(unknown: Iterable[str], noun: str, known: Sequence[str]) -> set[str]:
-    """The attributes that unknown names probably stand for: they are not missing as well."""
-    table = foreign.FUNCTION if noun == "function" else foreign.BY_NOUN.get(noun, {})
-    meant: set[str] = set()
-    for name in unknown:
-        near = nearest(name, known)
-        if near is not None:
-            meant.add(near)
-        if name in table:
-            meant.add(table[name].line.split(" =")[0])
-    return meant
+def meant_by(unknown: Iterable[str], owner: Owner) -> set[str]:
+    """The attributes that words of other tools stand for: they are not missing as well."""
+    table = _foreign(owner)
+    return {table[name].line.split(" =")[0] for name in unknown if name in table}
 
 
 def missing_attribute(owner: Owner, missing: Sequence[Attribute]) -> Diagnostic:
@@ -517,7 +526,9 @@ def unknown_type(span: Span, names: list[str]) -> Diagnostic:
     meant = {"float": "number", "int": "integer", "bool": "flag", "str": "text", "string": "text",
              "boolean": "flag", "double": "number", "path": "text"}.get(word)  # fmt: skip
     near = meant or nearest(word, names)
-    help = f"did you mean `{near}`?" if near else f"the types are {listed(names)}"
+    help = (
+        f"did you mean `{near}`?" if near else f"the types are {listed([*names, 'choice(a, b)'])}"
+    )
     return error(
         "unknown-type",
         f"{quoted(word)} is no type",
@@ -543,7 +554,7 @@ def bad_override(span: Span) -> Diagnostic:
 def unknown_override(span: Span, path: str, noun: str, names: list[str]) -> Diagnostic:
     """The path leads nowhere."""
     last = path.split(".")[1] if noun != "param" and "." in path else path
-    help = choose(last, names, f"there is {noun}")
+    help = choose(last, names, "there is")
     if help is None and noun == "param":
         help = "an attribute is set by noun and name: `stage.baseline.batch`"
     return error("bad-override", f"there is no {noun} {quoted(last)} to set", span, help=help)

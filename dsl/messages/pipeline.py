@@ -32,19 +32,18 @@ def missing_sizes(span: Span, missing: Sequence[str], all_of_them: bool) -> Diag
     )
 
 
-def does_not_divide_heads(span: Span, what: str, size: int, heads: int) -> Diagnostic:
-    """The width over heads, or query heads over key heads."""
-    near = [n for n in range(max(1, heads // 2), heads * 2) if size % n == 0]
-    near.sort(key=lambda n: (abs(n - heads), n))
-    help = (
-        f"the nearest that divide: {', '.join(str(n) for n in sorted(near[:2]))}" if near else None
-    )
+def heads(span: Span, count: int, size: int, key: bool) -> Diagnostic:
+    """Heads that do not divide the width, or key heads that do not divide the query heads."""
+    near = [n for n in range(max(1, count // 2), count * 2) if size % n == 0]
+    near.sort(key=lambda n: (abs(n - count), n))
+    nearest_two = ", ".join(str(n) for n in sorted(near[:2]))
+    what = f"{count} key heads do not divide {size} query heads"
     return error(
         "does-not-divide",
-        f"{heads} heads do not divide the {what}, {size}",
+        what if key else f"{count} heads do not divide the width, {size}",
         span,
-        f"{size} / {heads} = {size / heads:.4g}",
-        help=help,
+        f"{size} / {count} = {size / count:.4g}",
+        help=f"the nearest that divide: {nearest_two}" if near else None,
     )
 
 
@@ -247,7 +246,7 @@ def missing_role(
     needs: Sequence[Sequence[str]],
 ) -> Diagnostic:
     """Data without what the stage trains on."""
-    wanted = " or ".join(listed(need) for need in needs)
+    wanted = ", or ".join(listed(need) for need in needs)
     missing = [role for role in needs[0] if role not in roles]
     example = {
         "text": 'text = "{text}"',

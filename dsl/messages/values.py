@@ -7,12 +7,12 @@ from typing import Any
 
 from tunelang.dsl import types, units
 from tunelang.dsl.diagnostics import Diagnostic, Edit, Label
-from tunelang.dsl.messages.wording import error, listed, nearest, plural
+from tunelang.dsl.messages.wording import KNOWN_AFTER, error, listed, nearest, plural
 from tunelang.dsl.source import Span
 from tunelang.dsl.units import Quantity
 from tunelang.dsl.values import describe
 from tunelang.dsl.vocabulary import data, foreign
-from tunelang.dsl.vocabulary.base import DataExpression
+from tunelang.dsl.vocabulary.base import DataExpression, Reference
 
 
 def wrong_type(
@@ -31,32 +31,21 @@ def wrong_type(
         help, fix = "a regular expression stands between slashes", (Edit(span, f"/{value}/"),)
     elif isinstance(value, str) and _reads_as_number(value) and not isinstance(want, types.Flag):
         help, fix = "numbers stand without quotes", (Edit(span, value),)
-    elif isinstance(want, types.Number) and isinstance(value, Quantity) and value.dimension:
-        help = f"{owner} takes {want.describe()}"
     elif isinstance(want, types.Amount) and isinstance(value, Quantity):
         help = f"{owner} counts {listed(want.units, 'or')}"
     elif example and help is None:
         help = f"such as `{example}`"
-    shown = f"this is {got}" if got != span.text else ""
-    return error(
-        "wrong-type",
-        f"{owner} wants {_short(want)}",
-        span,
-        shown,
-        seconds=seconds,
-        help=help,
-        fix=fix,
-    )
-
-
-def _short(want: types.Type) -> str:
-    """A type in a title: without the list of a long choice or an example."""
+    notes = []
+    if isinstance(value, Reference) and value.noun == "eval":
+        notes.append(KNOWN_AFTER)
     text = want.describe()
-    return (
-        text.split(", such as")[0].split(": a name")[0]
-        if len(text) > 60 or ", such as" in text
-        else text
-    )
+    short = text.split(", such as")[0].split(": a name")[0]
+    if len(short) <= 45:
+        title, label = f"{owner} wants {short}", f"this is {got}"
+    else:
+        title, label = f"{owner} does not take {got}", ""
+        notes.append(f"it takes {text}")
+    return error("wrong-type", title, span, label, seconds=seconds, notes=notes, help=help, fix=fix)
 
 
 def _reads_as_number(text: str) -> bool:

@@ -8,6 +8,7 @@ from tunelang.dsl.diagnostics import Diagnostic, Edit, Label, Severity
 from tunelang.dsl.source import Span
 
 SHORT_LIST = 8
+KNOWN_AFTER = "what a run measures is known only after the run, so it cannot be a setting"
 _LONGEST_COMPARED = 60
 
 
@@ -25,9 +26,8 @@ def error(
 ) -> Diagnostic:
     """A diagnostic; `help` says what to do, `fix` does it."""
     edits = (fix,) if isinstance(fix, Edit) else fix
-    return Diagnostic(
-        code, title, Label(span, label), tuple(seconds), tuple(notes), help, edits, severity
-    )
+    others = tuple(second for second in seconds if second.span != span)
+    return Diagnostic(code, title, Label(span, label), others, tuple(notes), help, edits, severity)
 
 
 def quoted(text: str, longest: int = 40) -> str:

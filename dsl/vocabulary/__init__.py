@@ -51,7 +51,13 @@ RUN = KindInfo("run", "run", stages.Run, doc_of(stages.Run))
 """The attributes of the `run` block."""
 
 FUNCTIONS: dict[str, type[Function]] = {
-    function.word: function for function in (*data.FUNCTIONS, *rewards.FUNCTIONS, *stages.FUNCTIONS)
+    function.word: function
+    for function in (
+        *data.FUNCTIONS,
+        *models.FUNCTIONS,
+        *rewards.FUNCTIONS,
+        *stages.FUNCTIONS,
+    )
 }
 """Function -> its model. Data methods stand in `data.METHODS`."""
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Foreign:
     """What to say about a word: the help, and if the value can be taken over, the line to write.
 
-    `line` may use `{value}`, the text of the value as the user wrote it. With `inside` the line is an
-    argument of that attribute's call.
+    `line` may use `{value}`, the text of the value as the user wrote it, and `{batch}`, the unit of
+    the stage's batch.
     """
 
     help: str
@@ -24,7 +24,7 @@ _LR = Foreign(
 )
 _BATCH = Foreign(
     "`batch` is what one whole step trains on, over all devices; the plan chooses the micro-batch",
-    "batch = {value} sequences",
+    "batch = {value} {batch}",
     whole=True,
 )
 _GROUP = Foreign("completions for each prompt are the `group`", "group = {value}", whole=True)

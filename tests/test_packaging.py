@@ -1,0 +1,43 @@
+"""What is shipped is what is here, and the layers import in one direction only."""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ["dsl", "compiler", "runtime"]
+
+
+def test_every_package_is_listed() -> None:
+    """A package that is not listed vanishes from the wheel without a word."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = [p.parent.relative_to(ROOT) for d in LAYERS for p in (ROOT / d).rglob("__init__.py")]
+    assert sorted(listed) == sorted("tunelang." + ".".join(p.parts) for p in found)
+
+
+def test_type_checkers_see_every_layer() -> None:
+    links = {p.name for p in (ROOT / ".types/tunelang").iterdir()}
+    assert links == {layer for layer in LAYERS if (ROOT / layer).is_dir()}
+
+
+def test_imports_go_one_way() -> None:
+    for level, layer in enumerate(LAYERS):
+        for path in (ROOT / layer).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    assert node.level == 0, f"{path}: relative import"
+                    names = [node.module or ""]
+                for name in names:
+                    parts = name.split(".")
+                    if parts[0] == "tunelang" and len(parts) > 1:
+                        assert LAYERS.index(parts[1]) <= level, f"{path} imports {name}"
+                    assert not (layer == "dsl" and parts[0] in ("jax", "flax", "numpy")), path
+
+
+def test_every_module_says_what_it_is() -> None:
+    for layer in LAYERS:
+        for path in (ROOT / layer).rglob("*.py"):
+            assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), path

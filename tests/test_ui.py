@@ -1,0 +1,91 @@
+"""Specs with exactly what `tune` says about them: see `tests/ui/README.md`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tunelang.dsl import render
+from tunelang.dsl.check import Checked, check
+from tunelang.dsl.codes import codes
+from tunelang.dsl.format import format_source
+from tunelang.dsl.show import show
+from tunelang.dsl.source import Source
+
+UI = Path(__file__).parent / "ui"
+WORKSPACE = UI / "workspace"
+CASES = sorted(p for p in UI.rglob("*.tune") if WORKSPACE not in p.parents)
+WITHOUT_CASE = {"missing-package"}
+"""Codes that no spec alone can bring about; they are tested elsewhere."""
+
+
+def spec(path: Path) -> Source:
+    """A case, as if it stood in the workspace."""
+    return Source(path.name, path.read_text("utf-8"), WORKSPACE)
+
+
+def checked(path: Path) -> Checked:
+    source = spec(path)
+    sets = re.findall(r"^# args: --set (.*)$", source.text, re.MULTILINE)
+    return check(source, sets)
+
+
+def expect(path: Path, actual: str, bless: bool) -> None:
+    """Compare with the file beside the spec, or rewrite it."""
+    if bless:
+        path.write_text(actual, "utf-8") if actual else path.unlink(missing_ok=True)
+    expected = path.read_text("utf-8") if path.exists() else ""
+    assert actual == expected, f"{path.name} differs: run with --bless and read the difference"
+
+
+def marks(text: str) -> list[tuple[int, str, str]]:
+    """The marks of a spec: line (from 1), severity, code."""
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        for match in re.finditer(r"#~(\^*) (error|warning)\[([a-z-]+)\]", line):
+            found.append((number - len(match.group(1)), match.group(2), match.group(3)))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda p: str(p.relative_to(UI).with_suffix("")))
+def test_output(path: Path, bless: bool) -> None:
+    result = checked(path)
+    text = spec(path).text
+    expect(path.with_suffix(".stderr"), render.text(result.diagnostics), bless)
+    if "fmt" in path.parts:
+        formatted, diagnostics = format_source(spec(path))
+        assert formatted is not None, diagnostics
+        expect(path.with_suffix(".fmt"), formatted, bless)
+        again, _ = format_source(Source(path.name, formatted, WORKSPACE))
+        assert again == formatted
+    if "show" in path.parts:
+        assert result.program is not None
+        expect(path.with_suffix(".show"), show(result.program), bless)
+    local = [d for d in result.diagnostics if d.where.span.source.name == path.name]
+    lines = [d.where.span.source.position(d.where.span.start)[0] + 1 for d in local]
+    reported = sorted((n, d.severity, d.code) for n, d in zip(lines, local, strict=True))
+    assert reported == marks(text)
+
+
+def test_enough_cases_and_one_for_each_code() -> None:
+    assert len(CASES) >= 60
+    shown = "".join(p.read_text("utf-8") for p in UI.rglob("*.stderr"))
+    missing = {name for name in codes() if f"[{name}]" not in shown}
+    assert missing <= WITHOUT_CASE | {"unreadable-file"}
+
+
+@pytest.mark.parametrize("path", sorted(UI.rglob("*.stderr")), ids=lambda p: p.stem)
+def test_output_fits_a_terminal(path: Path) -> None:
+    for line in path.read_text("utf-8").splitlines():
+        assert len(line) <= 100
+        if re.match(r"(error|warning)\[", line):
+            assert len(line) <= 100
+            assert not line.endswith(".")
+
+
+def test_no_expected_output_without_its_spec() -> None:
+    for path in UI.rglob("*"):
+        if path.suffix in (".stderr", ".fmt", ".show"):
+            assert path.with_suffix(".tune").exists(), path
