@@ -1,8 +1,8 @@
 """How long `tune check` takes, as whole processes: `python benchmarks/language.py`.
 
-Prints the median, minimum and maximum of several runs for the three-session spec and for made-up specs
-of 200, 2,000 and 20,000 declarations, and the ratios between them. Runs alternate, so that a machine
-whose speed drifts does not favour one of them.
+Prints the median, minimum and maximum of several runs for the three-session spec and for made-up
+specs of 200, 2,000 and 20,000 declarations, and the ratios between them. Runs alternate, so that a
+machine whose speed drifts does not favour one of them.
 """
 
 from __future__ import annotations

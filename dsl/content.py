@@ -117,6 +117,9 @@ def _data(book: Book, declared: Declared, source: data.DataKind) -> None:
             return
         fields = found
     book.fields[declared.name] = frozenset(fields)
+    written = f"data.{declared.name}.on_long_row" in book.program.origins
+    if written and source.on_long_row == "divide" and (source.prompt or source.messages):
+        book.add(messages.divided_turns(book.span(declared, "on_long_row")))
     for role in data.ROLES:
         template = getattr(source, role)
         if template is not None:

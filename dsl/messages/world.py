@@ -87,6 +87,17 @@ def context_too_long(span: Span, longest: int) -> Diagnostic:
     )
 
 
+def divided_turns(span: Span) -> Diagnostic:
+    """`on_long_row = divide` for prompts and answers."""
+    return error(
+        "unknown-choice",
+        "only plain text can be divided",
+        span,
+        "this data has prompts",
+        help="write `drop` or `cut`",
+    )
+
+
 # Fields.
 
 
@@ -212,7 +223,7 @@ def no_generators(span: Span) -> Diagnostic:
         "missing-package",
         "procedural data needs the package `reasoning-gym`",
         span,
-        help="install it: `pip install tunelang[data]`",
+        help="install it: `pip install reasoning-gym`",
     )
 
 

@@ -23,6 +23,9 @@ ROLES = ("prompt", "response", "target", "messages", "system", "text")
 """What a field of an example may mean to a stage; each is an attribute of every data kind."""
 
 
+LONG_ROW = ("drop", "cut", "divide", "stop")
+
+
 class DataKind(Kind):
     """A source of examples. The roles say which text of a row is the prompt, the response, ..."""
 
@@ -60,8 +63,10 @@ class DataKind(Kind):
         "on_bad_row = stop",
         "drop",
     )
-    on_long_row: Annotated[str, types.Choice(("drop", "cut", "stop"))] = result(
-        "What happens to a row that is longer than the context; `cut` takes tokens off its end.",
+    on_long_row: Annotated[str, types.Choice(LONG_ROW)] = result(
+        "What happens to a row that is longer than the context. `cut` takes tokens off its end;"
+        " `divide` makes several rows of plain text, so that every token is trained once. The"
+        " prompts of a rollout are never cut: `cut` drops them.",
         "on_long_row = cut",
         "drop",
     )
@@ -106,6 +111,12 @@ class TextFiles(DataKind):
         "rows = paragraph",
         "file",
     )
+    on_long_row: Annotated[str, types.Choice(LONG_ROW)] = result(
+        "What happens to a row that is longer than the context; by default it is divided, so that"
+        " every token is trained once.",
+        "on_long_row = cut",
+        "divide",
+    )
 
 
 class Settings(Function):
@@ -120,8 +131,9 @@ class Settings(Function):
 class Procedural(DataKind):
     """Problems that a generator of reasoning-gym makes, with its own verifier.
 
-    The fields are `question`, `answer` and those of the generator's metadata. Without roles of
-    its own, the prompt is `{question}`, and the response and the target are `{answer}`.
+    The fields are `question`, `answer` and `metadata`, of which `{metadata.name}` is a part.
+    Without roles of its own, the prompt is `{question}`, and the response and the target are
+    `{answer}`.
     """
 
     task: Words = result("The name of the generator.", 'task = "knights_knaves"')
@@ -151,7 +163,10 @@ class Weighted(DataExpression):
 
 
 class Mixture(DataExpression):
-    """`80% * a + 20% * b`: each batch holds each source in its proportion."""
+    """`80% * a + 20% * b`: each batch holds each source in its proportion.
+
+    An epoch is as many examples as the sources hold together.
+    """
 
     word = ""
     parts: tuple[SerializeAsAny[Weighted], ...]

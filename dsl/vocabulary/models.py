@@ -29,9 +29,9 @@ class TokenizerKind(Kind):
         str | None,
         types.Either((types.Choice(NAMED_CHAT_TEMPLATES), types.Text())),
     ] = result(
-        "The chat template: a named one, or Jinja as text. Without it, the"
-        " tokenizer's own, else `plain`:"
-        " the messages one after another.",
+        "The chat template: a named one, or Jinja as text. Without it, the tokenizer's own, else"
+        " `plain`: the messages one after another, the end token behind an answer, a line end"
+        " behind any other message.",
         "chat = chatml",
         None,
     )
@@ -67,7 +67,9 @@ class Trained(TokenizerKind):
 
     data: Data = result("What to fit it to.", "data = corpus")
     vocabulary: Annotated[int, types.Whole(low=16)] = result(
-        "How many tokens, special ones included.", "vocabulary = 4Ki", 4096
+        "How many tokens, special ones included; for the algorithm `char`, at most.",
+        "vocabulary = 4Ki",
+        4096,
     )
     algorithm: Annotated[str, types.Choice(("unigram", "bpe", "char"))] = result(
         "How pieces are chosen.", "algorithm = bpe", "unigram"

@@ -452,6 +452,9 @@ class Policy(Training):
     optimizer: Annotated[SerializeAsAny[Optimizer], types.Of("optimizer")] = result(
         "The optimizer and its schedule.", "optimizer = adamw(lr = 3e-6)", AdamW.fixed(lr=1e-6)
     )
+    length: Annotated[Measure, types.count("steps", "epochs")] = result(
+        "How long to train.", "length = 300 steps"
+    )
     reward: Reward = result("What to increase.", "reward = correct")
     batch: Annotated[int, types.count("prompts")] = result(
         "Prompts of one step.", "batch = 64 prompts"

@@ -1,0 +1,379 @@
+"""From an example to token ids and the loss mask: the one renderer for training and for sampling.
+
+The mask needs no marks in the chat template. A turn of the assistant begins where the same
+conversation, cut off before it and rendered with the generation prompt, ends; it ends with the stop
+token that the template writes behind a stand-in for the answer. Both are looked for in the
+rendering of the whole conversation, and a template for which they are not found is an error, never
+a guess. So the ids of a training example begin with exactly the ids that a sampler would be given
+as its prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from tunelang.runtime.chat_templates import (
+    ChatError,
+    ChatTemplate,
+    TemplateFailedError,
+    render_template,
+)
+from tunelang.runtime.examples import Example, Message
+from tunelang.runtime.tokenizers import Tokenizer
+
+# Stand-ins come from a plane of Unicode that is set aside for private use.
+_PRIVATE = 0xF0000
+_STAND_IN = "\U0010fff0"
+
+
+class EmptyMaskError(ChatError):
+    """Nothing in the `rendered` text would be trained: no turn of the assistant has text."""
+
+    def __init__(self, rendered: str) -> None:
+        super().__init__(rendered)
+        self.rendered = rendered
+
+
+class TemplateRewritesError(ChatError):
+    """A template changes what came before turn `turn` (from 0) once the conversation goes on.
+
+    `expected` is how the conversation began up to that turn, `rendered` the whole of it.
+    """
+
+    def __init__(self, turn: int, expected: str, rendered: str) -> None:
+        super().__init__(turn, expected, rendered)
+        self.turn = turn
+        self.expected = expected
+        self.rendered = rendered
+
+
+class TruncatedAnswerError(ChatError):
+    """A template leaves out a part of the `answer` of turn `turn` (from 0): see `rendered`."""
+
+    def __init__(self, turn: int, answer: str, rendered: str) -> None:
+        super().__init__(turn, answer, rendered)
+        self.turn = turn
+        self.answer = answer
+        self.rendered = rendered
+
+
+class NoStopTokenError(ChatError):
+    """Neither the template nor the tokenizer has a token that ends an answer in the `rendered`
+    text.
+    """
+
+    def __init__(self, rendered: str) -> None:
+        super().__init__(rendered)
+        self.rendered = rendered
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids `[length]`; `mask[i]` says whether predicting `ids[i]` from what precedes it
+    counts.
+    """
+
+    ids: tuple[int, ...]
+    mask: tuple[bool, ...]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Where a turn of the assistant begins and ends in the text; it may lack a stop token."""
+
+    begin: int
+    end: int
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """A tokenizer with a chat template; `added` are the special tokens that the spec declares."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    added: tuple[str, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with anything that changes the ids or the mask of some example."""
+        start = self.tokenizer.start, self.tokenizer.end
+        parts = (self.tokenizer.digest, repr(start), self.template.source, repr(self.added))
+        return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
+
+    def tokens(self, example: Example) -> Tokens:
+        """Return the ids and mask of a whole example.
+
+        Plain text: every token but the first. A conversation: every turn of the assistant with its
+        stop token. Raises `EmptyMaskError`, `TemplateRewritesError`, `TruncatedAnswerError`,
+        `NoStopTokenError` or `TemplateFailedError`.
+        """
+        if example.text is not None and example.prompt is None and example.messages is None:
+            return self._plain(example.text)
+        messages = messages_of(example)
+        if not any(m.role == "assistant" and m.content.strip() for m in messages):
+            raise EmptyMaskError(self._show(messages))
+        escapes, escaped = self._escape(messages)
+        rendered = self._render(escaped, generate=False)
+        ids, mask, _ = self._ids(rendered, self._turns(escaped, rendered, escapes), escapes)
+        # What a template writes behind the last answer (a line end) is not part of the example: the
+        # model stops before it.
+        mask[0] = False
+        if not any(mask):
+            raise EmptyMaskError(_unescape(rendered, escapes))
+        return Tokens(tuple(ids), tuple(mask))
+
+    def prompt(self, example: Example) -> list[int]:
+        """Return the ids that a sampler starts from: all up to where the model's answer begins.
+
+        A conversation that ends with an answer is asked for that answer again.
+        """
+        messages = messages_of(replace(example, response=None))
+        if messages and messages[-1].role == "assistant":
+            messages = messages[:-1]
+        escapes, escaped = self._escape(messages)
+        head = self._head(escaped)
+        try:
+            turns = self._turns(escaped, head, escapes)
+        except (TemplateRewritesError, TruncatedAnswerError):
+            # Templates that drop the thoughts of earlier turns do so here as well; nothing of those
+            # turns is trained.
+            turns = []
+        ids, _, at = self._ids(head, turns, escapes)
+        return ids + self._encode(head[at:], escapes, ids)
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """The ids that end an answer: the one that the template writes, and the tokenizer's own."""
+        tail = self._split(self._tail((Message("user", "a"),)))
+        found = [self.tokenizer.special[p] for p in tail if p in self.tokenizer.special][:1]
+        own = [] if self.tokenizer.end is None else [self.tokenizer.end]
+        return tuple(dict.fromkeys(found + own))
+
+    # Text.
+
+    @cached_property
+    def _specials(self) -> re.Pattern[str]:
+        names = sorted(self.tokenizer.special, key=len, reverse=True)
+        # `(?!)` matches nothing: a tokenizer may have no special tokens.
+        return re.compile("(" + ("|".join(map(re.escape, names)) or "(?!)") + ")")
+
+    def _split(self, text: str) -> list[str]:
+        """Return a text cut into special tokens and what stands between them."""
+        return [part for part in self._specials.split(text) if part]
+
+    @cached_property
+    def _own_words(self) -> frozenset[str]:
+        """Special tokens of the spec that the model writes itself, such as `<think>`.
+
+        Those that frame turns in the template are not among them: they stand in front of the first
+        turn's text, or behind an answer.
+        """
+        first = self._render((Message("user", _STAND_IN),), generate=False).partition(_STAND_IN)[0]
+        frame = {*self._split(first), *self._split(self._tail((Message("user", "a"),)))}
+        return frozenset(self.added) - frame - self._frame
+
+    @property
+    def _frame(self) -> set[str]:
+        """The tokens that frame a sequence."""
+        return {self._name(self.tokenizer.start), self._name(self.tokenizer.end)}
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return {at: name for name, at in self.tokenizer.special.items()}
+
+    def _name(self, id: int | None) -> str:
+        """Return the text of a special id; empty if there is none."""
+        return self._names.get(id, "") if id is not None else ""
+
+    def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
+        return render_template(
+            self.template,
+            messages,
+            generate=generate,
+            start=self._name(self.tokenizer.start),
+            end=self._name(self.tokenizer.end),
+        )
+
+    def _show(self, messages: Sequence[Message]) -> str:
+        """Return a rendering for a report, even where the template refuses the conversation."""
+        try:
+            return self._render(messages, generate=False)
+        except TemplateFailedError:
+            return "\n".join(message.content for message in messages)
+
+    def _escape(self, messages: Sequence[Message]) -> tuple[dict[str, str], list[Message]]:
+        """Return the messages with the names of special tokens in their text replaced by stand-ins.
+
+        So a special token in the rendering was written by the template. Answers keep the special
+        tokens that the model writes itself.
+        """
+        found = {
+            name
+            for message in messages
+            for name in self._specials.findall(message.content)
+            if not (message.role == "assistant" and name in self._own_words)
+        }
+        if not found:
+            return {}, list(messages)
+        used = {char for message in messages for char in message.content}
+        free = (chr(at) for at in range(_PRIVATE, _PRIVATE + 0xFFF0) if chr(at) not in used)
+        escapes = dict(zip(sorted(found), free, strict=False))
+
+        def escape(message: Message) -> Message:
+            keep = self._own_words if message.role == "assistant" else frozenset()
+            text = self._specials.sub(
+                lambda m: m[0] if m[0] in keep else escapes[m[0]], message.content
+            )
+            return Message(message.role, text)
+
+        return escapes, [escape(message) for message in messages]
+
+    # Turns.
+
+    def _head(self, before: Sequence[Message]) -> str:
+        """Return the text up to where the assistant's next turn begins."""
+        if before:
+            asked = self._render(before, generate=True)
+            if asked != self._render(before, generate=False):
+                return asked
+        # The template has no generation prompt: what it writes in front of an answer is one. A
+        # space at its end belongs to the answer's first word, as in the words of the models'
+        # vocabularies.
+        answered = self._render([*before, Message("assistant", _STAND_IN)], generate=False)
+        return answered.rpartition(_STAND_IN)[0].rstrip(" ")
+
+    def _tail(self, before: Sequence[Message]) -> str:
+        """Return what the template writes behind an answer."""
+        return self._render([*before, Message("assistant", _STAND_IN)], generate=False).rpartition(
+            _STAND_IN
+        )[2]
+
+    def _turns(
+        self, escaped: Sequence[Message], whole: str, escapes: Mapping[str, str]
+    ) -> list[_Turn]:
+        """Return the turns of the assistant in the `whole` rendered text."""
+        turns: list[_Turn] = []
+        for at, message in enumerate(escaped):
+            if message.role != "assistant":
+                continue
+            head = self._head(escaped[:at])
+            upto = self._render(escaped[: at + 1], generate=False)
+            begin = len(head)
+            end, stopped = self._end(escaped, at, upto, begin)
+            for start, rendering in ((head, upto), (head, whole), (upto[:end], whole)):
+                if not rendering.startswith(start):
+                    expected = _unescape(start, escapes)
+                    raise TemplateRewritesError(at, expected, _unescape(rendering, escapes))
+            if _squeezed(message.content) not in _squeezed(whole[begin:end]):
+                answer = _unescape(message.content, escapes)
+                raise TruncatedAnswerError(at, answer, _unescape(whole, escapes))
+            turns.append(_Turn(begin, end, stopped))
+        return turns
+
+    def _end(self, messages: Sequence[Message], at: int, upto: str, begin: int) -> tuple[int, bool]:
+        """Where turn `at` ends in `upto`: behind its stop token, or else behind its text."""
+        tail = self._tail(messages[:at])
+        if not upto.endswith(tail):
+            # The template looks at the answer; what it wrote behind it must be found by the answer.
+            _, found, tail = upto[begin:].rpartition(messages[at].content.rstrip())
+            if not found:
+                raise TruncatedAnswerError(at, messages[at].content, upto)
+        stop = self._specials.search(tail)
+        if stop is None:
+            return len(upto) - len(tail), False
+        return len(upto) - len(tail) + stop.end(), True
+
+    # Ids.
+
+    def _ids(
+        self, rendered: str, turns: Sequence[_Turn], escapes: Mapping[str, str]
+    ) -> tuple[list[int], list[bool], int]:
+        """Return the ids and mask up to the end of the last turn, and where that is in the text."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        at = 0
+        for turn in turns:
+            before, answer = rendered[at : turn.begin], rendered[turn.begin : turn.end]
+            for text, trained in ((before, False), (answer, True)):
+                new = self._encode(text, escapes, ids)
+                ids += new
+                mask += [trained] * len(new)
+            at = turn.end
+            if not turn.stopped:
+                if self.tokenizer.end is None:
+                    raise NoStopTokenError(_unescape(rendered, escapes))
+                ids.append(self.tokenizer.end)
+                mask.append(True)
+        return ids, mask, at
+
+    def _encode(self, text: str, escapes: Mapping[str, str], before: Sequence[int]) -> list[int]:
+        """Return the ids of rendered text that follows the ids `before`; the start token stands
+        first, once.
+        """
+        start = self.tokenizer.start
+        ids: list[int] = []
+        if not before and start is not None:
+            ids.append(start)
+        for part in self._split(text):
+            special = self.tokenizer.special.get(part)
+            if special is None:
+                last = ids[-1] if ids else before[-1] if before else start
+                continues = last is not None and last != start
+                ids += self.tokenizer.encode(_unescape(part, escapes), continues=continues)
+            elif not (special == start and not before and ids == [start]):
+                ids.append(special)
+        return ids
+
+    def _plain(self, text: str) -> Tokens:
+        """Plain text: start token, text, end token."""
+        words = frozenset(self.added) - self._frame
+        ids = [] if self.tokenizer.start is None else [self.tokenizer.start]
+        first = len(ids)
+        joined: list[str] = []
+        for part in self._specials.split(text):
+            if part not in words:
+                joined.append(part)
+                continue
+            ids += self._ordinary(joined, len(ids) > first)
+            ids.append(self.tokenizer.special[part])
+            joined = []
+        ids += self._ordinary(joined, len(ids) > first)
+        if not ids[first:]:
+            raise EmptyMaskError(text)
+        if self.tokenizer.end is not None:
+            ids.append(self.tokenizer.end)
+        return Tokens(tuple(ids), (False, *[True] * (len(ids) - 1)))
+
+    def _ordinary(self, parts: Iterable[str], continues: bool) -> list[int]:
+        text = "".join(parts)
+        return self.tokenizer.encode(text, continues=continues) if text else []
+
+
+def messages_of(example: Example) -> list[Message]:
+    """Return the conversation of an example: its own, or one turn made of prompt and response."""
+    lead = [] if example.system is None else [Message("system", example.system)]
+    if example.messages is not None:
+        return [*lead, *example.messages]
+    turns = [] if example.prompt is None else [Message("user", example.prompt)]
+    if example.response is not None:
+        turns.append(Message("assistant", example.response))
+    return lead + turns
+
+
+def _unescape(text: str, escapes: Mapping[str, str]) -> str:
+    for name, stand_in in escapes.items():
+        text = text.replace(stand_in, name)
+    return text
+
+
+def _squeezed(text: str) -> str:
+    """Return a text without white space: templates may trim answers and set them off."""
+    return "".join(text.split())

@@ -1,0 +1,148 @@
+"""The named chat templates, and Jinja templates made ready to render without side effects.
+
+The named ones follow the forms that their models were published with; `markers` are the special
+tokens that they write.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tunelang.runtime.examples import Message
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Jinja source, and the special tokens that a tokenizer needs for it."""
+
+    source: str
+    markers: tuple[str, ...] = ()
+
+
+_CHATML = """\
+{%- for m in messages -%}
+{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+_LLAMA3 = """\
+{{- bos_token -}}
+{%- for m in messages -%}
+{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif -%}
+"""
+
+# Gemma has no system turn: what it says opens the first user turn.
+_GEMMA = """\
+{{- bos_token -}}
+{%- set ns = namespace(lead='') -%}
+{%- for m in messages -%}
+{%- if m.role == 'system' -%}
+{%- set ns.lead = m.content | trim + '\\n\\n' -%}
+{%- else -%}
+{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}
+{{- ns.lead + m.content | trim + '<end_of_turn>\\n' }}
+{%- set ns.lead = '' -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}
+"""
+
+_PLAIN = """\
+{%- for m in messages -%}
+{{ m.content + (eos_token if m.role == 'assistant' else '\\n') }}
+{%- endfor -%}
+"""
+
+NAMED = {
+    "chatml": ChatTemplate(_CHATML, ("<|im_start|>", "<|im_end|>")),
+    "llama3": ChatTemplate(_LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
+    "gemma": ChatTemplate(_GEMMA, ("<start_of_turn>", "<end_of_turn>")),
+    "plain": ChatTemplate(_PLAIN),
+}
+
+
+def chat_template(chat: str | None, own: str | None = None) -> ChatTemplate:
+    """Return the template for the attribute `chat`: a name or Jinja; else the tokenizer's `own`,
+    else plain.
+    """
+    if chat is not None:
+        return NAMED.get(chat) or ChatTemplate(chat)
+    return ChatTemplate(own) if own is not None else NAMED["plain"]
+
+
+class ChatError(Exception):
+    """Base of what can go wrong between a conversation and its ids and mask."""
+
+
+class TemplateFailedError(ChatError):
+    """A Jinja template does not parse, or stops: its `reason`, `source` and `line` where known."""
+
+    def __init__(self, reason: str, source: str, line: int | None) -> None:
+        super().__init__(reason, source, line)
+        self.reason = reason
+        self.source = source
+        self.line = line
+
+
+def render_template(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    generate: bool,
+    start: str,
+    end: str,
+) -> str:
+    """Return the text of a conversation; with `generate`, up to where the model's next turn begins.
+
+    `start` and `end` are what the template knows as `bos_token` and `eos_token`.
+    Raises `TemplateFailedError`.
+    """
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        return _compiled(template.source).render(
+            messages=turns, add_generation_prompt=generate, bos_token=start, eos_token=end
+        )
+    except jinja2.TemplateError as error:
+        reason = error.message or type(error).__name__
+        raise TemplateFailedError(reason, template.source, getattr(error, "lineno", None)) from None
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise TemplateFailedError(str(error), template.source, None) from None
+
+
+_GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+
+
+@lru_cache(maxsize=64)
+def _compiled(source: str) -> jinja2.Template:
+    """Return a template with the settings and functions that published chat templates count on."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _json
+    environment.globals["raise_exception"] = _raise
+    # Marks of the answers' places (transformers' `generation` tag) are not needed: see `chat.py`.
+    source = _GENERATION.sub(lambda m: f"{m[1]}{'endif' if m[2] else 'if true'}{m[3]}", source)
+    # The date would make the tokens of a data set depend on the day, so `strftime_now` is left out.
+    return environment.from_string(source)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    # Jinja's own filter escapes < and > for HTML.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

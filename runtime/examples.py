@@ -1,0 +1,128 @@
+"""From a row to an example: the roles (prompt, response, messages, ...) that a stage reads.
+
+A row is what a file holds; an example is what the spec says that the row means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunelang.dsl.vocabulary.base import TextExpression
+from tunelang.dsl.vocabulary.data import (
+    ROLES,
+    DataKind,
+    Map,
+    Procedural,
+    TemplateText,
+    TextFiles,
+)
+from tunelang.runtime.templates import Row, WrongTypeError, lookup, render, sole_field
+
+SPEAKERS = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example with the roles that its data gives it; `fields` is the whole row."""
+
+    source: str
+    """The name of the declared data that the row comes from."""
+    row: int
+    """The number of the row in its source."""
+    fields: Mapping[str, Any]
+    prompt: str | None = None
+    response: str | None = None
+    target: str | None = None
+    messages: tuple[Message, ...] | None = None
+    system: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The template of each role that the data has."""
+
+    templates: Mapping[str, TextExpression]
+    nullable: frozenset[str] = frozenset()
+    """Roles that a row may leave empty: generated problems that many answers solve have none."""
+
+    def mapped(self, new: Map) -> Roles:
+        """Return the roles after `.map(...)`."""
+        found = {role: getattr(new, role) for role in ROLES}
+        changed = {role: template for role, template in found.items() if template is not None}
+        return Roles({**self.templates, **changed}, self.nullable - changed.keys())
+
+
+def roles_of(kind: DataKind) -> Roles:
+    """Return the roles of a source, with those that its kind implies where it states none."""
+    stated = {role: getattr(kind, role) for role in ROLES}
+    templates = {role: template for role, template in stated.items() if template is not None}
+    if not templates and isinstance(kind, Procedural):
+        answer = TemplateText(text="{answer}")
+        question = TemplateText(text="{question}")
+        implied = {"prompt": question, "response": answer, "target": answer}
+        return Roles(implied, frozenset({"response", "target"}))
+    if not templates and isinstance(kind, TextFiles):
+        return Roles({"text": TemplateText(text="{text}")})
+    return Roles(templates)
+
+
+def example_of(source: str, row: int, fields: Row, roles: Roles) -> Example:
+    """Return the example that a row is.
+
+    Raises `MissingFieldError` or `WrongTypeError` where the row does not have what a role's
+    template reads.
+    """
+    found: dict[str, Any] = {}
+    for role, template in roles.templates.items():
+        name = sole_field(template)
+        if role in roles.nullable and name is not None and lookup(name, fields) is None:
+            continue
+        if role == "messages":
+            name = name or "messages"
+            found[role] = conversation(name, lookup(name, fields))
+        else:
+            found[role] = render(template, fields)
+    return Example(source=source, row=row, fields=fields, **found)
+
+
+def texts_of(example: Example) -> Iterator[str]:
+    """Give the texts of an example that a model reads or writes: what a tokenizer is fitted to."""
+    if example.system is not None:
+        yield example.system
+    if example.messages is not None:
+        yield from (message.content for message in example.messages)
+    for text in (example.prompt, example.response, example.text):
+        if text is not None:
+            yield text
+
+
+def conversation(name: str, value: Any) -> tuple[Message, ...]:
+    """Return the turns of a conversation, from a list of objects with `role` and `content`.
+
+    Raises `WrongTypeError`.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise WrongTypeError(name, "a list of messages", value)
+    return tuple(_message(f"{name}[{at}]", item) for at, item in enumerate(value))
+
+
+def _message(name: str, item: Any) -> Message:
+    if not isinstance(item, Mapping):
+        raise WrongTypeError(name, "an object with `role` and `content`", item)
+    role, content = item.get("role"), item.get("content")
+    if role not in SPEAKERS:
+        raise WrongTypeError(f"{name}.role", " or ".join(f"`{s}`" for s in SPEAKERS), role)
+    if not isinstance(content, str):
+        raise WrongTypeError(f"{name}.content", "text", content)
+    return Message(role, content)

@@ -1,0 +1,227 @@
+"""Which examples share a sequence, planned ahead as a table; and the arrays of a batch.
+
+Examples are taken in windows of the stream and packed by first-fit decreasing (Johnson 1973: at
+most 11/9 of the best number of bins). The bins of a window are then put in a pseudo-random order,
+since first-fit decreasing leaves the long examples in front. The table is a pure function of the
+lengths and the seed, so any step's batch is found without those before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunelang.dsl.vocabulary.base import Measure
+from tunelang.runtime.corpus import Corpus
+from tunelang.runtime.order import batch_positions, steps_of
+from tunelang.runtime.permutation import derive, permute
+
+Indices = NDArray[np.int64]
+
+# A window has at least this many examples, and fills at least this many sequences: what its last,
+# half-empty sequence wastes is then below half a percent.
+_WINDOW_EXAMPLES = 4096
+_WINDOW_SEQUENCES = 128
+
+
+@dataclass(frozen=True)
+class Table:
+    """The planned sequences of a stage: `starts[b]` to `starts[b + 1]` are the items of sequence
+    `b`.
+    """
+
+    items: Indices
+    """Positions in the stream, `[examples]`."""
+    starts: Indices
+    """`[sequences + 1]`."""
+    tokens: Indices
+    """The tokens of each sequence that are not padding, `[sequences]`."""
+    length: int
+    """Tokens of a sequence, padding included."""
+    batch: int
+    """Sequences of a step."""
+
+    @property
+    def steps(self) -> int:
+        """How many steps the sequences make."""
+        return len(self.tokens) // self.batch
+
+    @property
+    def useful(self) -> float:
+        """The share of tokens that are not padding."""
+        return float(self.tokens.sum() / (len(self.tokens) * self.length))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of packed examples; every array is `[sequences, length]`."""
+
+    tokens: NDArray[np.int32]
+    """Token ids; the pad id behind the last example."""
+    mask: NDArray[np.bool_]
+    """Whether predicting the token at its place counts in the loss."""
+    segments: NDArray[np.int32]
+    """1, 2, ... for the examples of a sequence, 0 for padding: tokens see their own segment only.
+    """
+    positions: NDArray[np.int32]
+    """The place of a token in its example, from 0."""
+
+
+def plan(
+    corpus: Corpus,
+    length: Measure,
+    *,
+    batch: int,
+    packed: bool,
+    longest: int | None = None,
+    window: int | None = None,
+) -> Table:
+    """Return the table for a stage of a given length, with `batch` sequences a step.
+
+    `longest` is the size of a sequence, without it the corpus's context; `window` how many examples
+    are packed together. A length in tokens counts what is not padding. The last step is filled up
+    with the examples that follow.
+    """
+    size = corpus.context if longest is None else longest
+    if size < corpus.context:
+        raise ValueError(f"sequences of {size} tokens for examples of up to {corpus.context}")
+    if window is None:
+        filling = ceil(_WINDOW_SEQUENCES * size / corpus.mean_length)
+        window = max(_WINDOW_EXAMPLES, filling, batch)
+    maker = _Maker(corpus, size, window, packed)
+    match length.unit:
+        case "epochs":
+            maker.take(max(1, ceil(length.value * corpus.order.epoch - 1e-9)))
+            steps = ceil(maker.sequences / batch)
+        case "tokens":
+            while maker.tokens < length.value:
+                maker.take(window)
+            used = np.cumsum(np.concatenate(maker.sizes))
+            steps = ceil((int(np.searchsorted(used, length.value)) + 1) / batch)
+        case _:
+            steps = steps_of(length, epoch=corpus.order.epoch, batch=batch)
+    while maker.sequences < steps * batch:
+        maker.take(window)
+    return maker.table(steps * batch, batch)
+
+
+class _Maker:
+    """Packs one window after another."""
+
+    def __init__(self, corpus: Corpus, size: int, window: int, packed: bool) -> None:
+        self._corpus = corpus
+        self._size = size
+        self._window = window
+        self._packed = packed
+        self._next = 0
+        self._items: list[Indices] = []
+        self._counts: list[Indices] = []
+        self.sizes: list[Indices] = []
+        self.sequences = 0
+        self.tokens = 0
+
+    def take(self, examples: int) -> None:
+        """Pack the next examples of the stream."""
+        stop = self._next + examples
+        while self._next < stop:
+            end = min(self._next + self._window, stop)
+            self._pack(np.arange(self._next, end, dtype=np.int64))
+            self._next = end
+
+    def _pack(self, positions: Indices) -> None:
+        lengths = self._corpus.lengths(positions)
+        count = len(positions)
+        bins = np.arange(count)
+        if self._packed:
+            bins, count = first_fit_decreasing(lengths, self._size)
+            seed = derive(self._corpus.order.seed, "bins", int(positions[0]))
+            bins = permute(bins, count, seed)
+        self._items.append(positions[np.argsort(bins, kind="stable")])
+        self._counts.append(np.bincount(bins, minlength=count).astype(np.int64))
+        self.sizes.append(np.bincount(bins, lengths, count).astype(np.int64))
+        self.sequences += count
+        self.tokens += int(lengths.sum())
+
+    def table(self, sequences: int, batch: int) -> Table:
+        """Return the first sequences as a table."""
+        counts = np.concatenate(self._counts)[:sequences]
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        items = np.concatenate(self._items)[: starts[-1]]
+        tokens = np.concatenate(self.sizes)[:sequences]
+        return Table(items, starts, tokens, self._size, batch)
+
+
+def sequences_of(batch: Measure, length: int) -> int:
+    """Return the sequences of a batch stated in sequences or tokens, for sequences of `length`
+    tokens.
+
+    Tokens are rounded down to whole sequences. Raises `ValueError` where not one fits.
+    """
+    count = int(batch.value) // length if batch.unit == "tokens" else int(batch.value)
+    if count < 1:
+        raise ValueError(f"a batch of {batch.value} {batch.unit} for sequences of {length} tokens")
+    return count
+
+
+def first_fit_decreasing(lengths: Sequence[int] | Indices, capacity: int) -> tuple[Indices, int]:
+    """Return the bin of each item `[n]`, and the number of bins; the longest items are placed
+    first.
+
+    Raises `ValueError` for an item longer than the capacity.
+    """
+    sizes = np.asarray(lengths, np.int64)
+    if sizes.size and sizes.max() > capacity:
+        raise ValueError(f"an item of {sizes.max()} for bins of {capacity}")
+    order = np.argsort(-sizes, kind="stable").tolist()
+    leaves = 1 << max(1, len(order) - 1).bit_length()
+    # A tree of the largest room below each node: the first bin with room is found from the root.
+    room = [capacity] * (2 * leaves)
+    bins = np.zeros(len(order), np.int64)
+    listed = sizes.tolist()
+    for item in order:
+        need = listed[item]
+        node = 1
+        while node < leaves:
+            node *= 2
+            if room[node] < need:
+                node += 1
+        bins[item] = node - leaves
+        room[node] -= need
+        node //= 2
+        while node:
+            left, right = room[2 * node], room[2 * node + 1]
+            best = left if left > right else right
+            if room[node] == best:
+                break
+            room[node] = best
+            node //= 2
+    return bins, int(bins.max()) + 1 if bins.size else 0
+
+
+def batch_of(table: Table, corpus: Corpus, step: int, host: int = 0, hosts: int = 1) -> Batch:
+    """Return a host's slice of the batch of a step (from 0); raises `IndexError` behind the last
+    step.
+    """
+    if not 0 <= step < table.steps:
+        raise IndexError(f"step {step} of {table.steps}")
+    sequences = batch_positions(step, table.batch, host, hosts)
+    shape = (len(sequences), table.length)
+    tokens = np.full(shape, corpus.pad, np.int32)
+    mask = np.zeros(shape, np.bool_)
+    segments = np.zeros(shape, np.int32)
+    places = np.zeros(shape, np.int32)
+    for row, sequence in enumerate(sequences):
+        items = table.items[table.starts[sequence] : table.starts[sequence + 1]]
+        at = 0
+        for number, (ids, counted) in enumerate(corpus.tokens(items), 1):
+            end = at + len(ids)
+            tokens[row, at:end] = ids
+            mask[row, at:end] = counted
+            segments[row, at:end] = number
+            places[row, at:end] = np.arange(len(ids))
+            at = end
+    return Batch(tokens, mask, segments, places)

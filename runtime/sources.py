@@ -1,0 +1,339 @@
+"""Rows of data files and generators, by number: random access without a whole file in memory.
+
+A line-based file is gone through once, for the offset of each row (8 bytes a row); a row is then
+read where it stands. Parquet, which has no random access to rows, is written over once to an Arrow
+file that is mapped into memory. Generated problems are made once, see `procedural.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from tunelang.dsl.vocabulary.data import Csv, DataKind, Jsonl, Parquet, Procedural, TextFiles
+from tunelang.runtime.atomic import written_whole
+from tunelang.runtime.bad_rows import NotARowError, excerpt
+from tunelang.runtime.procedural import generate
+
+_BLOCK = 1 << 20
+
+
+class Rows(Protocol):
+    """Rows by number."""
+
+    @property
+    def digest(self) -> str:
+        """Changes if and only if the content does."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """Return the row; raises `NotARowError` where there is something else."""
+
+    def place(self, row: int) -> str:
+        """Where the row stands, for a report: `train.jsonl:17`."""
+
+    def content(self, row: dict[str, Any]) -> Any:
+        """Return what makes two rows the same example."""
+
+
+def open_rows(kind: DataKind, folder: Path, *, cache: Path) -> Rows:
+    """Return the rows of a source; its paths are relative to `folder`, and `cache` may be written
+    to.
+
+    Raises `OSError` for a file that cannot be read, and what `generate` raises.
+    """
+    match kind:
+        case Jsonl():
+            return _joined([_Spans(path, _lines(path), _object) for path in _paths(kind, folder)])
+        case Csv():
+            return _joined([_csv(path, kind.separator) for path in _paths(kind, folder)])
+        case TextFiles():
+            find = _TEXT_ROWS[kind.rows]
+            return _joined([_Spans(path, find(path), _text) for path in _paths(kind, folder)])
+        case Parquet():
+            return _joined([_Table(path, cache) for path in _paths(kind, folder)])
+        case Procedural():
+            return generate(kind, cache)
+    raise TypeError(f"not a data source: {type(kind).__name__}")
+
+
+def _paths(kind: Jsonl | Csv | TextFiles | Parquet, folder: Path) -> list[Path]:
+    return [folder / Path(name).expanduser() for name in kind.path]
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Files one after another."""
+
+    parts: tuple[Rows, ...]
+    ends: NDArray[np.int64]
+    digest: str
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def _find(self, row: int) -> tuple[Rows, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        at = int(np.searchsorted(self.ends, row, side="right"))
+        return self.parts[at], row - (int(self.ends[at - 1]) if at else 0)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        part, inner = self._find(row)
+        return part[inner]
+
+    def place(self, row: int) -> str:
+        part, inner = self._find(row)
+        return part.place(inner)
+
+    def content(self, row: dict[str, Any]) -> Any:
+        return row
+
+
+def _joined(parts: list[Any]) -> Rows:
+    if len(parts) == 1:
+        only: Rows = parts[0]
+        return only
+    digest = hashlib.blake2b("".join(part.digest for part in parts).encode(), digest_size=16)
+    ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+    return _Joined(tuple(parts), ends, digest.hexdigest())
+
+
+def file_digest(path: Path) -> str:
+    """Return a hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+# Rows that are stretches of a file.
+
+
+class _Spans:
+    """Rows that stand at known stretches of a file, `[rows, 2]` offsets in bytes."""
+
+    def __init__(
+        self, path: Path, spans: NDArray[np.int64], parse: Callable[[str], dict[str, Any]]
+    ) -> None:
+        self._path = path
+        self._spans = spans
+        self._parse = parse
+        # Read with `os.pread`, which has no position: threads may share the descriptor.
+        self._file = path.open("rb")
+        self.digest = file_digest(path)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        start, end = map(int, self._spans[row])
+        raw = os.pread(self._file.fileno(), end - start, start)
+        try:
+            return self._parse(raw.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise NotARowError("not UTF-8", excerpt(raw.decode("utf-8", "replace"))) from None
+
+    def place(self, row: int) -> str:
+        """File and line, found by counting: places are for reports, so they may take a moment."""
+        return f"{self._path.name}:{_line_number(self._path, int(self._spans[row][0]))}"
+
+    def content(self, row: dict[str, Any]) -> Any:
+        return row
+
+    def __del__(self) -> None:
+        # Absent if opening failed.
+        if "_file" in self.__dict__:
+            self._file.close()
+
+
+def _line_number(path: Path, offset: int) -> int:
+    lines = 1
+    with path.open("rb") as file:
+        while offset > 0 and (block := file.read(min(_BLOCK, offset))):
+            lines += block.count(b"\n")
+            offset -= len(block)
+    return lines
+
+
+def _lines(path: Path) -> NDArray[np.int64]:
+    """Return the lines of a file that are not blank, without their ends."""
+    spans = array("q")
+    with path.open("rb") as file:
+        at = _mark(file.read(3))
+        file.seek(at)
+        for line in file:
+            if line.strip():
+                spans.extend((at, at + len(line.rstrip(b"\r\n"))))
+            at += len(line)
+    return _pairs(spans)
+
+
+def _paragraphs(path: Path) -> NDArray[np.int64]:
+    """Find runs of lines that are not blank."""
+    spans = array("q")
+    with path.open("rb") as file:
+        at = _mark(file.read(3))
+        file.seek(at)
+        start = end = -1
+        for line in file:
+            if line.strip():
+                start = at if start < 0 else start
+                end = at + len(line.rstrip(b"\r\n"))
+            elif start >= 0:
+                spans.extend((start, end))
+                start = -1
+            at += len(line)
+        if start >= 0:
+            spans.extend((start, end))
+    return _pairs(spans)
+
+
+def _whole(path: Path) -> NDArray[np.int64]:
+    with path.open("rb") as file:
+        start = _mark(file.read(3))
+    return np.array([[start, path.stat().st_size]], np.int64)
+
+
+_TEXT_ROWS = {"line": _lines, "paragraph": _paragraphs, "file": _whole}
+
+
+def _mark(head: bytes) -> int:
+    """Return the length of a byte-order mark, which some editors put in front of UTF-8."""
+    return 3 if head == b"\xef\xbb\xbf" else 0
+
+
+def _pairs(flat: array[int]) -> NDArray[np.int64]:
+    return np.frombuffer(flat, np.int64).reshape(-1, 2) if flat else np.zeros((0, 2), np.int64)
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise NotARowError("not JSON", excerpt(line)) from None
+    if not isinstance(value, dict):
+        raise NotARowError("not a JSON object", excerpt(line))
+    return value
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"text": text}
+
+
+# CSV.
+
+
+def _csv(path: Path, separator: str) -> _Spans:
+    """Return a CSV file: fields may hold line ends, so rows are found by reading it as CSV once."""
+    spans = array("q")
+    names: list[str] = []
+    # Fields may be texts of any length; Python's own limit is 128 KiB.
+    csv.field_size_limit(1 << 30)
+    with path.open("rb") as file:
+        at = _mark(file.read(3))
+        file.seek(at)
+        ends = [at]
+        reader = csv.reader(_decoded(file, ends), delimiter=separator)
+        while (cells := _next(reader)) is not None:
+            if not names:
+                names = cells
+            elif cells:
+                spans.extend((at, ends[0]))
+            at = ends[0]
+
+    def parse(record: str) -> dict[str, Any]:
+        try:
+            # One string, not its lines: `splitlines` would also cut at U+2028 and its like.
+            cells = next(csv.reader([record], delimiter=separator), [])
+        except csv.Error as error:
+            raise NotARowError(f"not CSV: {error}", excerpt(record)) from None
+        if len(cells) != len(names):
+            reason = f"{len(cells)} cells for {len(names)} names"
+            raise NotARowError(reason, excerpt(record.rstrip("\r\n")))
+        return dict(zip(names, cells, strict=True))
+
+    return _Spans(path, _pairs(spans), parse)
+
+
+def _next(reader: Iterator[list[str]]) -> list[str] | None:
+    """Return the next record; one that is not CSV is left to whoever reads its row."""
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        return [str(error)]
+
+
+def _decoded(file: Iterator[bytes], ends: list[int]) -> Iterator[str]:
+    """Return the lines of a file as text, one character a byte; `ends[0]` is where the last one
+    ended.
+    """
+    for line in file:
+        ends[0] += len(line)
+        # CSV's own characters are ASCII, so the records of Latin-1 are those of UTF-8.
+        yield line.decode("latin-1")
+
+
+# Parquet.
+
+
+class _Table:
+    """A Parquet file, through an Arrow file in the cache that is mapped into memory."""
+
+    def __init__(self, path: Path, cache: Path) -> None:
+        self._path = path
+        self.digest = file_digest(path)
+        arrow = cache / f"rows-{self.digest}.arrow"
+        if not arrow.exists():
+            _write_arrow(path, arrow)
+        self._table = pa.ipc.open_file(pa.memory_map(str(arrow))).read_all()
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        found: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
+        return found
+
+    def place(self, row: int) -> str:
+        return f"{self._path.name}: row {row + 1}"
+
+    def content(self, row: dict[str, Any]) -> Any:
+        return row
+
+
+def _write_arrow(path: Path, arrow: Path) -> None:
+    """Write a Parquet file over, a batch of rows at a time; in place only when it is whole."""
+    with (
+        written_whole(arrow) as whole,
+        pq.ParquetFile(path) as file,
+        pa.OSFile(str(whole), "wb") as sink,
+        pa.ipc.new_file(sink, file.schema_arrow) as writer,
+    ):
+        for batch in file.iter_batches(batch_size=4096):
+            writer.write_batch(batch)
+
+
+# Content.
+
+
+def content_hash(content: Any, salt: int) -> float:
+    """Return a number in [0, 1) that depends on the content alone: the order of an object's fields
+    is none.
+    """
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
+    digest = hashlib.blake2b(text.encode(), digest_size=8, salt=salt.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little") / 2**64

@@ -1,0 +1,275 @@
+"""From a data expression to a stream of examples with random access by step.
+
+An expression is brought into one form first: a mixture of parts, each of them chosen rows of one
+source under one set of roles (8 bytes a row). `take`, `where`, `split` and the other methods of a
+mixture apply to its parts, so that the shares hold in what they leave. What order the parts are
+read in is `order.py`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunelang.dsl.program import Program
+from tunelang.dsl.vocabulary import data
+from tunelang.dsl.vocabulary.base import DataExpression
+from tunelang.runtime.bad_rows import BadRowError, BadRows, NoRowsError, NotARowError, TooLongError
+from tunelang.runtime.chat import EmptyMaskError
+from tunelang.runtime.chat_templates import ChatError
+from tunelang.runtime.conditions import holds
+from tunelang.runtime.examples import Example, Roles, example_of, roles_of
+from tunelang.runtime.mixture import assign
+from tunelang.runtime.order import Order, batch_positions
+from tunelang.runtime.permutation import derive, permute
+from tunelang.runtime.sources import Rows, content_hash, open_rows
+from tunelang.runtime.templates import MissingFieldError, WrongTypeError
+
+Indices = NDArray[np.int64]
+_READ = 256
+Measurer = Callable[[Example], int]
+"""The number of tokens of an example."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Declared data, opened."""
+
+    name: str
+    kind: data.DataKind
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class Part:
+    """Chosen rows of one source, in order, with their share of the stream."""
+
+    source: Source
+    roles: Roles
+    rows: Indices
+    weight: float = 1.0
+    splits: int = 0
+    """How many splits were applied: each divides what the one before left by another hash."""
+
+    def example(self, index: int) -> Example:
+        """Return the example at an index of `rows`; raises what `example_of` raises."""
+        return self.of_row(int(self.rows[index]))
+
+    def of_row(self, row: int) -> Example:
+        """Return the example that a row of the source is under the roles of this part."""
+        return example_of(self.source.name, row, self.source.rows[row], self.roles)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An endless stream of examples, the same for every number of hosts."""
+
+    parts: tuple[Part, ...]
+    order: Order
+    bad: BadRows = field(compare=False)
+    """The rows that were dropped on the way."""
+
+    def __len__(self) -> int:
+        """Return the examples of an epoch."""
+        return self.order.epoch
+
+    def at(self, positions: Indices) -> list[Example]:
+        """Return the examples at positions `[n]` of the stream."""
+        sources, indices = self.order.at(positions)
+        pairs = zip(sources, indices, strict=True)
+        return [self.parts[source].example(index) for source, index in pairs]
+
+    def batch(self, step: int, size: int, host: int = 0, hosts: int = 1) -> list[Example]:
+        """Return a host's slice of the global batch of `size` examples at a step (from 0)."""
+        return self.at(batch_positions(step, size, host, hosts))
+
+    def once(self) -> Iterator[Example]:
+        """Every example of an epoch in its order, the way that evaluations read data."""
+        for start in range(0, len(self), _READ):
+            stop = min(start + _READ, len(self))
+            yield from self.at(np.arange(start, stop, dtype=np.int64))
+
+
+@dataclass
+class Library:
+    """The declared data of a program: each source is opened, and checked row by row, once."""
+
+    program: Program
+    cache: Path
+    """A folder for what is made from the sources."""
+    bad: BadRows = field(default_factory=BadRows)
+    _sources: dict[str, Part] = field(default_factory=dict)
+
+    def stream(
+        self,
+        expression: DataExpression,
+        *,
+        seed: int,
+        measure: Measurer | None = None,
+        shuffled: bool = True,
+    ) -> Stream:
+        """Return the stream of an expression.
+
+        `measure` is needed where a condition reads `length`. Raises `NoRowsError`, `BadRowError`
+        under the policy `stop`, and what `open_rows` raises.
+        """
+        parts = tuple(_Builder(self, measure).parts(expression))
+        sizes = tuple(len(part.rows) for part in parts)
+        weights = tuple(part.weight for part in parts)
+        return Stream(parts, Order(sizes, weights, seed, shuffled), self.bad)
+
+    def source(self, name: str, kind: data.DataKind) -> Part:
+        """All usable rows of a source."""
+        if name not in self._sources:
+            rows = open_rows(kind, self.program.folder, cache=self.cache)
+            found = np.arange(len(rows), dtype=np.int64)
+            part = Part(Source(name, kind, rows), roles_of(kind), found)
+            self._sources[name] = self.filtered(part, lambda _: True)
+        return self._sources[name]
+
+    def filtered(self, part: Part, keep: Callable[[Example], bool]) -> Part:
+        """Return the rows of a part that can be read and that `keep` holds for; the others by the
+        policy.
+
+        Raises `NoRowsError` where none is left.
+        """
+        verdicts: dict[int, bool] = {}
+        for row in map(int, part.rows):
+            if row in verdicts:
+                continue
+            try:
+                verdicts[row] = keep(part.of_row(row))
+            except (NotARowError, MissingFieldError, WrongTypeError, EmptyMaskError) as error:
+                self.drop(part, row, error, part.source.kind.on_bad_row)
+                verdicts[row] = False
+            except ChatError as error:
+                # From counting tokens. A template that fails on a row fails on many.
+                place = part.source.rows.place(row)
+                raise BadRowError(part.source.name, place, error) from error
+        chosen = np.fromiter((verdicts[int(row)] for row in part.rows), bool, len(part.rows))
+        return self.nonempty(replace(part, rows=part.rows[chosen]))
+
+    def within(self, stream: Stream, measure: Measurer, limit: int) -> Stream:
+        """Return the stream without examples of more than `limit` tokens: the prompts of a rollout.
+
+        A prompt is never cut, since its end holds the question: `cut` drops it like `drop`. Raises
+        `BadRowError` under `on_long_row = stop`, and `NoRowsError`.
+        """
+
+        def fits(part: Part, row: int) -> bool:
+            length = measure(part.of_row(row))
+            if length > limit:
+                self.drop(part, row, TooLongError(length, limit), part.source.kind.on_long_row)
+            return length <= limit
+
+        parts: list[Part] = []
+        for part in stream.parts:
+            rows, inverse = np.unique(part.rows, return_inverse=True)
+            keep = np.fromiter((fits(part, int(row)) for row in rows), bool, len(rows))
+            parts.append(self.nonempty(replace(part, rows=part.rows[keep[inverse]])))
+        sizes = tuple(len(part.rows) for part in parts)
+        return replace(stream, parts=tuple(parts), order=replace(stream.order, sizes=sizes))
+
+    def drop(self, part: Part, row: int, error: Exception, policy: str) -> None:
+        """Handle a row by a policy; raises `BadRowError` under `stop`."""
+        self.bad.handle(part.source.name, lambda: part.source.rows.place(row), error, policy)
+
+    def nonempty(self, part: Part) -> Part:
+        """Return the part; raises `NoRowsError` where it has no rows."""
+        if not len(part.rows):
+            raise NoRowsError(part.source.name, self.bad)
+        return part
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Walks an expression."""
+
+    library: Library
+    measure: Measurer | None
+
+    def parts(self, expression: DataExpression) -> list[Part]:
+        """Return the parts of an expression; their weights add to 1."""
+        match expression:
+            case data.DataRef():
+                value = self.library.program.declarations[expression.name].value
+                if isinstance(value, data.DataKind):
+                    return [self.library.source(expression.name, value)]
+                return self.parts(value)
+            case data.Mixture():
+                found = [(whole.weight, self.parts(whole.of)) for whole in expression.parts]
+                return [
+                    replace(part, weight=weight * part.weight)
+                    for weight, inner in found
+                    for part in inner
+                ]
+            case data.DataMethod():
+                return self._method(expression, self.parts(expression.of))
+        raise TypeError(f"not a data expression: {type(expression).__name__}")
+
+    def _method(self, method: data.DataMethod, parts: list[Part]) -> list[Part]:
+        match method:
+            case data.Take():
+                return self._cut(parts, 0, method.count)
+            case data.Skip():
+                return self._cut(parts, method.count, None)
+            case data.Repeat():
+                return [replace(p, rows=np.tile(p.rows, method.times)) for p in parts]
+            case data.Shuffle():
+                return [
+                    replace(p, rows=p.rows[_permutation(len(p.rows), method.seed, at)])
+                    for at, p in enumerate(parts)
+                ]
+            case data.Map():
+                mapped = [replace(part, roles=part.roles.mapped(method)) for part in parts]
+                return [self.library.filtered(part, lambda _: True) for part in mapped]
+            case data.Where():
+                condition, measure = method.condition, self.measure
+                return [
+                    self.library.filtered(part, lambda e: holds(condition, e, measure))
+                    for part in parts
+                ]
+            case data.Split():
+                return [self._split(method, part) for part in parts]
+        raise TypeError(f"not a data method: {type(method).__name__}")
+
+    def _cut(self, parts: list[Part], start: int, stop: int | None) -> list[Part]:
+        """Return the examples from `start` to `stop` in the order in which a mixture gives them
+        unshuffled.
+        """
+        whole = sum(len(part.rows) for part in parts)
+        stop = whole if stop is None else min(stop, whole)
+        if start >= stop:
+            raise NoRowsError(parts[0].source.name, self.library.bad)
+        assignment = assign(tuple(part.weight for part in parts))
+        spans = zip(assignment.before(start), assignment.before(stop), strict=True)
+        cut: list[Part] = []
+        for part, (first, last) in zip(parts, spans, strict=True):
+            # A source with more than its natural share of the mixture comes round again.
+            rounds = ceil(last / len(part.rows))
+            rows = np.tile(part.rows, rounds)[first:last] if rounds > 1 else part.rows[first:last]
+            cut.append(self.library.nonempty(replace(part, rows=rows)))
+        return cut
+
+    def _split(self, split: data.Split, part: Part) -> Part:
+        """Return the rows of a part whose content falls to `split.part`."""
+        names = [name for name in split.parts if name != "train"]
+        edges = np.cumsum([0.0, *(split.parts[name] for name in names)])
+        spans = dict(zip(names, pairwise(map(float, edges)), strict=True))
+        low, high = spans.get(split.part or "", (float(edges[-1]), 1.0))
+        rows, salt = part.source.rows, part.splits
+
+        def falls(example: Example) -> bool:
+            return low <= content_hash(rows.content(dict(example.fields)), salt) < high
+
+        return replace(self.library.filtered(part, falls), splits=salt + 1)
+
+
+def _permutation(size: int, seed: int, part: int) -> Indices:
+    return permute(np.arange(size, dtype=np.int64), size, derive(seed, "shuffle", part))

@@ -1,0 +1,147 @@
+"""Text templates: what a `TextExpression` of the language says for one row of data.
+
+A field is written `{name}`, or `{outer.inner}` for a field of an object inside a row; `{{` and `}}`
+stand for braces. Numbers and truth values read as JSON writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from tunelang.dsl.vocabulary.base import TextExpression
+from tunelang.dsl.vocabulary.data import After, Before, Between, TemplateText
+
+Row = Mapping[str, Any]
+
+_TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+
+
+class MissingFieldError(Exception):
+    """A row lacks the field `name`; `known` are the names where it was looked for."""
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        super().__init__(name, known)
+        self.name = name
+        self.known = known
+
+
+class WrongTypeError(Exception):
+    """A field `name` is not what its use needs: `expected` in words, and the value `found`."""
+
+    def __init__(self, name: str, expected: str, found: Any) -> None:
+        super().__init__(name, expected, found)
+        self.name = name
+        self.expected = expected
+        self.found = found
+
+
+def lookup(name: str, row: Row) -> Any:
+    """Return the value of a field; a column whose own name has a dot goes before a field of an
+    object.
+
+    Raises `MissingFieldError`.
+    """
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            known = tuple(map(str, value)) if isinstance(value, Mapping) else ()
+            raise MissingFieldError(name, known)
+        value = value[part]
+    return value
+
+
+def render(expression: TextExpression, row: Row) -> str:
+    """Return the text of an expression for a row.
+
+    Raises `MissingFieldError`, and `WrongTypeError` for a field that is null, a list or an object.
+    """
+    match expression:
+        case TemplateText():
+            return "".join(
+                part if name is None else as_text(name, lookup(name, row))
+                for part, name in _parse(expression.text)
+            )
+        case After():
+            _, found, rest = render(expression.text, row).rpartition(expression.marker)
+            return rest.strip() if found else ""
+        case Before():
+            return render(expression.text, row).partition(expression.marker)[0].strip()
+        case Between():
+            return _between(render(expression.text, row), expression.start, expression.end)
+    raise TypeError(f"not a text expression: {type(expression).__name__}")
+
+
+def _between(text: str, start: str, end: str) -> str:
+    """Return the last place where `start` is followed by `end`; a later `start` left open does not
+    count.
+    """
+    stop = text.rfind(end)
+    while stop >= 0:
+        begin = text.rfind(start, 0, stop)
+        if begin < 0:
+            return ""
+        # The nearest `end` behind this `start`: with `<a>x</a></a>` the answer is x.
+        inner = begin + len(start)
+        first = text.find(end, inner)
+        if first >= 0:
+            return text[inner:first].strip()
+        stop = text.rfind(end, 0, stop)
+    return ""
+
+
+def as_text(name: str, value: Any) -> str:
+    """Return a field's value as text; `WrongTypeError` for null, lists, objects and bytes."""
+    # Subclasses of str and of numbers occur: NumPy scalars in generated problems.
+    if isinstance(value, str):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    raise WrongTypeError(name, "text or a number", value)
+
+
+def fields(expression: TextExpression) -> Iterator[str]:
+    """Return the names of the fields that an expression reads, in order of occurrence."""
+    match expression:
+        case TemplateText():
+            yield from (name for _, name in _parse(expression.text) if name is not None)
+        case After() | Before() | Between():
+            yield from fields(expression.text)
+
+
+def sole_field(expression: TextExpression) -> str | None:
+    """Return the field's name where an expression is one field and nothing else: `{messages}`."""
+    if isinstance(expression, TemplateText):
+        parts = _parse(expression.text)
+        if len(parts) == 1:
+            return parts[0][1]
+    return None
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> tuple[tuple[str, str | None], ...]:
+    """Return a template as pieces `(text, None)` and `("", field)`."""
+    pieces: list[tuple[str, str | None]] = []
+    plain: list[str] = []
+    at = 0
+    for match in _TOKEN.finditer(text):
+        plain.append(text[at : match.start()])
+        at = match.end()
+        if match.group(1) is None:
+            plain.append(match.group()[0])
+            continue
+        if any(plain):
+            pieces.append(("".join(plain), None))
+        plain = []
+        pieces.append(("", match.group(1)))
+    plain.append(text[at:])
+    if any(plain):
+        pieces.append(("".join(plain), None))
+    return tuple(pieces)
