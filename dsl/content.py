@@ -166,11 +166,12 @@ def _known_field(
 
 def _procedural(book: Book, declared: Declared, source: data.Procedural) -> None:
     span = book.span(declared, "task")
-    tasks = files.procedural_tasks()
-    if tasks is None:
-        book.add(messages.no_generators(span))
-    elif source.task not in tasks:
-        book.add(messages.unknown_task(span, source.task, list(tasks)))
+    if files.procedural_file(source.task) is None:
+        tasks = files.procedural_tasks()
+        if tasks is None:
+            book.add(messages.no_generators(span))
+        else:
+            book.add(messages.unknown_task(span, source.task, list(tasks)))
     elif source.settings is not None:
         known = files.procedural_settings(source.task)
         for name in source.settings.values if known is not None else ():

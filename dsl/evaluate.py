@@ -408,7 +408,7 @@ class Evaluator:
             with self.at(name):
                 self._origin(argument.span)
                 values[name] = self.value(argument.value, want)
-            if want == types.Anything():
+            if isinstance(want, types.Anything):
                 values[name] = _setting(values[name])
         if failed or INVALID in values.values():
             return INVALID

@@ -177,46 +177,58 @@ def python_functions(path: Path) -> dict[str, PythonFunction]:
 
 
 @cache
+def _generators() -> Path | None:
+    """The folder of reasoning-gym; None where it is not installed."""
+    spec = importlib.util.find_spec("reasoning_gym")
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+def _registered(text: str) -> dict[str, str]:
+    """The generators that a file of reasoning-gym registers -> the class of their settings."""
+    constants = dict(re.findall(r'^([A-Z_]+) = "(\w+)"', text, re.MULTILINE))
+    calls = re.findall(r"^register_dataset\(\s*([\w\"]+),\s*\w+,\s*(\w+)", text, re.MULTILINE)
+    return {constants.get(name, name.strip('"')): config for name, config in calls}
+
+
+@cache
 def procedural_tasks() -> dict[str, Path] | None:
     """The generators of reasoning-gym and the files that define them; None where it is not
     installed.
 
     Found by reading the package's files, not by importing it.
     """
-    spec = importlib.util.find_spec("reasoning_gym")
-    if spec is None or spec.origin is None:
+    folder = _generators()
+    if folder is None:
         return None
     found: dict[str, Path] = {}
-    for path in Path(spec.origin).parent.rglob("*.py"):
-        text = path.read_text("utf-8", errors="ignore")
-        constants = dict(re.findall(r'^([A-Z_]+) = "(\w+)"', text, re.MULTILINE))
-        for quoted, constant in re.findall(
-            r'^register_dataset\(\s*(?:"(\w+)"|([A-Z_]+))', text, re.MULTILINE
-        ):
-            name = quoted or constants.get(constant)
-            if name:
-                found[name] = path
+    for path in folder.rglob("*.py"):
+        found.update(dict.fromkeys(_registered(path.read_text("utf-8", errors="ignore")), path))
     return found
+
+
+@cache
+def procedural_file(task: str) -> Path | None:
+    """The file that defines a generator; None if there is none of that name."""
+    folder = _generators()
+    if folder is None or not task.isidentifier():
+        return None
+    for path in folder.glob(f"*/{task}.py"):  # most files are called like their generator
+        if task in _registered(path.read_text("utf-8", errors="ignore")):
+            return path
+    return (procedural_tasks() or {}).get(task)
 
 
 def procedural_settings(task: str) -> list[str] | None:
     """The settings of a generator, from the fields of its configuration; None where they cannot be
     read.
     """
-    path = (procedural_tasks() or {}).get(task)
+    path = procedural_file(task)
     if path is None:
         return None
     text = path.read_text("utf-8")
-    constants = dict(re.findall(r'^([A-Z_]+) = "(\w+)"', text, re.MULTILINE))
-    for name, config in re.findall(
-        r"^register_dataset\(\s*([\w\"]+),\s*\w+,\s*(\w+)", text, re.MULTILINE
-    ):
-        if constants.get(name, name.strip('"')) == task:
-            for node in ast.parse(text).body:
-                if isinstance(node, ast.ClassDef) and node.name == config:
-                    return [
-                        item.target.id
-                        for item in node.body
-                        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-                    ]
+    config = _registered(text).get(task)
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef) and node.name == config:
+            fields = [item for item in node.body if isinstance(item, ast.AnnAssign)]
+            return [item.target.id for item in fields if isinstance(item.target, ast.Name)]
     return None

@@ -15,7 +15,7 @@ from tunelang.dsl.units import COUNTED, show
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Type:
     """Base of all types."""
 
@@ -28,7 +28,7 @@ class Type:
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Number(Type):
     """A plain number (`float`), within inclusive (`low`, `high`) or exclusive (`above`, `below`)
     bounds.
@@ -71,7 +71,7 @@ class Number(Type):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Whole(Number):
     """A whole number (`int`): `8`, `10_000`, `5k`, `4Ki`."""
 
@@ -82,7 +82,7 @@ class Whole(Number):
         return {**super().json(), "type": "integer"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Share(Number):
     """A part of a whole (`float` from 0 to 1): `5%`, or `0.05`."""
 
@@ -94,7 +94,7 @@ class Share(Number):
         return "a percentage" if self.high != 1 else "a percentage up to 100%"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Amount(Type):
     """A whole number of something.
 
@@ -128,7 +128,7 @@ class Amount(Type):
         return {"type": "object", "properties": properties, "required": ["value", "unit"]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Memory(Type):
     """An amount of memory in bytes (`int`): `16 GiB`, `5 GB`."""
 
@@ -141,7 +141,7 @@ class Memory(Type):
         return {"type": "integer", "minimum": 1}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Duration(Type):
     """A time in seconds (`float`): `30s`, `5m`, `2h`."""
 
@@ -154,7 +154,7 @@ class Duration(Type):
         return {"type": "number", "exclusiveMinimum": 0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Price(Type):
     """Money per device and hour (`float`): `1.2 per device_hour`."""
 
@@ -167,7 +167,7 @@ class Price(Type):
         return {"type": "number", "minimum": 0}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Text(Type):
     """Text taken as it stands (`str`); braces mean nothing in it. `among` closes the set of
     texts.
@@ -184,7 +184,7 @@ class Text(Type):
         return {"enum": list(self.among)} if self.among else {"type": "string"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Path(Type):
     """A path (`str`), relative to the file that it is written in; the Program has it relative to
     the spec.
@@ -210,7 +210,7 @@ class Path(Type):
         return {"type": "string", "minLength": 1}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pattern(Type):
     """A regular expression in Python's syntax (`str`): `/a+b/`."""
 
@@ -223,7 +223,7 @@ class Pattern(Type):
         return {"type": "string", "format": "regex"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flag(Type):
     """`true` or `false` (`bool`)."""
 
@@ -236,7 +236,7 @@ class Flag(Type):
         return {"type": "boolean"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice(Type):
     """One of a few words, written bare (`str`): `decay = cosine`."""
 
@@ -251,7 +251,7 @@ class Choice(Type):
         return {"enum": list(self.words)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ref(Type):
     """A declaration of one of these nouns (`Reference`)."""
 
@@ -266,7 +266,7 @@ class Ref(Type):
         return {"$ref": "#/$defs/reference"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Of(Type):
     """A value of a family: a call such as `adamw(lr = 1e-5)`, or an expression over data or
     rewards.
@@ -307,7 +307,7 @@ FAMILIES = {
 """Family -> how a message calls its values."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ListOf(Type):
     """`[a, b]` (`tuple`); a single value stands for a list of one."""
 
@@ -323,7 +323,7 @@ class ListOf(Type):
         return {"type": "array", "items": self.item.json(), "minItems": self.low}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Either(Type):
     """A value of any of several types; the first that accepts it decides."""
 
@@ -338,7 +338,7 @@ class Either(Type):
         return {"anyOf": [option.json() for option in self.options]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metric(Type):
     """A metric that a stage yields (`MetricName`): an eval, `eval.metric`, `loss`,
     `data.reward`.
@@ -353,7 +353,7 @@ class Metric(Type):
         return {"type": "string"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Anything(Type):
     """Whatever the expression is: the value of a `let`, a setting of a generator."""
 
