@@ -28,6 +28,9 @@ class MissingFieldError(Exception):
         self.name = name
         self.known = known
 
+    def __str__(self) -> str:
+        return f"no field `{self.name}` among {', '.join(f'`{name}`' for name in self.known)}"
+
 
 class WrongTypeError(Exception):
     """A field `name` is not what its use needs: `expected` in words, and the value `found`."""
@@ -37,6 +40,9 @@ class WrongTypeError(Exception):
         self.name = name
         self.expected = expected
         self.found = found
+
+    def __str__(self) -> str:
+        return f"field `{self.name}` is {type(self.found).__name__}, not {self.expected}"
 
 
 def lookup(name: str, row: Row) -> Any:

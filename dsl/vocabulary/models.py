@@ -185,7 +185,9 @@ class Transformer(ModelKind):
     tied: Flag = result("Whether the head shares the embedding's weights.", "tied = false", True)
     qk_norm: Flag = result("Whether queries and keys are normalised.", "qk_norm = true", False)
     window: MaybeCount = result(
-        "Attend to this many tokens back; without it, to all.", "window = 512", None
+        "Attend to this many tokens, the current one included; without it, to all.",
+        "window = 512",
+        None,
     )
     logit_cap: Annotated[float | None, types.Number(above=0)] = result(
         "Soft cap of the logits, `cap * tanh(logits / cap)`.", "logit_cap = 30", None

@@ -196,7 +196,11 @@ class ClipWeights(Function):
 
 
 class KlTerm(Function):
-    """Base of the estimators of the divergence from the reference (Schulman 2020)."""
+    """Base of the estimators of the divergence from the reference (Schulman 2020).
+
+    In the loss the gradient is the divergence's own, whichever estimator measures it
+    (arXiv:2506.09477).
+    """
 
     family = "kl"
     word = ""
@@ -215,7 +219,7 @@ class K1(KlTerm):
 
 
 class K2(KlTerm):
-    """Half the squared log-ratio: biased, low variance, right gradient."""
+    """Half the squared log-ratio: biased, low variance."""
 
     word = "k2"
 
@@ -237,7 +241,9 @@ class Truncated(Function):
 
 
 class Masked(Function):
-    """Leave out tokens whose mismatch is beyond `limit` or below its inverse."""
+    """Weight each token by the sampler's mismatch; leave out those beyond `limit` or below its
+    inverse.
+    """
 
     family = "correction"
     word = "masked"
@@ -587,7 +593,7 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "rloo": (
         "REINFORCE with the mean of the other completions as the baseline (arXiv:2402.14740).",
-        {"advantage": "leave_one_out", "clip": None, "aggregate": "sequence_mean"},
+        {"advantage": "leave_one_out", "clip": None, "aggregate": "fixed_length"},
     ),
 }
 """Kind -> documentation, and the attributes in which it differs from `Policy`'s defaults."""

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from data_helpers import HARD, chat, pair, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.runtime.data_helpers import HARD, chat, pair, shared
 from tunelang.dsl.vocabulary import models
 from tunelang.runtime.chat import (
     EmptyMaskError,

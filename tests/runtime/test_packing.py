@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import jsonl, library, questions, ref, shared, text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.runtime.data_helpers import jsonl, library, questions, ref, shared, text, write_jsonl
 from tunelang.dsl.vocabulary import data, models
 from tunelang.dsl.vocabulary.base import DataExpression, Measure
 from tunelang.runtime.bad_rows import BadRowError, NoRowsError

@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import jsonl, library, questions, ref, text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.runtime.data_helpers import jsonl, library, questions, ref, text, write_jsonl
 from tunelang.dsl.vocabulary import data
 from tunelang.runtime.bad_rows import BadRowError, NoRowsError, NotARowError
 from tunelang.runtime.procedural import GeneratorError, Problems

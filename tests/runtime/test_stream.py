@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import jsonl, library, questions, ref, text, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.runtime.data_helpers import jsonl, library, questions, ref, text, write_jsonl
 from tunelang.dsl.vocabulary import data, models
 from tunelang.dsl.vocabulary.base import Condition, DataExpression, Measure
 from tunelang.runtime.bad_rows import BadRowError, NoRowsError, TooLongError

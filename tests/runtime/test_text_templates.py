@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from data_helpers import text
 
+from tests.runtime.data_helpers import text
 from tunelang.dsl.vocabulary.base import TextExpression
 from tunelang.dsl.vocabulary.data import After, Before, Between
 from tunelang.runtime.templates import MissingFieldError, WrongTypeError, fields, render, sole_field

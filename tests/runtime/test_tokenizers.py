@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers as hf
-from data_helpers import HARD, pair, shared
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.runtime.data_helpers import HARD, pair, shared
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import DataExpression
 from tunelang.runtime.chat import Renderer

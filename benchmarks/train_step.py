@@ -1,0 +1,101 @@
+"""Time and memory of the training step for one configuration, on the devices that are here.
+
+    python benchmarks/train_step.py --width 256 --layers 4 --length 256 --batch 16
+
+Prints one line of JSON: the time to compile (s), tokens/s (the median call), the model's FLOP/s
+(without what rematerialisation repeats), and memory of one device in MiB as the compiler states
+it (the state and batch that go in, and what the program needs beside them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import numpy as np
+
+from tunelang.compiler.architecture import Architecture, parameter_count, train_flops
+from tunelang.dsl.vocabulary.stages import AdamW
+from tunelang.runtime.decoder import DTYPES
+from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.train import Batch, Program, init_state, train_step
+
+MIB = 2**20
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Time and memory of the training step.")
+    sizes = {
+        "width": 256, "layers": 4, "heads": 4, "kv-heads": 4, "mlp": 704, "vocabulary": 4096,
+        "length": 256, "batch": 16, "micro-batches": 1, "chunk": 128, "steps": 1, "calls": 10,
+        "data": 1, "fsdp": 1, "tensor": 1,
+    }  # fmt: skip
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="f32")
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
+    parser.add_argument("--kernel", choices=("xla", "cudnn"), default="xla")
+    parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--packed", action="store_true", help="four segments in a sequence")
+    return parser.parse_args()
+
+
+def make_batch(given: argparse.Namespace, vocabulary: int) -> Batch:
+    """Random tokens, all trained."""
+    shape = (given.steps, given.batch, given.length)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int32)
+    segments = positions = None
+    if given.packed:
+        place = np.arange(given.length, dtype=np.int32)
+        each = -(-given.length // 4)
+        segments = np.broadcast_to(place // each + 1, shape)
+        positions = np.broadcast_to(place % each, shape)
+    return Batch(tokens, np.ones(shape, bool), segments, positions)
+
+
+def main() -> None:
+    """Compile, run, print."""
+    given = arguments()
+    architecture = Architecture(
+        vocabulary=given.vocabulary, layers=given.layers, width=given.width, heads=given.heads,
+        kv_heads=given.kv_heads, head_dim=given.width // given.heads, mlp=given.mlp,
+        context=given.length, tied=not given.untied,
+    )  # fmt: skip
+    spec = AdamW(lr=1e-3)
+    optimizer, schedule = build_optimizer(spec, 1000), learning_rate(spec, 1000)
+    program = Program(
+        layout=make_layout(given.data, given.fsdp, given.tensor), dtype=DTYPES[given.dtype],
+        micro_batches=given.micro_batches, remat=given.remat, kernel=given.kernel,
+        chunk=given.chunk,
+    )  # fmt: skip
+    state = init_state(architecture, optimizer, program, 0)
+    batch = make_batch(given, architecture.vocabulary)
+    start = time.perf_counter()
+    step = train_step(architecture, optimizer, schedule, program).lower(state, batch).compile()
+    compiled = time.perf_counter() - start
+    times = []
+    for _ in range(given.calls + 1):
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        jax.block_until_ready(metrics)
+        times.append(time.perf_counter() - start)
+    rate = given.steps * given.batch * given.length / statistics.median(times[1:])
+    memory = step.memory_analysis()
+    print(json.dumps({
+        "parameters": parameter_count(architecture),
+        "compile_s": round(compiled, 1),
+        "tokens_per_s": round(rate),
+        "model_gflops": round(rate * train_flops(architecture, given.length) / 1e9, 1),
+        "arguments_mib": round(memory.argument_size_in_bytes / MIB, 1),
+        "temporaries_mib": round(memory.temp_size_in_bytes / MIB, 1),
+        "loss": round(float(metrics.loss[-1]), 4),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

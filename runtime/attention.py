@@ -1,0 +1,121 @@
+"""Attention: causal within segments, optionally within a window, with grouped heads.
+
+The kernels are those of `jax.nn.dot_product_attention`. Soft-capped logits, which it does not
+have, go through `plain_attention`, against which the kernels are tested.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Kernel = Literal["xla", "cudnn"]
+
+_MASKED = float(np.finfo(np.float32).min)
+
+
+def visible(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
+    """Which keys a query may attend to: those at its own position and before it, and of these the
+    last `window`. Positions `[..., queries]` and `[..., keys]` give `[..., queries, keys]`.
+    """
+    distance = query_positions[..., :, None] - key_positions[..., None, :]
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def plain_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    cap: float | None = None,
+) -> jax.Array:
+    """Softmax attention (arXiv:1706.03762) with grouped heads (arXiv:2305.13245), in plain JAX.
+
+    Query `[batch, queries, heads, head_dim]`, key and value `[batch, keys, kv_heads, head_dim]`,
+    mask `[batch or 1, queries, keys]`, True where a query attends; every query needs one key. With
+    `cap`, the logits are `cap * tanh(logits / cap)` (Gemma 2, arXiv:2408.00118). The softmax is in
+    float32. Returns `[batch, queries, heads, head_dim]`.
+    """
+    batch, queries, heads, head_dim = query.shape
+    kv_heads = key.shape[2]
+    grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    logits = scale * jnp.einsum(
+        "btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32
+    )
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    logits = jnp.where(mask[:, None, None], logits, _MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+
+
+def self_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    segments: jax.Array | None,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+    kernel: Kernel,
+) -> jax.Array:
+    """Causal attention of sequences to themselves.
+
+    Query `[batch, length, heads, head_dim]`, key and value `[batch, length, kv_heads, head_dim]`.
+    `segments` `[batch, length]` numbers the examples that share a sequence: tokens attend only
+    within theirs; without it, a sequence is one example. A token attends to the last `window`
+    tokens, itself included. Returns `[batch, length, heads, head_dim]`.
+    """
+    same = None if segments is None else segments[:, :, None] == segments[:, None, :]
+    if cap is not None:
+        order = jnp.arange(query.shape[1])
+        mask = visible(order, order, window)[None]
+        mask = mask if same is None else mask & same
+        return plain_attention(query, key, value, mask, scale=scale, cap=cap)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=None if same is None else same[:, None],
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=kernel,
+    )
+
+
+def cached_attention(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    positions: jax.Array,
+    *,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+) -> jax.Array:
+    """Attention of one new token in each slot to the slot's cache.
+
+    Query `[slots, 1, heads, head_dim]`, keys and values `[slots, kv_heads, capacity, head_dim]`
+    with the new token's already at `positions` `[slots]`; what lies behind it is not looked at.
+    Returns `[slots, 1, heads, head_dim]`.
+    """
+    slots, kv_heads, capacity, head_dim = keys.shape
+    # A token of a cache is read once for each of its heads: with heads before tokens, both products
+    # read it in order.
+    grouped = query.reshape(slots, kv_heads, -1, head_dim)
+    logits = scale * jnp.einsum(
+        "bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32
+    )
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    mask = visible(positions[:, None], jnp.arange(capacity), window)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], logits, _MASKED), axis=-1)
+    return jnp.einsum("bkgs,bksh->bkgh", weights.astype(values.dtype), values).reshape(query.shape)

@@ -1,0 +1,347 @@
+"""The decoder: one network for every architecture, to train, to score and to sample with.
+
+Blocks are stacked: each parameter of a block has a leading axis `layers`, and the layers are run
+by a scan, so that the size of the program does not grow with depth. An architecture whose layers
+repeat a pattern (local and global attention) scans over whole periods, with the layers of a period
+written out in the body; what is left of the last period follows the scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tunelang.compiler.architecture import Architecture, Span
+from tunelang.runtime import rope
+from tunelang.runtime.attention import Kernel, cached_attention, self_attention
+from tunelang.runtime.layers import Block, Norm, dropout, normal, parameter
+from tunelang.runtime.sharding import Layout, constrain
+
+Remat = Literal["none", "dots", "full"]
+DTYPES: dict[str, Any] = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+"""The language's word for a precision of activations -> dtype."""
+
+RESIDUAL = ("batch", "length", None)
+"""Logical axes of the residual stream."""
+CACHE = ("layers", "batch", "kv_heads", "length", "head_dim")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of the tokens so far, in slots that may be at different positions."""
+
+    keys: jax.Array
+    """`[layers, slots, kv_heads, capacity, head_dim]`, already rotated."""
+    values: jax.Array
+    """`[layers, slots, kv_heads, capacity, head_dim]`."""
+    lengths: jax.Array
+    """`[slots]` int32: how many tokens of each slot are filled in; the rest is meaningless."""
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer: tokens to hidden states, to logits, one token at a time.
+
+    Parameters are float32; activations have `dtype`, float32 or bfloat16.
+    """
+
+    def __init__(
+        self, architecture: Architecture, rngs: nnx.Rngs, dtype: Any = jnp.float32
+    ) -> None:
+        a = architecture
+        self.architecture = a
+        self.dtype = dtype
+
+        @nnx.split_rngs(splits=a.layers)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stacked(rngs: nnx.Rngs) -> Block:
+            return Block(a, rngs)
+
+        # With this deviation, the logits of a tied head start with variance 1. Where embeddings
+        # are scaled up by `sqrt(width)`, they then enter with variance 1 as well.
+        deviation = a.width**-0.5
+        table = normal(rngs, (a.vocabulary, a.width), deviation)
+        self.embedding = parameter(table, "vocab", "embed")
+        self.positions = (
+            parameter(normal(rngs, (a.context, a.width), deviation), "position", "embed")
+            if a.position == "learned"
+            else None
+        )
+        self.blocks = stacked(rngs)
+        self.norm = Norm(a, a.width, "embed")
+        self.head = (
+            None
+            if a.tied
+            else parameter(normal(rngs, (a.vocabulary, a.width), deviation), "vocab", "embed")
+        )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
+        layout: Layout | None = None,
+        remat: Remat = "none",
+        kernel: Kernel = "xla",
+    ) -> jax.Array:
+        """Hidden states `[batch, length, width]` after the last normalisation.
+
+        `tokens`, `segments` and `positions` are `[batch, length]` int32. Tokens attend within
+        their segment only; without `segments`, a sequence is one. Positions default to the place
+        in the sequence: packed sequences have to give theirs. `dropout_keys` `[batch]` turns
+        dropout on.
+        """
+        hidden, _ = self._sequence(
+            tokens, segments, positions, dropout_keys, layout, remat, kernel, keep=False
+        )
+        return hidden
+
+    def prefill(
+        self,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        *,
+        layout: Layout | None = None,
+        kernel: Kernel = "xla",
+    ) -> tuple[jax.Array, Cache]:
+        """Return the hidden state of each prompt's last token, `[batch, width]`, and their cache.
+
+        Prompts stand at the left of `tokens` `[batch, length]` and have `lengths` `[batch]`, at
+        least 1. The cache has one slot for each prompt and the capacity `length`: `insert` copies
+        it into a larger one.
+        """
+        hidden, extra = self._sequence(tokens, None, None, None, layout, "none", kernel, keep=True)
+        keys, values = (constrain(layout, array.swapaxes(2, 3), CACHE) for array in extra)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return last, Cache(keys, values, lengths.astype(jnp.int32))
+
+    def step(
+        self, tokens: jax.Array, cache: Cache, *, layout: Layout | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Append one token to each slot: `tokens` `[slots]` to hidden states `[slots, width]`.
+
+        Each token goes to its slot's own position, `cache.lengths`; those that are returned are
+        one greater. A slot whose cache is full keeps what it holds, and its hidden state is wrong.
+        """
+        a = self.architecture
+        places = cache.lengths
+        slots = jnp.arange(tokens.shape[0])
+        turns = self._turns(places[:, None])
+
+        def layer(
+            block: Block, carry: tuple[jax.Array, ...], span: Span, index: jax.Array
+        ) -> tuple[tuple[jax.Array, ...], None]:
+            x, keys, values = carry
+
+            def attend(
+                query: jax.Array, key: jax.Array, value: jax.Array
+            ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+                # The cache is carried and written in place; as an input and output of the scan it
+                # would be copied for every token.
+                new_keys = keys.at[index, slots, :, places].set(key[:, 0].astype(keys.dtype))
+                new_values = values.at[index, slots, :, places].set(
+                    value[:, 0].astype(values.dtype)
+                )
+                attended = cached_attention(
+                    query,
+                    new_keys[index].astype(query.dtype),
+                    new_values[index].astype(query.dtype),
+                    places,
+                    window=a.window if span == "local" else None,
+                    scale=self._query_scale,
+                    cap=a.attention_cap,
+                )
+                return attended, (new_keys, new_values)
+
+            x, (keys, values) = block(x, turns.get(span), attend, None)
+            return (constrain(layout, x, RESIDUAL), keys, values), None
+
+        x = self._embed(tokens[:, None], places[:, None], None, layout)
+        (x, keys, values), _ = self._layers((x, cache.keys, cache.values), layer)
+        return self.norm(x)[:, 0], replace(cache, keys=keys, values=values, lengths=places + 1)
+
+    def head_weight(self) -> jax.Array:
+        """Return the output head `[vocab, width]`, float32: its own, or the embedding."""
+        weight: jax.Array = (self.embedding if self.head is None else self.head)[...]
+        return weight
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Capped logits `[..., vocab]`, float32, of hidden states `[..., width]`.
+
+        For a few tokens, as in sampling. Losses use `runtime.losses`, which never holds the logits
+        of a whole batch.
+        """
+        logits = jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            self.head_weight().astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        cap = self.architecture.logit_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    @property
+    def _query_scale(self) -> float:
+        stated = self.architecture.query_scale
+        return self.architecture.head_dim**-0.5 if stated is None else stated
+
+    def _turns(self, positions: jax.Array) -> dict[Span, rope.Rotation]:
+        if self.architecture.position != "rope":
+            return {}
+        kinds = set(self.architecture.pattern)
+        return {
+            span: rope.rotation(positions, rope.frequencies(self.architecture, span))
+            for span in kinds
+        }
+
+    def _embed(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        dropout_keys: jax.Array | None,
+        layout: Layout | None,
+    ) -> jax.Array:
+        # Looked up in float32, so that the gradients of a frequent token are added up in float32.
+        # Whole rows: a look-up in split ones makes the compiler replicate its result.
+        table = constrain(layout, self.embedding[...], ("vocab", None))
+        x = table[tokens].astype(self.dtype)
+        x = x * jnp.asarray(self.architecture.embedding_scale, self.dtype)
+        if self.positions is not None:
+            x = x + self.positions[...][positions].astype(self.dtype)
+        x = dropout(x, dropout_keys, self.architecture.dropout, self.architecture.layers)
+        return constrain(layout, x, RESIDUAL)
+
+    def _sequence(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array | None,
+        positions: jax.Array | None,
+        dropout_keys: jax.Array | None,
+        layout: Layout | None,
+        remat: Remat,
+        kernel: Kernel,
+        *,
+        keep: bool,
+    ) -> tuple[jax.Array, Any]:
+        """Hidden states of whole sequences, and with `keep`, the keys and values of all layers."""
+        a = self.architecture
+        places = jnp.arange(tokens.shape[1])[None] if positions is None else positions
+        turns = self._turns(places)
+
+        def layer(
+            block: Block, x: jax.Array, span: Span, index: jax.Array
+        ) -> tuple[jax.Array, Any]:
+            def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+                attended = self_attention(
+                    query,
+                    key,
+                    value,
+                    segments=segments,
+                    window=a.window if span == "local" else None,
+                    scale=self._query_scale,
+                    cap=a.attention_cap,
+                    kernel=kernel,
+                )
+                return attended, (key, value) if keep else None
+
+            keys = None if dropout_keys is None else _fold(dropout_keys, index)
+            x, extra = block(x, turns.get(span), attend, keys)
+            return constrain(layout, x, RESIDUAL), extra
+
+        x = self._embed(tokens, places, dropout_keys, layout)
+        x, extra = self._layers(x, layer, remat)
+        return self.norm(x), extra
+
+    def _layers(
+        self,
+        carry: Any,
+        layer: Callable[[Block, Any, Span, jax.Array], tuple[Any, Any]],
+        remat: Remat = "none",
+    ) -> tuple[Any, Any]:
+        """Run the blocks; returns the last carry, and the layers' extras stacked."""
+        a = self.architecture
+        graph, state = nnx.split(self.blocks)
+        period = len(a.pattern)
+        whole = a.layers // period * period
+
+        def apply(
+            carry: Any, weights: Any, span: Span, index: jax.Array, in_scan: bool
+        ) -> tuple[Any, Any]:
+            def run(carry: Any, weights: Any, index: jax.Array) -> tuple[Any, Any]:
+                return layer(nnx.merge(graph, weights), carry, span, index)
+
+            found: tuple[Any, Any] = _rematerialised(run, remat, in_scan)(carry, weights, index)
+            return found
+
+        def body(carry: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
+            weights, first = inputs
+            extras = []
+            for place, span in enumerate(a.pattern):
+                own = jax.tree.map(lambda array, place=place: array[place], weights)
+                carry, extra = apply(carry, own, span, first + place, True)
+                extras.append(extra)
+            return carry, jax.tree.map(lambda *arrays: jnp.stack(arrays), *extras)
+
+        extras = []
+        if whole:
+            periods = jax.tree.map(
+                lambda array: array[:whole].reshape(-1, period, *array.shape[1:]), state
+            )
+            carry, stacked = jax.lax.scan(body, carry, (periods, jnp.arange(0, whole, period)))
+            extras.append(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), stacked))
+        for index in range(whole, a.layers):
+            own = jax.tree.map(lambda array, index=index: array[index], state)
+            carry, extra = apply(carry, own, a.spans[index], jnp.asarray(index), False)
+            extras.append(jax.tree.map(lambda array: array[None], extra))
+        return carry, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *extras)
+
+
+def _fold(keys: jax.Array, data: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def _rematerialised(
+    function: Callable[..., Any], remat: Remat, in_scan: bool
+) -> Callable[..., Any]:
+    """Make a layer keep for the backward pass only what the policy says."""
+    if remat == "none":
+        return function
+    # Within a scan the compiler cannot merge the repeated computation with the first one, so that
+    # the barriers against it, which also hinder fusion, are not needed.
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+
+
+def empty_cache(architecture: Architecture, slots: int, capacity: int, dtype: Any) -> Cache:
+    """Return a cache with `slots` empty slots of `capacity` tokens."""
+    a = architecture
+    shape = (a.layers, slots, a.kv_heads, capacity, a.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(slots, jnp.int32))
+
+
+def insert(cache: Cache, prompts: Cache, rows: jax.Array, slots: jax.Array) -> Cache:
+    """Copy prompts into slots: prompt `rows[i]` into slot `slots[i]`, both `[count]` int32.
+
+    A prompt may go to many slots (the completions of a group); a slot beyond the last is left
+    out, so that `rows` can have a fixed size. `ValueError` where prompts are longer than slots.
+    """
+    length = prompts.keys.shape[3]
+    if length > cache.keys.shape[3]:
+        raise ValueError(f"prompts of {length} tokens for slots of {cache.keys.shape[3]}")
+
+    def put(into: jax.Array, what: jax.Array) -> jax.Array:
+        return into.at[:, slots, :, :length].set(what[:, rows].astype(into.dtype), mode="drop")
+
+    return Cache(
+        keys=put(cache.keys, prompts.keys),
+        values=put(cache.values, prompts.values),
+        lengths=cache.lengths.at[slots].set(prompts.lengths[rows], mode="drop"),
+    )

@@ -1,0 +1,192 @@
+"""Cross entropy and log-probabilities, in chunks over the sequence.
+
+The logits of a batch, `[batch, length, vocab]`, are by far its largest array, so they never exist
+as a whole: a scan goes over chunks of the sequence, and only one chunk's logits are in memory.
+
+On several devices, each part of the batch gets its own copy of the head before the scan. So the
+head is gathered once and not for every chunk; and its gradient, which is summed over the parts
+where the copy was made, is exchanged once, after the scan.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tunelang.runtime.sharding import Layout, constrain
+
+
+def cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk: int,
+    cap: float | None = None,
+    layout: Layout | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the weighted sum of `-log p(target)`, in nats, and the sum of the weights.
+
+    `hidden` `[batch, length, width]`, `head` `[vocab, width]`, `targets` `[batch, length]` int32,
+    `weights` `[batch, length]` float32. `chunk` is in tokens of a sequence. `cap` bounds the
+    logits, `cap * tanh(logits / cap)`. Differentiable once, in all but the targets: the gradient
+    is computed beside the loss, so that the logits are computed once and not again in the backward
+    pass (Liger Kernel, arXiv:2410.10989, section 3.2).
+    """
+    split = _Split.of(hidden.shape, chunk, layout)
+    total = _chunked_cross_entropy(
+        split(hidden), _copies(head, hidden.dtype, split, layout), split(targets),
+        split(weights.astype(jnp.float32)), cap,
+    )  # fmt: skip
+    return total, jnp.sum(weights, dtype=jnp.float32)
+
+
+def token_logprobs(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    chunk: int,
+    cap: float | None = None,
+    temperature: float = 1.0,
+    layout: Layout | None = None,
+) -> jax.Array:
+    """`log p(target)` of each token, in nats, `[batch, length]` float32.
+
+    Arguments as of `cross_entropy`; the logits are divided by `temperature`, which is above 0,
+    after the cap. The backward pass computes each chunk's logits again.
+    """
+    split = _Split.of(hidden.shape, chunk, layout)
+    copies = _copies(head, hidden.dtype, split, layout)
+
+    @jax.checkpoint
+    def one(copies: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = _logits(hidden, copies, cap) / temperature
+        return _pick(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
+
+    def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        return None, one(copies, *chunk)
+
+    _, found = jax.lax.scan(body, None, (split(hidden), split(targets)))
+    return split.join(found)
+
+
+class _Split:
+    """How `[batch, length, ...]` becomes `[chunks, parts, batch / parts, chunk, ...]`."""
+
+    def __init__(self, batch: int, length: int, chunk: int, parts: int) -> None:
+        self.batch, self.length = batch, length
+        self.chunk, self.parts = min(chunk, length), parts
+        self.chunks = -(-length // self.chunk)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], chunk: int, layout: Layout | None) -> _Split:
+        parts = 1 if layout is None else layout.batch_shards
+        return cls(shape[0], shape[1], chunk, parts if shape[0] % parts == 0 else 1)
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        """Split, with zeros behind the sequence where the chunks do not divide it."""
+        missing = self.chunks * self.chunk - self.length
+        rest = array.shape[2:]
+        padded = jnp.pad(array, ((0, 0), (0, missing), *((0, 0) for _ in rest)))
+        shape = (self.parts, self.batch // self.parts, self.chunks, self.chunk, *rest)
+        return jnp.moveaxis(padded.reshape(shape), 2, 0)
+
+    def join(self, array: jax.Array) -> jax.Array:
+        """Undo the split of `[chunks, parts, batch / parts, chunk, ...]`."""
+        whole = jnp.moveaxis(array, 0, 2)
+        return whole.reshape(self.batch, -1, *array.shape[4:])[:, : self.length]
+
+
+def _copies(head: jax.Array, dtype: Any, split: _Split, layout: Layout | None) -> jax.Array:
+    """Copy the head for each part of the batch, `[parts, vocab, width]`; a device has its own."""
+    copies = jnp.broadcast_to(head.astype(dtype), (split.parts, *head.shape))
+    axes = ("batch" if split.parts > 1 else None, "vocab", None)
+    return constrain(layout, copies, axes)
+
+
+def _logits(hidden: jax.Array, copies: jax.Array, cap: float | None) -> jax.Array:
+    logits = jnp.einsum("pbcd,pvd->pbcv", hidden, copies, preferred_element_type=jnp.float32)
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _pick(values: jax.Array, targets: jax.Array) -> jax.Array:
+    """`values[..., target]`, by comparison: it fuses and it shards, which a gather does not."""
+    chosen = jnp.arange(values.shape[-1]) == targets[..., None]
+    return jnp.sum(jnp.where(chosen, values, 0.0), axis=-1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _chunked_cross_entropy(
+    hidden: jax.Array,
+    copies: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    cap: float | None,
+) -> jax.Array:
+    def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        hidden, targets, weights = chunk
+        logits = _logits(hidden, copies, cap)
+        losses = jax.nn.logsumexp(logits, axis=-1) - _pick(logits, targets)
+        return total + jnp.sum(losses * weights), None
+
+    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), (hidden, targets, weights))
+    return total
+
+
+Residuals = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _forward(
+    hidden: jax.Array,
+    copies: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    cap: float | None,
+) -> tuple[jax.Array, Residuals]:
+    """Return the loss, and its gradients for a cotangent of 1."""
+
+    def body(
+        carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        total, head_gradient = carry
+        hidden, targets, weights = chunk
+        logits = _logits(hidden, copies, cap)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        losses = normaliser - _pick(logits, targets)
+        chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+        gradient = (jnp.exp(logits - normaliser[..., None]) - chosen) * weights[..., None]
+        if cap is not None:
+            gradient = gradient * (1.0 - jnp.square(logits / cap))
+        gradient = gradient.astype(hidden.dtype)
+        hidden_gradient = jnp.einsum("pbcv,pvd->pbcd", gradient, copies)
+        head_gradient += jnp.einsum(
+            "pbcv,pbcd->pvd", gradient, hidden, preferred_element_type=jnp.float32
+        )
+        return (total + jnp.sum(losses * weights), head_gradient), (hidden_gradient, losses)
+
+    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(copies, dtype=jnp.float32))
+    (total, head_gradient), (hidden_gradient, losses) = jax.lax.scan(
+        body, start, (hidden, targets, weights)
+    )
+    return total, (hidden_gradient, head_gradient.astype(copies.dtype), losses)
+
+
+def _backward(
+    cap: float | None, residuals: Residuals, cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+    del cap
+    hidden_gradient, head_gradient, losses = residuals
+    return (
+        (hidden_gradient * cotangent).astype(hidden_gradient.dtype),
+        (head_gradient * cotangent).astype(head_gradient.dtype),
+        None,
+        losses * cotangent,
+    )
+
+
+_chunked_cross_entropy.defvjp(_forward, _backward)

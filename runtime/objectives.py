@@ -1,0 +1,348 @@
+"""Policy objectives: log-probabilities, masks and advantages to a loss, for any row of choices.
+
+A `Policy` of the vocabulary chooses one piece for each role: the ratio, the clip, the correction
+for the sampler, the divergence term, the aggregate. No algorithm has a name here. With `A` the
+advantage and `w` the correction, the term of a token is
+
+    w * (surrogate(ratio, A) + kl.coefficient * kl) - entropy.coefficient * H
+
+and the loss is the sum of the terms, weighted as `aggregate` says, over a denominator. Sum and
+denominator are handed out apart: both add up over micro-batches and hosts, and the gradient of a
+step is the added gradient of the sums over the added denominator, however the step is divided.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tunelang.dsl.vocabulary.stages import (
+    K1,
+    K2,
+    Clip,
+    ClipWeights,
+    KlTerm,
+    Masked,
+    Policy,
+    Truncated,
+)
+
+MISMATCH_BOUNDS = {"mismatch_error": 1.05, "mismatch_kl": 5e-4}
+"""Bounds of a healthy run on two metrics: NeMo-RL's probability error and PRIME-RL's divergence."""
+
+# exp(20) is 5e8: far outside every clip, and squares and sums of it are finite in float32.
+_LARGEST_LOG_RATIO = 20.0
+
+
+class Completions(NamedTuple):
+    """What the objective sees of a micro-batch; all arrays are `[sequences, length]`, in nats.
+
+    All log-probabilities are those of the tokens taken, at the temperature of the rollout: also
+    `now` and `reference`, or the divergence of a model from itself is not 0. Where `mask` is false
+    (prompt, padding, what follows the stop token) an array may hold anything, NaN included.
+    """
+
+    now: Array
+    """By the parameters that are trained; the gradient flows through it."""
+    mask: Array
+    """True on the tokens of the completion, the stop token included."""
+    advantages: Array
+    """From `Advantages.values`, as a rule the same on all tokens of a completion."""
+    old: Array | None = None
+    """By the trainer's program with the parameters that sampled; without it, these are `now`'s."""
+    sampler: Array | None = None
+    """As the sampler reported them: `plain_log_prob` of `sampling.Draw`, so that only the
+    difference between the two programs is corrected; `log_prob` would count its filters too."""
+    reference: Array | None = None
+    """By the reference model."""
+    entropy: Array | None = None
+    """Entropy of the whole distribution at each token; the gradient flows through it."""
+
+
+class Totals(NamedTuple):
+    """Parts of the metrics that add up (`sums`) or whose largest counts (`maxima`), as scalars.
+
+    Start a scan with zeros: every maximum is at least 0.
+    """
+
+    denominator: Array
+    """What the loss sum is divided by, once it is added up over the whole step."""
+    tokens: Array
+    """Number of tokens that count."""
+    sums: dict[str, Array]
+    maxima: dict[str, Array]
+
+
+class Advantages(NamedTuple):
+    """Advantages of completions, and the groups that have none."""
+
+    values: Array
+    """`[prompts, group]`, float32."""
+    flat: Array
+    """`[prompts]`, true where all rewards of the group are equal: every advantage is 0."""
+
+
+# Before the loss.
+
+
+def advantages(rewards: Array, how: str) -> Advantages:
+    """How much better each completion is than its group; `rewards` is `[prompts, group]`.
+
+    - `group_mean_std`: `(r - mean) / std` (GRPO, arXiv:2402.03300, section 4.1.2), with the sample
+      deviation (over `group - 1`), as TRL and verl have it.
+    - `group_mean`: `r - mean` (Dr. GRPO, arXiv:2503.20783).
+    - `leave_one_out`: `r` less the mean of the others (RLOO, arXiv:2402.14740).
+
+    Rewards that differ by less than rounding (1e-6, relative above 1) count as equal, so the
+    division never blows up noise, and needs no epsilon. Raises `ValueError` for a group of one.
+    """
+    group = rewards.shape[-1]
+    if group < 2:
+        raise ValueError("a group of one completion has no advantage over itself")
+    rewards = rewards.astype(jnp.float32)
+    spread = rewards.max(-1) - rewards.min(-1)
+    flat = spread <= 1e-6 * jnp.maximum(1.0, jnp.abs(rewards).max(-1))
+    centred = rewards - rewards.mean(-1, keepdims=True)
+    match how:
+        case "group_mean_std":
+            variance = jnp.square(centred).sum(-1, keepdims=True) / (group - 1)
+            values = centred / jnp.sqrt(jnp.where(flat[..., None], 1.0, variance))
+        case "group_mean":
+            values = centred
+        case "leave_one_out":
+            values = centred * (group / (group - 1))
+        case _:
+            raise ValueError(f"unknown advantage {how!r}")
+    return Advantages(jnp.where(flat[..., None], 0.0, values), flat)
+
+
+def penalised(rewards: Array, kl: KlTerm, old: Array, reference: Array, mask: Array) -> Array:
+    """Rewards `[sequences]` less the coefficient times the divergence summed over each completion.
+
+    This is `kl = k1(..., at = reward)`: `r - beta log(pi(y|x) / pi_ref(y|x))` (as in RLOO,
+    arXiv:2402.14740, with k1). `old`, `reference` and `mask` are `[sequences, length]`.
+    """
+    log_ratio = _bounded(_where(mask, old) - _where(mask, reference))
+    return rewards - kl.coefficient * _where(mask, _estimate(kl, log_ratio)).sum(-1)
+
+
+def without_truncated(mask: Array, truncated: Array) -> Array:
+    """Take off the mask the completions cut off at `max_tokens`: `overlong = mask`.
+
+    `mask` is `[sequences, length]`, `truncated` `[sequences]`. Their rewards still count in the
+    baseline of their group (DAPO, arXiv:2503.14476, section 3.4).
+    """
+    return mask & ~truncated[:, None]
+
+
+# The loss.
+
+
+def objective(policy: Policy, batch: Completions) -> tuple[Array, Totals]:
+    """Compute the loss sum, and the totals to divide it by and to make metrics of.
+
+    For `jax.value_and_grad(..., has_aux=True)`. Only `now` and `entropy` carry a gradient. Raises
+    `ValueError` where the policy needs log-probabilities that the batch does not have.
+    """
+    _require(policy, batch)
+    mask = batch.mask.astype(bool)
+    now = _where(mask, batch.now)
+    old = lax.stop_gradient(now if batch.old is None else _where(mask, batch.old))
+    advantage = lax.stop_gradient(_where(mask, batch.advantages))
+
+    ratio = ratios(now - old, mask, policy.ratio)
+    term, clipped = surrogate(ratio, now, advantage, policy.clip)
+    sums = {"ratio": ratio, **clipped}
+    maxima = {"ratio_max": ratio}
+    if batch.reference is not None:
+        log_ratio = now - lax.stop_gradient(_where(mask, batch.reference))
+        divergence = divergence_term(policy.kl, log_ratio, now - old)
+        sums["kl"] = _estimate(policy.kl, _bounded(log_ratio))
+        if policy.kl is not None and policy.kl.at == "loss":
+            term = term + policy.kl.coefficient * divergence
+    if batch.sampler is not None:
+        sampler = lax.stop_gradient(_where(mask, batch.sampler))
+        mismatch = old - sampler
+        weight, cut = correction_weights(mismatch, policy.correction)
+        term = weight * term
+        sums |= {
+            "correction": weight,
+            "correction_cut": cut,
+            # The sampler drew the tokens, so this is the divergence of it from the trainer.
+            "mismatch_kl": _k3(-_bounded(mismatch)),
+            "mismatch_error": jnp.exp(_bounded(jnp.abs(mismatch))),
+        }
+        maxima |= {"correction_max": weight, "mismatch_max": jnp.abs(mismatch)}
+    # Without the whole distribution, the taken token's surprise estimates its entropy.
+    sums["entropy"] = -now if batch.entropy is None else _where(mask, batch.entropy)
+    if policy.entropy:
+        term = term - policy.entropy * sums["entropy"]
+
+    totals = Totals(
+        denominator(policy, mask),
+        mask.sum(dtype=jnp.float32),
+        {name: _where(mask, each).sum(dtype=jnp.float32) for name, each in sums.items()},
+        {name: _where(mask, each).max() for name, each in maxima.items()},
+    )
+    totals = lax.stop_gradient(totals)
+    return (_where(mask, term) * _token_weights(policy, mask)).sum(), totals
+
+
+def denominator(policy: Policy, mask: Array) -> Array:
+    """Count what the loss sum of these sequences is divided by, as a float32 scalar.
+
+    The number of tokens that count (`token_mean`), of sequences with any (`sequence_mean`), or the
+    latter times `max_tokens` (`fixed_length`). `mask` is `[sequences, length]`.
+    """
+    if policy.aggregate == "token_mean":
+        return mask.sum(dtype=jnp.float32)
+    sequences = mask.any(-1).sum(dtype=jnp.float32)
+    return sequences * (policy.rollout.max_tokens if policy.aggregate == "fixed_length" else 1)
+
+
+def add(one: Totals, other: Totals) -> Totals:
+    """Put the totals of two micro-batches together."""
+    return Totals(
+        one.denominator + other.denominator,
+        one.tokens + other.tokens,
+        jax.tree.map(jnp.add, one.sums, other.sums),
+        jax.tree.map(jnp.maximum, one.maxima, other.maxima),
+    )
+
+
+def metrics(loss: Array, totals: Totals) -> dict[str, Array]:
+    """Loss and metrics of a whole step, from its added loss sums and totals.
+
+    Means are over tokens: `ratio`, `clip_low` and `clip_high` (shares of tokens whose update is
+    cut), `kl` and `entropy` in nats, `correction`, `correction_cut` (share of tokens), and
+    `mismatch_kl`, `mismatch_error` (mean `exp|difference|` of sampler and trainer), which
+    `MISMATCH_BOUNDS` bounds. All are 0 where no token counts.
+    """
+    tokens = jnp.maximum(totals.tokens, 1.0)
+    means = {name: total / tokens for name, total in totals.sums.items()}
+    return {"loss": loss / jnp.maximum(totals.denominator, 1.0), **means, **totals.maxima}
+
+
+# The pieces; arrays are `[sequences, length]` with finite values everywhere.
+
+
+def ratios(log_ratio: Array, mask: Array, how: str) -> Array:
+    """Compute the ratio of the policy's probability to the sampling one's, on every token.
+
+    - `token`: `pi(y_t) / pi_old(y_t)`.
+    - `sequence`: their geometric mean over the completion (GSPO, arXiv:2507.18071, equation 7).
+    - `sequence_token`: that value, with the gradient of the token's own probability (equation 14).
+    """
+    if how == "token":
+        return jnp.exp(_bounded(log_ratio))
+    lengths = jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    mean = _where(mask, log_ratio).sum(-1, keepdims=True) / lengths
+    sequence = jnp.broadcast_to(jnp.exp(_bounded(mean)), log_ratio.shape)
+    if how == "sequence":
+        return sequence
+    return lax.stop_gradient(sequence) * jnp.exp(log_ratio - lax.stop_gradient(log_ratio))
+
+
+def surrogate(
+    ratio: Array, now: Array, advantage: Array, clip: object
+) -> tuple[Array, dict[str, Array]]:
+    """Compute each token's policy term, to be minimised, and where its update is cut.
+
+    - no clip: `-ratio A`, importance-weighted REINFORCE.
+    - `Clip`: `-min(ratio A, clip(ratio, 1 - low, 1 + high) A)` (arXiv:1707.06347, equation 7).
+    - `ClipWeights`: `-sg(clip(ratio)) A log pi` (CISPO, arXiv:2506.13585, section 3.1).
+    """
+    never = jnp.zeros(ratio.shape, bool)
+    match clip:
+        case None:
+            return -ratio * advantage, {"clip_low": never, "clip_high": never}
+        case Clip():
+            low, high = ratio < 1 - clip.low, ratio > 1 + clip.high
+            held = jnp.clip(ratio, 1 - clip.low, 1 + clip.high)
+            cuts = {"clip_low": low & (advantage < 0), "clip_high": high & (advantage > 0)}
+            return -jnp.minimum(ratio * advantage, held * advantage), cuts
+        case ClipWeights():
+            lowest = 0.0 if clip.low is None else 1 - clip.low
+            held = lax.stop_gradient(jnp.clip(ratio, lowest, 1 + clip.high))
+            cuts = {"clip_low": ratio < lowest, "clip_high": ratio > 1 + clip.high}
+            return -held * advantage * now, cuts
+    raise ValueError(f"unknown clip {clip!r}")
+
+
+def divergence_term(kl: KlTerm | None, log_ratio: Array, step: Array) -> Array:
+    """Estimate the divergence from the reference on each token, with the divergence's own gradient.
+
+    `log_ratio` is `log pi - log pi_ref`, `step` is `log pi - log pi_old`. The tokens were drawn
+    from `pi_old`, so the estimate is weighted by `pi / pi_old`. Differentiating an estimator as
+    it stands is wrong: k1 gives 0 in the mean, and k3 gives the gradient of the *forward*
+    divergence (arXiv:2506.09477). Its own is `E[log(pi / pi_ref) grad log pi]`, which is what
+    differentiating the weighted k3 comes to (DeepSeek-V3.2, arXiv:2512.02556, equation 7), and
+    what every estimator has here: the choice decides what value is measured. As in all of these
+    papers the sum is over tokens: what a token does to the divergence of later ones is left out.
+    """
+    log_ratio = _bounded(log_ratio)
+    weight = lax.stop_gradient(jnp.exp(_bounded(step)))
+    value = lax.stop_gradient(weight * _estimate(kl, log_ratio))
+    slope = lax.stop_gradient(weight * log_ratio)
+    return value + slope * (step - lax.stop_gradient(step))
+
+
+def correction_weights(mismatch: Array, correction: object) -> tuple[Array, Array]:
+    """Weight each token for having been drawn by the sampler, and say where that is cut.
+
+    `mismatch` is `log pi_old - log mu` with `mu` the sampler. `Truncated`: `min(pi_old / mu,
+    limit)`. `Masked`: `pi_old / mu` within `[1 / limit, limit]`, else 0. Without either, 1.
+    """
+    weight = jnp.exp(_bounded(mismatch))
+    match correction:
+        case None:
+            return jnp.ones_like(weight), jnp.zeros(weight.shape, bool)
+        case Truncated():
+            return jnp.minimum(weight, correction.limit), weight > correction.limit
+        case Masked():
+            cut = (weight > correction.limit) | (weight * correction.limit < 1)
+            return jnp.where(cut, 0.0, weight), cut
+    raise ValueError(f"unknown correction {correction!r}")
+
+
+def _estimate(kl: KlTerm | None, log_ratio: Array) -> Array:
+    """Estimate `KL(pi || pi_ref)` from `log pi - log pi_ref` (Schulman 2020), by k3 if unsaid."""
+    if isinstance(kl, K1):
+        return log_ratio
+    if isinstance(kl, K2):
+        return jnp.square(log_ratio) / 2
+    return _k3(log_ratio)
+
+
+def _k3(log_ratio: Array) -> Array:
+    # expm1 keeps the small difference that exp(x) - 1 would lose to rounding.
+    return jnp.expm1(-log_ratio) + log_ratio
+
+
+def _token_weights(policy: Policy, mask: Array) -> Array:
+    if policy.aggregate != "sequence_mean":
+        return jnp.ones(mask.shape, jnp.float32)
+    return jnp.broadcast_to(1.0 / jnp.maximum(mask.sum(-1, keepdims=True), 1), mask.shape)
+
+
+def _bounded(log_ratio: Array) -> Array:
+    return jnp.clip(log_ratio, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
+
+
+def _where(mask: Array, values: Array) -> Array:
+    # `where` and not a product: what stands outside the mask may be NaN, and so may its gradient.
+    return jnp.where(mask, values, 0)
+
+
+def _require(policy: Policy, batch: Completions) -> None:
+    needs = {
+        "reference": policy.kl is not None and policy.kl.at == "loss",
+        "sampler": policy.correction is not None,
+        "entropy": policy.entropy > 0,
+    }
+    lacking = [name for name, needed in needs.items() if needed and getattr(batch, name) is None]
+    if lacking:
+        raise ValueError(f"this policy needs `{'`, `'.join(lacking)}` of every token")

@@ -1,0 +1,249 @@
+"""Reward expressions, compiled to one function over a batch of completions.
+
+Every completion gets a finite number, whatever happens: where a part has no value for it (a
+function raises, hangs or returns no number, a field is missing, a division by zero), a stated
+value stands in, and an `Event` says which completion and why. Every part is also logged by
+itself, under the name that it was declared by, or its own word.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import reduce
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunelang.dsl.vocabulary.base import RewardExpression
+from tunelang.dsl.vocabulary.rewards import (
+    BySource,
+    PythonReward,
+    RewardConstant,
+    RewardOperator,
+    RewardRef,
+)
+from tunelang.runtime.scorers import Pools, Row, Scorer, Surroundings, scorer
+
+Values = NDArray[np.float64]
+Positions = NDArray[np.intp]
+
+ON_ERROR = 0.0
+"""What stands in for the value of a part that states none of its own (`on_error`)."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A part had no value for a completion."""
+
+    part: str
+    row: int
+    """Position in the batch."""
+    why: str
+    value: float
+    """What stands in for it."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a batch was worth."""
+
+    values: Values
+    """`[rows]`, the reward; finite."""
+    parts: Mapping[str, Values]
+    """Part -> `[rows]`; NaN where it was not asked, which is for another source's completion."""
+    events: tuple[Event, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """Mean and standard deviation of the reward and of each part, and the number of events."""
+        metrics = {"reward_events": float(len(self.events))}
+        for name, values in {"reward": self.values, **_prefixed(self.parts)}.items():
+            asked = values[~np.isnan(values)]
+            if asked.size:
+                metrics[name] = float(asked.mean())
+                metrics[f"{name}_std"] = float(asked.std())
+        return metrics
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch while it is scored."""
+
+    rows: Sequence[Row]
+    parts: dict[str, Values]
+    events: list[Event]
+
+    def stand_in(self, part: str, row: int, why: str, value: float) -> float:
+        self.events.append(Event(part, row, why, value))
+        return value
+
+
+_Evaluate = Callable[[_Batch, Positions], Values]
+"""The values of an expression for some rows of a batch."""
+
+_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "+": np.add,
+    "-": np.subtract,
+    "*": np.multiply,
+    "/": np.divide,
+    "==": np.equal,
+    "!=": np.not_equal,
+    "<": np.less,
+    "<=": np.less_equal,
+    ">": np.greater,
+    ">=": np.greater_equal,
+}
+
+
+class Reward:
+    """A compiled reward; as a context manager it ends its processes when left.
+
+    Making one raises `LoadError` (`workers.py`) for a Python function or a generator that cannot be
+    loaded, so that it is known before the run, and `KeyError` for the name of a reward that is not
+    among the surroundings.
+    """
+
+    def __init__(self, expression: RewardExpression, around: Surroundings) -> None:
+        self._around = around
+        self._pools = Pools(around.workers)
+        self._declared: dict[str, _Evaluate] = {}
+        self._names = {*around.declared, *around.scorers}
+        self._driver = ThreadPoolExecutor(1, thread_name_prefix="rewards")
+        try:
+            self._evaluate = self._compile(expression, None)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def score(self, rows: Sequence[Row]) -> Scores:
+        """Score each completion. Raises for nothing that a completion brings about."""
+        batch = _Batch(rows, {}, [])
+        values = self._evaluate(batch, np.arange(len(rows)))
+        return Scores(values, batch.parts, tuple(batch.events))
+
+    def submit(self, rows: Sequence[Row]) -> Future[Scores]:
+        """`score` in a thread, so that the host scores while the devices sample."""
+        return self._driver.submit(self.score, rows)
+
+    def close(self) -> None:
+        """End all processes and wait for the threads."""
+        self._driver.shutdown(wait=False, cancel_futures=True)
+        self._pools.close()
+        self._driver.shutdown()
+
+    def _compile(self, node: RewardExpression, name: str | None) -> _Evaluate:
+        """Make the function of an expression, which logs under `name` if it was declared."""
+        match node:
+            case RewardConstant():
+                evaluate: _Evaluate = lambda _, at: np.full(len(at), node.value)  # noqa: E731
+            case RewardRef():
+                evaluate = self._reference(node.name)
+            case RewardOperator():
+                operands = [self._compile(operand, None) for operand in node.operands]
+                evaluate = _operation(node.operator, operands, name or node.operator)
+            case BySource():
+                parts = {s: self._compile(part, None) for s, part in node.sources.items()}
+                evaluate = _by_source(parts, name or node.word)
+            case _:
+                name = name or self._free_name(node)
+                stated = node.on_error if isinstance(node, PythonReward) else ON_ERROR
+                evaluate = _leaf(scorer(node, self._around, self._pools), name, stated)
+        return evaluate if name is None else _logged(name, evaluate)
+
+    def _reference(self, name: str) -> _Evaluate:
+        if name not in self._declared:
+            given = self._around.scorers.get(name)
+            self._declared[name] = (
+                self._compile(self._around.declared[name], name)
+                if given is None
+                else _logged(name, _leaf(given, name, ON_ERROR))
+            )
+        return self._declared[name]
+
+    def _free_name(self, node: RewardExpression) -> str:
+        """`exact`, then `exact_2`; for a Python function its own name."""
+        word = node.word
+        if isinstance(node, PythonReward):
+            word = node.reference.rpartition(":")[2]
+        name, count = word, 1
+        while name in self._names:
+            count += 1
+            name = f"{word}_{count}"
+        self._names.add(name)
+        return name
+
+
+def _logged(name: str, evaluate: _Evaluate) -> _Evaluate:
+    """Keep the values of a part in the batch; what was asked already is not asked again."""
+
+    def run(batch: _Batch, at: Positions) -> Values:
+        values = batch.parts.setdefault(name, np.full(len(batch.rows), math.nan))
+        new = at[np.isnan(values[at])]
+        if new.size:
+            values[new] = evaluate(batch, new)
+        return values[at]
+
+    return run
+
+
+def _leaf(score: Scorer, name: str, stated: float) -> _Evaluate:
+    def run(batch: _Batch, at: Positions) -> Values:
+        results = score([batch.rows[row] for row in at])
+        values = np.empty(len(at))
+        for index, (row, result) in enumerate(zip(at.tolist(), results, strict=True)):
+            if not isinstance(result, str) and not math.isfinite(result):
+                result = f"it returned {result}"
+            if isinstance(result, str):
+                result = batch.stand_in(name, row, result, stated)
+            values[index] = result
+        return values
+
+    return run
+
+
+def _operation(operator: str, operands: Sequence[_Evaluate], name: str) -> _Evaluate:
+    def run(batch: _Batch, at: Positions) -> Values:
+        with np.errstate(all="ignore"):
+            found = reduce(_OPERATORS[operator], [operand(batch, at) for operand in operands])
+        values: Values = np.asarray(found, np.float64)
+        why = "a division by zero" if operator == "/" else "the result is too large"
+        for index in np.flatnonzero(~np.isfinite(values)):
+            values[index] = batch.stand_in(name, int(at[index]), why, ON_ERROR)
+        return values
+
+    return run
+
+
+def _by_source(parts: Mapping[str, _Evaluate], name: str) -> _Evaluate:
+    def run(batch: _Batch, at: Positions) -> Values:
+        values = np.full(len(at), math.nan)
+        sources = np.array([batch.rows[row].source for row in at], dtype=object)
+        for source, evaluate in parts.items():
+            of = np.flatnonzero(sources == source)
+            if of.size:
+                values[of] = evaluate(batch, at[of])
+        for index in np.flatnonzero(np.isnan(values)):
+            why = f"no reward for the source `{sources[index]}`"
+            values[index] = batch.stand_in(name, int(at[index]), why, ON_ERROR)
+        return values
+
+    return run
+
+
+def _prefixed(parts: Mapping[str, Values]) -> dict[str, Values]:
+    return {f"reward/{name}": values for name, values in parts.items()}

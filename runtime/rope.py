@@ -1,0 +1,57 @@
+"""Rotary position embeddings (RoFormer, arXiv:2104.09864), with the scalings of long contexts."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from tunelang.compiler.architecture import Architecture, LinearScaling, Llama3Scaling, Span
+
+Rotation = tuple[jax.Array, jax.Array]
+"""Cosines and sines `[batch or 1, length, 1, head_dim / 2]`, float32."""
+
+
+def frequencies(architecture: Architecture, span: Span) -> NDArray[np.float32]:
+    """Radians per position of each pair of dimensions, `[head_dim / 2]`, of one kind of layer."""
+    local_base = architecture.rope_local_base
+    own_base = span == "local" and local_base is not None
+    base = local_base if own_base and local_base is not None else architecture.rope_base
+    exponents = np.arange(0, architecture.head_dim, 2, dtype=np.float64) / architecture.head_dim
+    unscaled = base**-exponents
+    scaling = None if own_base else architecture.rope_scaling
+    match scaling:
+        case None:
+            scaled = unscaled
+        case LinearScaling():
+            scaled = unscaled / scaling.factor
+        case Llama3Scaling():
+            scaled = _llama3(unscaled, scaling)
+    return scaled.astype(np.float32)
+
+
+def _llama3(unscaled: NDArray[np.float64], scaling: Llama3Scaling) -> NDArray[np.float64]:
+    turns = scaling.original_context * unscaled / (2 * math.pi)
+    low, high = scaling.low_frequency, scaling.high_frequency
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return kept * unscaled + (1 - kept) * unscaled / scaling.factor
+
+
+def rotation(positions: jax.Array, radians: NDArray[np.float32]) -> Rotation:
+    """Return the rotation of tokens at `positions` `[batch or 1, length]`, for `frequencies`."""
+    angles = positions[..., None, None].astype(jnp.float32) * radians
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, by: Rotation) -> jax.Array:
+    """Rotate `[batch, length, heads, head_dim]`; dimension `i` is paired with `i + head_dim / 2`.
+
+    Computed in float32, returned in the dtype of `x`.
+    """
+    cosine, sine = by
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cosine - second * sine, second * cosine + first * sine)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -1,0 +1,133 @@
+"""Where arrays lie: a table from logical axes to mesh axes, and nothing else.
+
+Every parameter and every large activation names its axes (`embed`, `heads`, `batch`, ...). The
+table says over which mesh axes each is split. Mesh axes are Auto: the compiler derives the rest
+from the constraints at block boundaries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "batch": ("data", "fsdp"),
+        "embed": ("fsdp",),
+        "heads": ("tensor",),
+        "kv_heads": ("tensor",),
+        "mlp": ("tensor",),
+        "vocab": ("tensor",),
+    }
+)
+"""Logical axis -> mesh axes; an axis that is not in the table is whole everywhere.
+
+Parameters are split over `embed` (fully sharded data parallelism) and over heads, hidden units
+and vocabulary (tensor parallelism). The residual stream names its last axis nothing, since
+`embed` belongs to parameters: it is whole within a row of the batch.
+"""
+
+Axes = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules by which logical axes are split over it."""
+
+    mesh: Mesh
+    rules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: RULES)
+
+    def __hash__(self) -> int:
+        return hash((self.mesh, tuple(sorted(self.rules.items()))))
+
+    def spec(self, axes: Axes, shape: Sequence[int]) -> PartitionSpec:
+        """Return the partition of an array with these logical axes.
+
+        A dimension that the mesh axes do not divide stays whole: one key head shared by
+        eight-way tensor parallelism is copied, as every implementation of it does.
+        """
+        if len(axes) != len(shape):
+            raise ValueError(f"axes {axes} for an array of shape {tuple(shape)}")
+        parts: list[tuple[str, ...] | None] = []
+        for name, size in zip(axes, shape, strict=True):
+            over = self.rules.get(name, ()) if name is not None else ()
+            used = tuple(axis for axis in over if self.mesh.shape.get(axis, 1) > 1)
+            divides = size % math.prod(self.mesh.shape[axis] for axis in used) == 0
+            parts.append(used if used and divides else None)
+        return PartitionSpec(*parts)
+
+    def sharding(self, axes: Axes, shape: Sequence[int]) -> NamedSharding:
+        """Return the sharding of an array with these logical axes."""
+        return NamedSharding(self.mesh, self.spec(axes, shape))
+
+    def constrain(self, array: jax.Array, axes: Axes) -> jax.Array:
+        """Tell the compiler where an array inside a program lies."""
+        place = self.sharding(axes, array.shape)
+        placed: jax.Array = jax.lax.with_sharding_constraint(array, place)
+        return placed
+
+    @property
+    def batch_shards(self) -> int:
+        """How many parts the batch is split into."""
+        return math.prod(self.mesh.shape.get(axis, 1) for axis in self.rules.get("batch", ()))
+
+
+def make_layout(
+    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Layout:
+    """Make a layout with the standard rules over a mesh of `data * fsdp * tensor` devices.
+
+    Takes the first devices that there are, unless they are given. Raises `ValueError` where
+    there are too few.
+    """
+    count = data * fsdp * tensor
+    chosen = list(jax.devices() if devices is None else devices)[:count]
+    if len(chosen) < count:
+        raise ValueError(f"a mesh of {count} devices, and there are {len(chosen)}")
+    grid = np.array(chosen).reshape(data, fsdp, tensor)
+    return Layout(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)))
+
+
+def constrain(layout: Layout | None, array: jax.Array, axes: Axes) -> jax.Array:
+    """`Layout.constrain` where there is a layout; without one, the array as it is."""
+    return array if layout is None else layout.constrain(array, axes)
+
+
+def is_variable(node: Any) -> bool:
+    """Whether a node of a tree is a parameter with its axis names, rather than a plain array."""
+    return isinstance(node, nnx.Variable)
+
+
+def logical_axes(variable: nnx.Variable[Any]) -> Axes:
+    """Return the logical axes of a parameter, one name for each dimension."""
+    axes: Axes = variable.get_metadata("out_sharding")
+    return axes
+
+
+def shardings(tree: Any, layout: Layout) -> Any:
+    """Return the shardings of a tree of parameters, or of an optimizer's state made from them.
+
+    Returns a tree of the same structure. Moments keep the axis names of their parameters, so they
+    lie where these do; plain arrays (step counts) are whole on every device.
+    """
+
+    def one(node: Any) -> Any:
+        if is_variable(node):
+            array = node.get_value()
+            # Where a rule leaves a parameter to another one, its state has an empty node.
+            if not hasattr(array, "shape"):
+                return node
+            return node.replace(layout.sharding(logical_axes(node), array.shape))
+        return NamedSharding(layout.mesh, PartitionSpec())
+
+    return jax.tree.map(one, tree, is_leaf=is_variable)

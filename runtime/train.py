@@ -1,0 +1,248 @@
+"""The training program of supervised stages: one jitted call that makes one or more steps.
+
+A step's loss is the sum over its trained tokens divided by their number in the whole batch, so
+that neither micro-batches nor devices change it. Micro-batches are scanned, and so are steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tunelang.compiler.architecture import Architecture
+from tunelang.runtime.attention import Kernel
+from tunelang.runtime.decoder import Decoder, Remat
+from tunelang.runtime.losses import cross_entropy
+from tunelang.runtime.optimizers import Schedule
+from tunelang.runtime.sharding import Layout, shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Sequences to train on. Each field is `[batch, length]`, or `[steps, batch, length]`."""
+
+    tokens: jax.Array
+    """int32."""
+    trained: jax.Array
+    """bool: whether the loss counts how well this token is predicted from those before it. The
+    first token of a segment never counts, since nothing stands before it."""
+    segments: jax.Array | None = None
+    """int32: which of the examples that share a sequence a token belongs to; 0 is padding.
+    Without it, every sequence is one example, padded at its end."""
+    positions: jax.Array | None = None
+    """int32: the place of a token in its example; without it, in its sequence."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes. Parameters carry the names of their axes."""
+
+    params: nnx.State[Any, Any]
+    optimizer: Any
+    step: jax.Array
+    """int32 scalar: how many steps were made."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Metrics:
+    """What a step reports; `[steps]` float32 each."""
+
+    loss: jax.Array
+    """Mean over the trained tokens, in nats, before the update."""
+    tokens: jax.Array
+    """Trained tokens."""
+    grad_norm: jax.Array
+    """Global norm of the gradient, before clipping."""
+    learning_rate: jax.Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a training program is made from, beside the architecture: how and where it runs."""
+
+    layout: Layout
+    dtype: Any = jnp.float32
+    """Of activations."""
+    micro_batches: int = 1
+    """Parts that a batch is gone through in, one after another."""
+    remat: Remat = "none"
+    kernel: Kernel = "xla"
+    chunk: int = 128
+    """Tokens of a sequence whose logits are in memory at once."""
+    seed: int = 0
+    """Of the dropout."""
+
+
+def shift(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Return what each position predicts, `[batch, length]`, and whether it counts (float32)."""
+    targets = jnp.roll(batch.tokens, -1, axis=1)
+    counted = jnp.roll(batch.trained.astype(bool), -1, axis=1).at[:, -1].set(False)
+    if batch.segments is not None:
+        following = jnp.roll(batch.segments, -1, axis=1)
+        counted &= (following == batch.segments) & (batch.segments > 0)
+    return targets, counted.astype(jnp.float32)
+
+
+def abstract_decoder(architecture: Architecture, dtype: Any) -> tuple[Any, Any]:
+    """Return the decoder's graph definition, and its parameters as shapes with axis names."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(architecture, nnx.Rngs(0), dtype)))
+
+
+def abstract_state(
+    architecture: Architecture, optimizer: optax.GradientTransformation, program: Program
+) -> TrainState:
+    """Return the state as shapes and shardings, which `train_step(...).lower` takes for arrays."""
+    state = jax.eval_shape(lambda: _fresh(architecture, optimizer, program, 0))
+    shaped: TrainState = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        state,
+        _state_shardings(state, program.layout),
+    )
+    return shaped
+
+
+def init_state(
+    architecture: Architecture,
+    optimizer: optax.GradientTransformation,
+    program: Program,
+    seed: int,
+) -> TrainState:
+    """Random parameters, made where they belong. The same for every mesh."""
+    abstract = jax.eval_shape(lambda: _fresh(architecture, optimizer, program, 0))
+    places = _state_shardings(abstract, program.layout)
+    make = jax.jit(
+        lambda seed: _fresh(architecture, optimizer, program, seed), out_shardings=places
+    )
+    state: TrainState = make(seed)
+    return state
+
+
+def _fresh(
+    architecture: Architecture,
+    optimizer: optax.GradientTransformation,
+    program: Program,
+    seed: Any,
+) -> TrainState:
+    decoder = Decoder(architecture, nnx.Rngs(jax.random.key(seed)), program.dtype)
+    params = nnx.state(decoder, nnx.Param)
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+
+
+def _state_shardings(state: TrainState, layout: Layout) -> Any:
+    """Return the shardings of a state, arranged as it is."""
+    return replace(
+        state,
+        params=shardings(state.params, layout),
+        optimizer=shardings(state.optimizer, layout),
+        step=shardings(state.step, layout),
+    )
+
+
+def train_step(
+    architecture: Architecture,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    program: Program,
+) -> jax.stages.Wrapped:
+    """Return the jitted `(state, batch) -> (state, metrics)`; the state that goes in is used up.
+
+    The batch has a leading axis: `[steps, batch, length]`, and that many steps are made. Raises
+    `ValueError` when called with a batch that does not divide over micro-batches and devices.
+    """
+    graph, _ = abstract_decoder(architecture, program.dtype)
+    layout = program.layout
+
+    def one_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        rows = batch.tokens.shape[0]
+        parts = program.micro_batches * layout.batch_shards
+        if rows % parts:
+            raise ValueError(
+                f"{rows} sequences do not divide over {program.micro_batches} micro-batches on"
+                f" {layout.batch_shards} parts of the mesh"
+            )
+        keys = None
+        if architecture.dropout:
+            key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
+        tokens = jnp.sum(shift(batch)[1])
+        count = jnp.maximum(tokens, 1.0)
+
+        def loss(params: Any, part: tuple[Batch, jax.Array | None]) -> jax.Array:
+            total = _summed_loss(nnx.merge(graph, params), *part, program)
+            return total / count
+
+        value, gradient = _accumulate(loss, state.params, (batch, keys), program)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        metrics = Metrics(value, tokens, optax.tree.norm(gradient), schedule(state.step))
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, optimizer_state, state.step + 1), metrics
+
+    def steps(state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(one_step, state, batches)
+
+    abstract = abstract_state(architecture, optimizer, program)
+    places = _state_shardings(abstract, layout)
+    whole = NamedSharding(layout.mesh, PartitionSpec())
+    batch_place = NamedSharding(
+        layout.mesh, PartitionSpec(None, *layout.spec(("batch",), (layout.batch_shards,)))
+    )
+    return jax.jit(
+        steps,
+        in_shardings=(places, batch_place),
+        out_shardings=(places, whole),
+        donate_argnums=0,
+    )
+
+
+def _summed_loss(
+    decoder: Decoder, batch: Batch, keys: jax.Array | None, program: Program
+) -> jax.Array:
+    hidden = decoder(
+        batch.tokens,
+        segments=batch.segments,
+        positions=batch.positions,
+        dropout_keys=keys,
+        layout=program.layout,
+        remat=program.remat,
+        kernel=program.kernel,
+    )
+    total, _ = cross_entropy(
+        hidden,
+        decoder.head_weight(),
+        *shift(batch),
+        chunk=program.chunk,
+        cap=decoder.architecture.logit_cap,
+        layout=program.layout,
+    )
+    return total
+
+
+def _accumulate(
+    loss: Callable[[Any, Any], jax.Array], params: Any, batch: Any, program: Program
+) -> tuple[jax.Array, Any]:
+    """Return the sum of the loss over the micro-batches, and its gradient in float32."""
+    if program.micro_batches == 1:
+        return jax.value_and_grad(loss)(params, batch)
+
+    def split(array: jax.Array) -> jax.Array:
+        # Every n-th row, so that a device's rows stay on it: rows lie in blocks over the mesh.
+        parts = array.reshape(-1, program.micro_batches, *array.shape[1:]).swapaxes(0, 1)
+        return program.layout.constrain(parts, (None, "batch", *(None for _ in array.shape[1:])))
+
+    def body(carry: tuple[jax.Array, Any], part: Any) -> tuple[tuple[jax.Array, Any], None]:
+        value, gradient = jax.value_and_grad(loss)(params, part)
+        return jax.tree.map(jnp.add, carry, (value, gradient)), None
+
+    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(body, start, jax.tree.map(split, batch))
+    return total

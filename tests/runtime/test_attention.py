@@ -1,0 +1,69 @@
+"""Attention kernels against plain JAX, and plain JAX against numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tunelang.runtime.attention import cached_attention, plain_attention, self_attention, visible
+
+BATCH, LENGTH, HEAD_DIM = 2, 7, 4
+
+
+def arrays(heads, kv_heads):
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(
+        jax.random.normal(key, (BATCH, LENGTH, count, HEAD_DIM))
+        for key, count in zip(keys, (heads, kv_heads, kv_heads), strict=True)
+    )
+
+
+def numpy_attention(query, key, value, mask, scale, cap):
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros_like(query)
+    group = query.shape[2] // key.shape[2]
+    for b, t, n in np.ndindex(query.shape[:3]):
+        logits = scale * key[b, :, n // group] @ query[b, t, n]
+        logits = logits if cap is None else cap * np.tanh(logits / cap)
+        weights = np.where(mask[b, t], np.exp(logits), 0)
+        out[b, t, n] = weights / weights.sum() @ value[b, :, n // group]
+    return out
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_self_attention(heads, window, packed, cap):
+    query, key, value = arrays(*heads)
+    segments = jnp.array([[1, 1, 1, 2, 2, 0, 0], [3, 3, 3, 3, 3, 3, 3]])
+    order = np.arange(LENGTH)
+    mask = np.broadcast_to(visible(order, order, window), (BATCH, LENGTH, LENGTH))
+    if packed:
+        mask = mask & np.asarray(segments[:, :, None] == segments[:, None, :])
+    found = self_attention(
+        query, key, value, segments=segments if packed else None, window=window, scale=0.7,
+        cap=cap, kernel="xla",
+    )  # fmt: skip
+    plain = plain_attention(query, key, value, jnp.asarray(mask), scale=0.7, cap=cap)
+    np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-6)
+    expected = numpy_attention(query, key, value, mask, 0.7, cap)
+    np.testing.assert_allclose(plain, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_cached_attention_ignores_what_lies_behind(window):
+    query, key, value = arrays(4, 2)
+    whole = self_attention(
+        query, key, value, segments=None, window=window, scale=1.0, cap=None, kernel="xla"
+    )
+    places = jnp.array([3, 5])
+    behind = jnp.arange(LENGTH)[None, :, None, None] > places[:, None, None, None]
+    found = cached_attention(
+        query[jnp.arange(BATCH), places][:, None],
+        jnp.where(behind, 1e4, key).swapaxes(1, 2),
+        jnp.where(behind, 1e4, value).swapaxes(1, 2),
+        places,
+        window=window, scale=1.0, cap=None,
+    )  # fmt: skip
+    np.testing.assert_allclose(found[:, 0], whole[jnp.arange(BATCH), places], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,211 @@
+"""The decoder against numpy in float64, and against itself: packed, cached, rematerialised."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.runtime import reference
+from tests.runtime.architectures import FAMILIES, LLAMA
+from tunelang.compiler.architecture import parameter_count
+from tunelang.runtime.decoder import CACHE, Cache, Decoder, empty_cache, insert
+from tunelang.runtime.sharding import make_layout, shardings
+
+LENGTH = 10
+family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@pytest.fixture(scope="session")
+def made():
+    """Decoders by family, made once, with every parameter moved off its initial value."""
+    found = {}
+
+    def make(name):
+        if name not in found:
+            graph, params = nnx.split(Decoder(FAMILIES[name], nnx.Rngs(0)))
+            keys = iter(jax.random.split(jax.random.key(1), 100))
+            params = jax.tree.map(
+                lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params
+            )
+            found[name] = graph, params
+        return found[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    return jax.random.randint(jax.random.key(0), (2, LENGTH), 0, 48)
+
+
+def logits(graph, params, tokens, **given):
+    def run(params, tokens, given):
+        decoder = nnx.merge(graph, params)
+        return decoder.logits(decoder(tokens, **given))
+
+    return jax.jit(run)(params, tokens, given)
+
+
+@family
+def test_equals_numpy(made, tokens, name):
+    graph, params = made(name)
+    found = logits(graph, params, tokens)
+    expected = [reference.logits(FAMILIES[name], params, each) for each in np.asarray(tokens)]
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@family
+def test_parameter_count(made, name):
+    _, params = made(name)
+    assert sum(x.size for x in jax.tree.leaves(params)) == parameter_count(FAMILIES[name])
+
+
+@family
+def test_every_parameter_gets_a_gradient_at_the_start(tokens, name):
+    graph, params = nnx.split(Decoder(FAMILIES[name], nnx.Rngs(0)))
+
+    @jax.jit
+    def gradient(params):
+        def loss(params):
+            decoder = nnx.merge(graph, params)
+            logp = jax.nn.log_softmax(decoder.logits(decoder(tokens[:, :-1])))
+            return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], -1))
+
+        return jax.grad(loss)(params)
+
+    for path, leaf in nnx.to_flat_state(gradient(params)):
+        array = np.asarray(leaf.get_value())
+        # Adding the same vector to every key changes no softmax, unless rotations part them.
+        if "learned" in FAMILIES[name].position and path[-2:] == ("k", "bias"):
+            continue
+        # Each layer of a stacked parameter by itself.
+        each = array if path[0] == "blocks" else array[None]
+        assert (np.abs(each).reshape(len(each), -1).max(1) > 1e-7).all(), path
+
+
+@family
+def test_packed_equals_padded(made, tokens, name):
+    graph, params = made(name)
+    lengths = (4, 3)
+    segments = jnp.array([[1] * 4 + [2] * 3 + [0] * 3])
+    positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]])
+    packed = jnp.concatenate([tokens[0, :4], tokens[1, :3], jnp.zeros(3, jnp.int32)])[None]
+    together = logits(graph, params, packed, segments=segments, positions=positions)[0]
+    apart = logits(graph, params, tokens)
+    np.testing.assert_allclose(together[:4], apart[0, : lengths[0]], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(together[4:7], apart[1, : lengths[1]], rtol=1e-5, atol=1e-5)
+
+
+@family
+def test_cached_decoding_equals_the_whole_forward_pass(made, tokens, name):
+    graph, params = made(name)
+    whole = logits(graph, params, tokens)
+    lengths = np.array([5, 2])
+
+    @jax.jit
+    def prefill(params, prompts, lengths):
+        decoder = nnx.merge(graph, params)
+        hidden, prompts = decoder.prefill(prompts, lengths)
+        cache = empty_cache(decoder.architecture, 3, LENGTH, jnp.float32)
+        return decoder.logits(hidden), insert(cache, prompts, jnp.array([1, 0]), jnp.array([0, 2]))
+
+    @jax.jit
+    def step(params, tokens, cache):
+        decoder = nnx.merge(graph, params)
+        hidden, cache = decoder.step(tokens, cache)
+        return decoder.logits(hidden), cache
+
+    first, cache = prefill(params, tokens[:, :5], lengths)
+    np.testing.assert_allclose(first[0], whole[0, 4], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(first[1], whole[1, 1], rtol=1e-5, atol=1e-5)
+    # Slot 0 holds the second prompt, slot 2 the first, slot 1 nothing.
+    for offset in range(5):
+        new = jnp.array([tokens[1, 2 + offset], 0, tokens[0, 5 + offset]])
+        found, cache = step(params, new, cache)
+        np.testing.assert_allclose(found[0], whole[1, 2 + offset], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found[2], whole[0, 5 + offset], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(cache.lengths, [7, 5, 10])
+
+
+def test_one_prompt_fills_many_slots_and_none_beyond_the_last(made, tokens):
+    graph, params = made("qwen3")
+    decoder = nnx.merge(graph, params)
+    _, prompts = decoder.prefill(tokens[:, :4], jnp.array([4, 3]))
+    cache = insert(
+        empty_cache(FAMILIES["qwen3"], 3, 6, jnp.float32),
+        prompts, jnp.array([1, 1, 0]), jnp.array([0, 2, 3]),
+    )  # fmt: skip
+    np.testing.assert_array_equal(cache.lengths, [3, 0, 3])
+    np.testing.assert_array_equal(cache.keys[:, 0], cache.keys[:, 2])
+    with pytest.raises(ValueError, match="prompts of 4 tokens for slots of 3"):
+        insert(empty_cache(FAMILIES["qwen3"], 1, 3, jnp.float32), prompts, *2 * [jnp.arange(1)])
+
+
+def test_decoding_on_a_mesh_writes_the_cache_in_place(made, tokens):
+    graph, params = made("qwen3")
+    layout = make_layout(fsdp=2, tensor=2)
+    places = shardings(params, layout)
+    decoder = nnx.merge(graph, params)
+    _, prompts = decoder.prefill(tokens[:, :4], jnp.array([4, 4]))
+    cache = insert(
+        empty_cache(decoder.architecture, 2, 512, jnp.float32), prompts, *2 * [jnp.arange(2)]
+    )
+    expected, _ = decoder.step(tokens[:, 4], cache)
+    rows = layout.sharding(CACHE, cache.keys.shape)
+    held = Cache(rows, rows, layout.sharding((None,), (2,)))
+
+    def step(params, tokens, cache):
+        return nnx.merge(graph, params).step(tokens, cache, layout=layout)
+
+    program = jax.jit(
+        step, in_shardings=(places, None, held), out_shardings=(None, held), donate_argnums=2
+    )
+    compiled = program.lower(params, tokens[:, 4], cache).compile()
+    memory = compiled.memory_analysis()
+    # A device has a quarter of the cache, and needs less than that beside it.
+    assert memory.alias_size_in_bytes >= (cache.keys.nbytes + cache.values.nbytes) // 4
+    assert memory.temp_size_in_bytes < (cache.keys.nbytes + cache.values.nbytes) // 4
+    found, _ = program(params, tokens[:, 4], cache)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_remat_changes_nothing(made, tokens, name):
+    graph, params = made(name)
+
+    def gradient(remat):
+        def loss(params):
+            return jnp.sum(nnx.merge(graph, params)(tokens, remat=remat) ** 2)
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    expected = gradient("none")
+    for remat in ("dots", "full"):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4),
+            gradient(remat), expected,
+        )  # fmt: skip
+
+
+def test_bfloat16_is_near_float32(made, tokens):
+    graph, params = made("llama")
+    half, _ = nnx.split(nnx.eval_shape(lambda: Decoder(LLAMA, nnx.Rngs(0), jnp.bfloat16)))
+    found = nnx.merge(half, params)(tokens)
+    assert found.dtype == jnp.bfloat16
+    expected = nnx.merge(graph, params)(tokens)
+    assert jnp.mean(jnp.abs(found - expected)) < 0.03 * jnp.mean(jnp.abs(expected))
+
+
+def test_dropout_belongs_to_the_row():
+    from dataclasses import replace
+
+    decoder = Decoder(replace(LLAMA, dropout=0.5), nnx.Rngs(0))
+    tokens = jnp.tile(jnp.arange(6), (3, 1))
+    keys = jax.random.split(jax.random.key(0), 3)
+    dropped = decoder(tokens, dropout_keys=keys)
+    assert not np.allclose(dropped[0], dropped[1])
+    assert not np.allclose(dropped[0], decoder(tokens)[0])
+    np.testing.assert_allclose(
+        decoder(tokens[:1], dropout_keys=keys[1:2])[0], dropped[1], atol=1e-5
+    )

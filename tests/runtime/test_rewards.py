@@ -1,0 +1,391 @@
+"""Rewards: every part, every failure, and what a person sees of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tunelang.dsl.vocabulary.base import RewardExpression
+from tunelang.dsl.vocabulary.data import Between, Procedural, Settings, TemplateText
+from tunelang.dsl.vocabulary.rewards import (
+    BySource,
+    Contains,
+    Exact,
+    Length,
+    Matches,
+    NumericMatch,
+    Overlong,
+    PythonReward,
+    RewardConstant,
+    RewardOperator,
+    RewardRef,
+    Verified,
+)
+from tunelang.runtime import scorers
+from tunelang.runtime.rewards import Reward, Scores
+from tunelang.runtime.scorers import Row, Surroundings, overlong
+from tunelang.runtime.workers import LoadError
+
+
+def row(
+    completion: str, target: str = "42", *, source: str = "math", tokens: int = 5, **more
+) -> Row:
+    return Row({"completion": completion, "target": target, **more}, source, tokens)
+
+
+def score(expression: RewardExpression, *rows: Row, **around) -> Scores:
+    with Reward(expression, Surroundings(**{"workers": 1, **around})) as reward:
+        return reward.score(rows)
+
+
+def operator(symbol: str, *operands: RewardExpression | float) -> RewardOperator:
+    nodes = tuple(
+        RewardConstant(value=float(each)) if isinstance(each, int | float) else each
+        for each in operands
+    )
+    return RewardOperator(operator=symbol, operands=nodes)
+
+
+# The parts.
+
+
+@pytest.mark.parametrize(
+    ("expression", "completions", "values"),
+    [
+        (NumericMatch(), ["It is 42", "41", "42 or 43", "", "$42.00", "84/2"], [1, 0, 0, 0, 1, 1]),
+        (NumericMatch(tolerance=0.1), ["40", "30"], [1, 0]),
+        (Exact(), [" 42\n", "42.", ""], [1, 0, 0]),
+        (Contains(), ["it is 42.", "4 2", ""], [1, 0, 0]),
+        (Matches(pattern="<a>.*</a>"), ["<a>x\ny</a>", "<a>x</a> ", ""], [1, 0, 0]),
+        (Matches(pattern="(<t>.*</t>)?.*"), ["", "\n\n"], [1, 1]),
+    ],
+)
+def test_text_parts(expression, completions, values):
+    found = score(expression, *(row(each) for each in completions))
+    assert found.values.tolist() == values
+    assert found.events == ()
+
+
+def test_case_and_unicode():
+    rows = [row("STRASSE ÉTÉ 東京", "straße été 東京")]
+    assert score(Exact(ignore_case=True), *rows).values.tolist() == [1]
+    assert score(Exact(), *rows).values.tolist() == [0]
+    assert score(Contains(ignore_case=True), *rows).values.tolist() == [1]
+    emoji = [row("<think>🤔\u2028</think>ok")]
+    assert score(Matches(pattern="<think>.*</think>ok"), *emoji).values.tolist() == [1]
+
+
+def test_length_and_overlong_count_tokens():
+    rows = [row("x" * 1000, tokens=n) for n in (1, 80, 81, 90, 100, 130)]
+    assert score(Length(), *rows).values.tolist() == [1, 80, 81, 90, 100, 130]
+    found = score(Overlong(buffer=20), *rows, max_tokens=100).values
+    np.testing.assert_allclose(found, [0, 0, -0.05, -0.5, -1, -1])
+
+
+@pytest.mark.parametrize("tokens", range(0, 120, 7))
+def test_overlong_is_equation_13(tokens):
+    longest, cache = 100, 20
+    if tokens <= longest - cache:
+        expected = 0.0
+    elif tokens <= longest:
+        expected = ((longest - cache) - tokens) / cache
+    else:
+        expected = -1.0
+    assert overlong(tokens, longest, cache) == expected
+
+
+def test_overlong_longer_than_the_completions_is_an_error():
+    with pytest.raises(ValueError, match=r"overlong\(200\) of at most 100 tokens"):
+        score(Overlong(buffer=200), row(""), max_tokens=100)
+
+
+def test_verified_asks_the_generator_itself():
+    import reasoning_gym
+
+    data = Procedural(task="knights_knaves", size=3, settings=Settings(values={"n_people": 2}))
+    dataset = reasoning_gym.create_dataset("knights_knaves", size=3, seed=0, n_people=2)
+    entries = [dataset[0], dataset[1]]
+    answers = [entries[0]["answer"], "no idea"]
+    rows = [
+        Row({**entry, "completion": f"<answer>{answer}</answer>"}, "logic", 9)
+        for entry, answer in zip(entries, answers, strict=True)
+    ]
+    text = Between(start="<answer>", end="</answer>", text=TemplateText(text="{completion}"))
+    found = score(Verified(text=text), *rows, row("x"), generators={"logic": data})
+    expected = [dataset.score_answer(a, e) for a, e in zip(answers, entries, strict=True)]
+    assert found.values[:2].tolist() == expected
+    assert found.values[0] == 1
+    assert [(event.row, event.why) for event in found.events] == [
+        (2, "`math` is not procedural data")
+    ]
+
+
+def test_a_generator_that_is_not_there_is_an_error_at_once():
+    with pytest.raises(LoadError, match="no_such_task"):
+        score(Verified(), generators={"logic": Procedural(task="no_such_task")})
+
+
+# Expressions.
+
+
+def test_fractions_stay_fractions():
+    expression = operator("+", operator("*", 0.7, Exact()), operator("*", 0.3, Contains()))
+    found = score(expression, row("42"), row("it is 42"), row("no"))
+    assert found.values.dtype == np.float64
+    np.testing.assert_allclose(found.values, [1.0, 0.3, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("symbol", "values"),
+    [
+        ("+", [5, 13]), ("-", [1, 9]), ("*", [6, 22]), ("/", [1.5, 5.5]), ("==", [0, 0]),
+        ("!=", [1, 1]), ("<", [0, 0]), ("<=", [0, 0]), (">", [1, 1]), (">=", [1, 1]),
+    ],
+)  # fmt: skip
+def test_operators(symbol, values):
+    rows = [row("", tokens=3), row("", tokens=11)]
+    assert score(operator(symbol, Length(), 2), *rows).values.tolist() == values
+
+
+def test_many_operands_go_from_left_to_right():
+    assert score(operator("+", Length(), 1, 2, 3), row("")).values.tolist() == [11]
+    assert score(operator("-", Length(), 1, 2), row("")).values.tolist() == [2]
+
+
+def test_division_by_zero_is_an_event():
+    found = score(operator("/", 1, operator("-", Length(), 5)), row(""), row("", tokens=7))
+    assert found.values.tolist() == [0, 0.5]
+    assert [(e.part, e.row, e.why) for e in found.events] == [("/", 0, "a division by zero")]
+
+
+def test_by_source():
+    expression = BySource(sources={"math": NumericMatch(), "story": RewardRef(name="taste")})
+    rows = [row("42"), row("Once", source="story"), row("1"), row("?", source="other")]
+    declared = {"taste": operator("*", 0.5, Contains(part=TemplateText(text="Once")))}
+    found = score(expression, *rows, declared=declared)
+    assert found.values.tolist() == [1, 0.5, 0, 0]
+    np.testing.assert_array_equal(found.parts["numeric_match"], [1, np.nan, 0, np.nan])
+    np.testing.assert_array_equal(found.parts["taste"], [np.nan, 0.5, np.nan, np.nan])
+    assert [(e.row, e.why) for e in found.events] == [(3, "no reward for the source `other`")]
+    metrics = found.metrics()
+    assert metrics["reward/numeric_match"] == 0.5
+    assert metrics["reward/taste"] == 0.5
+    assert metrics["reward/taste_std"] == 0
+
+
+def test_parts_have_names():
+    declared = {"correct": NumericMatch(), "exact": operator("*", 2, Exact())}
+    both = operator("+", RewardRef(name="correct"), RewardRef(name="exact"), Exact(), Exact())
+    found = score(both, row("42"), row("41"), declared=declared)
+    assert sorted(found.parts) == ["correct", "exact", "exact_2", "exact_3", "exact_4"]
+    assert found.parts["exact"].tolist() == [2, 0]
+    metrics = found.metrics()
+    assert metrics["reward"] == 2.5
+    assert metrics["reward_std"] == 2.5
+    assert metrics["reward/correct"] == 0.5
+
+
+def test_a_declared_reward_is_asked_once():
+    asked: list[int] = []
+
+    def taste(rows):
+        asked.append(len(rows))
+        return [0.25 if each.fields["completion"] else "the judge is silent" for each in rows]
+
+    ref = RewardRef(name="taste")
+    found = score(operator("+", ref, ref), row("a"), row(""), scorers={"taste": taste})
+    assert found.values.tolist() == [0.5, 0]
+    assert asked == [2]
+    assert [(e.part, e.row, e.why) for e in found.events] == [("taste", 1, "the judge is silent")]
+
+
+def test_what_is_missing_is_an_event():
+    answer = TemplateText(text="{answer}")
+    found = score(
+        operator("+", Exact(target=answer), Matches(text=answer, pattern="4.")),
+        row("42", answer="42"), row("42"), row("42", answer=None),
+    )  # fmt: skip
+    assert found.values.tolist() == [2, 0, 0]
+    assert {(e.part, e.row) for e in found.events} == {
+        ("exact", 1), ("exact", 2), ("matches", 1), ("matches", 2),
+    }  # fmt: skip
+    assert found.events[0].why == "no field `answer` among `completion`, `target`"
+
+
+def test_a_target_that_rewards_nothing_is_an_event():
+    assert score(NumericMatch(), row("42", "forty-two")).events[0].why == (
+        "there is no number in the target"
+    )
+    assert score(Contains(), row("anything", "")).values.tolist() == [0]
+    assert len(score(Contains(), row("anything", "")).events) == 1
+
+
+def test_no_rows():
+    found = score(operator("+", Exact(), Matches(pattern="x")))
+    assert found.values.shape == (0,)
+    assert found.metrics() == {"reward_events": 0}
+
+
+# Functions of the user.
+
+FUNCTIONS = """
+    import os, signal, subprocess, sys, time
+    import neighbour
+
+    def fraction(completion):
+        return 0.7
+
+    def fields(completion, n, other="default"):
+        return {"default": 1.0}[other] * n * neighbour.two
+
+    def anything(**fields):
+        return len(fields)
+
+    async def later(completion):
+        return len(completion)
+
+    def moody(completion):
+        print("noise")
+        if completion == "raise":
+            raise RuntimeError("no mood\\nat all")
+        if completion == "exit":
+            sys.exit(3)
+        if completion == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if completion == "nan":
+            return float("nan")
+        if completion == "none":
+            return None
+        if completion == "text":
+            return "0.5"
+        if completion == "hang":
+            while True:
+                pass
+        if completion == "child":
+            process = subprocess.Popen(["sleep", "60"])
+            with open("pid", "w") as file:
+                file.write(str(process.pid))
+            process.wait()
+        return len(completion)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Iterator[Path]:
+    (tmp_path / "mine.py").write_text(textwrap.dedent(FUNCTIONS))
+    (tmp_path / "neighbour.py").write_text("two = 2\n")
+    (tmp_path / "broken.py").write_text("import no_such_module\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def python(name: str, **more) -> PythonReward:
+    return PythonReward(reference=f"mine.py:{name}", **more)
+
+
+def test_functions_get_the_fields_that_they_name(folder):
+    rows = [row("a", n=3), row("b", n=0.5)]
+    assert score(python("fraction"), *rows, folder=folder).values.tolist() == [0.7, 0.7]
+    assert score(python("fields"), *rows, folder=folder).values.tolist() == [6, 1]
+    assert score(python("anything"), *rows, folder=folder).values.tolist() == [3, 3]
+    assert score(python("later"), row("abc"), folder=folder).values.tolist() == [3]
+    found = score(python("fields"), row("a"), folder=folder)
+    assert found.events[0].why == "it asks for `n`, which is not a field of the row"
+
+
+def test_what_a_function_may_do_is_an_event(folder):
+    kinds = ["fine", "raise", "exit", "die", "nan", "none", "text", "hang", "", "child", "fine"]
+    moody = python("moody", timeout=0.5, on_error=-1.0)
+    start = time.monotonic()
+    found = score(moody, *(row(each) for each in kinds), folder=folder, workers=2)
+    assert time.monotonic() - start < 20
+    assert found.values.tolist() == [4, -1, -1, -1, -1, -1, -1, -1, 0, -1, 4]
+    assert {kinds[event.row]: event.why for event in found.events} == {
+        "raise": "RuntimeError: no mood",
+        "exit": "SystemExit: 3",
+        "die": "the process ended with code -9",
+        "nan": "it returned nan",
+        "none": "it returned None, not a number",
+        "text": "it returned '0.5', not a number",
+        "hang": "it took more than 0.5 s",
+        "child": "it took more than 0.5 s",
+    }
+    assert all(event.part == "moody" and event.value == -1 for event in found.events)
+    assert found.metrics()["reward_events"] == 8
+    # What a hanging function had started is ended with it.
+    assert not _alive(int((folder / "pid").read_text()))
+
+
+def test_processes_end_with_the_trainer(folder):
+    # As by `kill -9`: the trainer has no chance to clean up.
+    script = """
+        import os, time
+        from tunelang.dsl.vocabulary.rewards import PythonReward
+        from tunelang.runtime.rewards import Reward
+        from tunelang.runtime.scorers import Row, Surroundings
+        reward = Reward(PythonReward(reference="mine.py:moody"), Surroundings(workers=1))
+        reward.submit([Row({"completion": "child"}, "math", 5)])
+        while not (os.path.exists("pid") and open("pid").read()):
+            time.sleep(0.05)
+        os._exit(9)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    path = os.pathsep.join(os.path.abspath(each) for each in sys.path)
+    environment = {**os.environ, "PYTHONPATH": path}
+    assert subprocess.run(command, env=environment, check=False, timeout=60).returncode == 9
+    pid = int((folder / "pid").read_text())
+    for _ in range(100):
+        if not _alive(pid):
+            return
+        time.sleep(0.05)
+    pytest.fail("what a reward had started outlives the trainer")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not state.exists() or state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_hanging_expression_is_an_event(monkeypatch):
+    monkeypatch.setattr(scorers, "TIMEOUT", 0.5)
+    found = score(Matches(pattern="(a+)+b"), row("a" * 50), row("aab"))
+    assert found.values.tolist() == [0, 1]
+    assert [(e.row, e.why) for e in found.events] == [(0, "it took more than 0.5 s")]
+
+
+@pytest.mark.parametrize(
+    ("reference", "why"),
+    [
+        ("broken.py:f", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("mine.py:nothing", "AttributeError: module 'reward_function' has no attribute 'nothing'"),
+        ("gone.py:f", "FileNotFoundError"),
+    ],
+)
+def test_a_function_that_cannot_be_loaded_is_an_error_at_once(reference, why, folder):
+    with pytest.raises(LoadError) as caught:
+        score(PythonReward(reference=reference), folder=folder)
+    assert caught.value.why.startswith(why)
+
+
+def test_scoring_runs_beside_the_caller(folder):
+    moody = python("moody", timeout=30.0)
+    with Reward(moody, Surroundings(folder=folder, workers=2)) as reward:
+        first = reward.submit([row("ab"), row("abc")])
+        second = reward.submit([row("a")])
+        assert first.result(20).values.tolist() == [2, 3]
+        assert second.result(20).values.tolist() == [1]
+        reward.submit([row("hang")])
+        start = time.monotonic()
+    assert time.monotonic() - start < 10  # leaving does not wait for what hangs

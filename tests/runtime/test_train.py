@@ -1,0 +1,192 @@
+"""The training step: the same on any mesh, in any micro-batches; and it learns."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.runtime.architectures import FAMILIES, LLAMA
+from tunelang.dsl.vocabulary.base import Measure
+from tunelang.dsl.vocabulary.stages import AdamW, Muon
+from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.train import Batch, Program, abstract_state, init_state, shift, train_step
+
+STEPS, ROWS, LENGTH = 2, 16, 8
+ONE = make_layout()
+# Adam divides by the root of a squared gradient that may be near 0, where rounding decides; this
+# epsilon keeps differences of rounding small.
+ADAMW = AdamW(lr=1e-2, weight_decay=0.1, eps=1e-4)
+
+
+def make_batch(steps=STEPS, rows=ROWS, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (steps, rows, LENGTH)
+    first = rng.integers(2, LENGTH - 1, (steps, rows, 1))
+    last = rng.integers(LENGTH - 1, LENGTH + 1, (steps, rows, 1))
+    place = np.arange(LENGTH)
+    segments = np.where(place < first, 1, np.where(place < last, 2, 0)).astype(np.int32)
+    positions = np.where(segments == 2, place - first, place).astype(np.int32)
+    tokens = rng.integers(0, LLAMA.vocabulary, shape, dtype=np.int32)
+    # Rows differ much in how many tokens count, so that a mean of means would be seen.
+    trained = rng.random(shape) < rng.random((steps, rows, 1))
+    return Batch(tokens, trained, segments, positions)
+
+
+def train(program, architecture=LLAMA, spec=ADAMW, batch=None):
+    batch = make_batch() if batch is None else batch
+    optimizer = build_optimizer(spec, 10)
+    state = init_state(architecture, optimizer, program, 0)
+    step = train_step(architecture, optimizer, learning_rate(spec, 10), program)
+    state, metrics = step(state, batch)
+    return jax.device_get(state.params), jax.device_get(metrics)
+
+
+def same(found, expected, tolerance=2e-5):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance),
+        found, expected,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return train(Program(layout=ONE, chunk=3))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro_batches"),
+    [
+        ({}, 4),
+        ({"data": 8}, 1),
+        ({"fsdp": 8}, 2),
+        ({"tensor": 2, "fsdp": 4}, 1),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 2),
+    ],
+)
+def test_meshes_and_micro_batches_change_nothing(whole, mesh, micro_batches):
+    program = Program(layout=make_layout(**mesh), micro_batches=micro_batches, chunk=3)
+    same(train(program), whole)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_other_architectures_on_a_mesh(name):
+    architecture = FAMILIES[name]
+    meshed = Program(layout=make_layout(fsdp=2, tensor=4), remat="full")
+    same(train(meshed, architecture), train(Program(layout=ONE), architecture))
+
+
+def test_muon_on_a_mesh():
+    spec = Muon(lr=1e-2)
+    meshed = Program(layout=make_layout(fsdp=4, tensor=2))
+    # The orthogonalisation magnifies rounding.
+    same(train(meshed, spec=spec), train(Program(layout=ONE), spec=spec), 2e-4)
+
+
+def test_dropout_does_not_depend_on_micro_batches():
+    architecture = replace(LLAMA, dropout=0.3)
+    expected = train(Program(layout=ONE), architecture)
+    same(train(Program(layout=make_layout(fsdp=2), micro_batches=4), architecture), expected)
+    other = train(Program(layout=ONE, seed=1), architecture)
+    assert abs(other[1].loss[0] - expected[1].loss[0]) > 1e-3
+
+
+def test_two_steps_in_a_call_equal_two_calls(whole):
+    optimizer = build_optimizer(ADAMW, 10)
+    program = Program(layout=ONE, chunk=3)
+    state = init_state(LLAMA, optimizer, program, 0)
+    step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), program)
+    batch = make_batch()
+    losses = []
+    for index in range(STEPS):
+        used = state
+        state, metrics = step(used, jax.tree.map(lambda x, i=index: x[i : i + 1], batch))
+        losses.append(metrics.loss[0])
+        assert all(x.is_deleted() for x in jax.tree.leaves(used.params))
+    assert state.step == STEPS
+    same((jax.device_get(state.params), np.stack(losses)), (whole[0], whole[1].loss))
+
+
+def test_metrics(whole):
+    _, metrics = whole
+    batch = make_batch()
+    counted = [shift(jax.tree.map(lambda x, i=i: x[i], batch))[1].sum() for i in range(STEPS)]
+    np.testing.assert_array_equal(metrics.tokens, counted)
+    np.testing.assert_allclose(metrics.learning_rate, 1e-2)
+    assert (metrics.grad_norm > 0).all()
+
+
+def test_what_is_counted():
+    batch = Batch(
+        tokens=jnp.array([[5, 6, 7, 8, 9, 0, 0]]),
+        trained=jnp.array([[1, 0, 1, 1, 1, 1, 1]], bool),
+        segments=jnp.array([[1, 1, 1, 2, 2, 0, 0]]),
+    )
+    targets, counted = shift(batch)
+    # Token 6 is not trained, 8 begins a segment, the zeros are padding.
+    np.testing.assert_array_equal(counted, [[0, 1, 0, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(targets[counted > 0], [7, 9])
+
+
+def test_a_batch_without_trained_tokens_changes_nothing():
+    batch = make_batch(1)
+    batch = replace(batch, trained=np.zeros_like(batch.trained))
+    params, metrics = train(Program(layout=ONE), spec=AdamW(lr=1e-2), batch=batch)
+    optimizer = build_optimizer(ADAMW, 10)
+    start = init_state(LLAMA, optimizer, Program(layout=ONE), 0).params
+    same(params, jax.device_get(start), 0)
+    assert (metrics.loss, metrics.tokens, metrics.grad_norm) == (0, 0, 0)
+
+
+def test_a_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match="16 sequences do not divide over 3 micro-batches on 2"):
+        train(Program(layout=make_layout(fsdp=2), micro_batches=3))
+
+
+def test_the_abstract_state_is_the_state():
+    optimizer = build_optimizer(ADAMW, 10)
+    program = Program(layout=make_layout(fsdp=4, tensor=2))
+    abstract = abstract_state(LLAMA, optimizer, program)
+    state = init_state(LLAMA, optimizer, program, 0)
+    jax.tree.map(lambda x, y: (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
+                 or pytest.fail(f"{x} is not {y}"), abstract, state)  # fmt: skip
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch())
+    step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), program)
+    memory = step.lower(abstract, batch).compile().memory_analysis()
+    held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)]
+    # The new state lies where the old one was.
+    assert memory.alias_size_in_bytes >= sum(held)
+    # Matrices are split eight-fold, and so are their moments.
+    q = state.params["blocks"]["attention"]["q"]["weight"].get_value()
+    assert q.addressable_shards[0].data.size == q.size // 8
+    sizes = [x.addressable_shards[0].data.size for x in jax.tree.leaves(state.optimizer)]
+    assert sizes.count(q.size // 8) >= 2
+
+
+@pytest.mark.parametrize("spec", [AdamW(lr=1e-2), Muon(lr=3e-2, adam_lr=1e-2)])
+def test_pretraining_learns(spec):
+    """A stream in which each token follows from the one before it, but for one in eight."""
+    rng = np.random.default_rng(0)
+    steps, rows, vocabulary = 60, 8, 16
+    following = rng.permutation(vocabulary)
+    tokens = np.zeros((steps, rows, 12), np.int32)
+    tokens[..., 0] = rng.integers(0, vocabulary, (steps, rows))
+    for t in range(1, 12):
+        noise = rng.random((steps, rows)) < 1 / 8
+        tokens[..., t] = np.where(
+            noise, rng.integers(0, vocabulary, noise.shape), following[tokens[..., t - 1]]
+        )
+    batch = Batch(tokens, np.ones_like(tokens, bool))
+    spec = spec.model_copy(update={"decay": "cosine", "warmup": Measure(value=0.1, unit="%")})
+    architecture = replace(LLAMA, vocabulary=vocabulary, width=32, mlp=64)
+    optimizer = build_optimizer(spec, steps)
+    program = Program(layout=ONE)
+    state = init_state(architecture, optimizer, program, 0)
+    step = train_step(architecture, optimizer, learning_rate(spec, steps), program)
+    _, metrics = step(state, batch)
+    right = 7 / 8 + 1 / 8 / vocabulary
+    floor = -right * np.log(right) - (1 - right) * np.log((1 - right) / (vocabulary - 1))
+    assert metrics.loss[0] > 2.5
+    assert metrics.loss[-10:].mean() < floor + 0.25
