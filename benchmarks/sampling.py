@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tunelang.dsl.vocabulary.stages import Sampling
+from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime import sampling
 
 SLOTS = 8

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from tunelang.compiler.architecture import Architecture, parameter_count, train_flops
-from tunelang.dsl.vocabulary.stages import AdamW
+from tunelang.dsl.vocabulary.training import AdamW
 from tunelang.runtime.decoder import DTYPES
 from tunelang.runtime.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.sharding import make_layout

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from tunelang.dsl import messages, overrides, rules, syntax, types
+from tunelang.dsl.binding import Entry, Owner, Place, bind
 from tunelang.dsl.diagnostics import Diagnostics
-from tunelang.dsl.evaluate import NONE_VALUE, Entry, Evaluator, Owner, Place, each_nodes
+from tunelang.dsl.evaluate import NONE_VALUE, Evaluator, each_nodes
 from tunelang.dsl.fit import fit
 from tunelang.dsl.load import Loaded, load, read
 from tunelang.dsl.program import Branch, Declared, Origin, Program
@@ -229,7 +230,7 @@ class _Checker:
         if info.noun in ("data", "hardware"):
             title = f"`{info.word}` {info.noun}"
         owner = Owner(title, info.noun, name.span, block.damaged, info.word)
-        bound = evaluator.bind(entries, info.attributes, owner)
+        bound = bind(evaluator, entries, info.attributes, owner)
         if bound is INVALID:
             return INVALID
         return info.model.fixed(**(dict(info.presets) | bound))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tunelang.dsl import messages, operators, syntax, types
+from tunelang.dsl.binding import Owner, Place, bind, bind_call, entries, mark_used, placed
 from tunelang.dsl.diagnostics import Diagnostic
 from tunelang.dsl.fit import Site, fit
 from tunelang.dsl.program import Origin
@@ -29,8 +30,6 @@ from tunelang.dsl.vocabulary import (
 from tunelang.dsl.vocabulary.base import (
     Attribute,
     DataExpression,
-    Function,
-    Node,
     Reference,
     attributes,
 )
@@ -47,37 +46,6 @@ def choice_words() -> frozenset[str]:
         if isinstance(attribute.type, types.Choice)
         for word in attribute.type.words
     )
-
-
-Entry = tuple[syntax.Name | None, syntax.Expr, Span]
-"""Name, value and place of an argument or attribute."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a call stands, and each of its arguments. Holds the value, so that its identity stays
-    its own.
-    """
-
-    value: Node
-    span: Span
-    arguments: dict[str, Span]
-
-
-@dataclass(frozen=True)
-class Owner:
-    """What attributes or arguments belong to, for messages."""
-
-    title: str
-    """`an sft stage`, "`adamw`"."""
-    noun: str
-    """`stage`, `data`, ..., or `function`."""
-    span: Span
-    """Where it stands: the place of what is missing."""
-    damaged: bool = False
-    """A syntax error took something away, so nothing counts as missing."""
-    word: str = ""
-    """The kind, where it is one."""
 
 
 @dataclass
@@ -309,7 +277,7 @@ class Evaluator:
                     messages.unknown_method(name.span, name.text, value, list(data.METHODS))
                 )
                 return INVALID
-            return self._bind_call(method, name, call, {"of": value})
+            return bind_call(self, method, name, call, {"of": value})
         if isinstance(value, Reference) and value.noun == "stage" and name.text == "step":
             attribute = Attribute(
                 "step",
@@ -322,8 +290,8 @@ class Evaluator:
                 "result",
                 True,
             )
-            bound = self.bind(
-                _entries(call), {"step": attribute}, Owner("`step`", "function", name.span)
+            bound = bind(
+                self, entries(call), {"step": attribute}, Owner("`step`", "function", name.span)
             )
             if bound is INVALID:
                 return INVALID
@@ -337,7 +305,7 @@ class Evaluator:
             parts = [*value.parts, "train"]
             if name.text in parts:
                 part = value.model_copy(update={"part": name.text})
-                return self._placed(part, name.span, {})
+                return placed(self, part, name.span, {})
             self.complain(messages.unknown_part(name.span, name.text, parts))
             return INVALID
         known = list(data.METHODS) if isinstance(value, DataExpression) else []
@@ -359,137 +327,12 @@ class Evaluator:
                     messages.unknown_function(head.span, head.text, near, list(FUNCTIONS))
                 )
             for argument in call.arguments:
-                _mark_used(argument.value, self.module)
+                mark_used(argument.value, self.module)
             return INVALID
-        return self._bind_call(function, head, call, {})
+        return bind_call(self, function, head, call, {})
 
-    def _bind_call(
-        self, function: type[Function], head: syntax.Name, call: syntax.Call, given: dict[str, Any]
-    ) -> Any:
-        variadic = getattr(function, "variadic", None)
-        if variadic is not None:
-            return self._bind_variadic(function, variadic, head, call, given)
-        owner = Owner(f"`{head.text}`", "function", head.span.to(call.span))
-        spans: dict[str, Span] = {}
-        bound = self.bind(_entries(call), attributes(function), owner, spans)
-        if bound is INVALID:
-            return INVALID
-        return self._placed(function.fixed(**given, **bound), owner.span, spans)
-
-    def _placed(self, value: Node, span: Span, arguments: dict[str, Span]) -> Node:
-        self.places[id(value)] = Place(value, span, arguments)
-        return value
-
-    def _bind_variadic(
-        self,
-        function: type[Function],
-        into: str,
-        head: syntax.Name,
-        call: syntax.Call,
-        given: dict[str, Any],
-    ) -> Any:
-        """Functions that take any names: `settings`, `split`, `by_source`."""
-        want: types.Type = {
-            "settings": types.Anything(), "split": types.Share(), "by_source": types.Of("reward")
-        }[function.word]  # fmt: skip
-        values: dict[str, Any] = {}
-        spans: dict[str, Span] = {}
-        failed = False
-        for argument in call.arguments:
-            if argument.name is None:
-                self.complain(messages.needs_names(argument.span, function.word))
-                failed = True
-                continue
-            name = argument.name.text
-            if name in values:
-                self.complain(messages.repeated(argument.name.span, name, head.text))
-                failed = True
-            spans[name] = argument.name.span
-            with self.at(name):
-                self._origin(argument.span)
-                values[name] = self.value(argument.value, want)
-            if isinstance(want, types.Anything):
-                values[name] = _setting(values[name])
-        if failed or INVALID in values.values():
-            return INVALID
-        if not values:
-            self.complain(messages.needs_names(head.span.to(call.span), function.word))
-            return INVALID
-        if function is data.Split and (sum(values.values()) >= 1 or "train" in values):
-            self.complain(messages.split_too_large(call.span, values))
-            return INVALID
-        return self._placed(
-            function.fixed(**given, **{into: values}), head.span.to(call.span), spans
-        )
-
-    # Blocks and arguments.
-
-    def bind(
-        self,
-        entries: list[Entry],
-        known: dict[str, Attribute],
-        owner: Owner,
-        spans: dict[str, Span] | None = None,
-    ) -> Any:
-        """Match names with attributes and evaluate: field -> value, or `INVALID` after reports.
-
-        Everything that is wrong is reported: unknown, repeated and missing names, and each value.
-        """
-        bound: dict[str, Any] = {}
-        seen: dict[str, Span] = {}
-        values_at = {} if spans is None else spans
-        failed = False
-        places = [attribute for attribute in known.values() if attribute.positional]
-        unknown: list[str] = []
-        nameless = False
-        given = {name.text for name, _, _ in entries if name is not None}
-        for name, node, span in entries:
-            attribute: Attribute | None
-            if name is None:
-                attribute = places.pop(0) if places else None
-                if attribute is None:
-                    nameless = True
-                    open_ = [a for a in known.values() if a.name not in given]
-                    self.complain(messages.needs_name(span, owner.title, open_))
-            else:
-                attribute = known.get(name.text)
-                if attribute is None:
-                    unknown.append(name.text)
-                    self.complain(
-                        messages.unknown_attribute(name.span, name.text, node.span, owner, known)
-                    )
-                    meant = messages.misspelt(name.text, owner, list(known))
-                    if meant is not None and meant not in given:
-                        attribute = known[meant]  # go on as if it were written right
-                if attribute in places:
-                    places.remove(attribute)
-            if attribute is None:
-                failed = True
-                _mark_used(node, self.module)
-                continue
-            if attribute.name in seen:
-                self.complain(
-                    messages.repeated(span, attribute.name, owner.title, seen[attribute.name])
-                )
-                failed = True
-                continue
-            seen[attribute.name] = span
-            values_at[attribute.name] = node.span
-            with self.at(attribute.name):
-                self._origin(node.span)
-                value = self.value(node, attribute.type, attribute)
-            failed = failed or value is INVALID
-            bound[attribute.name] = value
-        missing = [a for a in known.values() if a.required and a.name not in seen]
-        if missing:
-            failed = True
-            taken_over = messages.meant_by(unknown, owner)
-            missing = [a for a in missing if a.name not in taken_over]
-            if missing and not owner.damaged and not nameless:
-                self.complain(messages.missing_attribute(owner, missing))
-        return INVALID if failed else bound
-
-    def _origin(self, span: Span) -> None:
+    def origin(self, span: Span) -> None:
+        """Record that the value at the present path comes from this place."""
         kind = "override" if span.source.kind == "override" else "spec"
         self.origins[".".join(self.path)] = Origin(kind, span)  # type: ignore[arg-type]
 
@@ -509,7 +352,7 @@ class Evaluator:
             self.complain(messages.each_too_few(node.span, len(call.arguments)))
             return INVALID
         chosen = call.arguments[self.choice.get(node.span, 0)].value
-        self._origin(chosen.span)
+        self.origin(chosen.span)
         self.forks[node.span] = ".".join(self.path[2:])
         return self.value(chosen, want, attribute)
 
@@ -574,19 +417,6 @@ class _NoneValue:
 NONE_VALUE = _NoneValue()
 
 
-def _entries(call: syntax.Call) -> list[Entry]:
-    return [(a.name, a.value, a.span) for a in call.arguments]
-
-
-def _setting(value: Any) -> Any:
-    """The value of a generator's setting as plain data."""
-    if isinstance(value, tuple):
-        return tuple(_setting(item) for item in value)
-    if isinstance(value, Word):
-        return value.text
-    return getattr(value, "value", value)
-
-
 def _is_each(node: syntax.Chain) -> bool:
     return (
         isinstance(node.head, syntax.Name)
@@ -607,15 +437,6 @@ def _names_list(node: syntax.Expr, module: Module) -> bool:
             symbol = other.names.get(link.name.text)
             return symbol is not None and isinstance(symbol.value, tuple)
     return False
-
-
-def _mark_used(node: syntax.Expr, module: Module) -> None:
-    """Names in an expression that is not evaluated are used all the same: no cascades."""
-    for part in syntax.walk(node):
-        if isinstance(part, syntax.Name):
-            symbol = module.names.get(part.text)
-            if symbol is not None:
-                symbol.used = True
 
 
 def each_nodes(expressions: list[syntax.Expr]) -> list[syntax.Chain]:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunelang.dsl import content, messages
+from tunelang.dsl.binding import Place
 from tunelang.dsl.diagnostics import Diagnostic, Diagnostics
-from tunelang.dsl.evaluate import Place
 from tunelang.dsl.examples import declared_names, examples
 from tunelang.dsl.program import Declared, Program
 from tunelang.dsl.scope import Module
 from tunelang.dsl.source import Span
-from tunelang.dsl.vocabulary import data, models, rewards, stages
+from tunelang.dsl.vocabulary import data, models, rewards, stages, training
 from tunelang.dsl.vocabulary.base import Kind, Node, Reference, TextExpression
 
 
@@ -367,12 +367,12 @@ def _sweep(book: Book, declared: Declared) -> None:
         span = book.span(declared, "keep")
         if not declared.fans_out and not _inherits(book, declared):
             book.add(messages.keep_without_each(span))
-        if isinstance(keep, stages.Best | stages.Lowest) and isinstance(stage, stages.Training):
+        if isinstance(keep, training.Best | training.Lowest) and isinstance(stage, stages.Training):
             _metric(book, declared, stage, keep)
 
 
 def _metric(
-    book: Book, declared: Declared, stage: stages.Training, keep: stages.Best | stages.Lowest
+    book: Book, declared: Declared, stage: stages.Training, keep: training.Best | training.Lowest
 ) -> None:
     span = book.argument(keep, "metric", book.span(declared, "keep"))
     known = dict(stage.metrics)
@@ -405,7 +405,7 @@ def _inherits(book: Book, declared: Declared) -> bool:
             found = book.declared(reference.name)
             if found is None or found.noun != "stage" or found.name == declared.name:
                 continue
-            keeps_all = isinstance(getattr(found.branches[0].value, "keep", None), stages.All)
+            keeps_all = isinstance(getattr(found.branches[0].value, "keep", None), training.All)
             if keeps_all and (found.fans_out or _inherits(book, found)):
                 return True
     return False

@@ -19,16 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tunelang.dsl.vocabulary.stages import (
-    K1,
-    K2,
-    Clip,
-    ClipWeights,
-    KlTerm,
-    Masked,
-    Policy,
-    Truncated,
-)
+from tunelang.dsl.vocabulary.stages import Policy
+from tunelang.dsl.vocabulary.training import K1, K2, Clip, ClipWeights, KlTerm, Masked, Truncated
 
 MISMATCH_BOUNDS = {"mismatch_error": 1.05, "mismatch_kl": 5e-4}
 """Bounds of a healthy run on two metrics: NeMo-RL's probability error and PRIME-RL's divergence."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tunelang.dsl.vocabulary.stages import AdamW, Lion, Muon, Optimizer, Sgd
+from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Optimizer, Sgd
 from tunelang.runtime.sharding import Axes, is_variable, logical_axes
 
 STACKED = frozenset({"layers", "expert"})

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tunelang.dsl.vocabulary.stages import Sampling
+from tunelang.dsl.vocabulary.training import Sampling
 
 _UNIT = 2**30  # the whole mass in int32, with room for the rounding of a vocabulary of 10**9
 _NO_LIMIT = 2**31 - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,6 @@ from tunelang.dsl import types
 from tunelang.dsl.diagnostics import Diagnostic, Edit, Label
 from tunelang.dsl.messages.wording import (
     KNOWN_AFTER,
-    SHORT_LIST,
     choose,
     error,
     listed,
@@ -20,13 +19,12 @@ from tunelang.dsl.messages.wording import (
 )
 from tunelang.dsl.source import Span
 from tunelang.dsl.values import article, describe
-from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, foreign
+from tunelang.dsl.vocabulary import FUNCTIONS, foreign
 
 if TYPE_CHECKING:
     from tunelang.dsl import syntax
-    from tunelang.dsl.evaluate import Owner
     from tunelang.dsl.scope import Symbol
-    from tunelang.dsl.vocabulary.base import Attribute, KindInfo
+    from tunelang.dsl.vocabulary.base import KindInfo
 
 
 # Declarations.
@@ -343,198 +341,6 @@ def unknown_part(span: Span, name: str, parts: list[str]) -> Diagnostic:
         span,
         help=choose(name, parts, "its parts are"),
         fix=replace_fix(span, name, parts),
-    )
-
-
-# Attributes and arguments.
-
-
-def unknown_attribute(
-    span: Span, name: str, value: Span, owner: Owner, known: Mapping[str, Attribute]
-) -> Diagnostic:
-    """A name that is not an attribute here: led over from another tool, misspelt, or elsewhere."""
-    what = "argument" if owner.noun == "function" else "attribute"
-    title = f"{_short(owner)} has no {what} {quoted(name)}"
-    label = f"not an {what} of {owner.title}"
-    near = misspelt(name, owner, list(known))
-    if near is not None:
-        fix = Edit(span, near)
-        return error(
-            "unknown-attribute", title, span, label, help=f"did you mean `{near}`?", fix=fix
-        )
-    found = _foreign(owner).get(name)
-    if found is not None:
-        line = found.line.format(
-            value=value.text if len(value.text) < 60 else "...",
-            batch=known["batch"].type.units[0] if "batch" in known else "sequences",  # type: ignore[attr-defined]
-        )
-        help = f"{found.help}: `{line}`" if line else found.help
-        whole = found.whole and line.split(" =")[0] in known and _plain(value.text)
-        fixes = (Edit(span.to(value), line),) if whole else ()
-        return error("unknown-attribute", title, span, label, help=help, fix=fixes)
-    elsewhere = _elsewhere(name, owner)
-    if elsewhere is not None:
-        return error("unknown-attribute", title, span, label, help=elsewhere)
-    if len(known) <= SHORT_LIST:
-        help = f"there is {listed(list(known))}" if known else f"{owner.title} takes none"
-    else:
-        help = f"`tune explain {owner.word or owner.title.strip('`')}` lists them"
-    return error("unknown-attribute", title, span, label, help=help)
-
-
-def misspelt(name: str, owner: Owner, known: list[str]) -> str | None:
-    """The attribute that a name was meant for, unless it is a word of another tool."""
-    near = nearest(name, known)
-    same = near is not None and near.replace("_", "") == name.replace("_", "").lower()
-    return near if same or name not in _foreign(owner) else None
-
-
-def _foreign(owner: Owner) -> Mapping[str, foreign.Foreign]:
-    if owner.noun == "function":
-        return foreign.FUNCTION
-    return foreign.BY_NOUN.get(owner.noun, {})
-
-
-def _short(owner: Owner) -> str:
-    return owner.title if owner.noun == "function" or not owner.word else f"`{owner.word}`"
-
-
-def _plain(text: str) -> bool:
-    """Whether a value can be moved as it stands: a number, a name or text."""
-    return "\n" not in text and "(" not in text and len(text) < 60
-
-
-def _elsewhere(name: str, owner: Owner) -> str | None:
-    """Where an attribute of this name does exist: in a call that this owner takes, or another
-    kind.
-    """
-    if owner.noun == "function":
-        return None
-    own = KINDS.get(owner.noun, {}).get(owner.word)
-    for attribute in own.attributes.values() if own else ():
-        if isinstance(attribute.type, types.Of):
-            for word, function in FUNCTIONS.items():
-                if function.family == attribute.type.family and name in function.model_fields:
-                    call = f"{attribute.name} = {word}({name} = ...)"
-                    return f"it belongs to `{attribute.name}`: `{call}`"
-    for noun in (owner.noun, *KINDS):
-        for word, info in KINDS.get(noun, {}).items():
-            if name in info.attributes:
-                kind = (
-                    f"`{word}` {noun}"
-                    if noun in ("data", "hardware")
-                    else f"{article(word)} {noun}"
-                )
-                return f"it is an attribute of {kind}"
-    return None
-
-
-def meant_by(unknown: Iterable[str], owner: Owner) -> set[str]:
-    """The attributes that words of other tools stand for: they are not missing as well."""
-    table = _foreign(owner)
-    return {table[name].line.split(" =")[0] for name in unknown if name in table}
-
-
-def missing_attribute(owner: Owner, missing: Sequence[Attribute]) -> Diagnostic:
-    """Required attributes that are not there."""
-    names = listed([attribute.name for attribute in missing])
-    what = "argument" if owner.noun == "function" else "attribute"
-    many = "s" if len(missing) > 1 else ""
-    notes = [f"`{attribute.name}`: {_sentence(attribute.doc)}" for attribute in missing]
-    examples = [a.example for a in missing]
-    help = (
-        f"add {listed(examples)}"
-        if owner.noun != "function"
-        else f"for instance {listed(examples)}"
-    )
-    return error(
-        "missing-attribute",
-        f"{_short(owner)} needs the {what}{many} {names}",
-        owner.span,
-        "missing here",
-        notes=notes,
-        help=help,
-    )
-
-
-def _sentence(doc: str) -> str:
-    first = doc.split(". ")[0].rstrip(".")
-    return first[:1].lower() + first[1:]
-
-
-def repeated(span: Span, name: str, owner: str, first: Span | None = None) -> Diagnostic:
-    """An attribute is set twice."""
-    seconds = [Label(first, "first set here")] if first else []
-    return error(
-        "repeated-attribute",
-        f"{quoted(name)} is set twice",
-        span,
-        f"again in {owner}",
-        seconds=seconds,
-    )
-
-
-def needs_name(span: Span, owner: str, free: Sequence[Attribute]) -> Diagnostic:
-    """A positional argument too many."""
-    required = [attribute.name for attribute in free if attribute.required]
-    names = [attribute.name for attribute in free]
-    if len(required) == 1:
-        named = f"{required[0]} = {span.text}"
-        return error(
-            "needs-name",
-            f"{owner} needs the name of this argument",
-            span,
-            "which one?",
-            help=f"did you mean `{named}`?",
-            fix=Edit(span, named),
-        )
-    if not names:
-        return error("needs-name", f"{owner} takes no more arguments", span, "one too many")
-    help = f"it takes {listed(names)}" if len(names) <= SHORT_LIST else None
-    return error(
-        "needs-name", f"{owner} needs the name of this argument", span, "which one?", help=help
-    )
-
-
-def needs_names(span: Span, function: str) -> Diagnostic:
-    """Functions that take nothing but names."""
-    example = {
-        "settings": "settings(n_people = 2)",
-        "split": "math.split(test = 5%)",
-        "by_source": "by_source(math = correct, logic = verified())",
-    }[function]
-    return error(
-        "needs-name", f"`{function}` takes named arguments", span, help=f"such as `{example}`"
-    )
-
-
-def param_without_type(item: syntax.Declaration) -> Diagnostic:
-    """`param lr = 1e-5`."""
-    end = Span(item.name.span.source, item.name.span.end, item.name.span.end)
-    return error(
-        "missing-type",
-        f"parameter {quoted(item.name.text)} states no type",
-        item.name.span,
-        help=f"write `param {item.name.text} : number = ...`",
-        fix=Edit(end, " : number"),
-    )
-
-
-def unknown_type(span: Span, names: list[str]) -> Diagnostic:
-    """`param lr : float`."""
-    word = span.text
-    meant = {"float": "number", "int": "integer", "bool": "flag", "str": "text", "string": "text",
-             "boolean": "flag", "double": "number", "path": "text"}.get(word)  # fmt: skip
-    near = meant or nearest(word, names)
-    help = (
-        f"did you mean `{near}`?" if near else f"the types are {listed([*names, 'choice(a, b)'])}"
-    )
-    return error(
-        "unknown-type",
-        f"{quoted(word)} is no type",
-        span,
-        help=help,
-        fix=Edit(span, near) if near else (),
     )
 
 

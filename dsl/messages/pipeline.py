@@ -11,7 +11,7 @@ from tunelang.dsl.messages.wording import choose, error, listed, nearest, replac
 from tunelang.dsl.source import Span
 from tunelang.dsl.values import article
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.stages import Sampling
+from tunelang.dsl.vocabulary.training import Sampling
 
 if TYPE_CHECKING:
     from tunelang.dsl.program import Declared

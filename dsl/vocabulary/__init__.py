@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from tunelang.dsl.vocabulary import data, models, rewards, stages
+from tunelang.dsl.vocabulary import data, models, rewards, stages, training
 from tunelang.dsl.vocabulary.base import Function, Kind, KindInfo, doc_of
 
 NOUNS: dict[str, str] = {
@@ -56,7 +56,7 @@ FUNCTIONS: dict[str, type[Function]] = {
         *data.FUNCTIONS,
         *models.FUNCTIONS,
         *rewards.FUNCTIONS,
-        *stages.FUNCTIONS,
+        *training.FUNCTIONS,
     )
 }
 """Function -> its model. Data methods stand in `data.METHODS`."""

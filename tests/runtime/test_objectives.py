@@ -7,15 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunelang.dsl.vocabulary.stages import (
+from tunelang.dsl.vocabulary.stages import POLICIES, Policy
+from tunelang.dsl.vocabulary.training import (
     K1,
     K2,
     K3,
-    POLICIES,
     Clip,
     ClipWeights,
     Masked,
-    Policy,
     Sampling,
     Truncated,
 )

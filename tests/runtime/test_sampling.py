@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunelang.dsl.vocabulary.stages import Sampling
+from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime import sampling
 from tunelang.runtime.sampling import SlotSettings
 

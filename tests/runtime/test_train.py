@@ -9,7 +9,7 @@ import pytest
 
 from tests.runtime.architectures import FAMILIES, LLAMA
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.stages import AdamW, Muon
+from tunelang.dsl.vocabulary.training import AdamW, Muon
 from tunelang.runtime.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.train import Batch, Program, abstract_state, init_state, shift, train_step

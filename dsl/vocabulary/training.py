@@ -1,0 +1,306 @@
+"""Functions that a stage's attributes take: optimizers, adapters, sampling, clipping, meshes."""
+
+from typing import Annotated, ClassVar
+
+from tunelang.dsl import types
+from tunelang.dsl.vocabulary.base import (
+    Count,
+    Flag,
+    Function,
+    MaybeCount,
+    Measure,
+    NonNegative,
+    Positive,
+    Share,
+    Tokens,
+    Words,
+    observe,
+    placement,
+    result,
+)
+
+Warmup = Annotated[Measure, types.count("steps", low=0, share=True)]
+
+
+class Optimizer(Function):
+    """Base of the optimizers: the learning rate and its schedule."""
+
+    family = "optimizer"
+    word = ""
+    lr: Positive = result("The peak learning rate.", "lr = 1e-5")
+    warmup: Warmup = result(
+        "Linear rise from 0: a share of the run, or steps.",
+        "warmup = 3%",
+        Measure.fixed(value=0.0, unit="%"),
+    )
+    decay: Annotated[str, types.Choice(("constant", "linear", "cosine"))] = result(
+        "How the rate falls after the warm-up.", "decay = cosine", "constant"
+    )
+    final: Share = result("The rate at the end, as a share of the peak.", "final = 10%", 0.0)
+    clip_norm: Annotated[float | None, types.Number(above=0)] = result(
+        "Scale the gradient down to this global norm.", "clip_norm = 0.5", 1.0
+    )
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (arXiv:1711.05101)."""
+
+    word = "adamw"
+    b1: Annotated[float, types.Number(low=0, below=1)] = result(
+        "Decay of the first moment.", "b1 = 0.9", 0.9
+    )
+    b2: Annotated[float, types.Number(low=0, below=1)] = result(
+        "Decay of the second moment.", "b2 = 0.95", 0.999
+    )
+    eps: Positive = result("Added to the root of the second moment.", "eps = 1e-8", 1e-8)
+    weight_decay: NonNegative = result(
+        "Decoupled decay, on matrices only.", "weight_decay = 0.1", 0.0
+    )
+
+
+class Muon(Optimizer):
+    """Orthogonalised momentum for matrices (Jordan et al. 2024), AdamW for all else."""
+
+    word = "muon"
+    momentum: Annotated[float, types.Number(low=0, below=1)] = result(
+        "Decay of the momentum.", "momentum = 0.95", 0.95
+    )
+    iterations: Count = result("Newton-Schulz iterations.", "iterations = 5", 5)
+    weight_decay: NonNegative = result(
+        "Decoupled decay, on matrices only.", "weight_decay = 0.1", 0.0
+    )
+    adam_lr: Annotated[float | None, types.Number(above=0)] = result(
+        "Peak rate of the AdamW part; without it, `lr`.", "adam_lr = 3e-4", None
+    )
+
+
+class Sgd(Optimizer):
+    """Stochastic gradient descent with momentum."""
+
+    word = "sgd"
+    momentum: Annotated[float, types.Number(low=0, below=1)] = result(
+        "Decay of the momentum.", "momentum = 0.9", 0.0
+    )
+    nesterov: Flag = result("Nesterov's variant.", "nesterov = true", False)
+    weight_decay: NonNegative = result("Decay, on matrices only.", "weight_decay = 1e-4", 0.0)
+
+
+class Lion(Optimizer):
+    """Sign of the interpolated momentum (arXiv:2302.06675)."""
+
+    word = "lion"
+    b1: Annotated[float, types.Number(low=0, below=1)] = result(
+        "Interpolation for the update.", "b1 = 0.9", 0.9
+    )
+    b2: Annotated[float, types.Number(low=0, below=1)] = result(
+        "Decay of the momentum.", "b2 = 0.99", 0.99
+    )
+    weight_decay: NonNegative = result(
+        "Decoupled decay, on matrices only.", "weight_decay = 0.1", 0.0
+    )
+
+
+TARGETS = ("attention", "mlp", "all", "q", "k", "v", "o", "gate", "up", "down", "embed", "head")
+
+
+class Lora(Function):
+    """Low-rank updates beside frozen weights (arXiv:2106.09685)."""
+
+    family = "adapter"
+    word = "lora"
+    rank: Count = result("Rank of the update.", "rank = 16", 16)
+    alpha: Positive = result("The update is scaled by `alpha / rank`.", "alpha = 32", 32.0)
+    targets: Annotated[
+        tuple[str, ...], types.ListOf(types.Either((types.Choice(TARGETS), types.Pattern())), low=1)
+    ] = result(
+        "The matrices that get an update, by role or by a pattern over their paths.",
+        "targets = [attention, mlp]",
+        ("attention", "mlp"),
+    )
+    dropout: Share = result("Dropout on the adapter's input.", "dropout = 5%", 0.0)
+    rank_stabilized: Flag = result(
+        "Scale by `alpha / sqrt(rank)` instead (arXiv:2312.03732).", "rank_stabilized = true", False
+    )
+
+
+class Dora(Lora):
+    """LoRA on directions, with learned magnitudes (arXiv:2402.09353)."""
+
+    word = "dora"
+
+
+class Sampling(Function):
+    """How completions are sampled."""
+
+    family = "sampling"
+    word = "sampling"
+    max_tokens: Tokens = result("The longest completion.", "max_tokens = 512", 256)
+    max_prompt: Annotated[int | None, types.count("tokens")] = result(
+        "Longer prompts are handled as the data's `on_long_row` says;"
+        " without it, what the context leaves.",
+        "max_prompt = 1Ki",
+        None,
+    )
+    temperature: NonNegative = result(
+        "Softmax temperature; 0 takes the likeliest token.", "temperature = 0.7", 1.0
+    )
+    top_k: MaybeCount = result("Sample from this many likeliest tokens.", "top_k = 50", None)
+    top_p: Annotated[float | None, types.Share()] = result(
+        "Sample from the likeliest tokens that make up this probability.", "top_p = 95%", None
+    )
+    min_p: Annotated[float | None, types.Share()] = result(
+        "Drop tokens less likely than this share of the likeliest.", "min_p = 5%", None
+    )
+    repetition_penalty: Positive = result(
+        "Divide the logits of tokens that occurred by this (arXiv:1909.05858).",
+        "repetition_penalty = 1.1",
+        1.0,
+    )
+    stop: Annotated[tuple[str, ...], types.ListOf(types.Text())] = result(
+        "Texts that end a completion beside the tokenizer's own end token.",
+        'stop = ["</answer>"]',
+        (),
+    )
+
+
+class Clip(Function):
+    """Clip the probability ratio to `[1 - low, 1 + high]`, pessimistically (PPO,
+    arXiv:1707.06347).
+    """
+
+    family = "clip"
+    word = "clip"
+    low: NonNegative = result("Distance below 1.", "clip(low = 0.2, high = 0.28)", 0.2)
+    high: NonNegative = result("Distance above 1.", "clip(low = 0.2, high = 0.28)", 0.2)
+
+
+class ClipWeights(Function):
+    """Clip the importance weight and keep every token's gradient (CISPO, arXiv:2506.13585)."""
+
+    family = "clip"
+    word = "clip_weights"
+    low: Annotated[float | None, types.Number(low=0, high=1)] = result(
+        "Distance below 1; without it, no lower bound.", "clip_weights(low = 0.2, high = 5)", None
+    )
+    high: NonNegative = result("Distance above 1.", "clip_weights(high = 5)", 5.0)
+
+
+class KlTerm(Function):
+    """Base of the estimators of the divergence from the reference (Schulman 2020).
+
+    In the loss the gradient is the divergence's own, whichever estimator measures it
+    (arXiv:2506.09477).
+    """
+
+    family = "kl"
+    word = ""
+    coefficient: NonNegative = result("Its weight.", "kl = k3(0.04)", positional=True)
+    at: Annotated[str, types.Choice(("loss", "reward"))] = result(
+        "Whether it is added to the loss or taken off the reward.",
+        "kl = k1(0.05, at = reward)",
+        "loss",
+    )
+
+
+class K1(KlTerm):
+    """The log-ratio itself: unbiased, noisy."""
+
+    word = "k1"
+
+
+class K2(KlTerm):
+    """Half the squared log-ratio: biased, low variance."""
+
+    word = "k2"
+
+
+class K3(KlTerm):
+    """`r - 1 - log r`: unbiased, never negative."""
+
+    word = "k3"
+
+
+class Truncated(Function):
+    """Weight each token by the sampler's mismatch, cut off at `limit` (truncated importance
+    sampling).
+    """
+
+    family = "correction"
+    word = "truncated"
+    limit: Positive = result("Largest weight.", "correction = truncated(2.0)", 2.0, positional=True)
+
+
+class Masked(Function):
+    """Weight each token by the sampler's mismatch; leave out those beyond `limit` or below its
+    inverse.
+    """
+
+    family = "correction"
+    word = "masked"
+    limit: Positive = result("Largest weight.", "correction = masked(2.0)", 2.0, positional=True)
+
+
+class Axes(Function):
+    """Sizes of the mesh axes; their product is the number of devices."""
+
+    family = "mesh"
+    word = "axes"
+    data: Count = placement(
+        "Copies of the model, each with a share of the batch.", "axes(data = 8)", 1
+    )
+    fsdp: Count = placement("Parameters and batch split.", "axes(fsdp = 8)", 1)
+    tensor: Count = placement("Matrices split.", "axes(fsdp = 2, tensor = 4)", 1)
+    expert: Count = placement("Experts split.", "axes(fsdp = 4, expert = 8)", 1)
+    context: Count = placement("Sequences split.", "axes(fsdp = 4, context = 2)", 1)
+
+
+class Best(Function):
+    """The branch with the highest value of a metric."""
+
+    family = "winner"
+    word = "best"
+    metric: Annotated[str, types.Metric()] = result(
+        "What to compare.", "keep = best(accuracy)", positional=True
+    )
+
+
+class Lowest(Function):
+    """The branch with the lowest value of a metric."""
+
+    family = "winner"
+    word = "lowest"
+    metric: Annotated[str, types.Metric()] = result(
+        "What to compare.", "keep = lowest(loss)", positional=True
+    )
+
+
+class All(Function):
+    """Every branch: each stage that uses this one fans out too."""
+
+    family = "winner"
+    word = "all"
+    bare: ClassVar[bool] = True
+
+
+class TensorBoard(Function):
+    """Event files for TensorBoard, in the store beside the metrics."""
+
+    family = "tracker"
+    word = "tensorboard"
+
+
+class Wandb(Function):
+    """Weights & Biases; needs the extra `[wandb]`."""
+
+    family = "tracker"
+    word = "wandb"
+    project: Words = observe("The project.", 'project = "three-sessions"')
+    entity: Annotated[str | None, types.Text()] = observe(
+        "The team or user.", 'entity = "us"', None
+    )
+
+
+FUNCTIONS: tuple[type[Function], ...] = (
+    AdamW, Muon, Sgd, Lion, Lora, Dora, Sampling, Clip, ClipWeights, K1, K2, K3, Truncated, Masked,
+    Axes, Best, Lowest, All, TensorBoard, Wandb,
+)  # fmt: skip
