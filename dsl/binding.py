@@ -146,7 +146,7 @@ def bind(
             if attribute is None:
                 unknown.append(name.text)
                 evaluator.complain(
-                    messages.unknown_attribute(name.span, name.text, node.span, owner, known)
+                    messages.unknown_attribute(name.span, name.text, node.span, owner, known, given)
                 )
                 meant = messages.misspelt(name.text, owner, list(known))
                 if meant is not None and meant not in given:
@@ -175,6 +175,8 @@ def bind(
         failed = True
         taken_over = messages.meant_by(unknown, owner)
         missing = [a for a in missing if a.name not in taken_over]
+        if owner.noun == "function" and len(unknown) >= len(missing):
+            missing = []  # misnamed rather than missing
         if missing and not owner.damaged and not nameless:
             evaluator.complain(messages.missing_attribute(owner, missing))
     return INVALID if failed else bound

@@ -129,8 +129,9 @@ class _Checker:
             return None
         kind = declaration.kind.text if declaration.kind else None
         held = None if branches or value is NONE_VALUE else value
+        damaged = declaration.block is not None and declaration.block.damaged
         return Declared(
-            symbol.noun, symbol.name, kind, held, declaration.doc, branches, symbol.span
+            symbol.noun, symbol.name, kind, held, declaration.doc, branches, symbol.span, damaged
         )
 
     def _bound(self, symbol: Symbol) -> Any:
@@ -192,7 +193,11 @@ class _Checker:
         """The value of `noun name : kind { ... }`, and for a stage its branches."""
         info = KINDS.get(symbol.noun, {}).get(kind.text)
         if info is None:
-            self.diagnostics.add(messages.unknown_kind(symbol.declaration, kind, KINDS))
+            found = messages.unknown_kind(symbol.declaration, kind, KINDS)
+            self.diagnostics.add(found)
+            info = KINDS.get(symbol.noun, {}).get(found.fix[0].text) if found.fix else None
+            block = syntax.Block(block.attributes, block.span, damaged=True)
+        if info is None:
             for attribute in block.attributes:
                 self._touch(attribute.value, symbol.module)
             return INVALID, ()

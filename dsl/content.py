@@ -13,7 +13,7 @@ from tunelang.dsl import files, messages
 from tunelang.dsl.examples import Examples, examples
 from tunelang.dsl.messages.wording import nearest
 from tunelang.dsl.program import Declared
-from tunelang.dsl.source import Span
+from tunelang.dsl.source import Source, Span
 from tunelang.dsl.values import template_fields
 from tunelang.dsl.vocabulary import data, models, rewards, stages
 from tunelang.dsl.vocabulary.base import DataExpression, Node, RewardExpression
@@ -21,6 +21,7 @@ from tunelang.dsl.vocabulary.base import DataExpression, Node, RewardExpression
 if TYPE_CHECKING:
     from tunelang.dsl.rules import Book
 
+_NOWHERE = Span(Source("", ""), 0, 0)
 RUBRIC_FIELDS = ("criteria", *rewards.COMPLETION_FIELDS)
 
 
@@ -37,9 +38,11 @@ def check(book: Book) -> None:
                 _model(book, declared, declared.value)
             case models.HuggingFace():
                 _folder(book, book.span(declared, "path"), declared.value.path)
+            case models.TokenizerKind(chat=str(chat)) if "{" not in chat:
+                _chat(book, declared, chat)
             case DataExpression():
                 _expression(book, declared, declared.value)
-        if declared.noun == "eval":
+        if isinstance(declared.value, rewards.EvalKind):
             _expression(book, declared, declared.value.data)
         if isinstance(declared.value, rewards.Generate):
             score, found = declared.value.score, declared.value.data
@@ -100,6 +103,17 @@ def _model(book: Book, declared: Declared, model: models.Pretrained) -> None:
             book.add(messages.context_too_long(book.span(declared, "context"), longest))
 
 
+def _chat(book: Book, declared: Declared, chat: str) -> None:
+    """Text without a brace is no Jinja template: a named one was meant."""
+    span = book.span(declared, "chat")
+    if chat in models.NAMED_CHAT_TEMPLATES:
+        if span.text.startswith('"'):
+            book.add(messages.quoted_choice(span, chat))
+    else:
+        known = models.NAMED_CHAT_TEMPLATES
+        book.add(messages.unknown_choice(span, "`chat`", chat, known))
+
+
 # Data.
 
 
@@ -123,6 +137,10 @@ def _data(book: Book, declared: Declared, source: data.DataKind) -> None:
     for role in data.ROLES:
         template = getattr(source, role)
         if template is not None:
+            if role != "system" and not any(
+                True for _ in _template_places(book, template, _NOWHERE)
+            ):
+                book.add(messages.constant_template(book.span(declared, role), role))
             for name, span in _template_places(book, template, book.span(declared, role)):
                 _known_field(book, name, span, fields, declared)
 
@@ -153,15 +171,28 @@ def _samples(book: Book, declared: Declared, source: data.DataKind) -> dict[str,
 def _known_field(
     book: Book, name: str, span: Span, fields: dict[str, Any], declared: Declared
 ) -> None:
-    """`{a}` or `{a.b}` must be there."""
-    head, _, rest = name.partition(".")
-    if head not in fields and name not in fields:
+    """`{a}`, `{a.b}` or `{a.0.b}` must be there, as far as the first row shows."""
+    if name in fields:
+        return
+    head, *rest = name.split(".")
+    if head not in fields:
         book.add(messages.unknown_field(span, name, list(fields), declared.title, None))
-    elif rest and isinstance(fields.get(head), dict) and fields[head]:
-        inner = fields[head]
-        if rest.partition(".")[0] not in inner:
-            known = [f"{head}.{key}" for key in inner]
-            book.add(messages.unknown_field(span, name, known, declared.title, None))
+        return
+    value, path = fields[head], head
+    for part in rest:
+        if value in (None, {}, ""):  # nothing is known of what is inside
+            return
+        if isinstance(value, list):
+            known = [str(number) for number in range(len(value))]
+            inner = value[int(part)] if part in known else None
+        else:
+            known = list(value) if isinstance(value, dict) else []
+            inner = value.get(part) if isinstance(value, dict) else None
+        if part not in known:
+            inside = [f"{path}.{key}" for key in known[:20]]
+            book.add(messages.unknown_field(span, name, inside or [path], declared.title, None))
+            return
+        value, path = inner, f"{path}.{part}"
 
 
 def _procedural(book: Book, declared: Declared, source: data.Procedural) -> None:
@@ -388,6 +419,9 @@ def _python_function(
         book.add(messages.unknown_python_function(span, function, file, list(functions)))
         return None
     found = functions[function]
+    if found.awaited:
+        book.add(messages.awaited_function(span, reward.reference))
+        return None
     if not found.takes_any and not any(p.name == "completion" for p in found.parameters):
         book.add(
             messages.no_completion_parameter(

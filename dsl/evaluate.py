@@ -111,7 +111,11 @@ class Evaluator:
         if isinstance(want, types.Metric):
             return self._metric(node)
         if isinstance(want, types.Of) and want.family == "condition":
-            return self._condition(node)
+            test = self._condition(node)
+            if isinstance(test, data.Literal | data.FieldValue):  # compares nothing
+                self.complain(messages.not_a_condition(node.span))
+                return INVALID
+            return test
         special = self._word(node, want)
         if special is not None:
             return special
@@ -349,7 +353,9 @@ class Evaluator:
                 self.complain(messages.each_name(argument.name.span))
                 return INVALID
         if len(call.arguments) < 2:
-            self.complain(messages.each_too_few(node.span, len(call.arguments)))
+            inside = call.arguments[0].value if call.arguments else None
+            listed = inside if isinstance(inside, syntax.ListOf) and len(inside.items) > 1 else None
+            self.complain(messages.each_too_few(node.span, len(call.arguments), listed))
             return INVALID
         chosen = call.arguments[self.choice.get(node.span, 0)].value
         self.origin(chosen.span)

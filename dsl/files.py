@@ -88,6 +88,8 @@ def _jsonl(lines: list[str]) -> list[dict[str, Any]]:
 def _csv(lines: list[str], separator: str) -> list[dict[str, Any]]:
     if len(separator) != 1:
         raise BadFile("a separator is one character", None)
+    if lines and lines[0].lstrip().startswith("{") and lines[0].rstrip().endswith("}"):
+        raise BadFile("it holds JSON lines: its kind is `jsonl`", None)
     try:
         reader = csv.DictReader(lines[: FIRST_ROWS + 1], delimiter=separator)
         return [{k: v for k, v in row.items() if k is not None} for row in reader]
@@ -154,6 +156,8 @@ class PythonFunction:
     takes_any: bool
     """Whether it has `**fields`."""
     line: int
+    awaited: bool
+    """Whether it is `async` or yields, so that calling it gives no number."""
 
 
 def python_functions(path: Path) -> dict[str, PythonFunction]:
@@ -170,8 +174,11 @@ def python_functions(path: Path) -> dict[str, PythonFunction]:
             parameters = [Parameter(a.arg, at < required) for at, a in enumerate(positional)]
             defaults = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
             parameters += [Parameter(a.arg, default is None) for a, default in defaults]
+            inside = [n for part in node.body for n in ast.walk(part)]
+            awaited = isinstance(node, ast.AsyncFunctionDef)
+            awaited = awaited or any(isinstance(n, ast.Yield | ast.YieldFrom) for n in inside)
             found[node.name] = PythonFunction(
-                tuple(parameters), node.args.kwarg is not None, node.lineno
+                tuple(parameters), node.args.kwarg is not None, node.lineno, awaited
             )
     return found
 

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
-from tunelang.dsl import syntax
+from tunelang.dsl import syntax, units
 from tunelang.dsl.diagnostics import Diagnostic
 from tunelang.dsl.lexer import Comment, lex
 from tunelang.dsl.parser import parse
@@ -36,9 +36,7 @@ def format_source(source: Source) -> tuple[str | None, list[Diagnostic]]:
 def _words(text: str) -> tuple[list[str], list[str]]:
     """What a text says: its tokens but commas, and its comments in any order."""
     lexed = lex(Source("", text))
-    tokens = [
-        re.sub(r"[ \t]+", " ", t.text) if t.type == "NUMBER" else t.text for t in lexed.tokens
-    ]
+    tokens = [units.tidy(t.text) if t.type == "NUMBER" else t.text for t in lexed.tokens]
     return [t for t in tokens if t != ","], sorted(tidy(c.text) for c in lexed.comments)
 
 
@@ -423,7 +421,7 @@ class _Printer:
             case syntax.Name():
                 return node.text
             case syntax.Number():
-                return re.sub(r"[ \t]+", " ", node.span.text)
+                return units.tidy(node.span.text)
             case syntax.ListOf():
                 return "[" + ", ".join(self.flat(item) for item in node.items) + "]"
             case syntax.Group():

@@ -28,8 +28,9 @@ _TOKEN = re.compile(
     (?P<SPACE>[ \t]+)
   | (?P<NEWLINE>\r\n?|\n)
   | (?P<COMMENT>\#[^\r\n]*)
+  | (?P<OTHERCOMMENT>//[^\r\n]*|/\*[\s\S]*?\*/)
   | (?P<NAME>[^\W\d]\w*)
-  | (?P<NUMBER>(?:\d[\d_]*(?:\.\d[\d_]*)?|\.\d[\d_]*)(?:[eE][+-]?\d+)?(?:%|[^\W\d]\w*)?
+  | (?P<NUMBER>(?:\d[\d_]*(?:\.\d[\d_]*)?|\.\d[\d_]*)(?:[eE][+-]?\d+)?(?:[ \t]*%|[^\W\d]\w*)?
       (?:[ \t]+(?!(?:if|else|and|or|not|per)\b)[^\W\d]\w*(?!\w|[ \t]*=(?!=)))?
       (?:[ \t]+per[ \t]+[^\W\d]\w*)?)
   | (?P<LONGTEXT>\"{3}(?:[^\"\\]|\\[\s\S]|\"(?!\"\"))*\"{3})
@@ -133,6 +134,9 @@ def lex(source: Source) -> Tokens:
         if kind == "COMMENT":
             alone = not out.tokens or out.tokens[-1].last_line != line
             out.comments.append(Comment(match.group().rstrip(), span, alone))
+        elif kind == "OTHERCOMMENT":
+            complain(messages.other_comment(span))
+            line += len(_LINE_END.findall(text, at, stop))
         elif kind == "STRAY":
             if stray_end != at:
                 complain(messages.stray_character(span))
@@ -143,7 +147,8 @@ def lex(source: Source) -> Tokens:
             elif span.text != ";":
                 out.unreadable.append(span)
         elif kind == "NUMBER":
-            out.tokens.append(Lexeme(kind, span, line, None, _quantity(span, complain)))
+            heed = _ignore if _stands_as_name(out, line) else complain
+            out.tokens.append(Lexeme(kind, span, line, None, _quantity(span, heed)))
         elif kind == "REGEX":
             pattern = span.text[1:-1].replace("\\/", "/")
             out.tokens.append(Lexeme(kind, span, line, None, pattern))
@@ -166,6 +171,16 @@ def _after_operand(out: Tokens, line: int) -> bool:
     """Whether a slash here divides: something to divide stands before it on the line."""
     before = out.tokens[-1] if out.tokens else None
     return before is not None and before.type in _ENDS_OPERAND and before.last_line == line
+
+
+def _stands_as_name(out: Tokens, line: int) -> bool:
+    """Whether a number stands where a name should, as in `model gemma-2b`: no unit is meant."""
+    before = [token.type for token in out.tokens[-3:] if token.line == line]
+    return before[-1:] == ["NAME"] or before == ["NAME", "NAME", "MINUS"]
+
+
+def _ignore(_: Diagnostic) -> None:
+    """The parser reports it."""
 
 
 def _quantity(span: Span, complain: Callable[[Diagnostic], None]) -> units.Quantity | None:

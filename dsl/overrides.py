@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tunelang.dsl import messages, syntax
+from tunelang.dsl import messages, syntax, types
 from tunelang.dsl.diagnostics import Diagnostic, Diagnostics
 from tunelang.dsl.load import Loaded
 from tunelang.dsl.parser import parse_expression
@@ -30,13 +30,44 @@ def apply(overrides: list[str], loaded: Loaded, diagnostics: Diagnostics) -> Non
             diagnostics.add(messages.bad_override(Span(source, 0, len(text))))
             continue
         value, found = parse_expression(source)
+        target = Span(source, 0, len(left.rstrip()))
+        wanted = _wanted(loaded, path)
+        if _is_text(wanted) and not _reads_as_text(value, loaded.root):
+            right = Span(source, len(left) + 1, len(text))
+            diagnostics.add(messages.override_needs_quotes(right, left.strip()))
+            continue
         diagnostics.extend(found)
         if value is None:
             continue
-        target = Span(source, 0, len(left.rstrip()))
         problem = _Override(loaded, target, value).apply(path)
         if problem is not None:
             diagnostics.add(problem)
+
+
+def _wanted(loaded: Loaded, path: list[str]) -> types.Type | None:
+    """The type of what a path leads to, where that is an attribute of a block."""
+    if path[0] == "run" and len(path) == 2:
+        attribute = RUN.attributes.get(path[1])
+        return attribute.type if attribute else None
+    if path[0] in KINDS and len(path) > 2:
+        symbol = loaded.root.names.get(path[1])
+        kind = symbol.declaration.kind if symbol is not None else None
+        info = KINDS[path[0]].get(kind.text) if kind is not None else None
+        attribute = info.attributes.get(path[2]) if info is not None and len(path) == 3 else None
+        return attribute.type if attribute else None
+    return None
+
+
+def _is_text(want: types.Type | None) -> bool:
+    want = want.item if isinstance(want, types.ListOf) else want
+    return isinstance(want, types.Text | types.Path)
+
+
+def _reads_as_text(value: syntax.Expr | None, root: Module) -> bool:
+    """Whether an expression may be text: anything but words and operators without quotes."""
+    if isinstance(value, syntax.Name):
+        return value.text in root.names
+    return isinstance(value, syntax.Text | syntax.Constant | syntax.ListOf | syntax.Conditional)
 
 
 class _Override:

@@ -49,7 +49,7 @@ def parse(source: Source) -> tuple[syntax.File, list[Diagnostic]]:
     state = _State(source, lexed.diagnostics[:MAX_SYNTAX_ERRORS], unreadable=lexed.unreadable)
     docs = _docs(lexed.comments, source)
     items: list[syntax.Item] = []
-    for chunk in _chunks(lexed.tokens):
+    for chunk in _cut(lexed.tokens, state):
         if len(state.diagnostics) >= MAX_SYNTAX_ERRORS:
             state.diagnostics[-1] = messages.too_many_errors(chunk[0].span)
             state.broken.update(token.text for token in lexed.tokens if token.type == "NAME")
@@ -73,7 +73,10 @@ def parse_expression(source: Source) -> tuple[syntax.Expr | None, list[Diagnosti
         end = len(source.text)
         state.diagnostics.append(messages.no_value(Span(source, end, end)))
         return None, state.diagnostics
-    start = next(at for at, token in enumerate(lexed.tokens) if token.type == "EQUALS")
+    start = next((at for at, token in enumerate(lexed.tokens) if token.type == "EQUALS"), None)
+    if start is None:  # `a==b`
+        state.diagnostics.append(messages.bad_override(Span(source, 0, len(source.text))))
+        return None, state.diagnostics
     noun = Lexeme("NAME", Span(source, 0, 0), 0)
     item = _read_item([noun, noun, *lexed.tokens[start:]], state)
     return (item.value if isinstance(item, syntax.Declaration) else None), state.diagnostics
@@ -103,27 +106,70 @@ def _starts_item(tokens: list[Lexeme], at: int) -> bool:
     return bool(named) and kinds[1:] in (["COLON"], ["EQUALS"], ["LBRACE"])
 
 
-def _chunks(tokens: list[Lexeme]) -> list[list[Lexeme]]:
+def _chunks(tokens: list[Lexeme], state: _State) -> list[list[Lexeme]]:
     """Cut the tokens before each item start, and where an item's brackets are closed at a line
     end.
     """
     chunks: list[list[Lexeme]] = []
     stack: list[str] = []
+    resume: tuple[list[Lexeme], list[str]] | None = None
     for at, token in enumerate(tokens):
         new_line = at > 0 and tokens[at - 1].last_line != token.line
+        if new_line and not stack and resume is not None:  # a declaration inside a block is over
+            current, stack = resume
+            chunks.append(current)
+            resume = None
         ended = not stack and token.type not in _CLOSERS and token.type != "LBRACE"
         if at and ended and tokens[at - 1].type in _CONTINUES:
             ended = False
-        if not chunks or (new_line and (ended or _starts_item(tokens, at))):
+        starts = new_line and _starts_item(tokens, at)
+        if starts and resume is None and stack == ["LBRACE"] and _inside(chunks[-1][0], token):
+            resume = (chunks.pop(), stack)
+            state.report(messages.nested_declaration(token.span))
             chunks.append([])
             stack = []
+        elif not chunks or (new_line and ended) or starts:
+            if not (chunks and _lacks_brace(chunks[-1], tokens, at)):
+                chunks.append([])
+                stack = []
+            else:
+                last = chunks[-1][-1]
+                chunks[-1].append(_after(last, "LBRACE"))
+                stack = ["LBRACE"]
+                state.report(messages.missing_brace(last.span))
         chunks[-1].append(token)
         if token.type in _OPENERS:
             stack.append(token.type)
         elif token.type in _CLOSERS and _CLOSERS[token.type] in stack:
             while stack.pop() != _CLOSERS[token.type]:
                 pass
+    if resume is not None:
+        chunks.append(resume[0])
     return chunks
+
+
+def _cut(tokens: list[Lexeme], state: _State) -> list[list[Lexeme]]:
+    """The items, or nothing where a file has too many errors already."""
+    try:
+        return _chunks(tokens, state)
+    except _Unreadable:
+        return [tokens[:1]]
+
+
+def _column(token: Lexeme) -> int:
+    return token.span.source.position(token.span.start)[1]
+
+
+def _inside(outer: Lexeme, token: Lexeme) -> bool:
+    """Whether a declaration is indented as if it belonged into another."""
+    return _column(token) > _column(outer)
+
+
+def _lacks_brace(chunk: list[Lexeme], tokens: list[Lexeme], at: int) -> bool:
+    """Whether `noun name : kind` is followed by attributes without a `{`."""
+    head = [token.type for token in chunk] == ["NAME", "NAME", "COLON", "NAME"]
+    follows = [token.type for token in tokens[at : at + 2]]
+    return head and follows in (["NAME", "EQUALS"], ["NAME", "COLON"])
 
 
 def _read_item(chunk: list[Lexeme], state: _State) -> syntax.Item | None:
@@ -139,6 +185,8 @@ def _read_item(chunk: list[Lexeme], state: _State) -> syntax.Item | None:
                 near = next(t for t in tokens if t.span.end > place.start or t is tokens[-1])
                 tokens = _without_attribute(tokens, near)
         while True:
+            if not tokens:
+                raise _Unreadable
             try:
                 item = parse_item(tokens)
                 break
@@ -176,17 +224,24 @@ def _keywords(chunk: list[Lexeme]) -> list[Lexeme]:
 def _balance(chunk: list[Lexeme], state: _State) -> list[Lexeme]:
     """Drop brackets that close nothing; close what was left open.
 
-    A parenthesis or square bracket that is not closed ends with its line, a brace with the item.
+    A parenthesis or square bracket that is not closed ends with its line and those indented below
+    it, a brace with the item.
     """
     insert: dict[int, list[str]] = {}
     dropped: set[int] = set()
     stack: list[int] = []
 
     def close_early(opener: int) -> None:
+        line = chunk[opener].line
+        first = next(token for token in chunk if token.line == line)
         at = opener + 1
-        while at < len(chunk) and chunk[at].line == chunk[opener].line:
+        while at < len(chunk) and (chunk[at].line == line or _inside(first, chunk[at])):
             if chunk[at].type == "RBRACE":
                 break
+            if chunk[at].line != chunk[at - 1].line and chunk[at].line != line:
+                line_start = chunk[at]  # lines that are indented more belong to the bracket
+                if not _inside(first, line_start):
+                    break
             at += 1
         insert.setdefault(at, []).append(_OPENERS[chunk[opener].type])
         state.report(messages.unclosed_bracket(chunk[opener].span))
@@ -213,7 +268,8 @@ def _balance(chunk: list[Lexeme], state: _State) -> list[Lexeme]:
             insert.setdefault(len(chunk), []).append(_OPENERS[chunk[at].type])
         elif chunk[at].type == "LBRACE":
             insert.setdefault(len(chunk), []).append("RBRACE")
-            state.report(messages.unclosed_bracket(chunk[at].span))
+            if chunk[at].text:  # else it was missing itself
+                state.report(messages.unclosed_bracket(chunk[at].span))
         else:
             close_early(at)
     if not insert and not dropped:

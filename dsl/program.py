@@ -47,6 +47,8 @@ class Declared:
     branches: tuple[Branch, ...] = ()
     span: Span | None = field(default=None, compare=False)
     """The place of the declared name."""
+    damaged: bool = field(default=False, compare=False)
+    """A syntax error took something away: no Program that is returned has such a declaration."""
 
     @property
     def title(self) -> str:

@@ -14,7 +14,13 @@ from tunelang.dsl.program import Declared, Program
 from tunelang.dsl.scope import Module
 from tunelang.dsl.source import Span
 from tunelang.dsl.vocabulary import data, models, rewards, stages, training
-from tunelang.dsl.vocabulary.base import Kind, Node, Reference, TextExpression
+from tunelang.dsl.vocabulary.base import (
+    DataExpression,
+    Kind,
+    Node,
+    Reference,
+    TextExpression,
+)
 
 
 def references_in(
@@ -192,6 +198,7 @@ def _devices(book: Book, stage: stages.Training) -> tuple[int, Declared] | None:
 def _training(book: Book, declared: Declared, stage: stages.Training) -> None:
     _start(book, declared, stage)
     _warmup(book, declared, stage)
+    _spacing(book, declared, stage)
     _division(book, declared, stage)
     _roles(book, declared, stage)
     _evals(book, declared, stage)
@@ -214,6 +221,12 @@ def _warmup(book: Book, declared: Declared, stage: stages.Training) -> None:
     if warmup.unit == length.unit and warmup.value > length.value:
         span = book.span(declared, "optimizer.warmup")
         book.add(messages.warmup_too_long(span, warmup, length, book.span(declared, "length")))
+
+
+def _spacing(book: Book, declared: Declared, stage: stages.Training) -> None:
+    """Evaluations further apart than the stage is long never happen."""
+    if stage.length.unit == "steps" and (stage.eval_every or 0) > stage.length.value:
+        book.add(messages.never_evaluated(book.span(declared, "eval_every"), stage.length))
 
 
 def _division(book: Book, declared: Declared, stage: stages.Training) -> None:
@@ -255,26 +268,48 @@ def _division(book: Book, declared: Declared, stage: stages.Training) -> None:
 def _roles(book: Book, declared: Declared, stage: stages.Training) -> None:
     """The data of a stage must have the roles that its kind trains on."""
     for found in examples(stage.data, book.program, book.fields):
-        if not any(found.roles.issuperset(need) for need in stage.needs):
-            source = book.declared(found.source)
-            assert source is not None
+        source = book.declared(found.source)
+        assert source is not None
+        if not source.damaged and not any(found.roles.issuperset(need) for need in stage.needs):
             span = book.span(declared, "data")
             book.add(messages.missing_role(span, declared, source, found.roles, stage.needs))
 
 
 def _evals(book: Book, declared: Declared, stage: stages.Training) -> None:
-    trained = declared_names(stage.data, book.program)
     for reference in stage.evals:
         found = book.declared(reference.name)
         if found is None:
             continue
+        if isinstance(found.value, rewards.Generate):
+            _fits(book, stage, found.value.max_tokens, 0, book.span(found, "max_tokens"))
         measured = found.value.data
-        if (
-            measured == stage.data
-            and isinstance(measured, data.DataRef)
-            and measured.name in trained
-        ):
-            book.add(messages.trains_on_eval(book.span(declared, "data"), found, measured.name))
+        shared = _rows(book, stage.data) & _rows(book, measured)
+        if shared:
+            path = min(shared)[0]
+            book.add(messages.trains_on_eval(book.span(declared, "data"), found, path))
+
+
+def _rows(book: Book, expression: DataExpression, selection: str = "") -> set[tuple[str, str]]:
+    """The files that an expression reads, with how rows are chosen from them: equal pairs hold
+    equal rows. Only choices that are known to overlap are looked for: all rows, or the same ones.
+    """
+    match expression:
+        case data.DataRef():
+            declared = book.declared(expression.name)
+            value = declared.value if declared is not None else None
+            if isinstance(value, DataExpression):
+                return _rows(book, value, selection)
+            return {(path, selection) for path in getattr(value, "path", ())}
+        case data.Mixture():
+            return set().union(*(_rows(book, part, selection) for part in expression.parts))
+        case data.Weighted():
+            return _rows(book, expression.of, selection)
+        case data.Take() | data.Skip() | data.Where() | data.Split():
+            own = expression.model_copy(update={"of": None})
+            return _rows(book, expression.of, f"{selection}{own!r}")
+        case data.DataMethod():
+            return _rows(book, expression.of, selection)
+    return set()
 
 
 def _policy(book: Book, declared: Declared, stage: stages.Policy) -> None:
@@ -311,20 +346,21 @@ def _reads_completion(template: TextExpression) -> bool:
 
 
 def _context(book: Book, declared: Declared, stage: stages.Policy) -> None:
-    """Prompt and completion must fit into the model's context."""
+    """Prompt and completion of a rollout must fit into the model's context."""
+    rollout, path = stage.rollout, "rollout.max_tokens"
+    _fits(book, stage, rollout.max_tokens, rollout.max_prompt or 0, book.span(declared, path))
+
+
+def _fits(book: Book, stage: stages.Training, completion: int, prompt: int, span: Span) -> None:
     model = book.model_of(stage.from_)
     if model is None:
         return
     owner = book.owner(model)
     name = owner.name if owner is not None else ""
     context = getattr(model, "context", None) or book.contexts.get(name)
-    prompt = stage.rollout.max_prompt or 1
-    if context is not None and stage.rollout.max_tokens + prompt > context:
+    if context is not None and completion + max(prompt, 1) > context:
         where = book.span(owner, "context") if owner else None
-        path = "rollout.max_tokens"
-        book.add(
-            messages.beyond_context(book.span(declared, path), stage.rollout, context, name, where)
-        )
+        book.add(messages.beyond_context(span, completion, prompt, context, name, where))
 
 
 def _nodes(value: Any, program: Program) -> Iterator[Node]:
@@ -362,7 +398,7 @@ def _sweep(book: Book, declared: Declared) -> None:
     for branch in declared.branches:
         stage = branch.value
         keep = getattr(stage, "keep", None)
-        if keep is None:
+        if keep is None or declared.damaged:
             return
         span = book.span(declared, "keep")
         if not declared.fans_out and not _inherits(book, declared):
@@ -432,6 +468,8 @@ def _outputs(book: Book) -> None:
     for declared in book.program.of("stage"):
         for branch in declared.branches:
             if isinstance(branch.value, stages.Export):
+                if _inherits(book, declared) and not declared.fans_out:
+                    book.add(messages.every_branch(book.span(declared, "from"), branch.value.path))
                 path = branch.value.path.rstrip("/")
                 if path in seen:
                     other = book.span(seen[path], "path")

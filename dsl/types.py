@@ -259,7 +259,8 @@ class Ref(Type):
 
     def describe(self) -> str:
         """See `Type`."""
-        return "the name of a " + " or ".join(f"`{noun}`" for noun in self.nouns)
+        names = [f"{'an' if noun[0] in 'aeiou' else 'a'} `{noun}`" for noun in self.nouns]
+        return "the name of " + " or ".join(names)
 
     def json(self) -> Json:
         """See `Type`."""

@@ -45,7 +45,8 @@ DIMENSION_NAMES: dict[str | None, str] = {
 """Dimension -> how a message calls it."""
 
 _PARTS = re.compile(
-    r"(?P<digits>(?:\d[\d_]*(?:\.\d[\d_]*)?|\.\d[\d_]*)(?:[eE][+-]?\d+)?)(?P<suffix>%|[^\W\d]\w*)?"
+    r"(?P<digits>(?:\d[\d_]*(?:\.\d[\d_]*)?|\.\d[\d_]*)(?:[eE][+-]?\d+)?)"
+    r"(?:[ \t]*(?P<percent>%)|(?P<suffix>[^\W\d]\w*))?"
     r"(?:[ \t]+(?!per\b)(?P<word>[^\W\d]\w*))?(?:[ \t]+per[ \t]+(?P<rate>[^\W\d]\w*))?"
 )
 _MAX_EXPONENT = 300
@@ -80,6 +81,7 @@ def parse(text: str) -> Quantity:
     if match is None:
         raise UnknownUnit(text)
     digits, suffix, word, rate = match.group("digits", "suffix", "word", "rate")
+    suffix = suffix or match.group("percent")
     number = Decimal(digits.replace("_", ""))
     if number and number.adjusted() > _MAX_EXPONENT:
         raise NumberTooLarge(text)
@@ -107,7 +109,13 @@ def parse(text: str) -> Quantity:
             raise UnknownUnit(rate)
         dimension = f"per {rate}"
     value = int(number) if whole else float(number)
-    return Quantity(value, dimension, re.sub(r"[ \t]+", " ", text))
+    return Quantity(value, dimension, tidy(text))
+
+
+def tidy(text: str) -> str:
+    """A number as the formatter writes it: `20%`, `2 epochs`, `16 GiB` or `16GiB` as it was."""
+    text = re.sub(r"[ \t]+", " ", text).replace(" %", "%")
+    return re.sub(rf"(?<=[\dkMBTGi])({'|'.join(COUNTED)})\b", r" \1", text)
 
 
 def show(value: int | float, dimension: str | None = None) -> str:

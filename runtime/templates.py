@@ -47,7 +47,7 @@ class WrongTypeError(Exception):
 
 def lookup(name: str, row: Row) -> Any:
     """Return the value of a field; a column whose own name has a dot goes before a field of an
-    object.
+    object. Dots lead into objects by key and into lists by number, from 0.
 
     Raises `MissingFieldError`.
     """
@@ -55,6 +55,9 @@ def lookup(name: str, row: Row) -> Any:
         return row[name]
     value: Any = row
     for part in name.split("."):
+        if isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+            continue
         if not isinstance(value, Mapping) or part not in value:
             known = tuple(map(str, value)) if isinstance(value, Mapping) else ()
             raise MissingFieldError(name, known)

@@ -11,12 +11,13 @@ from tunelang.dsl.diagnostics import Diagnostic
 if TYPE_CHECKING:
     from tunelang.dsl.messages.attributes import *
     from tunelang.dsl.messages.forms import *
+    from tunelang.dsl.messages.misfits import *
     from tunelang.dsl.messages.names import *
     from tunelang.dsl.messages.pipeline import *
     from tunelang.dsl.messages.values import *
     from tunelang.dsl.messages.world import *
 
-_MODULES = ("attributes", "forms", "names", "pipeline", "values", "world")
+_MODULES = ("attributes", "forms", "misfits", "names", "pipeline", "values", "world")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tunelang.dsl import types
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 def unknown_attribute(
-    span: Span, name: str, value: Span, owner: Owner, known: Mapping[str, Attribute]
+    span: Span,
+    name: str,
+    value: Span,
+    owner: Owner,
+    known: Mapping[str, Attribute],
+    given: Collection[str],
 ) -> Diagnostic:
     """A name that is not an attribute here: led over from another tool, misspelt, or elsewhere."""
     what = "argument" if owner.noun == "function" else "attribute"
@@ -33,9 +38,19 @@ def unknown_attribute(
     label = f"not an {what} of {owner.title}"
     near = misspelt(name, owner, list(known))
     if near is not None:
-        fix = Edit(span, near)
+        fix = (Edit(span, near),) if near not in given else ()
         return error(
             "unknown-attribute", title, span, label, help=f"did you mean `{near}`?", fix=fix
+        )
+    if owner.title == "`where`":
+        condition = f"{name} == {value.text}"
+        return error(
+            "unknown-attribute",
+            title,
+            span,
+            label,
+            help=f"a condition compares: `{condition}`",
+            fix=Edit(span.to(value), condition),
         )
     found = _foreign(owner).get(name)
     if found is not None:
@@ -44,7 +59,8 @@ def unknown_attribute(
             batch=known["batch"].type.units[0] if "batch" in known else "sequences",  # type: ignore[attr-defined]
         )
         help = f"{found.help}: `{line}`" if line else found.help
-        whole = found.whole and line.split(" =")[0] in known and _plain(value.text)
+        target = line.split(" =")[0]
+        whole = found.whole and target in known and target not in given and _plain(value.text)
         fixes = (Edit(span.to(value), line),) if whole else ()
         return error("unknown-attribute", title, span, label, help=help, fix=fixes)
     elsewhere = _elsewhere(name, owner)
@@ -107,7 +123,8 @@ def _elsewhere(name: str, owner: Owner) -> str | None:
 def meant_by(unknown: Iterable[str], owner: Owner) -> set[str]:
     """The attributes that words of other tools stand for: they are not missing as well."""
     table = _foreign(owner)
-    return {table[name].line.split(" =")[0] for name in unknown if name in table}
+    meant = {table[name].line.split(" =")[0] for name in unknown if name in table}
+    return meant | {"batch" for name in unknown if "batch" in name}
 
 
 def missing_attribute(owner: Owner, missing: Sequence[Attribute]) -> Diagnostic:

@@ -19,7 +19,7 @@ from tunelang.dsl.messages.wording import (
 )
 from tunelang.dsl.source import Span
 from tunelang.dsl.values import article, describe
-from tunelang.dsl.vocabulary import FUNCTIONS, foreign
+from tunelang.dsl.vocabulary import FUNCTIONS, NOUNS, foreign
 
 if TYPE_CHECKING:
     from tunelang.dsl import syntax
@@ -77,6 +77,14 @@ def unknown_kind(
                 f"a kind of {other}",
                 help=f"the kinds of {noun} are {listed(own)}",
             )
+    if noun == "stage" and word in foreign.NOT_YET:
+        return error(
+            "unknown-kind",
+            title,
+            kind.span,
+            "not built yet",
+            help=f"the kinds of stage are {listed(own)}",
+        )
     meant = foreign.KINDS.get(word)
     if meant in own:
         return error(
@@ -253,7 +261,24 @@ def unknown_name(span: Span, name: str, names: list[str], want: types.Type) -> D
     """A name that nothing declares."""
     title = f"{quoted(name)} is not declared"
     value = foreign.NAMES.get(name)
-    if value is not None:
+    if isinstance(want, types.Of) and want.family == "text":
+        return error(
+            "unknown-name",
+            title,
+            span,
+            help=f'a field stands in braces, in quotes: `"{{{name}}}"`',
+            fix=Edit(span, f'"{{{name}}}"'),
+        )
+    if isinstance(want, types.Text | types.Path):
+        return error("unknown-name", title, span, help=f'text stands in quotes: `"{name}"`')
+    if name in NOUNS:
+        return error(
+            "unknown-name",
+            title,
+            span,
+            help=f"what is declared is called by its name alone, without `{name}.`",
+        )
+    if value in ("true", "false", "none"):
         return error(
             "unknown-name", title, span, help=f"here it is written `{value}`", fix=Edit(span, value)
         )
@@ -294,6 +319,8 @@ def unknown_function(span: Span, name: str, near: list[str], every: list[str]) -
     """`adamw2(lr = 1)`."""
     meant = foreign.FUNCTIONS.get(name)
     title = f"there is no function {quoted(name)}"
+    if name in foreign.ADVICE:
+        return error("unknown-function", title, span, help=foreign.ADVICE[name])
     if meant is not None:
         return error(
             "unknown-function", title, span, help=f"here it is `{meant}`", fix=Edit(span, meant)
@@ -354,6 +381,17 @@ def bad_override(span: Span) -> Diagnostic:
         "an override is `NAME=EXPRESSION`",
         span,
         help="such as `--set lr=3e-6` or `--set stage.baseline.optimizer.lr=1e-5`",
+    )
+
+
+def override_needs_quotes(span: Span, path: str) -> Diagnostic:
+    """`--set model.gemma.path=google/gemma-2b`: the shell took the quotes, or there were none."""
+    text = span.text.strip().strip("'")
+    return error(
+        "bad-override",
+        "text stands in quotes, and the shell takes one pair away",
+        span,
+        help=f"write `--set '{path}=\"{text}\"'`",
     )
 
 

@@ -11,7 +11,6 @@ from tunelang.dsl.messages.wording import choose, error, listed, nearest, replac
 from tunelang.dsl.source import Span
 from tunelang.dsl.values import article
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.training import Sampling
 
 if TYPE_CHECKING:
     from tunelang.dsl.program import Declared
@@ -145,23 +144,32 @@ def _measure(measure: Measure) -> str:
 
 
 def beyond_context(
-    span: Span, rollout: Sampling, context: int, model: str, where: Span | None
+    span: Span, completion: int, prompt: int, context: int, model: str, where: Span | None
 ) -> Diagnostic:
     """Prompt and completion are longer than the model's context."""
-    prompt = f"prompt {rollout.max_prompt:,} + " if rollout.max_prompt else ""
-    total = rollout.max_tokens + (rollout.max_prompt or 0)
-    label = (
-        f"{prompt}completion {rollout.max_tokens:,} = {total:,} tokens"
-        if prompt
-        else f"{total:,} tokens, and the prompt"
-    )
+    if prompt:
+        label = f"prompt {prompt:,} + completion {completion:,} = {prompt + completion:,} tokens"
+    else:
+        label = f"{completion:,} tokens, and the prompt"
+    limit = f"the context of `{model}` is {context:,} tokens"
     return error(
         "beyond-context",
         "prompt and completion do not fit into the context",
         span,
         label,
-        seconds=[Label(where, f"the context of `{model}` is {context:,} tokens")] if where else [],
-        notes=[] if where else [f"the context of `{model}` is {context:,} tokens"],
+        seconds=[Label(where, limit)] if where else [],
+        notes=[] if where else [limit],
+    )
+
+
+def never_evaluated(span: Span, length: Measure) -> Diagnostic:
+    """`eval_every` beyond the end."""
+    return error(
+        "no-effect",
+        f"the stage ends after {_measure(length)}, before this",
+        span,
+        severity="warning",
+        help="evaluations at the start and the end are made anyway",
     )
 
 
@@ -267,16 +275,16 @@ def missing_role(
     )
 
 
-def trains_on_eval(span: Span, measured: Declared, name: str) -> Diagnostic:
+def trains_on_eval(span: Span, measured: Declared, path: str) -> Diagnostic:
     """The eval's data is the training data."""
     return error(
         "trains-on-eval",
-        f"`{measured.name}` measures on the data that this stage trains on",
+        f"`{measured.name}` measures on rows that this stage trains on",
         span,
-        f"`{name}` again",
+        f"both read `{path}`",
         severity="warning",
         seconds=[Label(measured.span, "the eval")] if measured.span else [],
-        help=f"hold some out: `{name}.split(test = 5%)`, then `.train` and `.test`",
+        help="hold some out: `math.split(test = 5%)`, then `.train` and `.test`",
     )
 
 
@@ -298,6 +306,17 @@ def yields_no_model(span: Span, stage: Declared) -> Diagnostic:
         span,
         seconds=[Label(stage.span, "declared here")] if stage.span else [],
         help="start from the stage that it writes",
+    )
+
+
+def every_branch(span: Span, path: str) -> Diagnostic:
+    """An export of all branches of a sweep."""
+    return error(
+        "same-output",
+        f"every branch would be written to `{path}`",
+        span,
+        "several branches",
+        help="let the sweep name its winner: `keep = best(METRIC)`",
     )
 
 

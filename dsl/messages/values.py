@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tunelang.dsl import types, units
 from tunelang.dsl.diagnostics import Diagnostic, Edit, Label
@@ -13,6 +14,9 @@ from tunelang.dsl.units import Quantity
 from tunelang.dsl.values import describe
 from tunelang.dsl.vocabulary import data, foreign
 from tunelang.dsl.vocabulary.base import DataExpression, Reference
+
+if TYPE_CHECKING:
+    from tunelang.dsl import syntax
 
 
 def wrong_type(
@@ -28,9 +32,14 @@ def wrong_type(
     got = describe(value)
     fix: tuple[Edit, ...] = ()
     if isinstance(value, str) and isinstance(want, types.Pattern):
-        help, fix = "a regular expression stands between slashes", (Edit(span, f"/{value}/"),)
+        help, fix = (
+            "a regular expression stands between slashes",
+            (Edit(span, "/" + value.replace("/", "\\/") + "/"),),
+        )
     elif isinstance(value, str) and _reads_as_number(value) and not isinstance(want, types.Flag):
         help, fix = "numbers stand without quotes", (Edit(span, value),)
+    elif isinstance(value, tuple) and isinstance(want, types.Number | types.Amount | types.Choice):
+        help = f"to try several in a sweep: `each({span.text.strip('[]')})`"
     elif isinstance(want, types.Amount) and isinstance(value, Quantity):
         help = f"{owner} counts {listed(want.units, 'or')}"
     elif example and help is None:
@@ -61,15 +70,21 @@ def missing_unit(
 ) -> Diagnostic:
     """A bare number where the unit decides."""
     number = value.written or units.show(value.value)
-    choices = [f"{number} {unit}" if unit != "s" else f"{number}s" for unit in accepted]
-    if share:
+    whole = value.value == int(value.value)
+    fitting = [
+        u for u in accepted if (whole or u == "epochs") and (u != "epochs" or value.value < 1000)
+    ]
+    choices = [f"{number} {unit}" if unit != "s" else f"{number}s" for unit in fitting]
+    if share and 0 < value.value < 1:
+        choices = [units.show(float(value.value), "%")]
+    elif share and value.value < 20:
         choices.append(f"{number}%")
     return error(
         "missing-unit",
         f"{owner} needs a unit",
         span,
         f"{number} of what?",
-        help=f"write {listed(choices, 'or')}",
+        help=f"write {listed(choices, 'or')}" if choices else None,
     )
 
 
@@ -235,14 +250,17 @@ def lone_brace(span: Span, brace: str) -> Diagnostic:
 
 
 def bad_field_name(span: Span, name: str) -> Diagnostic:
-    """`{}` or `{a b}`."""
-    shown = f"`{{{name}}}`" if len(name) < 40 else "this"
-    return error(
-        "bad-template",
-        f"{shown} names no field",
-        span,
-        help="a field is a name: `{question}`; a brace itself is `{{`",
-    )
+    """`{}`, `{a b}` or `{a[0].b}`."""
+    field = f"{{{name}}}"
+    at = span.text.find(field)
+    place = Span(span.source, span.start + at, span.start + at + len(field)) if at >= 0 else span
+    shown = f"`{field}`" if len(name) < 40 else "this"
+    dotted = re.sub(r"\[[\"']?(\w+)[\"']?\]", r".\1", name)
+    if dotted != name:
+        help = f"parts of a field go with dots: `{{{dotted}}}`"
+    else:
+        help = "a field is a name: `{question}`; a brace itself is `{{`"
+    return error("bad-template", f"{shown} names no field", place, help=help)
 
 
 def bad_regex(span: Span, at: int | None, what: str) -> Diagnostic:
@@ -309,8 +327,11 @@ def each_name(span: Span) -> Diagnostic:
     return error("unknown-attribute", "`each` takes values without names", span)
 
 
-def each_too_few(span: Span, count: int) -> Diagnostic:
+def each_too_few(span: Span, count: int, listed: syntax.ListOf | None) -> Diagnostic:
     """`each(1)`."""
+    if listed is not None:
+        plain = f"each({listed.span.text[1:-1].strip()})"
+        return error("out-of-range", "`each` takes values, not a list", span, fix=Edit(span, plain))
     label = "no value" if count == 0 else "one value is no choice"
     return error("out-of-range", "`each` takes two values or more", span, label)
 

@@ -138,6 +138,19 @@ def role_not_there(
     )
 
 
+def constant_template(span: Span, role: str) -> Diagnostic:
+    """`prompt = "{{question}}"`, or no field at all."""
+    doubled = "{{" in span.text
+    return error(
+        "bad-template",
+        f"every row would have the same {role}: this names no field",
+        span,
+        help="a field has single braces; doubled ones are text"
+        if doubled
+        else "such as `{question}`",
+    )
+
+
 def instructions_lack(span: Span, name: str) -> Diagnostic:
     """A rubric's instructions without what is judged."""
     return error("bad-template", f"these instructions lack `{{{name}}}`", span)
@@ -185,6 +198,17 @@ def unknown_python_function(span: Span, name: str, file: str, functions: list[st
     help = choose(name, functions, "it has")
     return error(
         "python-function", f"{quoted(file, 50)} has no function {quoted(name)}", span, help=help
+    )
+
+
+def awaited_function(span: Span, name: str) -> Diagnostic:
+    """`async def`, or a generator."""
+    return error(
+        "python-function",
+        f"calling {quoted(name, 50)} gives no number",
+        span,
+        "it is `async`, or it yields",
+        help="a reward is an ordinary function; calls run side by side in processes",
     )
 
 

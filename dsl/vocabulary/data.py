@@ -200,7 +200,7 @@ class Shuffle(DataMethod):
 
     word = "shuffle"
     seed: Annotated[int, types.Whole(low=0)] = result(
-        "The seed of the order.", "gsm8k.shuffle(seed = 1)", 0
+        "The seed of the order.", "gsm8k.shuffle(seed = 1)", 0, positional=True
     )
 
 

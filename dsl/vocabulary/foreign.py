@@ -90,6 +90,23 @@ STAGE: dict[str, Foreign] = {
     "fp16": Foreign("the precision is an attribute of the model", "dtype = bf16"),
     "gradient_checkpointing": Foreign("what the backward pass computes again is", "remat = full"),
     "depends_on": Foreign("stages are ordered by what they use: `from`, `data`, `reward`"),
+    "sequence_len": Foreign("the longest sequence is an attribute of the model", "context = {value}"),
+    "max_prompt_length": Foreign("the longest prompt belongs to the rollout", "rollout = sampling(max_prompt = {value})"),
+    "sample_packing": Foreign("it is called `packing`", "packing = true"),
+    "lr_scheduler": Foreign("the schedule belongs to the optimizer", "optimizer = adamw(lr = 1e-5, decay = cosine)"),
+    "lora_alpha": _LORA, "lora_target_modules": _LORA, "lora_dropout": _LORA,
+    "val_set_size": Foreign("hold some out and measure it", "data = math.split(test = 5%).train"),
+    "train_on_inputs": Foreign("supervised tuning trains on responses alone; to train on every token, use `pretrain`"),
+    "dataset_text_field": Foreign("the data says which field is the text", 'text = "{{text}}"'),
+    "deepspeed": Foreign("the plan shards by itself; to pin it", "mesh = axes(fsdp = 8)"),
+    "fsdp": Foreign("the plan shards by itself; to pin it", "mesh = axes(fsdp = 8)"),
+    "report_to": Foreign("trackers are named in the `run` block", "track = [tensorboard()]"),
+    "eval_strategy": Foreign("the spacing of evaluations is", "eval_every = 100 steps"),
+    "loss_type": Foreign("the loss is made of `advantage`, `ratio`, `clip` and `aggregate`; the kinds of stages are its rows"),
+    "scale_rewards": Foreign("whether rewards are divided by their deviation", "advantage = group_mean"),
+    "num_iterations": Foreign("how often a step's completions are gone through", "passes = {value}", whole=True),
+    "use_vllm": Foreign("there is nothing to set: training and sampling share one model"),
+    "reward_weights": Foreign("one reward expression weighs them", "reward = 0.8 * correct + 0.2 * shape"),
     "output_dir": Foreign("results go to the store; to write a model out, add an `export` stage", "path = {value}"),
 }  # fmt: skip
 """Attributes of a stage elsewhere."""
@@ -140,6 +157,10 @@ FUNCTION: dict[str, Foreign] = {
     "warmup_steps": Foreign("the warm-up states what it counts", "warmup = {value} steps", whole=True),
     "warmup_ratio": Foreign("the warm-up states what it counts", "warmup = 3%"),
     "max_grad_norm": Foreign("gradient clipping is `clip_norm`", "clip_norm = {value}", whole=True),
+    "lr_scheduler_type": Foreign("it is called `decay`", "decay = cosine"),
+    "schedule": Foreign("it is called `decay`", "decay = cosine"),
+    "do_sample": Foreign("at temperature 0 the likeliest token is taken", "temperature = 0"),
+    "n": Foreign("completions for each prompt are the stage's `group`, or an eval's `samples`"),
     "max_new_tokens": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}", whole=True),
     "max_length": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}"),
     "r": Foreign("the rank is `rank`", "rank = {value}", whole=True),
@@ -160,11 +181,20 @@ EVAL: dict[str, Foreign] = {
 }  # fmt: skip
 """Attributes of an eval elsewhere."""
 
+RUN: dict[str, Foreign] = {
+    "output_dir": Foreign("results go to the store beside the spec; to write a model out, add an `export` stage"),
+    "wandb_project": Foreign("trackers are calls", "track = [wandb(project = {value})]", whole=True),
+    "report_to": Foreign("trackers are calls", "track = [tensorboard()]"),
+    "run_name": Foreign("it is called `name`", "name = {value}", whole=True),
+}  # fmt: skip
+"""Attributes of a run elsewhere."""
+
 BY_NOUN: dict[str, dict[str, Foreign]] = {
     "stage": STAGE,
     "model": MODEL,
     "data": DATA,
     "eval": EVAL,
+    "run": RUN,
 }
 
 NAMES: dict[str, str] = {
@@ -184,12 +214,34 @@ NOUNS: dict[str, str] = {
 """Nouns that go by another name here."""
 
 FUNCTIONS: dict[str, str] = {
-    "adam": "adamw", "AdamW": "adamw", "Adam": "adamw", "SGD": "sgd", "rouge": "exact",
+    "adam": "adamw", "AdamW": "adamw", "Adam": "adamw", "SGD": "sgd",
     "regex": "matches", "match": "exact", "equals": "exact", "grid": "each", "sweep": "each",
-    "choice": "each", "max": "best", "highest": "best", "min": "lowest", "LoRA": "lora",
+    "highest": "best", "LoRA": "lora",
     "LoraConfig": "lora", "SamplingParams": "sampling", "generate": "sampling",
 }  # fmt: skip
 """Functions that go by another name here."""
+
+ADVICE: dict[str, str] = {
+    "qlora": "store the model's weights in 4 bits, `weights = nf4`, and train `lora(rank = 16)`",
+    "max": "rewards and numbers have no `max`; a condition chooses: `a if a > b else b`",
+    "min": "rewards and numbers have no `min`; a condition chooses: `a if a < b else b`",
+    "rouge": "there is `exact`, `contains`, `numeric_match`, `matches`, and your own `python(...)`",
+}
+"""Functions of other tools for which there is something else."""
+
+NOT_YET = (
+    "dpo",
+    "orpo",
+    "simpo",
+    "kto",
+    "ppo",
+    "reward_model",
+    "distill",
+    "sample",
+    "evaluate",
+    "merge",
+)
+"""Kinds of stages that are planned."""
 
 KINDS: dict[str, str] = {
     "json": "jsonl", "tsv": "csv", "txt": "text", "reasoning_gym": "procedural", "synthetic": "procedural",

@@ -8,3 +8,7 @@ def lonely(text):
 
 def needs_level(completion, level):
     return 0.0
+
+
+async def waits(completion):
+    return 0.0
