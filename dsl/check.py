@@ -28,30 +28,6 @@ from tunelang.dsl.vocabulary.stages import Run
 
 MAX_BRANCHES = 256
 
-PARAM_TYPES: dict[str, types.Type] = {
-    "number": types.Number(),
-    "integer": types.Whole(),
-    "percent": types.Share(),
-    "text": types.Text(),
-    "flag": types.Flag(),
-    "regex": types.Pattern(),
-    "memory": types.Memory(),
-    "time": types.Duration(),
-    "tokens": types.count("tokens", low=0),
-    "steps": types.count("steps", low=0),
-    "epochs": types.count("epochs", low=0),
-    "prompts": types.count("prompts"),
-    "sequences": types.count("sequences"),
-    "tokenizer": types.Ref(("tokenizer",)),
-    "model": types.Ref(("model", "stage")),
-    "stage": types.Ref(("stage",)),
-    "eval": types.Ref(("eval",)),
-    "hardware": types.Ref(("hardware",)),
-    "data": types.Of("data"),
-    "reward": types.Of("reward"),
-}
-"""The types that a parameter may state, beside `choice(a, b)`."""
-
 
 @dataclass(frozen=True)
 class Checked:
@@ -176,15 +152,15 @@ class _Checker:
         return raw
 
     def _param_type(self, node: syntax.Expr) -> types.Type | None:
-        if isinstance(node, syntax.Name) and node.text in PARAM_TYPES:
-            return PARAM_TYPES[node.text]
+        if isinstance(node, syntax.Name) and node.text in types.PARAMETERS:
+            return types.PARAMETERS[node.text]
         if isinstance(node, syntax.Chain) and isinstance(node.head, syntax.Name):
             call = node.links[0]
             words = call.arguments if isinstance(call, syntax.Call) else ()
             names = [a.value.text for a in words if isinstance(a.value, syntax.Name) and not a.name]
             if node.head.text == "choice" and names and len(names) == len(words):
                 return types.Choice(tuple(names))
-        self.diagnostics.add(messages.unknown_type(node.span, list(PARAM_TYPES)))
+        self.diagnostics.add(messages.unknown_type(node.span, list(types.PARAMETERS)))
         return None
 
     def _kinded(

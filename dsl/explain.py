@@ -6,18 +6,51 @@ The same text, for everything there is, is the reference.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tunelang.dsl import types, units
 from tunelang.dsl.codes import Code, codes
 from tunelang.dsl.show import literal
-from tunelang.dsl.vocabulary import FORMS, FUNCTIONS, KINDS, NOUNS, RUN, data
+from tunelang.dsl.vocabulary import FORMS, FUNCTIONS, KINDS, NOUNS, RUN, data, foreign
 from tunelang.dsl.vocabulary.base import EFFECTS, Attribute, Function, KindInfo, attributes, doc_of
+
+TOPICS: dict[str, str] = {
+    "template": (
+        "Text with `{field}` in it, filled in for each example. Dots lead into objects and lists:"
+        " `{meta.level}`, `{turns.0.text}`. A brace itself is written twice: `{{`. Rewards also"
+        " have `{completion}` and the roles `{prompt}`, `{response}`, `{target}`."
+    ),
+    "import": (
+        '`import "other.tune"` brings in the names of another file, `import "other.tune" as base`'
+        ' puts them behind `base.`, and `import "other.tune" as base with (lr = 1e-6)` sets its'
+        " parameters. Paths are relative to the importing file; `--set base.lr=1e-6` works too."
+    ),
+    "if": "`a if condition else b` chooses before the run: `2 epochs if quick else 10 epochs`.",
+    "each": FORMS["each"]
+    + " `optimizer = adamw(lr = each(1e-6, 3e-6))`, then `keep = best(accuracy)`.",
+    "step": "`baseline.step(500)` is the model that a stage had after that many steps.",
+    "none": "Switches an attribute off that can do without: `clip_norm = none`.",
+    "metric": (
+        "What `keep` compares: the name of an eval of the stage, `eval.metric`, a metric of the"
+        " stage itself (`loss`, `reward`, `kl`, ...), or `data.reward` for one source."
+    ),
+    "role": "What a field means to a stage: " + ", ".join(f"`{role}`" for role in data.ROLES) + ".",
+    "override": (
+        "`--set scale=2` sets a parameter, `--set stage.baseline.optimizer.lr=1e-5` an attribute by"
+        " noun and name. The right side is an expression of the language, so text needs its own"
+        " quotes: `--set 'model.gemma.path=\"google/gemma-2b\"'`."
+    ),
+    "type": "A parameter states its type: "
+    + ", ".join(f"`{name}`" for name in types.PARAMETERS)
+    + ", or `choice(a, b)`. `param lr : number = 1e-5`.",
+}
+"""What is no word of a table."""
 
 
 def topics() -> list[str]:
     """Every name that can be explained."""
-    names = [*NOUNS, "run", *FUNCTIONS, *data.METHODS, *FORMS, *codes()]
+    names = [*NOUNS, "run", *TOPICS, *FUNCTIONS, *data.METHODS, *FORMS, *codes()]
     for table in KINDS.values():
         for word, info in table.items():
             names += [word, *(f"{word}.{attribute}" for attribute in info.attributes)]
@@ -33,6 +66,8 @@ def explain(name: str) -> str | None:
 
     A name that means several things, such as `text`, is explained in each sense.
     """
+    pasted = re.fullmatch(r"(?:error|warning)\[([a-z-]+)\].*", name)
+    name = pasted.group(1) if pasted else name
     if name in codes():
         return code(codes()[name])
     head, _, tail = name.partition(".")
@@ -46,11 +81,11 @@ def explain(name: str) -> str | None:
         callables = {**FUNCTIONS, **data.METHODS}
         if head in callables:
             parts.append(function(callables[head]))
-        if head in FORMS:
-            parts.append(f"# `{head}(...)`\n\n{FORMS[head]}\n")
+        if head in TOPICS:
+            parts.append(f"# `{head}`\n\n{TOPICS[head]}\n")
         parts += unit(head)
         if not parts:
-            parts += _everywhere(head)
+            parts += _everywhere(head) + _choice(head) + _foreign(head)
     else:
         for owner, known in _owners(head):
             if tail in known:
@@ -112,6 +147,8 @@ def noun(name: str) -> str:
     if name in ("let", "param"):
         form = "`param NAME : TYPE = value`" if name == "param" else "`let NAME = expression`"
         out.append(f"Written {form}.")
+    if name == "param":
+        out += ["", TOPICS["type"]]
     return "\n".join(out) + "\n"
 
 
@@ -164,10 +201,8 @@ def attribute(a: Attribute, full: bool = False) -> str:
     lines = [
         a.doc, "", f"- type: {a.type.describe()}{none}",
         f"- default: `{literal(a.default, a.type)}`" if not a.required else "- required",
-        f"- a change: {EFFECTS[a.effect]}", f"- example: `{a.example}`",
+        f"- a change of it {EFFECTS[a.effect]}", f"- example: `{a.example}`",
     ]  # fmt: skip
-    if isinstance(a.type, types.Text) and a.type.among:
-        lines.insert(3, "- one of: " + ", ".join(f'`"{word}"`' for word in a.type.among))
     return "\n".join(lines) + "\n"
 
 
@@ -210,6 +245,46 @@ def _owners(word: str) -> list[tuple[str, dict[str, Attribute]]]:
     if word == "run":
         found.append(("run", RUN.attributes))
     return found
+
+
+def _choice(word: str) -> list[str]:
+    """The attributes that a bare word may be the value of."""
+    places: list[str] = []
+    for owner in dict.fromkeys([*(w for t in KINDS.values() for w in t), *FUNCTIONS]):
+        for _, known in _owners(owner):
+            places += [f"`{owner}.{a.name}`" for a in known.values() if word in _words(a.type)]
+    if not places:
+        return []
+    return [f"# `{word}`\n\nA choice of {', '.join(dict.fromkeys(places))}.\n"]
+
+
+def _words(want: types.Type) -> tuple[str, ...]:
+    match want:
+        case types.Choice():
+            return want.words
+        case types.Text():
+            return want.among
+        case types.ListOf():
+            return _words(want.item)
+        case types.Either():
+            return tuple(word for option in want.options for word in _words(option))
+    return ()
+
+
+def _foreign(word: str) -> list[str]:
+    """A word of another tool, and what leads from it to ours."""
+    found: list[str] = []
+    for table in (*foreign.BY_NOUN.values(), foreign.FUNCTION):
+        entry = table.get(word)
+        if entry is not None:
+            line = entry.line.format(value="...", batch="sequences")
+            found.append(entry.help + (f": `{line}`" if line else ""))
+    if word in foreign.ADVICE:
+        found.append(foreign.ADVICE[word])
+    if not found:
+        return []
+    lines = "".join(f"- {text}\n" for text in dict.fromkeys(found))
+    return [f"# `{word}`\n\nA word of other tools. Here:\n\n{lines}"]
 
 
 def _everywhere(name: str) -> list[str]:

@@ -177,7 +177,8 @@ class Text(Type):
 
     def describe(self) -> str:
         """See `Type`."""
-        return "one of these texts" if self.among else "text"
+        words = ", ".join(f'`"{word}"`' for word in self.among)
+        return f"one of {words}" if self.among else "text"
 
     def json(self) -> Json:
         """See `Type`."""
@@ -317,7 +318,7 @@ class ListOf(Type):
 
     def describe(self) -> str:
         """See `Type`."""
-        return f"a list in `[ ]`, each {self.item.describe()}"
+        return f"{self.item.describe()}, or a list of them in `[ ]`"
 
     def json(self) -> Json:
         """See `Type`."""
@@ -371,3 +372,28 @@ def count(*units: str, low: int = 1, share: bool = False) -> Amount:
     """An `Amount` of the given units."""
     assert all(unit in COUNTED for unit in units)
     return Amount(units, low, share)
+
+
+PARAMETERS: dict[str, Type] = {
+    "number": Number(),
+    "integer": Whole(),
+    "percent": Share(),
+    "text": Text(),
+    "flag": Flag(),
+    "regex": Pattern(),
+    "memory": Memory(),
+    "time": Duration(),
+    "tokens": count("tokens", low=0),
+    "steps": count("steps", low=0),
+    "epochs": count("epochs", low=0),
+    "prompts": count("prompts"),
+    "sequences": count("sequences"),
+    "tokenizer": Ref(("tokenizer",)),
+    "model": Ref(("model", "stage")),
+    "stage": Ref(("stage",)),
+    "eval": Ref(("eval",)),
+    "hardware": Ref(("hardware",)),
+    "data": Of("data"),
+    "reward": Of("reward"),
+}
+"""The types that a parameter may state, beside `choice(a, b)`."""

@@ -56,8 +56,20 @@ def main() -> None:
     app()
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version  # slow to import
+
+        typer.echo(version("tunelang"))
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     """Declarative post-training of language models on JAX."""
 
 
@@ -77,6 +89,7 @@ def check_command(
     for spec in specs:
         checked = check(_stdin(), sets) if spec == "-" else check_file(Path(spec), sets)
         failed = failed or checked.program is None
+        spec = "<standard input>" if spec == "-" else spec
         if as_json:
             document: dict[str, object] = {
                 "spec": spec,

@@ -22,8 +22,8 @@ from tunelang.dsl import types
 Effect = Literal["result", "placement", "observe"]
 EFFECTS: dict[Effect, str] = {
     "result": "changes the result: a finished stage runs again",
-    "placement": "only where and how it runs: a finished stage stays finished",
-    "observe": "only what is shown: a finished stage stays finished",
+    "placement": "changes only where and how it runs: a finished stage stays finished",
+    "observe": "changes only what is shown: a finished stage stays finished",
 }
 
 
