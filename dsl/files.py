@@ -6,7 +6,6 @@ Only reads; nothing is imported or run. Results are cached by path for the time 
 from __future__ import annotations
 
 import ast
-import csv
 import importlib.util
 import json
 import re
@@ -88,6 +87,8 @@ def _jsonl(lines: list[str]) -> list[dict[str, Any]]:
 def _csv(lines: list[str], separator: str) -> list[dict[str, Any]]:
     if len(separator) != 1:
         raise BadFile("a separator is one character", None)
+    import csv  # only this kind needs it
+
     if lines and lines[0].lstrip().startswith("{") and lines[0].rstrip().endswith("}"):
         raise BadFile("it holds JSON lines: its kind is `jsonl`", None)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -243,6 +242,10 @@ def _columns(character: str) -> int:
     """How many columns of a terminal a character takes."""
     if character == "\t":
         return 4
+    if character.isascii():
+        return 1
+    import unicodedata  # a large table that most specs do not need
+
     if unicodedata.combining(character):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -10,7 +10,7 @@ from tunelang.dsl.source import Source, Span
 from tunelang.dsl.units import Quantity
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Name:
     """A bare word: a reference, a choice such as `cosine`, or a unit of the vocabulary."""
 
@@ -18,7 +18,7 @@ class Name:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Number:
     """A number with its unit; `quantity` is None where the unit is unknown (reported already)."""
 
@@ -26,7 +26,7 @@ class Number:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Text:
     """Text, with escapes resolved and long text dedented."""
 
@@ -34,7 +34,7 @@ class Text:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Regex:
     """A regular expression; `pattern` stands in Python's syntax, escaped slashes resolved."""
 
@@ -42,7 +42,7 @@ class Regex:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Constant:
     """`true`, `false` or `none`."""
 
@@ -50,7 +50,7 @@ class Constant:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ListOf:
     """`[a, b]`."""
 
@@ -58,7 +58,7 @@ class ListOf:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Group:
     """An expression in parentheses."""
 
@@ -66,7 +66,7 @@ class Group:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Argument:
     """One argument of a call; `name` is None for a positional one."""
 
@@ -75,7 +75,7 @@ class Argument:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Member:
     """`.name` after something."""
 
@@ -83,7 +83,7 @@ class Member:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Call:
     """`(arguments)` after something."""
 
@@ -91,7 +91,7 @@ class Call:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Chain:
     """An operand followed by members and calls: `gsm8k.split(test = 5%).train`, `adamw(lr =
     1e-5)`.
@@ -102,7 +102,7 @@ class Chain:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Unary:
     """`-x`, `+x` or `not x`."""
 
@@ -111,7 +111,7 @@ class Unary:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Operation:
     """A flat run of operators of one precedence: `a + b - c`, `a and b and c`, `a < b`.
 
@@ -123,7 +123,7 @@ class Operation:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Conditional:
     """`then if test else otherwise`."""
 
@@ -148,7 +148,7 @@ Expr = (
 )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Attribute:
     """`name = value` inside a block."""
 
@@ -157,7 +157,7 @@ class Attribute:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Block:
     """`{ ... }`. `damaged` says that something in it was dropped after a syntax error."""
 
@@ -166,7 +166,7 @@ class Block:
     damaged: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Declaration:
     """`noun name : kind { ... }`, `noun name = value`, or `param name : type = value`."""
 
@@ -180,7 +180,7 @@ class Declaration:
     doc: str = ""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Run:
     """The `run { ... }` block."""
 
@@ -188,7 +188,7 @@ class Run:
     span: Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Import:
     """`import "path" as prefix with (param = value)`."""
 
@@ -201,7 +201,7 @@ class Import:
 Item = Declaration | Run | Import
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class File:
     """One parsed source. `broken` holds names whose declarations could not be read."""
 

@@ -15,7 +15,7 @@ from tunelang.dsl.units import COUNTED, show
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Type:
     """Base of all types."""
 
@@ -28,7 +28,7 @@ class Type:
         raise NotImplementedError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Number(Type):
     """A plain number (`float`), within inclusive (`low`, `high`) or exclusive (`above`, `below`)
     bounds.
@@ -71,7 +71,7 @@ class Number(Type):
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Whole(Number):
     """A whole number (`int`): `8`, `10_000`, `5k`, `4Ki`."""
 
@@ -82,7 +82,7 @@ class Whole(Number):
         return {**super().json(), "type": "integer"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Share(Number):
     """A part of a whole (`float` from 0 to 1): `5%`, or `0.05`."""
 
@@ -94,7 +94,7 @@ class Share(Number):
         return "a percentage" if self.high != 1 else "a percentage up to 100%"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Amount(Type):
     """A whole number of something.
 
@@ -128,7 +128,7 @@ class Amount(Type):
         return {"type": "object", "properties": properties, "required": ["value", "unit"]}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Memory(Type):
     """An amount of memory in bytes (`int`): `16 GiB`, `5 GB`."""
 
@@ -141,7 +141,7 @@ class Memory(Type):
         return {"type": "integer", "minimum": 1}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Duration(Type):
     """A time in seconds (`float`): `30s`, `5m`, `2h`."""
 
@@ -154,7 +154,7 @@ class Duration(Type):
         return {"type": "number", "exclusiveMinimum": 0}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Price(Type):
     """Money per device and hour (`float`): `1.2 per device_hour`."""
 
@@ -167,7 +167,7 @@ class Price(Type):
         return {"type": "number", "minimum": 0}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Text(Type):
     """Text taken as it stands (`str`); braces mean nothing in it. `among` closes the set of
     texts.
@@ -185,7 +185,7 @@ class Text(Type):
         return {"enum": list(self.among)} if self.among else {"type": "string"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Path(Type):
     """A path (`str`), relative to the file that it is written in; the Program has it relative to
     the spec.
@@ -211,7 +211,7 @@ class Path(Type):
         return {"type": "string", "minLength": 1}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pattern(Type):
     """A regular expression in Python's syntax (`str`): `/a+b/`."""
 
@@ -224,7 +224,7 @@ class Pattern(Type):
         return {"type": "string", "format": "regex"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Flag(Type):
     """`true` or `false` (`bool`)."""
 
@@ -237,7 +237,7 @@ class Flag(Type):
         return {"type": "boolean"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Choice(Type):
     """One of a few words, written bare (`str`): `decay = cosine`."""
 
@@ -252,7 +252,7 @@ class Choice(Type):
         return {"enum": list(self.words)}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Ref(Type):
     """A declaration of one of these nouns (`Reference`)."""
 
@@ -268,7 +268,7 @@ class Ref(Type):
         return {"$ref": "#/$defs/reference"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Of(Type):
     """A value of a family: a call such as `adamw(lr = 1e-5)`, or an expression over data or
     rewards.
@@ -309,7 +309,7 @@ FAMILIES = {
 """Family -> how a message calls its values."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ListOf(Type):
     """`[a, b]` (`tuple`); a single value stands for a list of one."""
 
@@ -325,7 +325,7 @@ class ListOf(Type):
         return {"type": "array", "items": self.item.json(), "minItems": self.low}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Either(Type):
     """A value of any of several types; the first that accepts it decides."""
 
@@ -340,7 +340,7 @@ class Either(Type):
         return {"anyOf": [option.json() for option in self.options]}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Metric(Type):
     """A metric that a stage yields (`MetricName`): an eval, `eval.metric`, `loss`,
     `data.reward`.
@@ -355,7 +355,7 @@ class Metric(Type):
         return {"type": "string"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Anything(Type):
     """Whatever the expression is: the value of a `let`, a setting of a generator."""
 
