@@ -101,7 +101,7 @@ def sample(logits: Array, keys: Array, settings: SlotSettings, seen: Array | Non
     penalised = logits
     if seen is not None:
         penalised = _penalised(logits, seen, settings.repetition_penalty)
-    scaled = scale(penalised, settings.temperature)
+    scaled = _scaled_once(penalised, settings.temperature)
     keep = kept(scaled, settings)
     greedy = settings.temperature == 0
     drawn = _draw(keys, jnp.where(keep, _mass(scaled), 0))
@@ -134,6 +134,20 @@ def scale(logits: Array, temperature: Array) -> Array:
     temperature = jnp.where(temperature == 0, 1.0, temperature)
     largest = lax.stop_gradient(logits.max(-1, keepdims=True))
     return (logits - largest) / temperature[..., None]
+
+
+def _scaled_once(logits: Array, temperature: Array) -> Array:
+    """`scale`, computed into one buffer that everything reads.
+
+    Within a program the compiler may compute logits (a soft cap, a penalty) once to find their
+    largest and again, rounded otherwise, to subtract it. Then no token has distance 0, and greedy
+    sampling or top-k 1 finds none; XLA on CPUs does so for `cap * tanh(logits / cap)`, and drops
+    `lax.optimization_barrier` beforehand. What goes into and comes out of a conditional is a
+    buffer. Its branches are equal, and which is taken hangs on a value unknown while compiling.
+    """
+    either = logits.ravel()[0] > 0
+    scaled: Array = lax.cond(either, scale, scale, logits, temperature)
+    return scaled
 
 
 def kept(scaled: Array, settings: SlotSettings) -> Array:
@@ -204,12 +218,25 @@ def _draw(keys: Array, weights: Array) -> Array:
     bits = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys)
     # The upper half of the product: uniform below the total. `jax.random.randint` takes a
     # remainder, which with totals this large makes some tokens a quarter too frequent.
-    point = lax.mulhi(bits, ends[:, -1].astype(jnp.uint32)).astype(jnp.int32)
+    point = _upper_half(bits, ends[:, -1].astype(jnp.uint32)).astype(jnp.int32)
     block = (ends <= point[:, None]).sum(-1)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
     point = point - (_at(ends, block) - inside.sum(-1))
     token = block * width + (jnp.cumsum(inside, -1) <= point[:, None]).sum(-1)
     return jnp.minimum(token, vocab - 1)  # past the end only where NaN left no mass at all
+
+
+def _upper_half(one: Array, other: Array) -> Array:
+    """Multiply uint32 by uint32 and return the upper 32 bits of the product, exactly.
+
+    In place of `lax.mulhi`, which does not compile in a program that is split over a mesh (jax
+    0.10.2 on CPUs: "failed to legalize operation 'mhlo.unknown'").
+    """
+    one_high, one_low = one >> 16, one & 0xFFFF
+    other_high, other_low = other >> 16, other & 0xFFFF
+    middle = one_high * other_low + (one_low * other_low >> 16)
+    rest = one_low * other_high + (middle & 0xFFFF)
+    return one_high * other_high + (middle >> 16) + (rest >> 16)
 
 
 def _penalised(logits: Array, seen: Array, penalty: Array) -> Array:

@@ -262,3 +262,28 @@ def test_draws_repeat_with_the_seed_and_differ_with_all_else():
         assert (tokens(**{change: 9}) == first).mean() < 0.1, change
     np.testing.assert_array_equal(tokens(prompt=8)[:-8], first[8:])
     assert len(np.unique(first)) > 50
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=0.0, repetition_penalty=2)],
+    ids=["greedy", "top-k 1", "penalty"],
+)
+def test_the_likeliest_of_logits_that_the_same_program_caps(asked):
+    """The compiler may round the cap in two ways, and then no logit equals the largest."""
+    slots, vocab = 16, 48
+
+    @jax.jit
+    def run(hidden, head):
+        logits = 1.5 * jnp.tanh(hidden @ head / 1.5)
+        keys = jax.random.split(jax.random.key(0), slots)
+        seen = jnp.ones((slots, vocab), bool)
+        return logits, sampling.sample(logits, keys, sampling.slot_settings(asked, slots), seen)
+
+    for seed in range(5):
+        one, other = jax.random.split(jax.random.key(seed))
+        logits, draw = run(
+            jax.random.normal(one, (slots, 16)), jax.random.normal(other, (16, vocab))
+        )
+        taken = jnp.take_along_axis(logits, draw.token[:, None], -1)[:, 0]
+        np.testing.assert_allclose(taken, logits.max(-1), rtol=1e-6)

@@ -1,0 +1,319 @@
+"""The device's half of a rollout: slots of a KV cache, and the jitted loop that fills them.
+
+Four programs. `empty` makes the slots, `prefill` runs prompts, `admit` copies a prefilled prompt
+into the slots of its completions, and `decode` draws tokens in all slots at once, in one
+`lax.while_loop`. `rollout.py` calls them.
+
+A turn of the loop draws a token from the hidden state that a slot holds, then runs the decoder on
+it. So the first token of a completion, whose hidden state comes from the prefill, is drawn by the
+same code as all others, and to admit a prompt is to copy.
+
+What is drawn is written straight to the row of its completion. So the results have the order of
+the prompts whatever slot they ran in, and the host fetches them once, at the end; when a slot
+becomes free, it only has to learn which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from numpy.typing import NDArray
+
+from tunelang.compiler.architecture import Architecture
+from tunelang.runtime.attention import Kernel
+from tunelang.runtime.decoder import CACHE, Cache, Decoder, empty_cache, insert
+from tunelang.runtime.sampling import SlotSettings, sample, token_keys
+from tunelang.runtime.sharding import Layout, constrain
+from tunelang.runtime.train import abstract_decoder
+
+Given = Array | NDArray[Any] | np.generic
+"""What the host hands to a program: numpy as a rule, which is the same on every host."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Written:
+    """What was drawn, a row for each completion, with rows to spare at the end."""
+
+    tokens: Array
+    """`[rows, max_tokens]` int32."""
+    log_probs: Array
+    """`[rows, max_tokens]` float32: `plain_log_prob` of `sampling.Draw`, in nats."""
+    lengths: Array
+    """`[rows]` int32: the tokens drawn; what is behind them is 0."""
+    stopped: Array
+    """`[rows]` bool: whether the last token is a stop token."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """Everything that the loop changes."""
+
+    cache: Cache
+    hidden: Array
+    """`[slots, width]`: of each slot's last token; the next one is drawn from it."""
+    seen: Array | None
+    """`[slots, vocab]` bool: the tokens of prompt and completion so far; only where there is a
+    repetition penalty."""
+    active: Array
+    """`[slots]` bool: whether the slot's completion goes on."""
+    completion: Array
+    """`[slots]` int32: the row of `written` that the slot writes."""
+    prompt: Array
+    """`[slots]` int32: the index of its prompt in the data, for its random keys."""
+    sample: Array
+    """`[slots]` int32: which of the prompt's group, for its random keys."""
+    drawn: Array
+    """`[slots]` int32: tokens of its completion so far."""
+    written: Written
+
+
+class Prefilled(NamedTuple):
+    """Prompts that were run, and wait to be admitted."""
+
+    hidden: Array
+    """`[prompts, width]`: of each prompt's last token."""
+    cache: Cache
+    tokens: Array
+    """`[prompts, length]` int32."""
+
+
+class Admission(NamedTuple):
+    """Which prompt goes to which slot, all `[count]` int32; a slot beyond the last is left out."""
+
+    row: Given
+    """Of the `Prefilled`."""
+    slot: Given
+    completion: Given
+    prompt: Given
+    sample: Given
+
+
+class Request(NamedTuple):
+    """What `decode` is told, all as arrays: to change any of it compiles nothing."""
+
+    settings: SlotSettings
+    stop_ids: Given
+    """`[stops]` int32; -1 for none."""
+    seed: Given
+    """uint32 scalar: the run's."""
+    step: Given
+    """int32 scalar: the training step."""
+    until_free: Given
+    """int32 scalar: the loop ends when so many slots are free."""
+    most: Given
+    """int32 scalar: the loop ends after so many turns."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """The compiled programs for one architecture, and the sizes they are made for."""
+
+    slots: int
+    capacity: int
+    """Tokens of a slot: prompt and completion."""
+    refill_at: int
+    """How many slots have to be free before the loop is left to refill them."""
+    empty: Callable[[int, int, bool], Slots]
+    """`(rows, max_tokens, whether there is a repetition penalty) -> slots`."""
+    prefill: Callable[[Any, Given, Given], Prefilled]
+    """`(params, tokens [prompts, length], lengths [prompts]) -> prefilled`."""
+    admit: Callable[[Slots, Prefilled, Admission], Slots]
+    """The slots that go in are used up."""
+    decode: Callable[[Any, Slots, Given, Request], tuple[Slots, Array]]
+    """`(params, slots, keep, request) -> slots, turns`. Slots that `keep` `[slots]` leaves out end
+    before the first turn. The slots that go in are used up."""
+
+
+def make_engine(
+    architecture: Architecture,
+    *,
+    slots: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+    layout: Layout | None = None,
+    kernel: Kernel = "xla",
+    refill_at: int | None = None,
+) -> Engine:
+    """Make the programs; each compiles at its first call.
+
+    `slots` completions run at once, each of at most `capacity` tokens with its prompt. `dtype`, of
+    activations and cache, and `layout` should be those of the training program, whose parameters
+    the programs take as they are. Without `refill_at`, the loop is left when an eighth of the slots
+    are free. Raises `ValueError` where a size is out of range.
+
+    Why the loop is left at all: the prompts could all be prefilled beforehand, and slots refilled
+    inside the loop, but then the cache of every prompt of the step would have to be held. Left for
+    each slot, it would pay a round trip to the host and a copy for every completion; left only
+    when all slots are free, slots would stand idle until the longest completion ends.
+    """
+    if not 1 <= capacity <= architecture.context:
+        raise ValueError(
+            f"slots of {capacity} tokens for a context of {architecture.context} tokens"
+        )
+    if slots < 1:
+        raise ValueError(f"{slots} slots")
+    refill_at = max(1, slots // 8) if refill_at is None else refill_at
+    if not 1 <= refill_at <= slots:
+        raise ValueError(f"refilled when {refill_at} of {slots} slots are free")
+    graph, _ = abstract_decoder(architecture, dtype)
+
+    def empty(rows: int, max_tokens: int, penalised: bool) -> Slots:
+        state = _empty(architecture, slots, capacity, dtype, rows, max_tokens, penalised)
+        return _placed(layout, state)
+
+    def prefill(params: Any, tokens: Array, lengths: Array) -> Prefilled:
+        decoder: Decoder = nnx.merge(graph, params)
+        hidden, cache = decoder.prefill(tokens, lengths, layout=layout, kernel=kernel)
+        return Prefilled(hidden, cache, tokens)
+
+    def admit(state: Slots, prompts: Prefilled, admission: Admission) -> Slots:
+        return _placed(layout, _admit(state, prompts, admission))
+
+    def decode(params: Any, state: Slots, keep: Array, request: Request) -> tuple[Slots, Array]:
+        def going(carry: tuple[Slots, Array]) -> Array:
+            state, turns = carry
+            free = slots - jnp.sum(state.active, dtype=jnp.int32)
+            return (free < jnp.asarray(request.until_free)) & (turns < jnp.asarray(request.most))
+
+        def turn(carry: tuple[Slots, Array]) -> tuple[Slots, Array]:
+            state, turns = carry
+            decoder: Decoder = nnx.merge(graph, params)
+            return _placed(layout, _turn(decoder, state, request, layout)), turns + 1
+
+        state = replace(state, active=state.active & keep)
+        return jax.lax.while_loop(going, turn, (state, jnp.zeros((), jnp.int32)))
+
+    return Engine(
+        slots, capacity, refill_at,
+        empty=jax.jit(empty, static_argnums=(0, 1, 2)),
+        prefill=jax.jit(prefill),
+        admit=jax.jit(admit, donate_argnums=0),
+        decode=jax.jit(decode, donate_argnums=1),
+    )  # fmt: skip
+
+
+def _empty(
+    architecture: Architecture,
+    slots: int,
+    capacity: int,
+    dtype: Any,
+    rows: int,
+    max_tokens: int,
+    penalised: bool,
+) -> Slots:
+    def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
+        return jnp.zeros(shape, dtype)
+
+    return Slots(
+        cache=empty_cache(architecture, slots, capacity, dtype),
+        hidden=zeros(slots, architecture.width, dtype=dtype),
+        seen=zeros(slots, architecture.vocabulary, dtype=bool) if penalised else None,
+        active=zeros(slots, dtype=bool),
+        completion=zeros(slots),
+        prompt=zeros(slots),
+        sample=zeros(slots),
+        drawn=zeros(slots),
+        written=Written(
+            tokens=zeros(rows, max_tokens),
+            log_probs=zeros(rows, max_tokens, dtype=jnp.float32),
+            lengths=zeros(rows),
+            stopped=zeros(rows, dtype=bool),
+        ),
+    )
+
+
+def _admit(state: Slots, prompts: Prefilled, admission: Admission) -> Slots:
+    """Overwrite everything that a slot holds of its last completion."""
+    row, slot = jnp.asarray(admission.row), jnp.asarray(admission.slot)
+
+    def put(into: Array, what: Given | bool | int) -> Array:
+        return into.at[slot].set(what, mode="drop")
+
+    seen = state.seen
+    if seen is not None:
+        seen = put(seen, _occurring(prompts, seen.shape[1])[row])
+    return Slots(
+        # Keys and values behind the prompt stay as they were: attention does not look behind
+        # `lengths`, and a token is written before it is looked at.
+        cache=insert(state.cache, prompts.cache, row, slot),
+        hidden=put(state.hidden, prompts.hidden[row]),
+        seen=seen,
+        active=put(state.active, True),
+        completion=put(state.completion, admission.completion),
+        prompt=put(state.prompt, admission.prompt),
+        sample=put(state.sample, admission.sample),
+        drawn=put(state.drawn, 0),
+        written=state.written,
+    )
+
+
+def _occurring(prompts: Prefilled, vocab: int) -> Array:
+    """Which tokens occur in each prompt, bool `[prompts, vocab]`."""
+    count, length = prompts.tokens.shape
+    inside = jnp.arange(length) < prompts.cache.lengths[:, None]
+    tokens = jnp.where(inside, prompts.tokens, vocab)
+    rows = jnp.arange(count)[:, None]
+    return jnp.zeros((count, vocab), bool).at[rows, tokens].set(True, mode="drop")
+
+
+def _turn(decoder: Decoder, state: Slots, request: Request, layout: Layout | None) -> Slots:
+    """Draw one token in every slot, write it down where the slot is active, and run it."""
+    written = state.written
+    seed, step = jnp.asarray(request.seed), jnp.asarray(request.step)
+    keys = token_keys(seed, step, state.prompt, state.sample, state.drawn)
+    draw = sample(decoder.logits(state.hidden), keys, request.settings, state.seen)
+    stopped = jnp.any(draw.token[:, None] == request.stop_ids, axis=-1)
+    drawn = state.drawn + state.active
+    active = state.active & ~stopped & (drawn < written.tokens.shape[1])
+    # A slot that is not active writes to a row that is not there.
+    row = jnp.where(state.active, state.completion, written.tokens.shape[0])
+    written = Written(
+        tokens=written.tokens.at[row, state.drawn].set(draw.token, mode="drop"),
+        log_probs=written.log_probs.at[row, state.drawn].set(draw.plain_log_prob, mode="drop"),
+        lengths=written.lengths.at[row].set(drawn, mode="drop"),
+        stopped=written.stopped.at[row].set(stopped, mode="drop"),
+    )
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(seen.shape[0]), draw.token].set(True)
+    hidden, cache = decoder.step(draw.token, state.cache, layout=layout)
+    # A slot that is done stands still, or it would run over its end while it waits.
+    cache = replace(cache, lengths=jnp.where(active, cache.lengths, state.cache.lengths))
+    return replace(
+        state, cache=cache, hidden=hidden, seen=seen, active=active, drawn=drawn, written=written
+    )
+
+
+def _placed(layout: Layout | None, state: Slots) -> Slots:
+    """Say where the slots lie: the same for every program, or they would be copied in between."""
+
+    def whole(array: Array) -> Array:
+        return constrain(layout, array, (None,) * array.ndim)
+
+    def rows(array: Array) -> Array:
+        return constrain(layout, array, ("batch", None))
+
+    return Slots(
+        cache=Cache(
+            constrain(layout, state.cache.keys, CACHE),
+            constrain(layout, state.cache.values, CACHE),
+            whole(state.cache.lengths),
+        ),
+        hidden=rows(state.hidden),
+        seen=None if state.seen is None else rows(state.seen),
+        active=whole(state.active),
+        completion=whole(state.completion),
+        prompt=whole(state.prompt),
+        sample=whole(state.sample),
+        drawn=whole(state.drawn),
+        written=jax.tree.map(whole, state.written),
+    )
