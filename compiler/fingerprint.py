@@ -1,0 +1,363 @@
+"""Fingerprints: what decides the result of a stage, by named components.
+
+A fingerprint is the digest of a stage's own components: its attributes whose effect is `result`,
+each as text of the language; the implementation of its kind with the version of its meaning; and
+the run's seed where it has none. What an attribute names enters as a digest of what it stands for,
+so names do not matter: a declaration by its components, a file by its content, an expression by its
+parts, a stage by its fingerprint, a selection by those of all its branches and the rule.
+
+`keep` does not enter the stage that holds it (it changes no branch) but every reader of it.
+
+Components are one flat dict. Keys without a space are the stage's own: `optimizer.lr`, `data`,
+`evals[0]`. Behind them stands, for explanation alone, what they lead to: `data math` is that
+declaration's digest, `data math: prompt` one of its components, `file data/math.jsonl` the digest
+of a file's content, `stage baseline` the fingerprint that was read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunelang.compiler.content import Contents, digest
+from tunelang.compiler.graph import Selection, StageGraph, StageNode
+from tunelang.dsl import types
+from tunelang.dsl.program import Declared
+from tunelang.dsl.show import literal
+from tunelang.dsl.vocabulary import KINDS, data, models, rewards, stages
+from tunelang.dsl.vocabulary.base import (
+    Attribute,
+    Condition,
+    DataExpression,
+    Function,
+    Kind,
+    Measure,
+    Node,
+    Reference,
+    RewardExpression,
+    TextExpression,
+    attributes,
+)
+
+SEMANTICS: dict[str, tuple[str, int]] = {
+    "pretrain": ("pretrain", 1),
+    "sft": ("sft", 1),
+    "grpo": ("policy", 1),
+    "dr_grpo": ("policy", 1),
+    "dapo": ("policy", 1),
+    "gspo": ("policy", 1),
+    "gspo_token": ("policy", 1),
+    "cispo": ("policy", 1),
+    "rloo": ("policy", 1),
+    "export": ("export", 1),
+}
+"""Kind of stage -> its implementation, and the version of what that computes.
+
+A change of a stage's results in any way beyond rounding (its loss, its data order, a reward that it
+calls) raises the version. Kinds that are presets of one implementation share it: `dapo` and the
+`grpo` that spells out the same attributes are one stage.
+"""
+
+_Expression = TextExpression | Condition | DataExpression | RewardExpression
+_MARK = "#"
+"""In front of a digest among the components."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The digest of a node, and what it was made of."""
+
+    digest: str
+    components: dict[str, str]
+    """Path -> literal, or `#` and a digest."""
+    words: dict[str, str]
+    """Path of a component that is a digest -> how the spec writes it. Not part of the digest."""
+
+
+def fingerprints(graph: StageGraph, contents: Contents) -> dict[str, Fingerprint]:
+    """The fingerprint of every node. Raises `ContentError` for a file that cannot be read."""
+    book = _Book(graph, contents)
+    declarations = graph.program.declarations
+    place = {name: at for at, name in enumerate(declarations)}
+    for node in graph.nodes.values():
+        book.readings[node.id] = {
+            read.stage: book.reading(read.nodes, read.selection) for read in node.inputs
+        }
+        for name in sorted((name for _, name in node.uses), key=place.__getitem__):
+            book.declared(declarations[name], node.id)  # in order, so that none recurses into many
+        writer = _Writer(book, node.id)
+        writer.stage(node)
+        found = writer.part()
+        book.digests[node.id] = found.digest
+        book.found[node.id] = Fingerprint(found.digest, *_merged(found))
+    return book.found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A declaration, file or stage that was read, as part of fingerprints."""
+
+    digest: str
+    components: dict[str, str]
+    words: dict[str, str]
+    parts: dict[str, _Part]
+    """Title -> what it leads to in turn."""
+    text: str | None = None
+    """For a declaration that is an expression, how the spec writes it."""
+
+
+def _merged(root: _Part) -> tuple[dict[str, str], dict[str, str]]:
+    """All components and words of a node, each part that it leads to once."""
+    components, words = dict(root.components), dict(root.words)
+    pending = list(reversed(root.parts.items()))
+    while pending:
+        title, part = pending.pop()
+        if title in components:
+            continue
+        components[title] = _MARK + part.digest
+        if part.text is not None:
+            words[title] = part.text
+        components.update({f"{title}: {path}": held for path, held in part.components.items()})
+        words.update({f"{title}: {path}": held for path, held in part.words.items()})
+        pending += reversed(part.parts.items())
+    return components, words
+
+
+@dataclass
+class _Book:
+    """What was worked out so far."""
+
+    graph: StageGraph
+    contents: Contents
+    digests: dict[str, str] = field(default_factory=dict)
+    """Node -> the digest of its fingerprint."""
+    found: dict[str, Fingerprint] = field(default_factory=dict)
+    readings: dict[str, dict[str, _Part]] = field(default_factory=dict)
+    """Node -> for each stage that it reads, what is read."""
+    stages_behind: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Declaration -> the stages that it leads to."""
+    parts: dict[tuple[str, tuple[str, ...]], _Part] = field(default_factory=dict)
+    """Declaration, and the digests read from the stages behind it -> its part."""
+
+    def reading(self, nodes: tuple[str, ...], selection: Selection | None) -> _Part:
+        """What a reader of a stage sees: one node, or the winner of a selection."""
+        if selection is None:
+            return _Part(self.digests[nodes[0]], {}, {}, {})
+        digests = sorted(self.digests[node] for node in nodes)
+        first = min(nodes, key=self.digests.__getitem__)
+        rule = f"{selection.direction}({self.metric(selection.metric, first)})"
+        branches = _MARK + digest(*(held.encode() for held in digests))
+        components = {"branches": branches, "keep": rule}
+        return _Part(_digest(components), components, {"keep": str(selection)}, {})
+
+    def metric(self, name: str, node: str) -> str:
+        """A metric of a node without the names of declarations: `accuracy` is the first metric of
+        the eval with this digest.
+        """
+        declared = self.graph.program.declarations.get(name)
+        if declared is not None and declared.noun == "eval":
+            first = next(iter(declared.value.metrics))
+            return f"{_MARK}{self.declared(declared, node).digest}.{first}"
+        head, _, metric = name.rpartition(".")
+        declared = self.graph.program.declarations.get(head)
+        if declared is not None and declared.noun in ("eval", "data"):
+            return f"{_MARK}{self.declared(declared, node).digest}.{metric}"
+        return name
+
+    def declared(self, declared: Declared, node: str) -> _Part:
+        """The part of a declaration as a node sees it: stages behind it in that node's branch."""
+        readings = self.readings[node]
+        behind = self.stages_behind.get(declared.name)
+        if behind is not None:
+            held = self.parts.get((declared.name, tuple(readings[s].digest for s in behind)))
+            if held is not None:
+                return held
+        writer = _Writer(self, node)
+        if isinstance(declared.value, Kind):
+            writer.declared(declared)
+            part = writer.part()
+        else:
+            found = writer.expression(declared.value)
+            part = _Part(found, {}, {}, writer.parts, literal(declared.value))
+        behind = tuple(writer.stages)
+        self.stages_behind[declared.name] = behind
+        self.parts[declared.name, tuple(readings[s].digest for s in behind)] = part
+        return part
+
+
+@dataclass
+class _Writer:
+    """Collects the components of one stage or declaration."""
+
+    book: _Book
+    node: str
+    components: dict[str, str] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, _Part] = field(default_factory=dict)
+    stages: dict[str, None] = field(default_factory=dict)
+    """The stages that were met, here or in a part."""
+
+    def part(self) -> _Part:
+        """What was collected."""
+        return _Part(_digest(self.components), self.components, self.words, self.parts)
+
+    def stage(self, node: StageNode) -> None:
+        """The components of a stage."""
+        implementation, version = SEMANTICS[node.kind]
+        self.components |= {"kind": implementation, "semantics": str(version)}
+        self.words["kind"] = node.kind
+        self.fields("", node.value, KINDS["stage"][node.kind].attributes)
+        if isinstance(node.value, stages.Training) and node.value.seed is None:
+            self.components["run.seed"] = str(self.book.graph.program.run.seed)
+
+    def declared(self, declared: Declared) -> None:
+        """The components of `noun name : kind { ... }`."""
+        kind = declared.kind or ""
+        self.components["kind"] = f"{declared.noun} {kind}"
+        self.words["kind"] = kind
+        if isinstance(declared.value, data.Procedural):
+            self.components["generator"] = _generator_version()
+        self.fields("", declared.value, KINDS[declared.noun][kind].attributes)
+
+    def fields(self, prefix: str, node: Node, known: dict[str, Attribute]) -> None:
+        """Every field that changes the result."""
+        for name, info in type(node).model_fields.items():
+            word = info.alias or name
+            attribute = known.get(word)
+            if attribute is None:
+                self.put(prefix + word, getattr(node, name), None, node)
+            elif attribute.effect == "result" and not _chooses_winner(attribute):
+                self.put(prefix + word, getattr(node, name), attribute.type, node)
+
+    def put(self, path: str, value: Any, want: types.Type | None, owner: Node) -> None:
+        """One value, by its path."""
+        match value:
+            case TextExpression() | Condition() | DataExpression() | RewardExpression():
+                self.components[path] = _MARK + self.expression(value)
+                self.words[path] = literal(value)
+            case Reference():
+                self.components[path] = _MARK + self.reference(value)
+                self.words[path] = literal(value)
+            case Function():
+                self.components[path] = value.word
+                self.fields(f"{path}.", value, attributes(type(value)))
+            case tuple() if value:
+                item = want.item if isinstance(want, types.ListOf) else want
+                for at, part in enumerate(value):
+                    self.put(f"{path}[{at}]", part, item, owner)
+            case dict():
+                for key in sorted(value):
+                    self.put(f"{path}.{key}", value[key], None, owner)
+            case str() if isinstance(want, types.Path):
+                self.components[path] = self.path(value, want, owner)
+                if self.components[path].startswith(_MARK):
+                    self.words[path] = literal(value)
+            case _:
+                self.components[path] = literal(value, want)
+
+    # What stands for a name.
+
+    def reference(self, reference: Reference | data.DataRef | rewards.RewardRef) -> str:
+        """The digest of what a reference stands for."""
+        declared = self.book.graph.program.declarations[reference.name]
+        step = getattr(reference, "step", None)
+        if declared.noun == "stage":
+            part = self.book.readings[self.node][declared.name]
+            self.stages[declared.name] = None
+        else:
+            part = self.book.declared(declared, self.node)
+            self.stages.update(dict.fromkeys(self.book.stages_behind[declared.name]))
+        self.parts[declared.title] = part
+        return part.digest if step is None else digest(part.digest.encode(), str(step).encode())
+
+    def path(self, text: str, want: types.Path, owner: Node) -> str:
+        """The content of what a path leads to; a hub id, or the path of an output, as it is."""
+        file, _, function = text.rpartition(":") if want.what == "python" else (text, "", "")
+        path = self.book.graph.program.folder / Path(file).expanduser()
+        if want.what == "output" or (want.what == "model" and not path.is_dir()):
+            return literal(text, want)
+        contents, file = self.book.contents, file.removeprefix("./")
+        if want.what != "model":
+            title, held = f"file {file}", contents.file(path)
+        elif isinstance(owner, models.TokenizerKind):
+            title, held = f"tokenizer files {file}", contents.tokenizer(path)
+        else:
+            title, held = f"folder {file}", contents.model(path)
+        self.parts[title] = _Part(held, {}, {}, {})
+        return f"{_MARK}{held}" + (f":{function}" if function else "")
+
+    def expression(self, value: Node) -> str:
+        """The digest of an expression; one that is just a name has the digest of what it names."""
+        match value:
+            case data.DataRef() | rewards.RewardRef() | Reference():
+                return self.reference(value)
+            case rewards.BySource():
+                pairs = sorted(
+                    (self.reference(data.DataRef.fixed(name=name)), self.expression(part))
+                    for name, part in value.sources.items()
+                )
+                return _digest({"is": value.word, "sources": pairs})
+            case data.Split():
+                shares = [[name, repr(float(share))] for name, share in value.parts.items()]
+                inner = self.expression(value.of)
+                return _digest({"is": "split", "of": inner, "parts": shares, "part": value.part})
+        return _digest(self.canonical(value, None, value))
+
+    def canonical(self, value: Any, want: types.Type | None, owner: Node) -> Any:
+        """A value inside an expression as JSON, expressions and names as digests."""
+        match value:
+            case Measure():
+                return [self.canonical(value.value, None, owner), value.unit]
+            case Node():
+                known = attributes(type(value))
+                out: dict[str, Any] = {"is": _tag(value)}
+                for name, info in type(value).model_fields.items():
+                    attribute = known.get(info.alias or name)
+                    if attribute is None or attribute.effect == "result":
+                        inner = getattr(value, name)
+                        kind = attribute.type if attribute else None
+                        out[name] = (
+                            _MARK + self.expression(inner)
+                            if isinstance(inner, _Expression | Reference)
+                            else self.canonical(inner, kind, value)
+                        )
+                return out
+            case tuple():
+                return [
+                    _MARK + self.expression(item)
+                    if isinstance(item, _Expression | Reference)
+                    else self.canonical(item, None, owner)
+                    for item in value
+                ]
+            case dict():
+                return {key: self.canonical(value[key], None, owner) for key in sorted(value)}
+            case str() if isinstance(want, types.Path):
+                return self.path(value, want, owner)
+            case float() if value.is_integer():
+                return int(value)
+        return value
+
+
+def _chooses_winner(attribute: Attribute) -> bool:
+    return isinstance(attribute.type, types.Of) and attribute.type.family == "winner"
+
+
+def _tag(node: Node) -> str:
+    return getattr(node, "word", "") or type(node).__name__
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return digest(text.encode("utf-8", "surrogatepass"))
+
+
+def _generator_version() -> str:
+    """The version of the package whose generators make procedural data."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
+    try:
+        return f"reasoning-gym {version('reasoning-gym')}"
+    except PackageNotFoundError:
+        return "reasoning-gym"

@@ -1,0 +1,227 @@
+"""A plan: what would run, stage by stage, as plain data that prints, saves and loads as JSON.
+
+A plan is frozen when a run starts: what runs is what it says, whatever happens to the spec.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from tunelang.compiler.changes import Change, wording
+from tunelang.compiler.fingerprint import Fingerprint
+from tunelang.compiler.graph import Choice, Input, Selection
+
+FORMAT = 1
+"""Version of the JSON form; a plan of another version is refused."""
+
+Json = dict[str, Any]
+
+
+class PlanError(ValueError):
+    """A plan that cannot be loaded, or that contradicts itself; the text says what is wrong."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What the store has of a node, and so what a run would do with it."""
+
+    kind: Literal["up to date", "to run", "resume", "same", "left out"]
+    """`same`: another node of the plan has the same fingerprint, and its result serves both."""
+    reason: Literal["", "first run", "changed", "interrupted", "forced"] = ""
+    """Why a node is to run. `interrupted`: it began before, and left no checkpoint."""
+    step: int | None = None
+    """The step that a resumed node goes on from."""
+    node: str | None = None
+    """The node that a `same` one is the same as."""
+    changes: tuple[Change, ...] = ()
+    """What made it stale, against the most alike fingerprint of the last run that had the stage."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether a run computes anything for the node."""
+        return self.kind in ("to run", "resume")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One node of the stage graph, resolved."""
+
+    node: str
+    stage: str
+    kind: str
+    doc: str
+    choices: tuple[Choice, ...]
+    inputs: tuple[Input, ...]
+    uses: tuple[tuple[str, str], ...]
+    """Noun and name of the declarations that it depends on; `Plan.declarations` has them."""
+    fingerprint: Fingerprint
+    resolved: Json
+    """Its attributes, defaults included, in the form of `Program.json`."""
+    state: State
+    layout: Json | None = None
+    """Mesh, sharding rules, micro-batch, remat; None until the layout search has run."""
+    memory: Json | None = None
+    """Bytes for each device, by part; None until the layout search has run."""
+    cost: Json | None = None
+    """FLOPs, seconds and the bottleneck; None until the layout search has run."""
+
+    @property
+    def digest(self) -> str:
+        """The fingerprint's digest, which names the stage's folder in the store."""
+        return self.fingerprint.digest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All stages and branches in an order in which each follows what it reads."""
+
+    name: str | None
+    """The run's name."""
+    run: Json
+    """The `run` block, resolved."""
+    declarations: Json
+    """Everything but stages, by name, in the form of `Program.json`."""
+    stages: tuple[StagePlan, ...]
+    by_node: dict[str, StagePlan] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_node", {stage.node: stage for stage in self.stages})
+
+    def dumps(self) -> str:
+        """The plan as JSON text; `loads` gives an equal plan."""
+        document = {"format": FORMAT, **_fields(self)}
+        return json.dumps(document, ensure_ascii=False, default=_fields) + "\n"
+
+
+def _fields(value: Any) -> Json:
+    """The fields of a dataclass by name, as they are."""
+    return {part.name: getattr(value, part.name) for part in fields(value) if part.init}
+
+
+def loads(text: str) -> Plan:
+    """A plan from its JSON text. Raises `PlanError` where it is none, is damaged, of another
+    version, or contradicts itself.
+    """
+    try:
+        document = json.loads(text)
+    except ValueError:
+        raise PlanError("it is not JSON") from None
+    if not isinstance(document, dict) or "format" not in document:
+        raise PlanError("it is not a plan")
+    if document["format"] != FORMAT:
+        raise PlanError(f"it has format {document['format']}, this version reads {FORMAT}")
+    try:
+        plan = Plan(
+            document["name"],
+            document["run"],
+            document["declarations"],
+            tuple(_stage(stage) for stage in document["stages"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"it is damaged: {error!r}") from None
+    verify(plan)
+    return plan
+
+
+def _stage(document: Json) -> StagePlan:
+    inputs = tuple(
+        Input(
+            read["stage"],
+            tuple(read["paths"]),
+            tuple(read["nodes"]),
+            Selection(**read["selection"]) if read["selection"] is not None else None,
+        )
+        for read in document["inputs"]
+    )
+    held = document["state"]
+    state = State(**{**held, "changes": tuple(Change(**change) for change in held["changes"])})
+    typed = {
+        "choices": tuple(Choice(**choice) for choice in document["choices"]),
+        "inputs": inputs,
+        "uses": tuple((noun, name) for noun, name in document["uses"]),
+        "fingerprint": Fingerprint(**document["fingerprint"]),
+        "state": state,
+    }
+    return StagePlan(**{**document, **typed})
+
+
+def verify(plan: Plan) -> None:
+    """Raise `PlanError` where a plan breaks what it promises."""
+    seen: dict[str, StagePlan] = {}
+    for stage in plan.stages:
+        if stage.node in seen:
+            raise PlanError(f"`{stage.node}` stands in it twice")
+        if not re.fullmatch(r"[0-9a-f]{32}", stage.digest):
+            raise PlanError(f"`{stage.node}` has no fingerprint")
+        for read in stage.inputs:
+            for node in read.nodes:
+                if node not in seen:
+                    raise PlanError(f"`{stage.node}` reads `{node}`, which does not stand before")
+        for _, name in stage.uses:
+            if name not in plan.declarations:
+                raise PlanError(f"`{stage.node}` uses `{name}`, which is not declared")
+        same = seen.get(stage.state.node) if stage.state.node is not None else None
+        if (stage.state.kind == "same") != (same is not None and same.digest == stage.digest):
+            raise PlanError(f"`{stage.node}` is the same as nothing")
+        if (stage.state.kind == "resume") != (stage.state.step is not None):
+            raise PlanError(f"`{stage.node}` does not say where it resumes")
+        seen[stage.node] = stage
+
+
+def missing_inputs(plan: Plan) -> tuple[tuple[str, str], ...]:
+    """Pairs of a node that would run and a node that it reads, which is left out and not there.
+
+    A run with `--only` refuses to start while there are any.
+    """
+    return tuple(
+        (stage.node, node)
+        for stage in plan.stages
+        if stage.state.runs
+        for read in stage.inputs
+        for node in read.nodes
+        if plan.by_node[node].state.kind == "left out"
+    )
+
+
+def describe(state: State) -> str:
+    """A state in words, on one line: `to run: `optimizer.lr`: 1e-5 → 1e-6`."""
+    match state.kind:
+        case "resume":
+            return f"resume at step {state.step}"
+        case "same":
+            return f"same as `{state.node}`"
+        case "to run" if state.reason == "changed":
+            return f"to run: {'; '.join(wording(change) for change in state.changes)}"
+        case "to run" if state.reason == "interrupted":
+            return "to run: interrupted before its first checkpoint"
+        case "to run":
+            return f"to run: {state.reason}"
+    return state.kind
+
+
+def show(plan: Plan, width: int = 100) -> str:
+    """The stages and their states, one after another, for a terminal of so many columns."""
+    column = min(max((len(stage.node) for stage in plan.stages), default=0), width // 2)
+    lines: list[str] = []
+    for stage in plan.stages:
+        name = stage.node if len(stage.node) <= column else stage.node[: column - 1] + "…"
+        first, *rest = _wrapped(describe(stage.state), width - column - 2)
+        lines.append(f"{name:<{column}}  {first}".rstrip())
+        lines += [f"{'':<{column}}  {line}" for line in rest]
+    counts = Counter(stage.state.kind for stage in plan.stages)
+    lines.append(", ".join(f"{count} {kind}" for kind, count in counts.items()) or "no stages")
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("  " + word)
+        else:
+            lines[-1] += (" " if lines[-1] else "") + word
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]

@@ -1,0 +1,360 @@
+"""The store: what stages yielded, by fingerprint, and the runs that asked for it.
+
+    .tune/
+      stages/<fingerprint>/
+        stage.json      the resolved stage and the components of its fingerprint
+        metrics.jsonl   one line for each report; every line has `step`
+        samples.jsonl   completions to read; every line has `step`
+        checkpoints/<step>/
+        log
+        lock            held by the process that works here
+        done            written last: what was finished, when, and the size of every file
+      runs/<time>.json  when, which spec, the plan, how it ended
+      contents.json     digests of files that specs name
+
+A stage is done if and only if `done` is there and every file that it lists has the size that it
+says. Nothing is ever changed in a folder without its lock.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tunelang.runtime.durable import (
+    PART_SUFFIX,
+    Row,
+    Rows,
+    RowWriter,
+    StoreError,
+    keep_rows,
+    numbers,
+    read_json,
+    read_rows,
+    sync_folder,
+    sync_tree,
+    told,
+    write_json,
+    write_whole,
+)
+from tunelang.runtime.locks import Holder, lock
+
+Json = dict[str, Any]
+
+_UNLISTED = ("log", "lock", "done")
+"""Files that may change after a stage is done."""
+
+
+def root(spec: Path, given: Path | None, environ: Mapping[str, str]) -> Path:
+    """The folder of the store: the one given, else `TUNE_STORE`, else `.tune` beside the spec."""
+    if given is not None:
+        return given
+    named = environ.get("TUNE_STORE")
+    return Path(named).expanduser() if named else spec.parent / ".tune"
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The folder of one stage. What changes it wants its lock: see `Store.hold`."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints; each is a folder named by its step."""
+        return self.path / "checkpoints"
+
+    @property
+    def log(self) -> Path:
+        """The file of the stage's log."""
+        return self.path / "log"
+
+    def stage(self) -> Json | None:
+        """What `begin` wrote; None where nothing began. Raises `StoreError`."""
+        found = read_json(self.path / "stage.json")
+        return found if isinstance(found, dict) else None
+
+    def done(self) -> Json | None:
+        """What `finish` wrote, if all of its files are there still. Raises `StoreError`."""
+        path = self.path / "done"
+        held = read_json(path)
+        if held is None:
+            return None
+        with told("read", path):
+            try:
+                whole = all(
+                    (self.path / name).stat().st_size == size
+                    for name, size in held["files"].items()
+                )
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return dict(held) if whole else None
+
+    def steps(self) -> tuple[int, ...]:
+        """The steps of the whole checkpoints, rising. A checkpoint is written under another name
+        and renamed when it is whole. Raises `StoreError`.
+        """
+        with told("read", self.checkpoints):
+            try:
+                entries = list(os.scandir(self.checkpoints))
+            except FileNotFoundError:
+                return ()
+            return tuple(sorted(int(e.name) for e in entries if e.name.isdecimal() and e.is_dir()))
+
+    def metrics(self) -> Rows:
+        """The metrics so far, numbers that are not finite among them. Raises `StoreError`."""
+        found = read_rows(self.path / "metrics.jsonl")
+        return Rows(tuple(numbers(row) for row in found.rows), found.damaged)
+
+    def samples(self) -> Rows:
+        """The completions so far. Raises `StoreError`."""
+        return read_rows(self.path / "samples.jsonl")
+
+    # Under the lock.
+
+    def begin(self, stage: Json) -> None:
+        """Start from nothing: remove what an earlier attempt left, and write `stage.json`.
+
+        Raises `StoreError`.
+        """
+        self._remove("done")
+        with told("read", self.path):
+            names = sorted(entry.name for entry in os.scandir(self.path))
+        for name in names:
+            if name != "lock":
+                self._remove(name)
+        write_json(self.path / "stage.json", stage)
+        with told("make", self.checkpoints):
+            self.checkpoints.mkdir()
+            sync_folder(self.path)
+
+    def resume(self, step: int) -> None:
+        """Go back to the checkpoint of a step: what was reported later is removed, so that no
+        step stands twice. Raises `StoreError`.
+        """
+        steps = self.steps()
+        if step not in steps:
+            raise StoreError("resume", self.checkpoints / str(step), "there is no such checkpoint")
+        self._remove("done")
+        for later in steps:
+            if later > step:
+                self._remove(f"checkpoints/{later}")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_rows(self.path / name, lambda row: _step(row) <= step)
+
+    def metrics_writer(self) -> RowWriter:
+        """To append metrics; rows are `{"step": ..., ...}`. Raises `StoreError`."""
+        return RowWriter(self.path / "metrics.jsonl")
+
+    def samples_writer(self) -> RowWriter:
+        """To append completions; rows are `{"step": ..., ...}`. Raises `StoreError`."""
+        return RowWriter(self.path / "samples.jsonl")
+
+    def finish(self, summary: Json) -> None:
+        """Declare the stage done: everything is made to last, and then `done` is written.
+
+        `summary` is kept in it, such as the final metrics. Raises `StoreError`.
+        """
+        sizes = sync_tree(self.path)
+        files = {
+            name: size
+            for name, size in sizes.items()
+            if name not in _UNLISTED and not name.endswith(PART_SUFFIX)
+        }
+        write_json(self.path / "done", {"time": time.time(), "summary": summary, "files": files})
+
+    def _remove(self, name: str) -> None:
+        """Remove a file or folder: renamed first, so that no half of it is taken for a whole."""
+        path = self.path / name
+        away = self.path / f".{path.name}.{secrets.token_hex(4)}{PART_SUFFIX}"
+        with told("remove", path):
+            try:
+                path.rename(away)
+            except FileNotFoundError:
+                return
+            sync_folder(path.parent)
+            if away.is_dir() and not away.is_symlink():
+                shutil.rmtree(away)
+            else:
+                away.unlink()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One `tune run`, as the index has it."""
+
+    id: str
+    """Its time in UTC, so that ids sort by time, and a random end."""
+    started: float
+    """Seconds since 1970."""
+    spec: str
+    command: tuple[str, ...]
+    stages: dict[str, str]
+    """Node -> fingerprint."""
+    ended: float | None
+    """None while it runs, and for ever where it was killed."""
+    outcome: str | None
+    """`done`, `failed`, `interrupted`."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A store; reading one that is not there finds it empty, and makes nothing."""
+
+    root: Path
+    _plans: dict[str, dict[str, dict[str, Json]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """Run -> stage -> node -> fingerprint, as far as runs were read."""
+
+    # What planning asks: see `tunelang.compiler.planning.StoreView`.
+
+    def finished(self, digest: str) -> bool:
+        """Whether a stage is done, with all that it wrote. Raises `StoreError`."""
+        return self.folder(digest).done() is not None
+
+    def resumable(self, digest: str) -> int | None:
+        """The step of the last whole checkpoint. Raises `StoreError`."""
+        folder = self.folder(digest)
+        steps = folder.steps()
+        return steps[-1] if steps and folder.stage() is not None else None
+
+    def begun(self, digest: str) -> bool:
+        """Whether work on a stage began. Raises `StoreError`."""
+        return self.folder(digest).stage() is not None
+
+    def earlier(self, stage: str) -> dict[str, Json]:
+        """The fingerprints of a stage's nodes by id, in the last run that had the stage.
+
+        Raises `StoreError`.
+        """
+        for name in self._run_names():
+            found = self._fingerprints(name).get(stage)
+            if found:
+                return found
+        return {}
+
+    # Stages.
+
+    @property
+    def contents(self) -> Path:
+        """The file that caches digests of the files that specs name."""
+        return self.root / "contents.json"
+
+    def folder(self, digest: str) -> StageFolder:
+        """The folder of a stage, to read."""
+        return StageFolder(self.root / "stages" / digest)
+
+    @contextmanager
+    def hold(
+        self,
+        digest: str,
+        wait: float | None = 0.0,
+        on_wait: Callable[[Holder | None], None] | None = None,
+    ) -> Iterator[StageFolder]:
+        """The folder of a stage, to change: made if need be, and locked.
+
+        Where another process works on the same stage, waits as `locks.lock` says. After waiting,
+        look again whether the stage is done. Raises `Locked` and other `StoreError`s.
+        """
+        folder = self.folder(digest)
+        self._make(folder.path)
+        with lock(folder.path / "lock", wait, on_wait):
+            yield folder
+
+    def _make(self, folder: Path) -> None:
+        ignore = self.root / ".gitignore"
+        with told("make", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            fresh = not ignore.exists()
+        if fresh:  # the store is no part of the user's repository
+            write_whole(ignore, b"*\n")
+
+    # Runs.
+
+    def begin_run(self, spec: str, command: tuple[str, ...], plan: Json) -> str:
+        """Enter a run with its plan as JSON; gives its id. Raises `StoreError`."""
+        now = time.time()
+        stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
+        name = f"{stamp}.{int(now % 1 * 1e6):06}Z-{secrets.token_hex(2)}"
+        self._make(self.root / "runs")
+        entry = {
+            "started": now,
+            "spec": spec,
+            "command": list(command),
+            "stages": {s["node"]: s["fingerprint"]["digest"] for s in plan["stages"]},
+            "ended": None,
+            "outcome": None,
+            "plan": plan,
+        }
+        write_json(self._run_path(name), entry)
+        return name
+
+    def end_run(self, run: str, outcome: str) -> None:
+        """Enter how a run ended. Raises `StoreError`."""
+        entry = self._entry(run)
+        write_json(self._run_path(run), {**entry, "ended": time.time(), "outcome": outcome})
+
+    def runs(self) -> tuple[Run, ...]:
+        """All runs, the last one first. Raises `StoreError`."""
+        found = []
+        for name in self._run_names():
+            entry = self._entry(name)
+            found.append(
+                Run(
+                    name,
+                    entry["started"],
+                    entry["spec"],
+                    tuple(entry["command"]),
+                    entry["stages"],
+                    entry["ended"],
+                    entry["outcome"],
+                )
+            )
+        return tuple(found)
+
+    def plan(self, run: str) -> Json:
+        """The plan of a run, as JSON. Raises `StoreError`."""
+        plan: Json = self._entry(run)["plan"]
+        return plan
+
+    def _run_path(self, run: str) -> Path:
+        return self.root / "runs" / f"{run}.json"
+
+    def _run_names(self) -> list[str]:
+        folder = self.root / "runs"
+        with told("read", folder):
+            try:
+                names = os.listdir(folder)
+            except FileNotFoundError:
+                return []
+        whole = (name for name in names if name.endswith(".json") and not name.startswith("."))
+        return sorted((name.removesuffix(".json") for name in whole), reverse=True)
+
+    def _entry(self, run: str) -> Json:
+        path = self._run_path(run)
+        entry = read_json(path)
+        if not isinstance(entry, dict):
+            raise StoreError("read", path, "there is no such run")
+        return entry
+
+    def _fingerprints(self, run: str) -> dict[str, dict[str, Json]]:
+        if run not in self._plans:
+            found: dict[str, dict[str, Json]] = {}
+            for stage in self.plan(run)["stages"]:
+                found.setdefault(stage["stage"], {})[stage["node"]] = stage["fingerprint"]
+            self._plans[run] = found
+        return self._plans[run]
+
+
+def _step(row: Row) -> float:
+    """The step of a row; a row without one cannot be placed, and goes with the last."""
+    step = row.get("step")
+    return step if isinstance(step, int) else float("inf")
