@@ -159,6 +159,27 @@ def until(graph: StageGraph, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(node for node in graph.nodes if node in wanted)
 
 
+def models_of(graph: StageGraph, node: str) -> tuple[str, ...]:
+    """The declared models that a node's weights may descend from: several where the branches of a
+    sweep that it reads start from different ones.
+    """
+    found: dict[str, None] = {}
+    pending, seen = [node], {node}
+    while pending:
+        value = graph.nodes[pending[-1]].value
+        inputs = {read.stage: read for read in graph.nodes[pending.pop()].inputs}
+        source = getattr(value, "from_", None)
+        if source is None:
+            continue
+        if source.name not in inputs:
+            found[source.name] = None
+            continue
+        new = [name for name in inputs[source.name].nodes if name not in seen]
+        seen.update(new)
+        pending += new
+    return tuple(found)
+
+
 # Building.
 
 

@@ -43,6 +43,11 @@ class Code:
     arguments: tuple[str, ...] = ()
     """`--set` overrides of the wrong example."""
 
+    @property
+    def needs_run(self) -> bool:
+        """Whether only planning or running finds it, so that no example of a spec shows it."""
+        return self.text.startswith(("While planning:", "While running:"))
+
 
 @cache
 def _read() -> dict[str, Code]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 # Both make a short command start in half the time: pydantic looks for plug-ins in the metadata of
 # every installed package, and collections find nothing while classes and a spec's tree are made.
@@ -21,7 +23,12 @@ from tunelang.dsl import render
 from tunelang.dsl.check import check, check_file
 from tunelang.dsl.diagnostics import Diagnostic, Diagnostics
 from tunelang.dsl.load import read
+from tunelang.dsl.program import Program
 from tunelang.dsl.source import Source
+
+if TYPE_CHECKING:
+    from tunelang.runtime.prepare import Prepared
+    from tunelang.runtime.store import Store
 
 WRONG_SPEC = 1
 WRONG_COMMAND = 2
@@ -197,6 +204,233 @@ def schema_command() -> None:
     from tunelang.dsl.schema import schema  # only this command needs it
 
     typer.echo(json.dumps(schema(), indent=2, ensure_ascii=False))
+
+
+StoreOption = Annotated[
+    Path | None,
+    typer.Option("--store", help="The store; else `TUNE_STORE`, else `.tune` beside the spec."),
+]
+Spec = Annotated[Path, typer.Argument(metavar="SPEC", help="A `.tune` file.")]
+OnlyOption = Annotated[
+    list[str], typer.Option("--only", metavar="STAGE", help="Run these stages and no others.")
+]
+UntilOption = Annotated[
+    list[str], typer.Option("--until", metavar="STAGE", help="Run these stages and what they need.")
+]
+ForceOption = Annotated[
+    list[str], typer.Option("--force", metavar="STAGE", help="Run these although they are done.")
+]
+OnOption = Annotated[
+    str | None, typer.Option("--on", metavar="HARDWARE", help="Declared hardware for all stages.")
+]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where errors arose.")]
+
+
+@app.command("graph")
+def graph_command(
+    spec: Spec,
+    sets: Sets = [],  # noqa: B006
+    form: Annotated[
+        str, typer.Option("--format", help="`text`, `mermaid`, `dot` or `svg`.")
+    ] = "text",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file instead of standard output.")
+    ] = None,
+) -> None:
+    """Draw the stages of a spec and what each of them reads."""
+    from tunelang.compiler import draw, graph, svg  # only this command needs them
+
+    forms = {"text": lambda p: draw.tree(p, _width()), "mermaid": draw.mermaid, "dot": draw.dot}
+    forms["svg"] = svg.svg
+    if output is not None and form == "text":
+        form = {".svg": "svg", ".mmd": "mermaid", ".dot": "dot"}.get(output.suffix, form)
+    if form not in forms:
+        typer.echo(f"no format is called `{form}`: there is {', '.join(forms)}", err=True)
+        raise typer.Exit(WRONG_COMMAND)
+    text = forms[form](draw.picture(graph.build(_checked(spec, sets))))
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        output.write_text(text, "utf-8")
+
+
+@app.command("plan")
+def plan_command(
+    spec: Spec,
+    sets: Sets = [],  # noqa: B006
+    only: OnlyOption = [],  # noqa: B006
+    until: UntilOption = [],  # noqa: B006
+    force: ForceOption = [],  # noqa: B006
+    on: OnOption = None,
+    store: StoreOption = None,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="All there is to say.")] = False,
+    as_json: AsJson = False,
+    traceback: Traceback = False,
+) -> None:
+    """Say what a run would do, and why: stages, layout, memory, cost. Runs nothing."""
+    program = _checked(spec, sets)
+    from tunelang.runtime import plan_view, prepare  # JAX is slow to import
+
+    with _failing(program, traceback):
+        prepared = _prepared(program, spec, store, only, until, force, on)
+        if as_json:
+            typer.echo(prepare.as_json(prepared))
+        else:
+            typer.echo(plan_view.show(prepared, verbose=verbose, width=_width()), nl=False)
+
+
+@app.command("run")
+def run_command(
+    spec: Spec,
+    sets: Sets = [],  # noqa: B006
+    only: OnlyOption = [],  # noqa: B006
+    until: UntilOption = [],  # noqa: B006
+    force: ForceOption = [],  # noqa: B006
+    on: OnOption = None,
+    store: StoreOption = None,
+    traceback: Traceback = False,
+) -> None:
+    """Plan a spec, and run what is not up to date; what was interrupted goes on."""
+    program = _checked(spec, sets)
+    from tunelang.runtime import run  # JAX is slow to import
+
+    gc.enable()
+    with _failing(program, traceback):
+        prepared = _prepared(program, spec, store, only, until, force, on)
+        outcome = run.run(prepared, _store(spec, store), spec, tuple(sys.argv[1:]), _width())
+    raise typer.Exit(outcome)
+
+
+@app.command("show")
+def show_command(
+    spec: Spec,
+    stage: Annotated[
+        str | None, typer.Argument(metavar="[STAGE]", help="A stage; without it, all.")
+    ] = None,
+    sets: Sets = [],  # noqa: B006
+    samples: Annotated[int, typer.Option("--samples", help="Completions to show.")] = 4,
+    store: StoreOption = None,
+) -> None:
+    """Show what the stages of a spec yielded: evaluations, metrics, completions."""
+    program = _checked(spec, sets)
+    from tunelang.runtime import show  # only this command needs it
+
+    with _failing(program, False):
+        typer.echo(show.show(program, _store(spec, store), stage, samples, _width()), nl=False)
+
+
+@app.command("generate")
+def generate_command(
+    spec: Spec,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage or one of its branches.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="Without any, lines of standard input."),
+    ] = None,
+    sets: Sets = [],  # noqa: B006
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="The longest completion.")] = 256,
+    top_k: Annotated[int | None, typer.Option(help="Of so many likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of so much probability.")] = None,
+    samples: Annotated[int, typer.Option("-n", help="Completions for each prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Go on with the text, without a chat template.")
+    ] = False,
+    store: StoreOption = None,
+    traceback: Traceback = False,
+) -> None:
+    """Complete prompts with the model that a stage yielded."""
+    program = _checked(spec, sets)
+    from tunelang.dsl.vocabulary.training import Sampling
+    from tunelang.runtime import talk  # JAX is slow to import
+
+    sampling = Sampling.fixed(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    with _failing(program, traceback):
+        speaker = talk.open_speaker(program, _store(spec, store), stage)
+        asked = prompts or [line.rstrip("\n") for line in sys.stdin]
+        for text in speaker.complete(asked, sampling, samples, seed, raw):
+            typer.echo(text)
+
+
+@app.command("chat")
+def chat_command(
+    spec: Spec,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage or one of its branches.")],
+    sets: Sets = [],  # noqa: B006
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 256,
+    store: StoreOption = None,
+    traceback: Traceback = False,
+) -> None:
+    """Talk to the model that a stage yielded; an empty line or Ctrl-D ends it."""
+    program = _checked(spec, sets)
+    from tunelang.dsl.vocabulary.training import Sampling
+    from tunelang.runtime import talk  # JAX is slow to import
+
+    sampling = Sampling.fixed(max_tokens=max_tokens, temperature=temperature)
+    with _failing(program, traceback):
+        talk.chat(talk.open_speaker(program, _store(spec, store), stage), sampling)
+
+
+def _checked(spec: Path, sets: list[str]) -> Program:
+    """Return the program of a spec; ends the command where it is wrong."""
+    checked = check_file(spec, sets)
+    report(checked.diagnostics)
+    if checked.program is None:
+        raise typer.Exit(WRONG_SPEC)
+    return checked.program
+
+
+def _store(spec: Path, given: Path | None) -> Store:
+    from tunelang.runtime.store import Store, root
+
+    return Store(root(spec, given, os.environ))
+
+
+def _prepared(
+    program: Program,
+    spec: Path,
+    store: Path | None,
+    only: list[str],
+    until: list[str],
+    force: list[str],
+    on: str | None,
+) -> Prepared:
+    from tunelang.runtime.prepare import prepare
+
+    hardware = [declared.name for declared in program.of("hardware")]
+    if on is not None and on not in hardware:
+        known = ", ".join(f"`{name}`" for name in hardware) or "none"
+        typer.echo(f"no hardware is called `{on}`: the spec declares {known}", err=True)
+        raise typer.Exit(WRONG_COMMAND)
+    return prepare(program, _store(spec, store), only=only, until=until, force=force, on=on)
+
+
+@contextmanager
+def _failing(program: Program, traceback: bool) -> Iterator[None]:
+    """Say what went wrong at the line of the spec, and end with the exit code for it."""
+    try:
+        yield
+    except Exception as error:
+        if traceback or isinstance(error, typer.Exit | BrokenPipeError):
+            raise
+        from tunelang.compiler.graph import UnknownStage
+        from tunelang.runtime.failures import diagnose
+
+        if isinstance(error, UnknownStage):
+            known = ", ".join(f"`{name}`" for name in error.known)
+            typer.echo(f"no stage is called `{error.name}`: there is {known}", err=True)
+            raise typer.Exit(WRONG_COMMAND) from None
+        diagnostic, code = diagnose(error, program)
+        report([diagnostic])
+        raise typer.Exit(code) from None
+
+
+def _width() -> int:
+    return max(60, min(shutil.get_terminal_size((100, 24)).columns, 160))
 
 
 def report(diagnostics: Iterable[Diagnostic]) -> None:

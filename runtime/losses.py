@@ -60,19 +60,56 @@ def token_logprobs(
     Arguments as of `cross_entropy`; the logits are divided by `temperature`, which is above 0,
     after the cap. The backward pass computes each chunk's logits again.
     """
+    return _scores(hidden, head, targets, chunk, cap, temperature, layout, False)[0]
+
+
+def token_scores(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    chunk: int,
+    cap: float | None = None,
+    temperature: float = 1.0,
+    layout: Layout | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`token_logprobs`, and the entropy of the whole distribution at each token, in nats; both
+    `[batch, length]` float32.
+    """
+    log_probs, entropy = _scores(hidden, head, targets, chunk, cap, temperature, layout, True)
+    assert entropy is not None
+    return log_probs, entropy
+
+
+def _scores(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    chunk: int,
+    cap: float | None,
+    temperature: float,
+    layout: Layout | None,
+    with_entropy: bool,
+) -> tuple[jax.Array, jax.Array | None]:
     split = _Split.of(hidden.shape, chunk, layout)
     copies = _copies(head, hidden.dtype, split, layout)
 
     @jax.checkpoint
-    def one(copies: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    def one(copies: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
         logits = _logits(hidden, copies, cap) / temperature
-        return _pick(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        entropy = None
+        if with_entropy:
+            mean = jnp.sum(jnp.exp(logits - normaliser[..., None]) * logits, axis=-1)
+            entropy = normaliser - mean
+        return _pick(logits, targets) - normaliser, entropy
 
-    def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
         return None, one(copies, *chunk)
 
     _, found = jax.lax.scan(body, None, (split(hidden), split(targets)))
-    return split.join(found)
+    log_probs, entropy = jax.tree.map(split.join, found)
+    return log_probs, entropy
 
 
 class _Split:

@@ -79,6 +79,14 @@ def learning_rate(optimizer: Optimizer, steps: int, peak: float | None = None) -
     return rate
 
 
+def at_unit_rate(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer with a peak rate of 1: its updates are proportional to its rate."""
+    change: dict[str, float] = {"lr": 1.0}
+    if isinstance(optimizer, Muon) and optimizer.adam_lr is not None:
+        change["adam_lr"] = optimizer.adam_lr / optimizer.lr
+    return optimizer.model_copy(update=change)
+
+
 def build_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
     """Return the transformation for parameters with axis names, over a run of `steps`.
 

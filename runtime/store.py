@@ -54,10 +54,9 @@ _UNLISTED = ("log", "lock", "done")
 
 def root(spec: Path, given: Path | None, environ: Mapping[str, str]) -> Path:
     """The folder of the store: the one given, else `TUNE_STORE`, else `.tune` beside the spec."""
-    if given is not None:
-        return given
     named = environ.get("TUNE_STORE")
-    return Path(named).expanduser() if named else spec.parent / ".tune"
+    chosen = given or (Path(named).expanduser() if named else spec.parent / ".tune")
+    return chosen.absolute()  # Orbax writes to absolute paths only
 
 
 @dataclass(frozen=True)
@@ -148,6 +147,10 @@ class StageFolder:
                 self._remove(f"checkpoints/{later}")
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_rows(self.path / name, lambda row: _step(row) <= step)
+
+    def remove_checkpoint(self, step: int) -> None:
+        """Remove a checkpoint. Raises `StoreError`."""
+        self._remove(f"checkpoints/{step}")
 
     def metrics_writer(self) -> RowWriter:
         """To append metrics; rows are `{"step": ..., ...}`. Raises `StoreError`."""

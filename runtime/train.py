@@ -23,21 +23,24 @@ from tunelang.runtime.losses import cross_entropy
 from tunelang.runtime.optimizers import Schedule
 from tunelang.runtime.sharding import Layout, shardings
 
+AnyArray = Any
+"""An array of JAX or of numpy: what the host makes goes into programs as it is."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
     """Sequences to train on. Each field is `[batch, length]`, or `[steps, batch, length]`."""
 
-    tokens: jax.Array
+    tokens: AnyArray
     """int32."""
-    trained: jax.Array
+    trained: AnyArray
     """bool: whether the loss counts how well this token is predicted from those before it. The
     first token of a segment never counts, since nothing stands before it."""
-    segments: jax.Array | None = None
+    segments: AnyArray = None
     """int32: which of the examples that share a sequence a token belongs to; 0 is padding.
     Without it, every sequence is one example, padded at its end."""
-    positions: jax.Array | None = None
+    positions: AnyArray = None
     """int32: the place of a token in its example; without it, in its sequence."""
 
 
@@ -50,6 +53,9 @@ class TrainState:
     optimizer: Any
     step: jax.Array
     """int32 scalar: how many steps were made."""
+    scale: jax.Array
+    """float32 scalar: factor of every update. An optimizer built for a learning rate of 1 and
+    scaled by the peak rate serves all branches of a sweep over rates with one program."""
 
 
 @jax.tree_util.register_dataclass
@@ -116,6 +122,7 @@ def init_state(
     optimizer: optax.GradientTransformation,
     program: Program,
     seed: int,
+    scale: float = 1.0,
 ) -> TrainState:
     """Random parameters, made where they belong. The same for every mesh."""
     abstract = jax.eval_shape(lambda: _fresh(architecture, optimizer, program, 0))
@@ -124,7 +131,21 @@ def init_state(
         lambda seed: _fresh(architecture, optimizer, program, seed), out_shardings=places
     )
     state: TrainState = make(seed)
-    return state
+    return replace(state, scale=jax.device_put(jnp.float32(scale), places.scale))
+
+
+def state_of(
+    params: nnx.State[Any, Any],
+    optimizer: optax.GradientTransformation,
+    program: Program,
+    scale: float = 1.0,
+) -> TrainState:
+    """Return the state of a run that starts from given parameters, which it takes over."""
+    places = shardings(jax.eval_shape(optimizer.init, params), program.layout)
+    moments = jax.jit(optimizer.init, out_shardings=places)(params)
+    whole = NamedSharding(program.layout.mesh, PartitionSpec())
+    zero, factor = jnp.zeros((), jnp.int32), jnp.float32(scale)
+    return TrainState(params, moments, *jax.device_put((zero, factor), whole))
 
 
 def _fresh(
@@ -135,7 +156,7 @@ def _fresh(
 ) -> TrainState:
     decoder = Decoder(architecture, nnx.Rngs(jax.random.key(seed)), program.dtype)
     params = nnx.state(decoder, nnx.Param)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.float32(1.0))
 
 
 def _state_shardings(state: TrainState, layout: Layout) -> Any:
@@ -145,6 +166,7 @@ def _state_shardings(state: TrainState, layout: Layout) -> Any:
         params=shardings(state.params, layout),
         optimizer=shardings(state.optimizer, layout),
         step=shardings(state.step, layout),
+        scale=shardings(state.scale, layout),
     )
 
 
@@ -177,15 +199,13 @@ def train_step(
         tokens = jnp.sum(shift(batch)[1])
         count = jnp.maximum(tokens, 1.0)
 
-        def loss(params: Any, part: tuple[Batch, jax.Array | None]) -> jax.Array:
+        def loss(params: Any, part: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, None]:
             total = _summed_loss(nnx.merge(graph, params), *part, program)
-            return total / count
+            return total / count, None
 
-        value, gradient = _accumulate(loss, state.params, (batch, keys), program)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-        metrics = Metrics(value, tokens, optax.tree.norm(gradient), schedule(state.step))
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, optimizer_state, state.step + 1), metrics
+        value, _, gradient = accumulate(loss, state.params, (batch, keys), program)
+        state, norm, rate = updated(state, gradient, optimizer, schedule)
+        return state, Metrics(value, tokens, norm, rate)
 
     def steps(state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(one_step, state, batches)
@@ -227,22 +247,67 @@ def _summed_loss(
     return total
 
 
-def _accumulate(
-    loss: Callable[[Any, Any], jax.Array], params: Any, batch: Any, program: Program
-) -> tuple[jax.Array, Any]:
-    """Return the sum of the loss over the micro-batches, and its gradient in float32."""
+def accumulate(
+    loss: Callable[[Any, Any], tuple[jax.Array, Any]],
+    params: Any,
+    batch: Any,
+    program: Program,
+    add: Callable[[Any, Any], Any] = lambda *_: None,
+) -> tuple[jax.Array, Any, Any]:
+    """Add up over the micro-batches a loss, what it gives beside by `add`, and its gradient.
+
+    Every array of the batch is `[rows, ...]`.
+    """
+    value_and_gradient = jax.value_and_grad(loss, has_aux=True)
     if program.micro_batches == 1:
-        return jax.value_and_grad(loss)(params, batch)
+        (value, extra), gradient = value_and_gradient(params, batch)
+        return value, extra, gradient
 
     def split(array: jax.Array) -> jax.Array:
         # Every n-th row, so that a device's rows stay on it: rows lie in blocks over the mesh.
         parts = array.reshape(-1, program.micro_batches, *array.shape[1:]).swapaxes(0, 1)
         return program.layout.constrain(parts, (None, "batch", *(None for _ in array.shape[1:])))
 
-    def body(carry: tuple[jax.Array, Any], part: Any) -> tuple[tuple[jax.Array, Any], None]:
-        value, gradient = jax.value_and_grad(loss)(params, part)
-        return jax.tree.map(jnp.add, carry, (value, gradient)), None
+    def body(carry: tuple[jax.Array, Any, Any], part: Any) -> tuple[Any, None]:
+        (value, extra), gradient = value_and_gradient(params, part)
+        total, extras, gradients = carry
+        return (total + value, add(extras, extra), jax.tree.map(jnp.add, gradients, gradient)), None
 
-    start = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(body, start, jax.tree.map(split, batch))
-    return total
+    parts = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda array: array[0], parts)
+    extras = jax.eval_shape(lambda: loss(params, first)[1])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), extras)
+    start = (jnp.zeros((), jnp.float32), zeros, jax.tree.map(jnp.zeros_like, params))
+    (value, extra, gradient), _ = jax.lax.scan(body, start, parts)
+    return value, extra, gradient
+
+
+def updated(
+    state: TrainState,
+    gradient: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+) -> tuple[TrainState, jax.Array, jax.Array]:
+    """Make one update. Returns the state, the gradient's norm before clipping, the rate."""
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+    updates = jax.tree.map(lambda update: state.scale * update, updates)
+    params = optax.apply_updates(state.params, updates)
+    rate = state.scale * schedule(state.step)
+    new = TrainState(params, optimizer_state, state.step + 1, state.scale)
+    return new, optax.tree.norm(gradient), rate
+
+
+def loss_program(architecture: Architecture, program: Program) -> jax.stages.Wrapped:
+    """Return the jitted `(params, batch) -> (loss, tokens)`: sums over `[steps, batch, length]`."""
+    graph, _ = abstract_decoder(architecture, program.dtype)
+
+    def total(params: Any, batches: Batch) -> tuple[jax.Array, jax.Array]:
+        def body(carry: tuple[jax.Array, jax.Array], batch: Batch) -> tuple[Any, None]:
+            loss = _summed_loss(nnx.merge(graph, params), batch, None, program)
+            return (carry[0] + loss, carry[1] + jnp.sum(shift(batch)[1])), None
+
+        zero = jnp.zeros((), jnp.float32)
+        sums, _ = jax.lax.scan(body, (zero, zero), batches)
+        return sums
+
+    return jax.jit(total)

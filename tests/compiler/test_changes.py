@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from .workspace import PIPELINE, prints, write
 
 from tunelang.compiler.changes import changes, wording
 from tunelang.compiler.fingerprint import SEMANTICS, Fingerprint
+
+from .workspace import PIPELINE, prints, write
 
 TUNED = "tuned[optimizer.lr=1e-6]"
 

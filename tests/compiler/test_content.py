@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from .workspace import safetensors, write
 
 from tunelang.compiler import content
 from tunelang.compiler.content import ContentError, Contents, digest
+
+from .workspace import safetensors, write
 
 OLD = 10**18
 """A time of change long ago, in nanoseconds."""

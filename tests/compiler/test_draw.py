@@ -9,11 +9,12 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
-from .workspace import PIPELINE, program
 
 from tunelang.compiler.draw import Arrow, Box, Picture, dot, mermaid, picture, tree
 from tunelang.compiler.graph import build
 from tunelang.compiler.svg import svg
+
+from .workspace import PIPELINE, program
 
 DRAWINGS = Path(__file__).parent / "drawings"
 HEAD = """\

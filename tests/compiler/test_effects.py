@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from .workspace import program, write
 
 from tunelang.compiler.content import Contents
 from tunelang.compiler.fingerprint import fingerprints
@@ -17,6 +16,8 @@ from tunelang.dsl import types
 from tunelang.dsl.program import Branch, Declared, Program
 from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, data, models, rewards, stages
 from tunelang.dsl.vocabulary.base import Attribute, Measure, Node, Reference, attributes
+
+from .workspace import program, write
 
 SPEC = """\
 hardware box : local { devices = 1 }

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from .workspace import PIPELINE, digests, prints, program, write
 
 from tunelang.compiler.content import Contents
 from tunelang.compiler.fingerprint import SEMANTICS, fingerprints
@@ -17,6 +16,8 @@ from tunelang.dsl.format import format_source
 from tunelang.dsl.program import Branch, Declared
 from tunelang.dsl.source import Source
 from tunelang.dsl.vocabulary import KINDS, rewards
+
+from .workspace import PIPELINE, digests, prints, program, write
 
 ALL = ["warm", "tuned[optimizer.lr=1e-6]", "tuned[optimizer.lr=3e-6]", "polished", "out"]
 

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-from .workspace import PIPELINE, program
 
 from tunelang.compiler.graph import (
     Choice,
@@ -19,6 +18,8 @@ from tunelang.compiler.graph import (
 )
 from tunelang.dsl.check import check
 from tunelang.dsl.source import Source
+
+from .workspace import PIPELINE, program
 
 HEAD = """\
 model g : pretrained { path = "models/tiny" }

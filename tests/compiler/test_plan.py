@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from .workspace import PIPELINE, digests, program, write
 
 from tunelang.compiler.content import Contents
 from tunelang.compiler.graph import UnknownStage
@@ -26,6 +25,8 @@ from tunelang.compiler.plan import (
     verify,
 )
 from tunelang.compiler.planning import plan
+
+from .workspace import PIPELINE, digests, program, write
 
 EVERYTHING = Path(__file__).parents[1] / "ui/right/everything.tune"
 

@@ -1,0 +1,292 @@
+"""How a stage is laid out over devices: mesh, micro-batches, remat, slots; and what that takes.
+
+Every legal mesh over the `data`, `fsdp` and `tensor` axes is looked at, and for each the fewest
+micro-batches and the least rematerialisation that fit. What is left is ranked by a closed-form
+estimate of the time of a step; ties go to the simpler layout. The memory model is a sum over named
+parts; it ranks and prunes, and promises nothing for small models (see the tests).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tunelang.compiler.architecture import (
+    Architecture,
+    forward_flops,
+    kv_bytes_per_token,
+    parameter_count,
+    train_flops,
+)
+from tunelang.compiler.hardware import Chip, Devices
+from tunelang.dsl.vocabulary.stages import Policy, Supervised, Training
+from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
+
+CHUNK = 128
+"""Tokens of a sequence whose logits are in memory at once."""
+MOST_SLOTS = 256
+EFFICIENCY = 0.5
+"""The share of a chip's peak that a well laid out program reaches: for the estimate of time."""
+_REMAT_COST = {"none": 3.0, "dots": 3.2, "full": 4.0}
+"""Forward passes that a training step is worth."""
+_MICRO_OVERHEAD = 0.02
+"""What one more micro-batch adds to the time of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLayout:
+    """Where and in which parts a stage runs."""
+
+    mesh: dict[str, int]
+    rows: int
+    """Sequences of one update, over all devices."""
+    length: int
+    """Tokens of a sequence, at most."""
+    micro_batches: int
+    remat: str
+    slots: int | None
+    """Completions that are sampled at once, over all devices; None without a rollout."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes in each device, by part."""
+    flops: float = 0.0
+    """Of a step, over all devices: what has to be computed."""
+    seconds: float = 0.0
+    """Estimate for a step."""
+
+    @property
+    def total(self) -> int:
+        """Bytes in each device."""
+        return sum(self.memory.values())
+
+
+class DoesNotFitError(Exception):
+    """No layout fits; `nearest` is the one that needs the least memory, `devices` what it is for,
+    `pinned` what the spec itself decides.
+    """
+
+    def __init__(self, nearest: StageLayout, devices: Devices, pinned: tuple[str, ...]) -> None:
+        super().__init__(f"needs {nearest.total} bytes of {devices.chip.memory}")
+        self.nearest = nearest
+        self.devices = devices
+        self.pinned = pinned
+
+
+class NoLayoutError(Exception):
+    """A pinned mesh or micro-batch contradicts the devices or the batch; `why` in words."""
+
+    def __init__(self, attribute: str, why: str) -> None:
+        super().__init__(attribute, why)
+        self.attribute = attribute
+        self.why = why
+
+
+def lay_out(
+    stage: Training, architecture: Architecture, dtype_bytes: int, devices: Devices
+) -> StageLayout:
+    """Return the best layout of a training stage.
+
+    Raises `DoesNotFitError` and `NoLayoutError`.
+    """
+    rows, length = _batch(stage, architecture)
+    pinned = tuple(
+        name
+        for name in ("mesh", "micro_batch", "remat")
+        if getattr(stage, name) not in (None, "auto")
+    )
+    nearest: StageLayout | None = None
+    best: tuple[tuple[float, int, int], StageLayout] | None = None
+    for mesh in _meshes(stage, devices.count):
+        shards = mesh["data"] * mesh["fsdp"]
+        if rows % shards or any(
+            size % mesh["tensor"] for size in (architecture.heads, architecture.mlp)
+        ):
+            continue
+        found = _fitting(stage, architecture, dtype_bytes, devices, mesh, rows, length)
+        for layout, fits in found:
+            if nearest is None or layout.total < nearest.total:
+                nearest = layout
+            if not fits:
+                continue
+            axes = sum(size > 1 for size in mesh.values())
+            key = (round(layout.seconds, 12), axes, -mesh["data"])
+            if best is None or key < best[0]:
+                best = key, layout
+            break
+    if best is not None:
+        return best[1]
+    if nearest is None:
+        size = math.prod(_mesh_of(stage).values()) if stage.mesh is not None else devices.count
+        raise NoLayoutError(
+            "mesh" if stage.mesh is not None else "batch",
+            f"{rows} sequences do not divide over {size} devices",
+        )
+    raise DoesNotFitError(nearest, devices, pinned)
+
+
+def _batch(stage: Training, architecture: Architecture) -> tuple[int, int]:
+    """Return the sequences of an update and the tokens of one."""
+    context = architecture.context
+    match stage:
+        case Supervised():
+            if stage.batch.unit == "tokens":
+                return max(1, int(stage.batch.value) // context), context
+            return int(stage.batch.value), context
+        case Policy():
+            longest = stage.rollout.max_prompt
+            length = context if longest is None else longest + stage.rollout.max_tokens
+            return stage.batch * stage.group // stage.minibatches, min(length, context)
+    raise TypeError(f"{type(stage).__name__} is not laid out")
+
+
+def _mesh_of(stage: Training) -> dict[str, int]:
+    assert stage.mesh is not None
+    return {name: getattr(stage.mesh, name) for name in ("data", "fsdp", "tensor")}
+
+
+def _meshes(stage: Training, count: int) -> Iterator[dict[str, int]]:
+    if stage.mesh is not None:
+        for axis in ("expert", "context"):
+            if getattr(stage.mesh, axis) > 1:
+                raise NoLayoutError("mesh", f"the axis `{axis}` is not built yet")
+        mesh = _mesh_of(stage)
+        if math.prod(mesh.values()) > count:
+            need = " × ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
+            raise NoLayoutError("mesh", f"{need} need more than the {count} devices that there are")
+        yield mesh
+        return
+    # Fewer devices than there are, where the batch does not divide over all.
+    for used in (n for n in range(count, 0, -1) if count % n == 0):
+        for tensor in (n for n in (1, 2, 4, 8, 16) if used % n == 0):
+            rest = used // tensor
+            for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
+                yield {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor}
+
+
+def _fitting(
+    stage: Training,
+    architecture: Architecture,
+    dtype_bytes: int,
+    devices: Devices,
+    mesh: dict[str, int],
+    rows: int,
+    length: int,
+) -> Iterator[tuple[StageLayout, bool]]:
+    """Give the layouts of a mesh from the fastest on, and whether each fits."""
+    local = rows // (mesh["data"] * mesh["fsdp"])
+    counts = [n for n in range(1, local + 1) if local % n == 0]
+    if stage.micro_batch is not None:
+        if local % stage.micro_batch:
+            raise NoLayoutError(
+                "micro_batch",
+                f"{stage.micro_batch} do not divide the {local} sequences of a device",
+            )
+        counts = [local // stage.micro_batch]
+    remats = ("none", "dots", "full") if stage.remat == "auto" else (stage.remat,)
+    layouts = [
+        _estimated(
+            StageLayout(
+                mesh=mesh, rows=rows, length=length, micro_batches=parts, remat=remat, slots=None
+            ),
+            stage,
+            architecture,
+            dtype_bytes,
+            devices.chip,
+        )
+        for parts in counts
+        for remat in remats
+    ]
+    for layout in sorted(layouts, key=lambda layout: layout.seconds):
+        yield layout, layout.total <= devices.chip.memory
+
+
+def _estimated(
+    layout: StageLayout, stage: Training, a: Architecture, dtype_bytes: int, chip: Chip
+) -> StageLayout:
+    """Fill in memory, FLOPs and seconds."""
+    devices = math.prod(layout.mesh.values())
+    tensor = layout.mesh["tensor"]
+    split = layout.mesh["fsdp"] * tensor
+    parameters = parameter_count(a)
+    moments = {AdamW: 2, Muon: 2, Lion: 1, Sgd: 1}.get(type(stage.optimizer), 2)
+    tokens = layout.rows * layout.length // (layout.mesh["data"] * layout.mesh["fsdp"])
+    micro = tokens // layout.micro_batches
+    chunk = micro // layout.length * min(CHUNK, layout.length)
+    memory = {
+        "parameters": 4 * parameters // split,
+        "optimizer": 4 * moments * parameters // split,
+        "gradients": 4 * parameters // split * (1 if layout.micro_batches == 1 else 2),
+        "activations": _activations(a, layout, micro, dtype_bytes) // tensor,
+        "logits": 2 * 4 * chunk * a.vocabulary // tensor,
+    }
+    if split > tensor or dtype_bytes < 4:  # the layer at work, and the head, gathered
+        memory["gathered"] = (
+            dtype_bytes * (parameters // a.layers + a.vocabulary * a.width) // tensor
+        )
+    step_tokens = layout.rows * layout.length
+    flops = train_flops(a, layout.length) * step_tokens
+    work = forward_flops(a, layout.length) * step_tokens * _REMAT_COST[layout.remat]
+    slots = None
+    if isinstance(stage, Policy):
+        updates = stage.minibatches * stage.passes
+        flops, work = flops * updates, work * updates
+        slots = min(MOST_SLOTS * layout.mesh["data"] * layout.mesh["fsdp"], _slots(stage))
+        kv = kv_bytes_per_token(a, dtype_bytes) * layout.length
+        memory["kv cache"] = kv * slots // (layout.mesh["data"] * layout.mesh["fsdp"])
+        sampled = stage.batch * stage.group * layout.length
+        flops += forward_flops(a, layout.length) * sampled
+        work += 2 * forward_flops(a, layout.length) * sampled
+        if stage.kl is not None:
+            memory["reference"] = 4 * parameters // split
+            work += forward_flops(a, layout.length) * sampled
+    seconds = work / (devices * chip.peak * EFFICIENCY)
+    seconds *= 1 + _MICRO_OVERHEAD * (layout.micro_batches - 1)
+    if devices > 1:
+        seconds += _communication(a, layout, parameters, tokens, dtype_bytes) / chip.link
+    return replace(layout, memory=memory, flops=flops, seconds=seconds, slots=slots)
+
+
+def _slots(stage: Policy) -> int:
+    return 1 << max(0, (stage.batch * stage.group - 1).bit_length())
+
+
+def _activations(a: Architecture, layout: StageLayout, tokens: int, dtype_bytes: int) -> int:
+    """Bytes that the backward pass finds kept, and the layer at work."""
+    queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    hidden = a.mlp * (3 if a.gated else 2)
+    dots = queries + 2 * keys + 2 * a.width + hidden
+    whole = dots + 6 * a.width + a.mlp
+    scores = 2 * a.heads * layout.length * 4 // dtype_bytes
+    layer = {"none": whole + scores, "dots": dots + a.width, "full": a.width}[layout.remat]
+    return tokens * dtype_bytes * (a.layers * layer + whole + scores)
+
+
+def _communication(
+    a: Architecture, layout: StageLayout, parameters: int, tokens: int, dtype_bytes: int
+) -> float:
+    """Bytes that each device exchanges in a step: gradients summed over copies, parameters gathered
+    for each pass, activations summed over the tensor axis.
+    """
+    data, fsdp, tensor = (layout.mesh[name] for name in ("data", "fsdp", "tensor"))
+    total = 0.0
+    if data > 1:
+        total += 2 * 4 * parameters / (fsdp * tensor) * (data - 1) / data
+    if fsdp > 1:
+        gathers = 2 * dtype_bytes * layout.micro_batches + 4
+        total += gathers * parameters / tensor * (fsdp - 1) / fsdp
+    if tensor > 1:
+        total += 8 * a.layers * tokens * a.width * dtype_bytes * (tensor - 1) / tensor
+    return total
+
+
+def plain(layout: StageLayout) -> dict[str, Any]:
+    """Return the layout's own part as JSON; memory and cost stand apart in a plan."""
+    return {
+        "mesh": layout.mesh,
+        "rows": layout.rows,
+        "length": layout.length,
+        "micro_batches": layout.micro_batches,
+        "remat": layout.remat,
+        "slots": layout.slots,
+    }

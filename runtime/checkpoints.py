@@ -1,0 +1,150 @@
+"""Checkpoints of a stage: parameters, and what training on needs beside, written by Orbax.
+
+A checkpoint is a folder named by its step, with `params` (the model: all that later stages read),
+and, until the stage is done, `state` (the optimizer's) and `progress` (small facts as JSON). Orbax
+writes under another name and renames when everything is there, so that a folder with the name of a
+step is whole. Writing goes on behind training; the next save waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from tunelang.runtime.durable import StoreError
+from tunelang.runtime.sharding import is_variable
+from tunelang.runtime.store import StageFolder
+
+# Orbax logs what it then raises, with the traces of all its threads.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+_TEMPORARY = ".orbax-checkpoint-tmp"
+
+
+class CheckpointError(StoreError):
+    """A checkpoint cannot be written, or cannot be read: damaged, or of another model."""
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Return the arrays of a tree by their paths: `blocks.attention.query`."""
+    found: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        found[name] = leaf.get_value() if is_variable(leaf) else leaf
+    # An optimizer that leaves a parameter alone has an empty node in its place.
+    return {name: leaf for name, leaf in found.items() if hasattr(leaf, "shape")}
+
+
+def unflat(tree: Any, arrays: dict[str, Any]) -> Any:
+    """Return the tree with the arrays that `flat` gave in place of its own."""
+
+    def put(path: Any, leaf: Any) -> Any:
+        array = arrays.get(jax.tree_util.keystr(path, simple=True, separator="."))
+        if array is None:
+            return leaf
+        return leaf.replace(array) if isinstance(leaf, nnx.Variable) else array
+
+    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_variable)
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one stage, whose lock the caller holds."""
+
+    def __init__(self, folder: StageFolder, keep: frozenset[int] = frozenset()) -> None:
+        """`keep` are steps whose checkpoints stay."""
+        self.folder = folder
+        self.keep = keep
+        self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        for left in folder.checkpoints.glob(f"*{_TEMPORARY}*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def save(self, step: int, params: Any, state: Any = None, progress: Any = None) -> None:
+        """Write a checkpoint behind the caller's back; the arrays may be used up at once.
+
+        Only the last two stay. Raises `CheckpointError`, also for the one before.
+        """
+        items = {"params": ocp.args.StandardSave(flat(params))}
+        if state is not None:
+            items["state"] = ocp.args.StandardSave(flat(state))
+            items["progress"] = ocp.args.JsonSave(progress or {})
+        self.wait()
+        with _told("write", self.folder.checkpoints / str(step)):
+            self._writer.save(self.folder.checkpoints / str(step), ocp.args.Composite(**items))
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk. Raises `CheckpointError`."""
+        with _told("write", self.folder.checkpoints):
+            self._writer.wait_until_finished()
+        self._remove(self.folder.steps()[:-2])
+
+    def finish(self, step: int, params: Any) -> None:
+        """Write the model of the last step, without what only training on needs; then all others
+        go. Raises `CheckpointError`.
+        """
+        self.wait()
+        if step not in self.folder.steps():
+            self.save(step, params)
+            self.wait()
+        self._remove(old for old in self.folder.steps() if old != step)
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            if step not in self.keep:
+                self.folder.remove_checkpoint(step)
+
+    def restore(self, step: int, params: Any, state: Any) -> tuple[Any, Any, Any]:
+        """Return parameters, state and progress; the trees say shapes and places.
+
+        Raises `CheckpointError`.
+        """
+        wanted = ocp.args.Composite(
+            params=ocp.args.StandardRestore(_shaped(params)),
+            state=ocp.args.StandardRestore(_shaped(state)),
+            progress=ocp.args.JsonRestore(),
+        )
+        path = self.folder.checkpoints / str(step)
+        with _told("read", path):
+            found = self._writer.restore(path, wanted)
+            return unflat(params, found.params), unflat(state, found.state), found.progress
+
+    def close(self) -> None:
+        """End the thread that writes."""
+        self._writer.close()
+
+
+def load_params(path: Path, params: Any) -> Any:
+    """Return the parameters of a checkpoint; the tree says shapes and places.
+
+    Raises `CheckpointError`.
+    """
+    with _told("read", path), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        wanted = ocp.args.Composite(params=ocp.args.StandardRestore(_shaped(params)))
+        return unflat(params, reader.restore(path, wanted).params)
+
+
+def _shaped(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in flat(tree).items()
+    }
+
+
+@contextmanager
+def _told(what: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except StoreError:
+        raise
+    except OSError as error:
+        raise CheckpointError(what, path, (error.strerror or str(error)).lower()) from error
+    except Exception as error:  # Orbax and tensorstore raise whatever went wrong below them.
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(what, path, reason) from error

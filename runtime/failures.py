@@ -1,0 +1,179 @@
+"""What goes wrong while planning or running, said at the line of the spec that it is about."""
+
+from __future__ import annotations
+
+from tunelang.compiler.content import ContentError
+from tunelang.compiler.graph import GraphError
+from tunelang.compiler.layout import DoesNotFitError, NoLayoutError
+from tunelang.dsl.diagnostics import Diagnostic
+from tunelang.dsl.messages.wording import error as message
+from tunelang.dsl.program import Program
+from tunelang.dsl.source import Source, Span
+from tunelang.runtime.bad_rows import BadRowError, NoRowsError, NotARowError, TooLongError, excerpt
+from tunelang.runtime.chat import (
+    EmptyMaskError,
+    NoStopTokenError,
+    TemplateRewritesError,
+    TruncatedAnswerError,
+)
+from tunelang.runtime.chat_templates import TemplateFailedError
+from tunelang.runtime.durable import StoreError
+from tunelang.runtime.execute import (
+    HardwareMissingError,
+    MissingInputError,
+    NoCheckpointError,
+    NoMetricError,
+    StageFailed,
+)
+from tunelang.runtime.loop import DivergedError
+from tunelang.runtime.open_tokenizer import BadTokenizerError, VocabularySizeError
+from tunelang.runtime.prepare import LayoutError
+from tunelang.runtime.procedural import GeneratorError
+from tunelang.runtime.workers import LoadError
+from tunelang.runtime.workshop import NotBuiltError
+
+FAILED, DOES_NOT_FIT, WRONG_SPEC = 3, 4, 1
+
+
+def diagnose(error: Exception, program: Program) -> tuple[Diagnostic, int]:
+    """Return what to show for an error, and the exit code of the command."""
+    stage = ""
+    if isinstance(error, StageFailed) and isinstance(error.__cause__, Exception):
+        stage, error = error.stage, error.__cause__
+    if isinstance(error, LayoutError):
+        stage, error = error.stage, error.cause
+    place = _Place(program, stage)
+    match error:
+        case DoesNotFitError():
+            return _does_not_fit(error, place), DOES_NOT_FIT
+        case NoLayoutError():
+            where = place.attribute(error.attribute)
+            return message("cannot-lay-out", error.why, where), WRONG_SPEC
+        case NotBuiltError():
+            where = place.declared(error.title.partition(" ")[2])
+            return message("not-built", f"{error.what} is not built yet", where), FAILED
+        case GraphError():
+            return message("cannot-lay-out", str(error), place.declared(error.stage)), WRONG_SPEC
+        case _:
+            return _failed(error, place), FAILED
+
+
+def row_problem(cause: Exception) -> str:
+    """Return in words why a row cannot be used."""
+    match cause:
+        case TooLongError():
+            return f"{cause.length:,} tokens, and {cause.limit:,} fit"
+        case NotARowError():
+            return f"{cause.reason}: {cause.excerpt}"
+        case EmptyMaskError():
+            return f"nothing in it would be trained: {excerpt(cause.rendered)}"
+        case TruncatedAnswerError():
+            return f"the chat template leaves out a part of the answer: {excerpt(cause.answer)}"
+        case TemplateRewritesError():
+            return f"the chat template rewrites turn {cause.turn + 1}: {excerpt(cause.rendered)}"
+        case NoStopTokenError():
+            return "no token ends an answer: the tokenizer has none, and the template writes none"
+        case TemplateFailedError():
+            line = f" (line {cause.line})" if cause.line else ""
+            return f"the chat template failed{line}: {cause.reason}"
+    return str(cause)
+
+
+class _Place:
+    """Finds places in the spec."""
+
+    def __init__(self, program: Program, stage: str) -> None:
+        self.program = program
+        self.stage = stage
+
+    def attribute(self, name: str) -> Span:
+        """The value of an attribute of the stage, or else the stage's name."""
+        for path in (f"stage.{self.stage}.{name}", f"run.{name}"):
+            origin = self.program.origins.get(path)
+            if origin is not None:
+                return origin.span
+        return self.declared(self.stage)
+
+    def declared(self, name: str) -> Span:
+        """The name of a declaration; the beginning of nothing where there is none."""
+        found = self.program.declarations.get(name)
+        if found is not None and found.span is not None:
+            return found.span
+        if name != self.stage and self.stage:
+            return self.declared(self.stage)
+        return Span(Source("<run>", ""), 0, 0)
+
+
+def _does_not_fit(error: DoesNotFitError, place: _Place) -> Diagnostic:
+    nearest, chip = error.nearest, error.devices.chip
+    largest = sorted(nearest.memory.items(), key=lambda part: -part[1])[:4]
+    parts = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
+    mesh = " × ".join(f"{axis} {size}" for axis, size in nearest.mesh.items() if size > 1)
+    pinned = f"; pinned by the spec: {', '.join(error.pinned)}" if error.pinned else ""
+    return message(
+        "does-not-fit",
+        f"`{place.stage}` needs {size_text(nearest.total)} of {size_text(chip.memory)} in a device",
+        place.declared(place.stage),
+        f"on {error.devices}",
+        notes=[f"the smallest layout ({mesh or 'one device'}, remat {nearest.remat}): {parts}"],
+        help=f"more devices, a smaller batch or a shorter context{pinned}",
+    )
+
+
+def _failed(error: Exception, place: _Place) -> Diagnostic:
+    here = place.declared(place.stage)
+    match error:
+        case BadRowError():
+            where = place.declared(error.source)
+            why = row_problem(error.cause)
+            return message("unusable-row", f"{error.place}: {why}", where)
+        case NoRowsError():
+            shown = [f"{each.place}: {row_problem(each.cause)}" for each in error.dropped.shown]
+            title = f"no row of `{error.source}` can be used"
+            return message("no-rows", title, place.declared(error.source), notes=shown)
+        case BadTokenizerError():
+            return message("tokenizer-fails", f"{error.path}: {error.reason}", here)
+        case VocabularySizeError():
+            title = f"the data gives no vocabulary of {error.wanted:,}"
+            fix = f"the nearest that works: `vocabulary = {error.possible}`"
+            return message("tokenizer-fails", title, here, help=fix)
+        case GeneratorError():
+            title = f"the generator `{error.task}` failed: {error.reason}"
+            return message("generator-fails", title, here)
+        case LoadError():
+            title = f"a reward cannot be loaded: {error.why.strip().splitlines()[-1]}"
+            return message("reward-fails", title, place.attribute("reward"))
+        case DivergedError():
+            title = f"the {error.name.replace('_', ' ')} of step {error.step} is no number"
+            fix = "a lower learning rate or a smaller `clip_norm`; an earlier checkpoint is kept"
+            return message("diverged", title, place.attribute("optimizer"), help=fix)
+        case HardwareMissingError():
+            title = f"`{place.stage}` runs on {error.wanted}, and here are {error.there}"
+            return message("devices-missing", title, place.attribute("on"))
+        case MissingInputError():
+            title = f"`{error.missing}` is not done, and this run leaves it out"
+            fix = f"run it first: `--until {place.stage or error.missing}`"
+            return message("missing-input", title, here, help=fix)
+        case NoMetricError():
+            title = f"no branch of `{error.stage}` has the metric `{error.metric}`"
+            known = ", ".join(f"`{name}`" for name in error.known[:12])
+            return message("no-metric", title, here, help=f"there is {known}" if known else None)
+        case NoCheckpointError():
+            title = f"`{error.stage}` kept no checkpoint of step {error.step}"
+            fix = f"run it again: `--force {error.stage}`"
+            return message("no-checkpoint", title, here, help=fix)
+        case StoreError() | ContentError():
+            return message("store-fails", str(error), here)
+        case OSError():
+            return message("store-fails", f"{error.filename}: {error.strerror}", here)
+    text = str(error).strip().splitlines()
+    title = f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+    return message("stage-fails", title, here, help="`--traceback` shows where in the program")
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes for people: `3.2 GiB`."""
+    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,210 @@
+"""The loop that every training stage shares: steps, lines, evaluations, checkpoints, interruption.
+
+A stage makes its steps in calls of a compiled program, each of one or more steps. Where calls begin
+and end follows from the spec alone, so that a resumed run makes the very calls that the
+uninterrupted one makes. Checkpoints are written between calls.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.runtime.checkpoints import Checkpoints
+from tunelang.runtime.evaluate import Completed
+from tunelang.runtime.recorder import Recorder
+from tunelang.runtime.train import TrainState
+
+CHECKPOINT_SECONDS = 300.0
+"""Time between checkpoints where the spec states no steps."""
+
+Row = dict[str, float]
+
+
+class Interrupted(Exception):
+    """The user asked to stop; everything is saved."""
+
+
+class DivergedError(Exception):
+    """A metric that decides about training is no number any more: its `name`, at `step`."""
+
+    def __init__(self, name: str, step: int) -> None:
+        super().__init__(name, step)
+        self.name = name
+        self.step = step
+
+
+class Trainer(Protocol):
+    """What a kind of training does; the loop does the rest."""
+
+    steps: int
+    """Of the whole stage."""
+    state: TrainState
+    flops: float
+    """Of one step, over all devices: what has to be computed."""
+
+    def until(self, step: int) -> int:
+        """Return where the call that begins at a step ends."""
+
+    def advance(self, step: int, until: int) -> Callable[[], Sequence[Row]]:
+        """Make the steps from `step` to `until`; returns how to wait for their metrics.
+
+        Rows may hold `tokens`, the tokens that the step worked on, which become a rate.
+        """
+
+    def samples(self) -> Sequence[Completed]:
+        """Completions of the last step, to read."""
+
+    def progress(self) -> dict[str, Any]:
+        """Return what a checkpoint has to hold beside the state."""
+
+    def resume(self, state: TrainState, progress: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+
+
+class Reporter(Protocol):
+    """Who is told how a stage goes on."""
+
+    def step(self, step: int, steps: int, values: Mapping[str, float]) -> None:
+        """Some steps are made; `values` are of the last line."""
+
+    def doing(self, what: str) -> None:
+        """Something else than a step begins: `evaluating accuracy`."""
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """Evals were run."""
+
+
+@dataclass
+class Loop:
+    """One stage while it is trained."""
+
+    stage: Training
+    trainer: Trainer
+    recorder: Recorder
+    checkpoints: Checkpoints
+    reporter: Reporter
+    evaluate: Callable[[Any, int], Mapping[str, float]]
+    """Parameters and step to the metrics of the stage's evals."""
+    stopping: Callable[[], bool]
+    """Whether the user asked to stop."""
+    peak: float
+    """FLOP/s of all devices of the stage."""
+    save_at: frozenset[int]
+    """Steps whose parameters other stages start from: calls end there."""
+    _pending: list[tuple[int, Callable[[], Sequence[Row]]]] = field(default_factory=list)
+    _mark: float = 0.0
+    _mark_step: int = 0
+    _tokens: float = 0.0
+    _saved: tuple[int, float] = (0, 0.0)
+
+    def run(self, start: int) -> dict[str, float]:
+        """Train from a step on to the end; returns the last value of every metric.
+
+        Raises `Interrupted` after saving, `DivergedError`, and `CheckpointError`.
+        """
+        trainer, steps = self.trainer, self.trainer.steps
+        if start == 0:
+            self._evaluate(0)
+        step = start
+        self._saved = start, time.monotonic()
+        self._restart_clock(step)
+        while step < steps:
+            until = trainer.until(step)
+            wait = trainer.advance(step, until)
+            self._collect()  # of the call before, while the devices make this one
+            self._pending.append((step, wait))
+            step = until
+            if step < steps and self._is_eval(step):
+                self._collect()
+                self._evaluate(step)
+            if step < steps and (self.stopping() or self._is_due(step)):
+                self._collect()
+                self._save(step)
+                if self.stopping():
+                    self.checkpoints.wait()
+                    raise Interrupted
+        self._collect()
+        self._evaluate(steps)
+        self.reporter.doing("saving")
+        self.checkpoints.finish(steps, trainer.state.params)
+        return dict(self.recorder.last)
+
+    def _collect(self) -> None:
+        """Take the metrics of the calls that were made."""
+        for first, wait in self._pending:
+            rows = wait()
+            last = first + len(rows)
+            for step, row in enumerate(rows, first + 1):
+                for name in ("loss", "grad_norm"):
+                    if not math.isfinite(row.get(name, 0.0)):
+                        raise DivergedError(name, step)
+                self._tokens += row.get("tokens", 0.0)
+                timing = self._timing(step) if step == last else {}
+                line = self.recorder.step(step, row, timing)
+                if line is not None:
+                    for sample in self.trainer.samples() if step == last else ():
+                        self.recorder.sample(step, sample.row())
+                if step == last:
+                    self.reporter.step(step, self.trainer.steps, line or {**row, **timing})
+        self._pending.clear()
+
+    def _timing(self, step: int) -> dict[str, float]:
+        """Return the rates since the clock was started."""
+        seconds = time.monotonic() - self._mark
+        made = step - self._mark_step
+        if not made or seconds <= 0:
+            return {}
+        found = {"steps_per_second": made / seconds, "tokens_per_second": self._tokens / seconds}
+        if self.peak and self.trainer.flops:
+            found["mfu"] = self.trainer.flops * made / seconds / self.peak
+        found["memory"] = float(memory_in_use())
+        if seconds > 10:
+            self._restart_clock(step)
+        return found
+
+    def _restart_clock(self, step: int) -> None:
+        self._mark, self._mark_step, self._tokens = time.monotonic(), step, 0.0
+
+    def _is_eval(self, step: int) -> bool:
+        every = self.stage.eval_every
+        return bool(self.stage.evals) and every is not None and step % every == 0
+
+    def _is_due(self, step: int) -> bool:
+        every = self.stage.checkpoint_every
+        saved, at = self._saved
+        if step in self.save_at:
+            return True
+        if every is None:
+            return time.monotonic() - at > CHECKPOINT_SECONDS
+        return step // every > saved // every
+
+    def _save(self, step: int) -> None:
+        progress = {"trainer": self.trainer.progress(), "recorder": self.recorder.begun()}
+        state = self.trainer.state
+        self.checkpoints.save(step, state.params, state.optimizer, progress)
+        self._saved = step, time.monotonic()
+
+    def _evaluate(self, step: int) -> None:
+        if not self.stage.evals:
+            return
+        values = self.evaluate(self.trainer.state.params, step)
+        self.recorder.evaluated(step, values)
+        self.reporter.evaluated(step, values)
+        self._restart_clock(step)
+
+
+def memory_in_use() -> int:
+    """Return the peak bytes in use on a device; on a CPU, of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    import resource  # not on every system
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,83 @@
+"""A plan as text for a terminal: one line a stage, and with `-v` all there is to say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from tunelang.compiler.draw import picture, tree
+from tunelang.compiler.plan import StagePlan, describe
+from tunelang.runtime.failures import size_text
+from tunelang.runtime.prepare import Prepared
+from tunelang.runtime.progress import count_text, duration
+
+
+def show(prepared: Prepared, *, verbose: bool = False, width: int = 100) -> str:
+    """Return the graph and the stages of a plan, in lines of at most `width` columns."""
+    plan = prepared.plan
+    lines = tree(picture(prepared.graph), width).rstrip("\n").split("\n")
+    lines.append("")
+    column = min(max((len(stage.node) for stage in plan.stages), default=0), width // 3)
+    for stage in plan.stages:
+        name = stage.node if len(stage.node) <= column else stage.node[: column - 1] + "…"
+        first, *rest = _wrapped([describe(stage.state), *_facts(stage)], width - column - 2)
+        lines.append(f"{name:<{column}}  {first}")
+        lines += [f"{'':<{column}}  {line}" for line in rest]
+        if verbose:
+            lines += [f"{'':<{column}}  {line}" for line in _details(stage, width - column - 2)]
+    lines += ["", _summary(prepared)]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _summary(prepared: Prepared) -> str:
+    plan = prepared.plan
+    counts = Counter(stage.state.kind for stage in plan.stages)
+    parts = [", ".join(f"{count} {kind}" for kind, count in counts.items()) or "no stages"]
+    known = [stage.cost["stage_seconds"] for stage in plan.stages if stage.cost]
+    if known:
+        some = [seconds for seconds in known if seconds is not None]
+        more = "" if len(some) == len(known) else ", and stages whose length their data decides"
+        devices = sorted({str(devices) for devices in prepared.devices.values()})
+        parts.append(f"{', '.join(devices)}; about {duration(sum(some))}{more}")
+    return "; ".join(parts)
+
+
+def _facts(stage: StagePlan) -> Iterator[str]:
+    """What fits behind the state: mesh, micro-batches, remat, memory, cost."""
+    if stage.layout is None or stage.memory is None or stage.cost is None:
+        return
+    mesh = [f"{axis} {size}" for axis, size in stage.layout["mesh"].items() if size > 1]
+    yield " × ".join(mesh) or "1 device"
+    rows, parts = stage.layout["rows"], stage.layout["micro_batches"]
+    yield f"{rows} × {stage.layout['length']} tokens" + (f" in {parts} parts" if parts > 1 else "")
+    if stage.layout["remat"] != "none":
+        yield f"remat {stage.layout['remat']}"
+    yield size_text(sum(stage.memory.values()))
+    yield f"{count_text(stage.cost['flops'])}FLOP a step"
+    if stage.cost["stage_seconds"] is not None:
+        yield f"{stage.cost['steps']} steps, about {duration(stage.cost['stage_seconds'])}"
+
+
+def _details(stage: StagePlan, width: int) -> Iterator[str]:
+    """What `-v` adds."""
+    yield f"fingerprint {stage.digest}"
+    for read in stage.inputs:
+        chosen = f", {read.selection}" if read.selection else ""
+        yield from _wrapped([f"{', '.join(read.paths)}: {', '.join(read.nodes)}{chosen}"], width)
+    if stage.memory is not None:
+        parts = [f"{name} {size_text(size)}" for name, size in stage.memory.items()]
+        yield from _wrapped(["in each device: " + parts[0], *parts[1:]], width)
+    if stage.layout is not None and stage.layout["slots"] is not None:
+        yield f"{stage.layout['slots']} completions at once"
+
+
+def _wrapped(parts: list[str], width: int) -> list[str]:
+    """Facts with commas between them, in lines; later ones are indented."""
+    words = ", ".join(parts).split(" ")
+    lines = [""]
+    for word in words:
+        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
+            lines.append("  " + word)
+        else:
+            lines[-1] += (" " if lines[-1] else "") + word
+    return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]

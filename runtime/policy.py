@@ -1,0 +1,414 @@
+"""Policy optimisation: sample groups of completions, score them, update. One step is one call.
+
+Rewards are computed in other processes while the devices compute what else the update needs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from tunelang.compiler.architecture import forward_flops, train_flops
+from tunelang.compiler.layout import CHUNK, StageLayout
+from tunelang.dsl.vocabulary.stages import Policy
+from tunelang.runtime import objectives, train
+from tunelang.runtime.decode_loop import Engine
+from tunelang.runtime.evaluate import (
+    Completed,
+    capacity_of,
+    completed,
+    engine_of,
+    rows_of,
+    texts_of,
+)
+from tunelang.runtime.examples import Example
+from tunelang.runtime.loop import Row
+from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
+from tunelang.runtime.order import steps_of
+from tunelang.runtime.permutation import derive
+from tunelang.runtime.policy_step import (
+    PolicyBatch,
+    ScoreProgram,
+    StepProgram,
+    placed,
+    policy_step,
+    score_program,
+)
+from tunelang.runtime.rewards import Reward, Scores
+from tunelang.runtime.rollout import Prompt, Rollouts, rollout, training_arrays
+from tunelang.runtime.sharding import Layout
+from tunelang.runtime.stream import Stream
+from tunelang.runtime.workshop import Model, Workshop
+
+MOST_ROUNDS = 10
+"""How often prompts are sampled for one step (`refill`); what differs by then is trained on."""
+_ROUND = 32
+"""Sequences are padded to a multiple of so many tokens, so that few programs are compiled."""
+
+_advantages = jax.jit(objectives.advantages, static_argnames="how")
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """Groups of completions that were sampled and scored together."""
+
+    examples: list[Example]
+    rollouts: Rollouts
+    texts: list[str]
+    scores: Scores
+    arrays: PolicyBatch
+    """Without advantages; numpy."""
+    rewards: NDArray[np.float64]
+    """`[prompts, group]`, less the divergence where that belongs to the reward."""
+    old: NDArray[np.float32] | None
+    reference: NDArray[np.float32] | None
+
+
+@dataclass
+class PolicyTrainer:
+    """See `loop.Trainer`."""
+
+    stage: Policy
+    model: Model
+    layout: Layout
+    seed: int
+    state: train.TrainState
+    steps: int
+    flops: float
+    marks: frozenset[int]
+    stream: Stream
+    engine: Engine
+    reward: Reward
+    program: train.Program
+    step_program: StepProgram
+    score: ScoreProgram
+    reference: Any
+    """Parameters of the reference model; None where nothing reads them."""
+    length: int
+    """The longest prompt and completion, in tokens."""
+    cursor: int = 0
+    """Prompts that were read."""
+    _shown: list[Completed] = field(default_factory=list)
+
+    def until(self, step: int) -> int:
+        """See `loop.Trainer`."""
+        return step + 1
+
+    def advance(self, step: int, until: int) -> Callable[[], Sequence[Row]]:
+        """See `loop.Trainer`."""
+        del until
+        begun = time.monotonic()
+        rounds, kept = self._sample(step)
+        sampled = time.monotonic() - begun
+        batch, row = self._batch(kept)
+        self.state, metrics = self.step_program(self.state, placed(batch, self.program))
+        row |= {"rollout_seconds": sampled, "rounds": float(rounds)}
+
+        def wait() -> Sequence[Row]:
+            found = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            return [found | row]
+
+        return wait
+
+    def samples(self) -> Sequence[Completed]:
+        """See `loop.Trainer`."""
+        return self._shown
+
+    def progress(self) -> dict[str, Any]:
+        """See `loop.Trainer`."""
+        return {"cursor": self.cursor}
+
+    def resume(self, state: train.TrainState, progress: Mapping[str, Any]) -> None:
+        """See `loop.Trainer`."""
+        self.state = state
+        self.cursor = int(progress["cursor"])
+
+    # Sampling.
+
+    def _sample(self, step: int) -> tuple[int, list[tuple[_Sampled, NDArray[np.intp]]]]:
+        """Sample the groups of a step; with `refill`, until all of them differ in their rewards.
+
+        Returns the rounds, and what was sampled with the prompts of it that are trained on.
+        """
+        found: list[tuple[_Sampled, NDArray[np.intp]]] = []
+        spare: list[tuple[_Sampled, NDArray[np.intp]]] = []
+        missing = self.stage.batch
+        while missing and len(found) < MOST_ROUNDS:
+            sampled = self._round(step)
+            flat = np.ptp(sampled.rewards, axis=1) <= 1e-6 * np.maximum(
+                1.0, np.abs(sampled.rewards).max(1)
+            )
+            if not self.stage.refill:
+                return 1, [(sampled, np.arange(self.stage.batch))]
+            useful = np.flatnonzero(~flat)[:missing]
+            found.append((sampled, useful))
+            spare.append((sampled, np.flatnonzero(flat)))
+            missing -= len(useful)
+        rounds = len(found)
+        for sampled, rest in spare:  # so that the step keeps its shape; they have no advantage
+            if missing:
+                found.append((sampled, rest[:missing]))
+                missing -= len(rest[:missing])
+        return rounds, [(sampled, prompts) for sampled, prompts in found if len(prompts)]
+
+    def _round(self, step: int) -> _Sampled:
+        stage, renderer = self.stage, self.model.renderer
+        places = np.arange(self.cursor, self.cursor + stage.batch, dtype=np.int64)
+        examples = self.stream.at(places)
+        self.cursor += stage.batch
+        prompts = [
+            Prompt(renderer.prompt(example), int(place) % 2**31)
+            for example, place in zip(examples, places, strict=True)
+        ]
+        rollouts = rollout(
+            self.engine,
+            self.state.params,
+            prompts,
+            stage.rollout,
+            group=stage.group,
+            stop_ids=renderer.stops,
+            seed=self.seed,
+            step=step,
+            pad=renderer.tokenizer.pad,
+            tokenizer=renderer.tokenizer,
+        )
+        texts = texts_of(self.model, rollouts)
+        scoring = self.reward.submit(rows_of(examples, rollouts, texts))
+        arrays = training_arrays(rollouts, self._padded(rollouts))
+        batch = PolicyBatch(
+            tokens=arrays.tokens,
+            mask=arrays.mask,
+            advantages=np.zeros(len(texts), np.float32),
+            sampler=arrays.log_probs,
+        )
+        old = reference = None
+        if self._needs_old:
+            old = np.asarray(self.score(self.state.params, arrays.tokens))
+        if self.reference is not None:
+            reference = np.asarray(self.score(self.reference, arrays.tokens))
+        scores = scoring.result()
+        rewards = scores.values
+        if stage.kl is not None and stage.kl.at == "reward":
+            rewards = np.asarray(
+                objectives.penalised(
+                    jnp.asarray(rewards, jnp.float32),
+                    stage.kl,
+                    jnp.asarray(old),
+                    jnp.asarray(reference),
+                    jnp.asarray(arrays.mask),
+                ),
+                np.float64,
+            )
+        return _Sampled(
+            examples,
+            rollouts,
+            texts,
+            scores,
+            batch,
+            rewards.reshape(-1, stage.group),
+            old,
+            reference,
+        )
+
+    @property
+    def _needs_old(self) -> bool:
+        stage = self.stage
+        in_reward = stage.kl is not None and stage.kl.at == "reward"
+        return stage.passes * stage.minibatches > 1 or in_reward
+
+    def _padded(self, rollouts: Rollouts) -> int:
+        longest = max(
+            len(rollouts.prompts[row // rollouts.group]) + int(length)
+            for row, length in enumerate(rollouts.lengths)
+        )
+        return min(-(-longest // _ROUND) * _ROUND, self.length)
+
+    # The batch.
+
+    def _batch(
+        self, kept: list[tuple[_Sampled, NDArray[np.intp]]]
+    ) -> tuple[PolicyBatch, dict[str, float]]:
+        """Put the groups of a step together; returns also the metrics that the host has."""
+        stage = self.stage
+        rewards = np.concatenate([sampled.rewards[prompts] for sampled, prompts in kept])
+        found = _advantages(jnp.asarray(rewards, jnp.float32), how=stage.advantage)
+        values, flat = np.asarray(found.values), np.asarray(found.flat)
+        length = max(sampled.arrays.tokens.shape[1] for sampled, _ in kept)
+
+        def gather(of: Callable[[_Sampled], Any], fill: Any = 0) -> Any:
+            parts = []
+            for sampled, prompts in kept:
+                array = np.asarray(of(sampled))
+                rows = array.reshape(-1, stage.group, *array.shape[1:])[prompts]
+                rows = rows.reshape(-1, *array.shape[1:])
+                if rows.ndim > 1:
+                    missing = length - rows.shape[1]
+                    rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=fill)
+                parts.append(rows)
+            return np.concatenate(parts)
+
+        truncated = gather(lambda sampled: sampled.rollouts.truncated)
+        mask = gather(lambda sampled: sampled.arrays.mask)
+        mask &= ~np.repeat(flat, stage.group)[:, None]
+        if stage.overlong == "mask":
+            mask = np.asarray(objectives.without_truncated(mask, truncated))
+        pad = self.model.renderer.tokenizer.pad
+        old = reference = None
+        if stage.passes * stage.minibatches > 1:
+            old = gather(lambda sampled: sampled.old)
+        if self.reference is not None and stage.kl is not None:
+            reference = gather(lambda sampled: sampled.reference)
+        batch = PolicyBatch(
+            tokens=gather(lambda sampled: sampled.arrays.tokens, pad),
+            mask=mask,
+            advantages=values.reshape(-1).astype(np.float32),
+            sampler=gather(lambda sampled: sampled.arrays.sampler),
+            old=old,
+            reference=reference,
+        )
+        self._show(kept[0][0])
+        return batch, self._metrics(kept, values, flat)
+
+    def _show(self, sampled: _Sampled) -> None:
+        every = completed(sampled.examples, sampled.rollouts, sampled.texts, sampled.scores)
+        self._shown = list(every)[:: self.stage.group][: self.stage.show]
+
+    def _metrics(
+        self,
+        kept: list[tuple[_Sampled, NDArray[np.intp]]],
+        advantages: NDArray[np.float32],
+        flat: NDArray[np.bool_],
+    ) -> dict[str, float]:
+        """Return the metrics of a step that the host has; rewards are of all that was sampled."""
+        rounds = list({id(sampled): sampled for sampled, _ in kept}.values())
+        weights = np.array([len(sampled.texts) for sampled in rounds], float)
+        rows: dict[str, float] = {}
+        found = [sampled.scores.metrics() for sampled in rounds]
+        for name in found[0]:
+            held = [
+                (one[name], weight)
+                for one, weight in zip(found, weights, strict=True)
+                if name in one
+            ]
+            rows[name] = sum(v * w for v, w in held) / sum(w for _, w in held)
+        rows["reward_events"] = float(sum(one["reward_events"] for one in found))
+        for source in dict.fromkeys(e.source for sampled in rounds for e in sampled.examples):
+            values = [
+                sampled.scores.values.reshape(-1, self.stage.group)[at].mean()
+                for sampled in rounds
+                for at, example in enumerate(sampled.examples)
+                if example.source == source
+            ]
+            rows[f"{source}.reward"] = float(np.mean(values))
+        lengths = np.concatenate([sampled.rollouts.lengths for sampled in rounds])
+        truncated = np.concatenate([sampled.rollouts.truncated for sampled in rounds])
+        prompts = sum(
+            len(prompt) * self.stage.group for s in rounds for prompt in s.rollouts.prompts
+        )
+        turns = sum(sampled.rollouts.work.turns for sampled in rounds)
+        return {
+            **rows,
+            "length": float(lengths.mean()),
+            "length_max": float(lengths.max()),
+            "truncated": float(truncated.mean()),
+            "advantage": float(advantages.mean()),
+            "advantage_std": float(advantages.std()),
+            "flat_groups": float(flat.mean()),
+            "slots_used": float(lengths.sum()) / max(1, turns * self.engine.slots),
+            "tokens": float(prompts + lengths.sum()),
+        }
+
+
+def policy_trainer(
+    workshop: Workshop,
+    stage: Policy,
+    model: Model,
+    planned: StageLayout,
+    layout: Layout,
+    seed: int,
+    begin: Callable[[Any, train.Program], train.TrainState],
+    reference: Callable[[], Any],
+    reward: Reward,
+    marks: frozenset[int],
+) -> PolicyTrainer:
+    """Open the prompts and compile the programs of a stage.
+
+    `begin` makes the first state from the optimizer and the program, `reference` the parameters of
+    the reference model. Raises what opening data raises.
+    """
+    a, sampling = model.architecture, stage.rollout
+    renderer = model.renderer
+    room = a.context - sampling.max_tokens
+    if sampling.max_prompt is not None:
+        room = min(room, sampling.max_prompt)
+    stream = workshop.stream(stage.data, seed=derive(seed, "data"), renderer=renderer)
+    longest = 0
+
+    def measure(example: Example) -> int:
+        nonlocal longest
+        count = len(renderer.prompt(example))
+        longest = max(longest, count if count <= room else 0)
+        return count
+
+    stream = workshop.library.within(stream, measure, room)
+    capacity = capacity_of(model, longest, sampling.max_tokens)
+    assert planned.slots is not None
+    steps = steps_of(stage.length, epoch=len(stream), batch=stage.batch)
+    rows = stage.batch * stage.group // stage.minibatches
+    program = train.Program(
+        layout=layout,
+        dtype=model.dtype,
+        micro_batches=math.gcd(planned.micro_batches, rows // layout.batch_shards),
+        remat=planned.remat,  # type: ignore[arg-type]
+        chunk=CHUNK,
+        seed=derive(seed, "minibatches") % 2**31 if stage.minibatches > 1 else 0,
+    )
+    updates = steps * stage.minibatches * stage.passes
+    unit = at_unit_rate(stage.optimizer)
+    plain = stage.model_copy(update={"optimizer": unit})
+    key = tuple(
+        getattr(plain, name)
+        for name in (
+            "ratio", "clip", "aggregate", "kl", "correction", "entropy", "minibatches", "passes",
+            "rollout", "optimizer",
+        )
+    )  # fmt: skip
+
+    def compiled() -> Any:
+        optimizer = build_optimizer(unit, updates)
+        schedule = learning_rate(unit, updates)
+        return optimizer, policy_step(a, optimizer, schedule, plain, program)
+
+    optimizer, step_program = workshop.once(("policy", a, program, updates, key), compiled)
+    score = workshop.once(
+        ("score", a, program, sampling.temperature),
+        lambda: score_program(a, program, sampling.temperature),
+    )
+    tokens = stage.batch * stage.group * capacity
+    flops = train_flops(a, capacity) * stage.passes + forward_flops(a, capacity)
+    return PolicyTrainer(
+        stage=stage,
+        model=model,
+        layout=layout,
+        seed=derive(seed, "rollout"),
+        state=begin(optimizer, program),
+        steps=steps,
+        flops=flops * tokens,
+        marks=marks,
+        stream=stream,
+        engine=engine_of(workshop, model, planned.slots, capacity, layout),
+        reward=reward,
+        program=program,
+        step_program=step_program,
+        score=score,
+        reference=reference() if stage.kl is not None else None,
+        length=capacity,
+    )

@@ -1,0 +1,204 @@
+"""From a checked spec to a plan, for the devices of this machine or for hardware elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from tunelang.compiler import graph as graphs
+from tunelang.compiler.architecture import Architecture, from_transformer
+from tunelang.compiler.content import Contents
+from tunelang.compiler.hardware import Chip, Devices, chip_of, declared
+from tunelang.compiler.layout import StageLayout, lay_out, plain
+from tunelang.compiler.plan import Plan
+from tunelang.compiler.planning import plan as plan_stages
+from tunelang.compiler.presets import PRESETS
+from tunelang.dsl.program import Program
+from tunelang.dsl.vocabulary import models
+from tunelang.dsl.vocabulary.base import Measure, Reference
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.runtime.durable import StoreError, read_json, write_json
+from tunelang.runtime.open_tokenizer import open_renderer
+from tunelang.runtime.store import Store
+
+DTYPE_BYTES = {"f32": 4, "bf16": 2}
+_MEASURED = 1024
+"""Rows of the square matrices whose product measures a CPU."""
+_CPU_BANDWIDTH = 20e9
+"""Bytes/s of a CPU's memory: only ranks layouts."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan with what it was made from."""
+
+    program: Program
+    plan: Plan
+    graph: graphs.StageGraph
+    layouts: dict[str, StageLayout]
+    """Node -> its layout; training stages only."""
+    devices: dict[str, Devices]
+    """Node -> what it runs on."""
+
+
+class LayoutError(Exception):
+    """A stage cannot be laid out: the `stage`, and the `cause` of `compiler/layout.py`."""
+
+    def __init__(self, stage: str, cause: Exception) -> None:
+        super().__init__(stage, cause)
+        self.stage = stage
+        self.cause = cause
+
+
+def prepare(
+    program: Program,
+    store: Store,
+    *,
+    only: Collection[str] = (),
+    until: Collection[str] = (),
+    force: Collection[str] = (),
+    on: str | None = None,
+) -> Prepared:
+    """Plan a program: states from the store, and for what is to run a layout.
+
+    `on` names declared hardware for all stages. Raises `UnknownStage`, `GraphError`,
+    `ContentError`, `StoreError`, `LayoutError` and what opening tokenizers raises.
+    """
+    contents = Contents.load(store.contents)
+    made = plan_stages(program, store, contents, only=only, until=until, force=force)
+    contents.save()
+    graph = graphs.build(program)
+    layouts: dict[str, StageLayout] = {}
+    chosen: dict[str, Devices] = {}
+    known: dict[str, tuple[Architecture, int]] = {}
+    laid_out: dict[object, StageLayout] = {}
+    here: dict[int | None, Devices] = {}
+    stages = []
+    for stage in made.stages:
+        value = graph.nodes[stage.node].value
+        if not isinstance(value, Training) or not stage.state.runs:
+            stages.append(stage)
+            continue
+        devices = _devices(program, value, on, store, here)
+        name = graphs.models_of(graph, stage.node)[0]
+        if name not in known:
+            known[name] = _architecture(program, name)
+        architecture, dtype_bytes = known[name]
+        # Branches that differ in what no layout depends on share one.
+        sizes = str(getattr(value, "batch", None)), getattr(value, "group", None)
+        key = (stage.stage, architecture, devices, sizes)
+        try:
+            layout = laid_out.get(key) or lay_out(value, architecture, dtype_bytes, devices)
+        except Exception as error:
+            raise LayoutError(stage.stage, error) from error
+        laid_out[key] = layout
+        layouts[stage.node], chosen[stage.node] = layout, devices
+        steps = _steps(value)
+        cost = {
+            "flops": layout.flops,
+            "seconds": layout.seconds,
+            "steps": steps,
+            "stage_seconds": None if steps is None else steps * layout.seconds,
+        }
+        shown = {**plain(layout), "devices": str(devices), "here": devices.here}
+        stages.append(replace(stage, layout=shown, memory=dict(layout.memory), cost=cost))
+    return Prepared(program, replace(made, stages=tuple(stages)), graph, layouts, chosen)
+
+
+def _steps(value: Training) -> int | None:
+    """Return the steps of a stage where the spec states them; otherwise its data decides."""
+    length: Measure = value.length
+    return int(length.value) if length.unit == "steps" else None
+
+
+def _architecture(program: Program, name: str) -> tuple[Architecture, int]:
+    """Return the architecture of a declared model without reading data, and bytes of its dtype."""
+    kind = program.declarations[name].value
+    if not isinstance(kind, models.Transformer):
+        from tunelang.runtime.workshop import NotBuiltError
+
+        raise NotBuiltError(f"model {name}", "reading pretrained weights")
+    tokenizer = program.declarations[kind.tokenizer.name].value
+    if isinstance(tokenizer, models.Trained):
+        size = tokenizer.vocabulary  # at most: fitting it takes its data
+    else:
+        size = open_renderer(tokenizer, program.folder, cache=Path()).tokenizer.size
+    return from_transformer(kind, size, PRESETS), DTYPE_BYTES[kind.dtype]
+
+
+def _devices(
+    program: Program,
+    stage: Training,
+    on: str | None,
+    store: Store,
+    here: dict[int | None, Devices],
+) -> Devices:
+    reference = stage.on or program.run.on
+    if on is not None:
+        reference = Reference.fixed(noun="hardware", name=on)
+    limit = None
+    if reference is not None:
+        hardware = program.declarations[reference.name].value
+        found = declared(hardware)
+        if found is not None:
+            return found
+        limit = hardware.devices
+    if limit not in here:
+        here[limit] = local_devices(store.root / "cache", limit)
+    return here[limit]
+
+
+def local_devices(cache: Path, limit: int | None = None) -> Devices:
+    """Return the devices of this machine, the first few of them if there is a limit."""
+    devices = jax.devices()[:limit]
+    kind = devices[0].device_kind
+    chip = chip_of(kind)
+    if chip is None:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        # Devices that are simulated on one CPU share its memory and its cores.
+        chip = Chip(
+            kind,
+            _measured_peak(cache) / len(jax.devices()),
+            int(0.8 * memory) // len(devices),
+            _CPU_BANDWIDTH,
+            _CPU_BANDWIDTH,
+        )
+    return Devices(chip, len(devices), True)
+
+
+def _measured_peak(cache: Path) -> float:
+    """Return the FLOP/s of a large matrix product in float32 here; measured once for a store."""
+    path = cache / "peak.json"
+    try:
+        held = read_json(path)
+    except StoreError:
+        held = None
+    if isinstance(held, dict) and held.get("cpus") == os.cpu_count():
+        return float(held["peak"])
+    product = jax.jit(lambda a: a @ a)
+    matrix = jnp.ones((_MEASURED, _MEASURED), jnp.float32)
+    product(matrix).block_until_ready()
+    times = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        product(matrix).block_until_ready()
+        times.append(time.perf_counter() - begun)
+    peak = 2 * _MEASURED**3 / min(times)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"cpus": os.cpu_count(), "peak": peak})
+    except (OSError, StoreError):  # a store that cannot be written is said when it has to be
+        pass
+    return peak
+
+
+def as_json(prepared: Prepared) -> str:
+    """Return the plan as JSON."""
+    return json.dumps(json.loads(prepared.plan.dumps()), indent=2, ensure_ascii=False)

@@ -1,0 +1,163 @@
+"""How a run shows itself: one live line on a screen, now and then a line in a pipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tunelang.compiler.graph import Input
+from tunelang.compiler.plan import StagePlan
+from tunelang.runtime.bad_rows import BadRows
+from tunelang.runtime.failures import row_problem
+from tunelang.runtime.locks import Holder
+
+_PIPE_SECONDS = 10.0
+"""Time between lines where the output is no terminal."""
+_SHOWN = ("loss", "reward", "kl", "entropy", "length")
+_BAR = 20
+
+
+class Progress:
+    """See `execute.RunReporter`; as a context manager it holds the live line."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._live: Live | None = None
+        self._node = ""
+        self._steps: int | None = None
+        self._begun = 0.0
+        self._first: tuple[int, float] | None = None
+        self._told = 0.0
+        self._evals: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, refresh_per_second=8, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    # What happens.
+
+    def stage(self, planned: StagePlan, steps: int | None) -> None:
+        """See `execute.RunReporter`."""
+        self._node, self._steps = planned.node, steps
+        self._begun, self._first, self._told = time.monotonic(), None, time.monotonic()
+        self._evals = {}
+
+    def doing(self, what: str) -> None:
+        """See `loop.Reporter`."""
+        self._line(what)
+
+    def step(self, step: int, steps: int, values: Mapping[str, float]) -> None:
+        """See `loop.Reporter`."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+        first, since = self._first
+        left = ""
+        if step > first and step < steps:
+            left = f"{duration((now - since) / (step - first) * (steps - step))} left"
+        text = f"{step}/{steps}  {_values(values)}"
+        if self._live is None:
+            if now - self._told < _PIPE_SECONDS and step < steps:
+                return
+            self._told = now
+            self.console.print(f"{self._node}  {text}  {left}".rstrip(), soft_wrap=True)
+            return
+        done = round(_BAR * step / max(steps, 1))
+        bar = "━" * done + "╌" * (_BAR - done)
+        self._line(f"{bar} {text}  {left}")
+
+    def evaluated(self, step: int, values: Mapping[str, float]) -> None:
+        """See `loop.Reporter`."""
+        first: dict[str, tuple[str, float]] = {}
+        for name, value in values.items():
+            first.setdefault(name.split(".")[0], (name, value))
+        for name, value in first.values():
+            before = self._evals.get(name)
+            change = "" if before is None else f" (was {number(before)})"
+            self._say(f"{self._node}  step {step}: {name} {number(value)}{change}")
+            self._evals[name] = value
+
+    def finished(self, planned: StagePlan, summary: Mapping[str, Any], again: bool) -> None:
+        """See `execute.RunReporter`."""
+        if again:
+            self._say(f"{planned.node}  up to date")
+            return
+        steps, took = summary["steps"], duration(summary["seconds"])
+        self._say(f"{planned.node}  done, {steps} steps in {took}")
+
+    def selected(self, read: Input, node: str, value: float) -> None:
+        """See `execute.RunReporter`."""
+        self._say(f"{read.stage}  {read.selection}: {node} goes on, {number(value)}")
+
+    def bad_rows(self, rows: BadRows) -> None:
+        """See `execute.RunReporter`."""
+        self._say(f"{rows.total} rows were dropped")
+        for shown in rows.shown:
+            self._say(f"  {shown.place}: {row_problem(shown.cause)}")
+
+    def waiting(self, planned: StagePlan, holder: Holder | None) -> None:
+        """See `execute.RunReporter`."""
+        self._say(f"{planned.node}  waiting for {holder or 'another process'}, which works on it")
+
+    # How it is shown.
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=not self.console.is_terminal)
+
+    def _line(self, text: str) -> None:
+        if self._live is None:
+            return
+        table = Table.grid(padding=(0, 1))
+        table.add_row(
+            Text(self._node, style="bold", overflow="ellipsis", no_wrap=True),
+            Text(text, overflow="ellipsis", no_wrap=True),
+        )
+        self._live.update(table)
+
+
+def _values(values: Mapping[str, float]) -> str:
+    parts = [f"{name} {number(values[name])}" for name in _SHOWN if name in values]
+    if "tokens_per_second" in values:
+        parts.append(f"{count_text(values['tokens_per_second'])} tokens/s")
+    return "  ".join(parts)
+
+
+def number(value: float) -> str:
+    """Return a metric for people: four digits."""
+    return f"{value:.3g}" if abs(value) < 1e-2 or abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def count_text(value: float) -> str:
+    """Return a large number for people: `3.2M`."""
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.1f}{letter}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people: `3 min 20 s`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -1,0 +1,147 @@
+"""What a stage reports while it runs: lines of metrics, completions to read, trackers.
+
+Values of steps between two lines are averaged. What was added up so far goes into checkpoints, so
+that the lines of a resumed run are those of one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self
+
+from tunelang.dsl.vocabulary.base import Function
+from tunelang.dsl.vocabulary.training import TensorBoard, Wandb
+from tunelang.runtime.store import StageFolder
+
+_LAST = frozenset({"learning_rate", "step"})
+"""Metrics of which a line has the last value instead of the mean."""
+
+Values = Mapping[str, float]
+
+
+class Tracker(Protocol):
+    """Where metrics go beside the store."""
+
+    def log(self, step: int, values: Values) -> None:
+        """Take the metrics of a line."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class Recorder:
+    """Writes the lines of one stage, whose lock the caller holds."""
+
+    def __init__(
+        self, folder: StageFolder, every: int, steps: int, trackers: Sequence[Tracker]
+    ) -> None:
+        self._metrics = folder.metrics_writer()
+        self._samples = folder.samples_writer()
+        self._every, self._steps = every, steps
+        self._trackers = trackers
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+        self.last: dict[str, float] = {}
+        """The values of the last line of each metric."""
+
+    def step(self, step: int, values: Values, timing: Values) -> dict[str, float] | None:
+        """Take the metrics of a step (from 1); returns the line where one was written.
+
+        `timing` are measured values of the line, such as tokens per second: not averaged.
+        """
+        for name, value in values.items():
+            known = self._sums.get(name, 0.0)
+            self._sums[name] = value if name in _LAST else known + value
+            self._counts[name] = 1 if name in _LAST else self._counts.get(name, 0) + 1
+        if step % self._every and step != self._steps:
+            return None
+        line = {name: total / self._counts[name] for name, total in self._sums.items()}
+        line.update(timing)
+        self._sums, self._counts = {}, {}
+        self._write(step, line)
+        return line
+
+    def evaluated(self, step: int, values: Values) -> None:
+        """Take the metrics of evals."""
+        self._write(step, values)
+
+    def sample(self, step: int, row: Mapping[str, Any]) -> None:
+        """Take a completion to read."""
+        self._samples.append({"step": step, **row})
+
+    def begun(self) -> dict[str, Any]:
+        """Return what a checkpoint has to hold."""
+        self._metrics.sync()
+        self._samples.sync()
+        return {"sums": self._sums, "counts": self._counts}
+
+    def resume(self, begun: Mapping[str, Any]) -> None:
+        """Go on from what `begun` gave."""
+        self._sums = {name: float(value) for name, value in begun["sums"].items()}
+        self._counts = {name: int(count) for name, count in begun["counts"].items()}
+
+    def _write(self, step: int, values: Values) -> None:
+        self._metrics.append({"step": step, "time": round(time.time(), 3), **values})
+        self.last.update(values)
+        for tracker in self._trackers:
+            tracker.log(step, values)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._metrics.close()
+        self._samples.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: StageFolder, step: int) -> None:
+        from tensorboardX import SummaryWriter  # slow to import
+
+        self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, values: Values) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, settings: Wandb, name: str, digest: str) -> None:
+        import wandb  # an extra
+
+        self._run = wandb.init(
+            project=settings.project, entity=settings.entity, name=name, id=digest, resume="allow"
+        )
+
+    def log(self, step: int, values: Values) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_trackers(
+    settings: Sequence[Function], folder: StageFolder, name: str, step: int
+) -> list[Tracker]:
+    """Open the trackers of a run for a stage that goes on from a step.
+
+    Raises `ModuleNotFoundError` where the extra of a tracker is not installed.
+    """
+    trackers: list[Tracker] = []
+    for each in settings:
+        match each:
+            case TensorBoard():
+                trackers.append(_TensorBoard(folder, step))
+            case Wandb():
+                trackers.append(_Wandb(each, name, folder.path.name))
+    return trackers

@@ -1,0 +1,43 @@
+"""`tune run`: the plan shown, executed and entered in the store, and the table at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from tunelang.runtime import plan_view
+from tunelang.runtime.execute import execute
+from tunelang.runtime.loop import Interrupted
+from tunelang.runtime.prepare import Prepared
+from tunelang.runtime.progress import Progress
+from tunelang.runtime.show import table
+from tunelang.runtime.store import Store
+
+INTERRUPTED = 130
+
+
+def run(prepared: Prepared, store: Store, spec: Path, command: tuple[str, ...], width: int) -> int:
+    """Run a plan; returns the exit code. Raises `StageFailed` and `StoreError`."""
+    console = Console(stderr=True, highlight=False)
+    plan = prepared.plan
+    if not any(stage.state.runs for stage in plan.stages):
+        print(table(prepared.graph, store, width), end="")
+        console.print("everything is up to date")
+        return 0
+    console.out(plan_view.show(prepared, width=width), end="\n")
+    entry = store.begin_run(str(spec), command, json.loads(plan.dumps()))
+    outcome = "failed"
+    try:
+        with Progress(console) as progress:
+            execute(prepared, store, progress)
+        outcome = "done"
+    except (Interrupted, KeyboardInterrupt):
+        outcome = "interrupted"
+        console.print("interrupted: everything is saved, and the same command goes on")
+        return INTERRUPTED
+    finally:
+        store.end_run(entry, outcome)
+    print(table(prepared.graph, store, width), end="")
+    return 0

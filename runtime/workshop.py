@@ -1,0 +1,140 @@
+"""What the stages of a run share: opened data, tokenizers and models, and compiled programs.
+
+Stages of one pipeline use the same sizes again and again. A program is made once for each set of
+things that it is compiled for; branches of a sweep differ in numbers only, and share all of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from tunelang.compiler.architecture import Architecture, from_transformer
+from tunelang.compiler.presets import PRESETS
+from tunelang.dsl.program import Program
+from tunelang.dsl.vocabulary import models
+from tunelang.dsl.vocabulary.base import DataExpression, RewardExpression
+from tunelang.dsl.vocabulary.data import Procedural
+from tunelang.runtime.chat import Renderer
+from tunelang.runtime.examples import Example, texts_of
+from tunelang.runtime.open_tokenizer import open_renderer
+from tunelang.runtime.scorers import Surroundings
+from tunelang.runtime.stream import Library, Stream
+
+Made = TypeVar("Made")
+
+DTYPES: dict[str, Any] = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A declared model, opened."""
+
+    name: str
+    architecture: Architecture
+    renderer: Renderer
+    dtype: Any
+    """Of activations."""
+
+
+@dataclass
+class Workshop:
+    """Opened things of one program, each made when it is first asked for."""
+
+    program: Program
+    cache: Path
+    """A folder for what is made from data: rows, tokens, fitted tokenizers."""
+    devices: tuple[jax.Device, ...]
+    library: Library = field(init=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.library = Library(self.program, self.cache)
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """Make something, or give what was made under this key before."""
+        if key not in self._made:
+            self._made[key] = make()
+        found: Made = self._made[key]
+        return found
+
+    def renderer(self, name: str) -> Renderer:
+        """Return a declared tokenizer with its chat template.
+
+        Raises `BadTokenizerError`, `VocabularySizeError`, and what opening data raises.
+        """
+        kind = self.program.declarations[name].value
+
+        def texts() -> Iterator[str]:
+            for example in self.stream(kind.data, seed=0, shuffled=False).once():
+                yield from texts_of(example)
+
+        return self.once(
+            ("renderer", name),
+            lambda: open_renderer(kind, self.program.folder, cache=self.cache, texts=texts),
+        )
+
+    def model(self, name: str) -> Model:
+        """Return a declared model; raises what `renderer` raises."""
+        kind = self.program.declarations[name].value
+        if not isinstance(kind, models.Transformer):
+            raise NotBuiltError(f"model {name}", "reading pretrained weights")
+        renderer = self.renderer(kind.tokenizer.name)
+        architecture = from_transformer(kind, renderer.tokenizer.size, PRESETS)
+        return Model(name, architecture, renderer, DTYPES[kind.dtype])
+
+    def stream(
+        self,
+        expression: DataExpression,
+        *,
+        seed: int,
+        renderer: Renderer | None = None,
+        shuffled: bool = True,
+    ) -> Stream:
+        """Return the examples of a data expression, in an order that the seed decides."""
+
+        def measure(example: Example) -> int:
+            assert renderer is not None
+            if example.response is None and example.text is None:
+                return len(renderer.prompt(example))
+            return len(renderer.tokens(example))
+
+        return self.library.stream(
+            expression,
+            seed=seed,
+            measure=None if renderer is None else measure,
+            shuffled=shuffled,
+        )
+
+    def surroundings(self, max_tokens: int) -> Surroundings:
+        """Return what the rewards of the program may refer to."""
+        declared = {
+            each.name: each.value
+            for each in self.program.of("reward")
+            if isinstance(each.value, RewardExpression)
+        }
+        generators = {
+            each.name: each.value
+            for each in self.program.of("data")
+            if isinstance(each.value, Procedural)
+        }
+        return Surroundings(
+            declared=declared,
+            generators=generators,
+            folder=self.program.folder,
+            max_tokens=max_tokens,
+        )
+
+
+class NotBuiltError(Exception):
+    """The spec asks for something that this version cannot run: `title` of what, and `what`."""
+
+    def __init__(self, title: str, what: str) -> None:
+        super().__init__(title, what)
+        self.title = title
+        self.what = what
