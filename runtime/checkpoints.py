@@ -19,13 +19,16 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from tunelang.runtime.durable import StoreError
+from tunelang.runtime.durable import StoreError, read_json, write_json
 from tunelang.runtime.sharding import is_variable
 from tunelang.runtime.store import StageFolder
 
 # Orbax logs what it then raises, with the traces of all its threads.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
+_LONGEST = 160
+"""Characters of a reason."""
+_SIZES = "sizes.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
 
@@ -83,6 +86,8 @@ class Checkpoints:
         """Wait until what was saved is on disk. Raises `CheckpointError`."""
         with _told("write", self.folder.checkpoints):
             self._writer.wait_until_finished()
+            for step in self.folder.steps():
+                _note_sizes(self.folder.checkpoints / str(step))
         self._remove(self.folder.steps()[:-2])
 
     def finish(self, step: int, params: Any) -> None:
@@ -112,6 +117,7 @@ class Checkpoints:
         )
         path = self.folder.checkpoints / str(step)
         with _told("read", path):
+            _check_sizes(path)
             found = self._writer.restore(path, wanted)
             return unflat(params, found.params), unflat(state, found.state), found.progress
 
@@ -126,8 +132,29 @@ def load_params(path: Path, params: Any) -> Any:
     Raises `CheckpointError`.
     """
     with _told("read", path), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        _check_sizes(path)
         wanted = ocp.args.Composite(params=ocp.args.StandardRestore(_shaped(params)))
         return unflat(params, reader.restore(path, wanted).params)
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    files = (each for each in sorted(path.rglob("*")) if each.is_file() and each.name != _SIZES)
+    return {str(each.relative_to(path)): each.stat().st_size for each in files}
+
+
+def _note_sizes(path: Path) -> None:
+    """Write down what a whole checkpoint consists of, once."""
+    if not (path / _SIZES).exists():
+        write_json(path / _SIZES, _sizes(path))
+
+
+def _check_sizes(path: Path) -> None:
+    """Say plainly what is wrong with a checkpoint of which something was cut off or is gone."""
+    noted, found = read_json(path / _SIZES) or {}, _sizes(path)
+    for name, size in noted.items():
+        if found.get(name) != size:
+            held = f"has {found[name]} of {size} bytes" if name in found else "is gone"
+            raise CheckpointError("read", path, f"it is damaged: {name} {held}")
 
 
 def _shaped(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -146,5 +173,11 @@ def _told(what: str, path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(what, path, (error.strerror or str(error)).lower()) from error
     except Exception as error:  # Orbax and tensorstore raise whatever went wrong below them.
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(what, path, reason) from error
+        raise CheckpointError(what, path, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return what tensorstore says, without the specification that it repeats."""
+    first = str(error).strip().split("\n")[0].partition(" [tensorstore_spec")[0]
+    innermost = first.rpartition('": ')[2] or type(error).__name__
+    return innermost if len(innermost) <= _LONGEST else innermost[: _LONGEST - 1] + "…"

@@ -164,6 +164,8 @@ class _Run:
     workshop: Workshop = field(init=False)
     _told: int = 0
     """Bad rows that the user knows of."""
+    _selected: set[tuple[str, str]] = field(default_factory=set)
+    """Winners that the user knows of."""
 
     def __post_init__(self) -> None:
         self.workshop = Workshop(
@@ -269,7 +271,9 @@ class _Run:
             raise NoMetricError(read.stage, metric, tuple(known))
         sign = -1.0 if read.selection.direction == "best" else 1.0
         value, _, node = min(found, key=lambda each: (sign * each[0], each[1]))
-        self.reporter.selected(read, node, value)
+        if (read.stage, node) not in self._selected:
+            self._selected.add((read.stage, node))
+            self.reporter.selected(read, node, value)
         return node
 
 
@@ -437,6 +441,7 @@ class _Job:
         else:
             raise NotBuiltError(f"stage {self.planned.stage}", f"the kind `{self.planned.kind}`")
         if start and start == trainer.steps:
+            self.folder.forget_evals(start)
             params = self.load(self.folder.checkpoints / str(start), model, layout)
             state = trainer.state
             trainer.state = train.TrainState(params, state.optimizer, state.step, state.scale)

@@ -17,6 +17,7 @@ from tunelang.runtime.chat import (
     TruncatedAnswerError,
 )
 from tunelang.runtime.chat_templates import TemplateFailedError
+from tunelang.runtime.checkpoints import CheckpointError
 from tunelang.runtime.durable import StoreError
 from tunelang.runtime.execute import (
     HardwareMissingError,
@@ -162,6 +163,9 @@ def _failed(error: Exception, place: _Place) -> Diagnostic:
             title = f"`{error.stage}` kept no checkpoint of step {error.step}"
             fix = f"run it again: `--force {error.stage}`"
             return message("no-checkpoint", title, here, help=fix)
+        case CheckpointError(what="read"):
+            fix = f"remove {error.path} to go on from the one before, or `--force {place.stage}`"
+            return message("store-fails", str(error), here, help=fix)
         case StoreError() | ContentError():
             return message("store-fails", str(error), here)
         case OSError():

@@ -173,6 +173,8 @@ def placed(batch: PolicyBatch, program: Program) -> PolicyBatch:
 
     def put(array: Any) -> jax.Array:
         spec = program.layout.spec(("batch", *(None,) * (array.ndim - 1)), array.shape)
-        return jax.device_put(array, NamedSharding(program.layout.mesh, PartitionSpec(*spec)))
+        place = NamedSharding(program.layout.mesh, PartitionSpec(*spec))
+        there: jax.Array = jax.device_put(array, place)
+        return there
 
     return replace(batch, **{name: put(a) for name, a in vars(batch).items() if a is not None})

@@ -28,7 +28,7 @@ class Progress:
     """See `execute.RunReporter`; as a context manager it holds the live line."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or Console(stderr=True, highlight=False, markup=False)
         self._live: Live | None = None
         self._node = ""
         self._steps: int | None = None

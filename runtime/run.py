@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 def run(prepared: Prepared, store: Store, spec: Path, command: tuple[str, ...], width: int) -> int:
     """Run a plan; returns the exit code. Raises `StageFailed` and `StoreError`."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False)
     plan = prepared.plan
     if not any(stage.state.runs for stage in plan.stages):
         print(table(prepared.graph, store, width), end="")

@@ -148,6 +148,17 @@ class StageFolder:
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_rows(self.path / name, lambda row: _step(row) <= step)
 
+    def forget_evals(self, step: int) -> None:
+        """Remove what evals reported at a step, which will run again. Raises `StoreError`."""
+
+        def other(row: Row) -> bool:
+            return (
+                row.get("step") != step or "loss" in row or ("reward" in row and "eval" not in row)
+            )
+
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            keep_rows(self.path / name, other)
+
     def remove_checkpoint(self, step: int) -> None:
         """Remove a checkpoint. Raises `StoreError`."""
         self._remove(f"checkpoints/{step}")

@@ -136,7 +136,7 @@ def supervised_trainer(
     state = begin(optimizer, program)
     flops = train_flops(a, longest) * table.batch * longest
     call = max(1, min(MOST_STEPS, int(SHORT_STEP / flops)))
-    ends = (stage.eval_every,) if stage.evals and stage.eval_every else ()
+    ends = tuple(n for n in (stage.evals and stage.eval_every, stage.checkpoint_every) if n)
     return SupervisedTrainer(state, table.steps, flops, call, ends, marks, corpus, table, make)
 
 

@@ -12,6 +12,9 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 )
 _CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
+# Eight simulated devices on few cores: programs with collectives that run side by side can starve
+# each other.
+os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")

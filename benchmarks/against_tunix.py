@@ -1,0 +1,432 @@
+"""Training and sampling here against google-tunix 0.1.7, in turn, on this machine's processor.
+
+    python3 -m venv /tmp/tunix && /tmp/tunix/bin/pip install google-tunix==0.1.7
+    python benchmarks/against_tunix.py /tmp/tunix/bin/python \
+        --data ../shared/data/gsm8k/train.jsonl \
+        --tokenizer ../shared/data/llama2-tokenizer/tokenizer.model
+
+Every measured run is a process of its own: ours, tunix's, ours, tunix's, ... Both have the same
+decoder (Qwen3's form, random float32 parameters), the same optimizer and the same shapes. A rate is
+that of the median window of a run; printed is the median over runs, and as a ratio the median over
+pairs of neighbouring runs, by wall time and by processor time. Memory is the highest resident set
+of a process (VmHWM): as a whole (`peak_mib`), and on top of the imports (`own_mib`). `--only train`
+runs one case; `--json FILE` writes down every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import sentencepiece
+from rollout import skewed
+from tunix_side import Found, Given, Meter, examples_of, random_batches, report, reward_of
+
+from tunelang.compiler.architecture import Architecture, parameter_count
+from tunelang.compiler.layout import CHUNK
+from tunelang.dsl.vocabulary.base import Measure
+from tunelang.dsl.vocabulary.stages import Policy
+from tunelang.dsl.vocabulary.training import K3, AdamW, Sampling
+from tunelang.runtime import objectives, packing
+from tunelang.runtime.bad_rows import BadRows
+from tunelang.runtime.corpus import Corpus, Items
+from tunelang.runtime.decode_loop import make_engine
+from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.order import Order
+from tunelang.runtime.policy_step import PolicyBatch, placed, policy_step, score_program
+from tunelang.runtime.rollout import Prompt, rollout, training_arrays
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.train import Batch, Program, TrainState, init_state, train_step
+
+TIMEOUT = 180
+SIDES = ("ours", "tunix")
+
+MODEL = {
+    "layers": 4, "vocabulary": 4096, "width": 256, "mlp": 768, "heads": 4, "kv_heads": 2,
+    "head_dim": 64,
+}  # fmt: skip
+DECODE = {"prompts": 16, "slots": 16, "prompt": 64, "tokens": 128, "windows": 5}
+DEPTHS = (2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a case, and the ratio of ours to tunix's that is wanted."""
+
+    name: str
+    goal: float | None = None
+    more: bool = True
+    """Whether more is better."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What both sides do, with which settings beside the model's, and the figures that they find."""
+
+    what: str
+    settings: Given
+    figures: tuple[Figure, ...]
+
+
+def rates(unit: str, goal: float, *rest: Figure) -> tuple[Figure, ...]:
+    """List the rate by wall time, which has the goal, the one by processor time, and the rest."""
+    return (Figure(f"{unit}_per_s", goal), Figure(f"{unit}_per_cpu_s"), *rest)
+
+
+CASES = {
+    "train": Case(
+        "train",
+        {"batch": 8, "length": 256, "steps": 4, "windows": 4},
+        rates(
+            "tokens", 1.2, Figure("peak_mib", 0.65, more=False), Figure("own_mib", more=False)
+        ),
+    ),
+    "greedy": Case("sample", {**DECODE, "temperature": 0.0, "top_p": None}, rates("tokens", 1.25)),
+    "top-p": Case("sample", {**DECODE, "temperature": 0.9, "top_p": 0.95}, rates("tokens", 3.5)),
+    "skewed": Case(
+        "sample",
+        {
+            **DECODE, "group": 8, "slots": 32, "short": 32, "temperature": 0.9, "top_p": None,
+            "windows": 3,
+        },
+        rates("completions", 2.0),
+    ),
+    "grpo": Case(
+        "grpo",
+        {
+            "prompts": 4, "group": 4, "slots": 16, "prompt": 64, "tokens": 64, "beta": 0.04,
+            "temperature": 0.9, "steps": 8,
+        },
+        rates("steps", 1.5),
+    ),
+    "lengths": Case(
+        "lengths",
+        {"vocabulary": 32_000, "batch": 4, "steps": 2, "windows": 3},
+        rates("useful_tokens", 2.5, Figure("useful_share")),
+    ),
+    "compile": Case(
+        "compile",
+        {"batch": 1, "length": 32, "depths": DEPTHS},
+        tuple(Figure(f"compile_s_{depth}", more=False) for depth in DEPTHS),
+    ),
+}  # fmt: skip
+
+
+# What we do, in a process of its own. It follows `runtime/supervised.py` and `runtime/policy.py`.
+
+
+def architecture_of(given: Given) -> Architecture:
+    """Return the decoder that tunix's Qwen3 is."""
+    sizes = {name: given[name] for name in MODEL}
+    context = given.get("length") or given["prompt"] + given["tokens"]
+    return Architecture(**sizes, context=context, qk_norm=True, rope_base=1e6, tied=False)
+
+
+def adamw(lr: float) -> tuple[Any, Any]:
+    """Return the optimizer that `optax.adamw(lr)` is, and its schedule."""
+    spec = AdamW(lr=lr, weight_decay=1e-4, clip_norm=None)
+    return build_optimizer(spec, 1000), learning_rate(spec, 1000)
+
+
+def program_of(given: Given) -> Program:
+    """Return how the training program is made."""
+    return Program(layout=make_layout(), remat=given.get("remat", "dots"), chunk=CHUNK)
+
+
+class Trainer:
+    """The train step, called as the training loop calls it."""
+
+    def __init__(self, given: Given) -> None:
+        architecture, program = architecture_of(given), program_of(given)
+        optimizer, schedule = adamw(1e-4)
+        self.parameters = parameter_count(architecture)
+        self._state = init_state(architecture, optimizer, program, 0)
+        self._step = train_step(architecture, optimizer, schedule, program)
+
+    def train(self, batches: Sequence[Batch]) -> None:
+        """Make a step of each batch; metrics are fetched while the next step runs."""
+        before = None
+        for batch in batches:
+            self._state, metrics = self._step(self._state, batch)
+            if before is not None:
+                jax.device_get(before)
+            before = metrics
+        jax.device_get(before)
+
+
+def inputs(tokens: np.ndarray) -> list[Batch]:
+    """Give batches `[count, batch, length]` to the trainer: all tokens are trained."""
+    return [Batch(each[None], np.ones((1, *each.shape), bool)) for each in tokens]
+
+
+def train(given: Given) -> Found:
+    """Train all parameters on full sequences."""
+    meter, trainer, steps = Meter(), Trainer(given), given["steps"]
+    trainer.train(inputs(random_batches(given, 2)))
+    for window in range(given["windows"]):
+        data = inputs(random_batches(given, steps, window + 1))
+        meter.window(lambda data=data: trainer.train(data), steps)
+    found = meter.found("tokens", given["batch"] * given["length"])
+    return {**found, "parameters": trainer.parameters}
+
+
+def compile_time(given: Given) -> Found:
+    """Time the first step of training for several depths, less a later one."""
+    found: Found = {}
+    for layers in given["depths"]:
+        trainer = Trainer({**given, "layers": layers})
+        times = []
+        for batch in inputs(random_batches(given, 3)):
+            start = time.perf_counter()
+            trainer.train([batch])
+            times.append(time.perf_counter() - start)
+        found[f"compile_s_{layers}"] = times[0] - times[-1]
+    return found
+
+
+def real_lengths(given: Given) -> Found:
+    """Train on examples of natural lengths, packed into sequences as long as the longest one."""
+    meter, trainer, steps = Meter(), Trainer(given), given["steps"]
+    ids, trained, offsets = examples_of(given)
+    items = Items(ids, trained, np.stack([offsets[:-1], offsets[1:]], 1))
+    order = Order((len(items.spans),), (1.0,), seed=0)
+    corpus = Corpus((items,), order, given["length"], 0, BadRows())
+    length = Measure(value=float(1 + steps * given["windows"]), unit="steps")
+    table = packing.plan(corpus, length, batch=given["batch"], packed=True)
+    batches = [packing.batch_of(table, corpus, step) for step in range(table.steps)]
+    useful = np.array([(batch.segments > 0).sum() for batch in batches])
+    data = [
+        Batch(*(each[None] for each in (batch.tokens, batch.mask, batch.segments, batch.positions)))
+        for batch in batches
+    ]
+    trainer.train(data[:1])
+    for window in range(given["windows"]):
+        part = data[1 + window * steps : 1 + (window + 1) * steps]
+        meter.window(lambda part=part: trainer.train(part), steps)
+    return {
+        **meter.found("useful_tokens", float(useful[1:].mean())),
+        "useful_share": float(useful[1:].mean() / (given["batch"] * given["length"])),
+    }
+
+
+def prompts_of(given: Given, seed: int) -> list[Prompt]:
+    """Return random prompts."""
+    rows = np.random.default_rng(seed).integers(
+        2, given["vocabulary"], (given["prompts"], given["prompt"])
+    )
+    return [Prompt(row.tolist(), at) for at, row in enumerate(rows)]
+
+
+def sampling_of(given: Given) -> Sampling:
+    """Return how tokens are drawn."""
+    return Sampling(
+        max_tokens=given["tokens"], temperature=given["temperature"], top_p=given.get("top_p")
+    )
+
+
+def sample(given: Given) -> Found:
+    """Sample all prompts."""
+    meter, architecture, program = Meter(), architecture_of(given), program_of(given)
+    params = init_state(architecture, adamw(1.0)[0], program, 0).params
+    engine = make_engine(
+        architecture,
+        slots=given["slots"],
+        capacity=architecture.context,
+        layout=program.layout,
+    )
+    if "short" in given:
+        engine = skewed(engine, given["short"], given["tokens"])
+    group = given.get("group", 1)
+
+    def call(seed: int) -> None:
+        rollout(
+            engine, params, prompts_of(given, seed), sampling_of(given), group=group, stop_ids=(),
+            seed=seed, step=0, pad=0,
+        )  # fmt: skip
+
+    call(0)
+    call(1)
+    for window in range(given["windows"]):
+        meter.window(lambda seed=window + 2: call(seed))
+    completions = given["prompts"] * group
+    unit, each = ("completions", 1) if "short" in given else ("tokens", given["tokens"])
+    return meter.found(unit, completions * each)
+
+
+def grpo(given: Given) -> Found:
+    """Sample, score by the reference, reward, update."""
+    meter, architecture, program = Meter(), architecture_of(given), program_of(given)
+    group, sampling = given["group"], sampling_of(given)
+    policy = Policy.model_construct(
+        rollout=sampling,
+        kl=K3(coefficient=given["beta"]),
+        aggregate="sequence_mean",
+        group=group,
+        batch=given["prompts"],
+    )
+    optimizer, schedule = adamw(1e-5)
+    engine = make_engine(
+        architecture,
+        slots=given["slots"],
+        capacity=architecture.context,
+        layout=program.layout,
+    )
+    update = policy_step(architecture, optimizer, schedule, policy, program)
+    score = score_program(architecture, program, given["temperature"])
+    advantages = jax.jit(objectives.advantages, static_argnames="how")
+    state = init_state(architecture, optimizer, program, 0)
+    reference = jax.tree.map(jnp.copy, state.params)
+
+    def step(state: TrainState, at: int) -> TrainState:
+        rollouts = rollout(
+            engine, state.params, prompts_of(given, at), sampling, group=group, stop_ids=(),
+            seed=0, step=at, pad=0,
+        )  # fmt: skip
+        arrays = training_arrays(rollouts, architecture.context)
+        scored = score(reference, arrays.tokens)
+        rewards = np.array([reward_of(rollouts.completion(at)) for at in range(len(arrays.tokens))])
+        found = advantages(rewards.reshape(-1, group), how="group_mean_std")
+        batch = PolicyBatch(
+            tokens=arrays.tokens,
+            mask=arrays.mask,
+            advantages=np.asarray(found.values).reshape(-1).astype(np.float32),
+            sampler=arrays.log_probs,
+            reference=scored,
+        )
+        state, metrics = update(state, placed(batch, program))
+        jax.device_get(metrics)
+        return state
+
+    for at in range(2):
+        state = step(state, at)
+    for at in range(2, 2 + given["steps"]):
+        wall, cpu = time.perf_counter(), time.process_time()
+        state = step(state, at)
+        meter.add(time.perf_counter() - wall, time.process_time() - cpu)
+    return {**meter.found("steps", 1), "parameters": parameter_count(architecture)}
+
+
+OURS = {
+    "train": train, "compile": compile_time, "lengths": real_lengths, "sample": sample,
+    "grpo": grpo,
+}  # fmt: skip
+
+
+# Both in turn.
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Ours against google-tunix 0.1.7.")
+    parser.add_argument("python", help="of an environment with google-tunix==0.1.7")
+    parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl, for `lengths`")
+    parser.add_argument("--tokenizer", type=Path, help="a SentencePiece model, for `lengths`")
+    parser.add_argument("--only", choices=CASES, action="append", help="this case; repeatable")
+    parser.add_argument("--runs", type=int, default=3, help="of each side")
+    parser.add_argument("--set", default="{}", help="JSON: settings of the cases to change")
+    parser.add_argument("--json", type=Path, help="where to write what every run found")
+    return parser.parse_args()
+
+
+def tokenised(data: Path, tokenizer: Path, rows: int, into: Path) -> int:
+    """Write the tokens of questions and answers for both sides; returns the longest's length."""
+    model = sentencepiece.SentencePieceProcessor(str(tokenizer))
+    ids: list[int] = []
+    mask: list[bool] = []
+    offsets = [0]
+    for line in data.read_text().splitlines()[:rows]:
+        row = json.loads(line)
+        question = [model.bos_id(), *model.encode(row["question"] + "\n")]
+        answer = [*model.encode(row["answer"]), model.eos_id()]
+        ids += question + answer
+        mask += [False] * len(question) + [True] * len(answer)
+        offsets.append(len(ids))
+    np.savez(into, ids=np.array(ids, np.int32), mask=np.array(mask), offsets=np.array(offsets))
+    return int(np.diff(offsets).max())
+
+
+def measured(python: str, script: str, case: Case) -> Found:
+    """Run one side once."""
+    command = [python, script, *(["--"] if script == __file__ else []), case.what]
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [*command, json.dumps(case.settings)],
+        cwd=here,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}:\n{done.stderr[-3000:]}")
+    found: Found = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(python: str, name: str, case: Case, runs: int) -> dict[str, list[Found]]:
+    """Run both sides in turn and print a row for each figure."""
+    found: dict[str, list[Found]] = {side: [] for side in SIDES}
+    sides = ((SIDES[0], sys.executable, __file__),
+             (SIDES[1], python, str(Path(__file__).with_name("tunix_side.py"))))  # fmt: skip
+    for _ in range(runs):
+        for side, interpreter, script in sides:
+            found[side].append(measured(interpreter, script, case))
+    sizes = {run["parameters"] for runs in found.values() for run in runs if "parameters" in run}
+    assert len(sizes) < 2, f"models of {sizes} parameters"
+    for figure in case.figures:
+        a, b = ([run[figure.name] for run in found[side]] for side in SIDES)
+        ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
+        goal = reached = ""
+        if figure.goal is not None:
+            goal = f"{'>=' if figure.more else '<='} {figure.goal}"
+            good = ratio >= figure.goal if figure.more else ratio <= figure.goal
+            reached = "yes" if good else "no"
+        print(
+            f"{name:8} {figure.name:24} {statistics.median(a):10.2f} {statistics.median(b):10.2f}"
+            f" {ratio:7.2f}  {goal:8} {reached:3}",
+            flush=True,
+        )
+    return found
+
+
+def main() -> None:
+    """Run the cases and print the table."""
+    given = arguments()
+    everything = {}
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"{'case':8} {'figure':24} {'ours':>10} {'tunix':>10} {'ratio':>7}  goal     reached")
+        for name in given.only or CASES:
+            case = CASES[name]
+            settings = {**MODEL, **case.settings, **json.loads(given.set)}
+            if case.what == "lengths":
+                if not (given.data and given.tokenizer):
+                    print(f"{name:8} needs --data and --tokenizer")
+                    continue
+                examples = Path(folder, "examples.npz")
+                longest = tokenised(given.data, given.tokenizer, 2000, examples)
+                settings |= {"examples": str(examples), "length": -(-longest // 16) * 16}
+            case = replace(case, settings=settings)
+            everything[name] = compare(given.python, name, case, given.runs)
+    if given.json:
+        given.json.write_text(json.dumps(everything, indent=1))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--":
+        del sys.argv[1]
+        report(OURS)
+    else:
+        main()
