@@ -21,6 +21,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +93,8 @@ class Contents:
             beside.replace(self.cache)
             self.changed = False
         except OSError:
-            beside.unlink(missing_ok=True)
+            with suppress(OSError):
+                beside.unlink()
 
     def file(self, path: Path) -> str:
         """The digest of a file's content. Raises `ContentError`."""

@@ -24,6 +24,8 @@ class Chip:
     """Bytes/s of its memory."""
     link: float
     """Bytes/s to the other devices of the mesh, in one direction."""
+    cache: int | None = None
+    """Bytes of activations beyond which a CPU waits for its memory; None where none counts."""
 
 
 _CHIPS = (
@@ -66,7 +68,8 @@ def chip_of(device_kind: str) -> Chip | None:
     kind = device_kind.lower()
     if kind in _KINDS:
         return CHIPS[_KINDS[kind]]
-    return next((chip for name, chip in CHIPS.items() if name in kind.split()), None)
+    words = kind.replace("-", " ").split()
+    return next((chip for name, chip in CHIPS.items() if name in words), None)
 
 
 def declared(hardware: HardwareKind) -> Devices | None:

@@ -33,6 +33,8 @@ _REMAT_COST = {"none": 3.0, "dots": 3.2, "full": 4.0}
 """Forward passes that a training step is worth."""
 _MICRO_OVERHEAD = 0.02
 """What one more micro-batch adds to the time of a step."""
+_CACHE_MISSES = 1.35
+"""Factor of the time of a step whose activations do not stay in a CPU's cache (measured)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +244,8 @@ def _estimated(
             work += forward_flops(a, layout.length) * sampled
     seconds = work / (devices * chip.peak * EFFICIENCY)
     seconds *= 1 + _MICRO_OVERHEAD * (layout.micro_batches - 1)
+    if chip.cache is not None and memory["activations"] > chip.cache:
+        seconds *= _CACHE_MISSES
     if devices > 1:
         seconds += _communication(a, layout, parameters, tokens, dtype_bytes) / chip.link
     return replace(layout, memory=memory, flops=flops, seconds=seconds, slots=slots)

@@ -42,7 +42,7 @@ def drawn(text: str, folder: Path) -> Picture:
     return picture(build(program(text, folder)))
 
 
-@pytest.mark.parametrize(("name", "form"), itertools.product(SPECS, FORMS))
+@pytest.mark.parametrize(("name", "form"), list(itertools.product(SPECS, FORMS)))
 def test_snapshot(name: str, form: str, folder: Path, bless: bool) -> None:
     actual = FORMS[form](drawn(SPECS[name], folder))
     path = DRAWINGS / f"{name}.{form}"
@@ -52,7 +52,7 @@ def test_snapshot(name: str, form: str, folder: Path, bless: bool) -> None:
     assert actual == path.read_text("utf-8"), "run with --bless and read the difference"
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", list(SPECS))
 @pytest.mark.parametrize("width", [100, 50])
 def test_tree_fits_its_width_and_has_every_box(name: str, width: int, folder: Path) -> None:
     found = drawn(SPECS[name], folder)
@@ -68,7 +68,7 @@ def test_tree_fits_its_width_and_has_every_box(name: str, width: int, folder: Pa
 BOXES = re.compile(r'<rect class="[\w ]+" x="(.+?)" y="(.+?)" width="(.+?)" height="(.+?)"')
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", list(SPECS))
 def test_svg_boxes_do_not_overlap_and_lie_inside(name: str, folder: Path) -> None:
     found = drawn(SPECS[name], folder)
     text = svg(found)

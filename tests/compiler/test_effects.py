@@ -14,7 +14,7 @@ from tunelang.compiler.fingerprint import fingerprints
 from tunelang.compiler.graph import build
 from tunelang.dsl import types
 from tunelang.dsl.program import Branch, Declared, Program
-from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, data, models, rewards, stages
+from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, data, models, rewards, training
 from tunelang.dsl.vocabulary.base import Attribute, Measure, Node, Reference, attributes
 
 from .workspace import program, write
@@ -61,18 +61,18 @@ SAMPLES: dict[str, list[Node]] = {
     ],
     "reward": [rewards.Length.fixed(), rewards.RewardConstant.fixed(value=1.0)],
     "condition": [data.Literal.fixed(value=True), data.Literal.fixed(value=False)],
-    "optimizer": [stages.Sgd.fixed(lr=0.5), stages.Lion.fixed(lr=0.5)],
-    "adapter": [stages.Lora.fixed(), stages.Dora.fixed()],
-    "sampling": [stages.Sampling.fixed(max_tokens=77)],
-    "clip": [stages.Clip.fixed(), stages.ClipWeights.fixed()],
-    "kl": [stages.K1.fixed(coefficient=0.1), stages.K2.fixed(coefficient=0.1)],
-    "correction": [stages.Truncated.fixed(), stages.Masked.fixed()],
-    "mesh": [stages.Axes.fixed(fsdp=2), stages.Axes.fixed()],
+    "optimizer": [training.Sgd.fixed(lr=0.5), training.Lion.fixed(lr=0.5)],
+    "adapter": [training.Lora.fixed(), training.Dora.fixed()],
+    "sampling": [training.Sampling.fixed(max_tokens=77)],
+    "clip": [training.Clip.fixed(), training.ClipWeights.fixed()],
+    "kl": [training.K1.fixed(coefficient=0.1), training.K2.fixed(coefficient=0.1)],
+    "correction": [training.Truncated.fixed(), training.Masked.fixed()],
+    "mesh": [training.Axes.fixed(fsdp=2), training.Axes.fixed()],
     "experts": [models.Experts.fixed(count=9, active=1)],
     "settings": [data.Settings.fixed(values={"n_people": 3})],
     "judge": [rewards.LocalJudge.fixed(model=Reference.fixed(noun="model", name="hub"))],
     "criterion": [rewards.Criterion.fixed(text="Other")],
-    "tracker": [stages.TensorBoard.fixed()],
+    "tracker": [training.TensorBoard.fixed()],
 }
 REFERENCES = {
     "tokenizer": ("letters", "pieces"),
@@ -196,7 +196,7 @@ def test_every_attribute(base: Program) -> None:
     everything = [info.model for table in KINDS.values() for info in table.values()]
     everything += [*FUNCTIONS.values(), *data.METHODS.values()]
     for model in everything:
-        if model in (models.Tpu, models.Gpu, stages.Best, stages.Lowest, stages.Wandb):
+        if model in (models.Tpu, models.Gpu, training.Best, training.Lowest, training.Wandb):
             continue  # hardware, winners and trackers: tested by name
         for word, attribute in attributes(model).items():
             assert (model, word) in visited or winner(attribute), (model, word)

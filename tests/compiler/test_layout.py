@@ -1,0 +1,143 @@
+"""Layouts: legal, fitting, pinned, and the best of what there is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tunelang.compiler.architecture import Architecture
+from tunelang.compiler.hardware import CHIPS, Devices, chip_of
+from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, lay_out
+from tunelang.compiler.presets import PRESETS
+from tunelang.dsl.vocabulary.stages import Training
+
+from .workspace import folder, program
+
+__all__ = ["folder"]
+
+LLAMA = replace(PRESETS["llama-3.1-8b"], context=4096)
+
+
+def stage(folder: Path, more: str = "", batch: str = "batch = 64 sequences") -> Training:
+    text = f"""\
+model g : pretrained {{ path = "models/tiny" }}
+data d : jsonl {{ path = "data/sums.jsonl", prompt = "{{question}}", response = "{{answer}}" }}
+stage s : sft {{ from = g, data = d, length = 1 epoch, {batch}{", " + more if more else ""} }}
+"""
+    value = program(text, folder).declarations["s"].branches[0].value
+    assert isinstance(value, Training)
+    return value
+
+
+def policy(folder: Path, more: str = "") -> Training:
+    text = f"""\
+model g : pretrained {{ path = "models/tiny" }}
+data d : jsonl {{ path = "data/sums.jsonl", prompt = "{{question}}", response = "{{answer}}" }}
+stage s : grpo {{ from = g, data = d, length = 1 epoch, batch = 32 prompts, group = 8, reward = exact("{{completion}}", "{{response}}"){", " + more if more else ""} }}
+"""
+    value = program(text, folder).declarations["s"].branches[0].value
+    assert isinstance(value, Training)
+    return value
+
+
+@pytest.mark.parametrize("chip", sorted(CHIPS))
+@pytest.mark.parametrize("count", [8, 16, 64])
+def test_every_layout_is_legal(folder: Path, chip: str, count: int) -> None:
+    devices = Devices(CHIPS[chip], count, False)
+    if count * CHIPS[chip].memory < 18 * 8.1e9:  # parameters, gradients and moments alone
+        with pytest.raises(DoesNotFitError):
+            lay_out(stage(folder), LLAMA, 2, devices)
+        return
+    layout = lay_out(stage(folder), LLAMA, 2, devices)
+    assert count % math.prod(layout.mesh.values()) == 0
+    shards = layout.mesh["data"] * layout.mesh["fsdp"]
+    assert layout.rows % (shards * layout.micro_batches) == 0
+    assert LLAMA.heads % layout.mesh["tensor"] == 0
+    assert layout.total <= CHIPS[chip].memory
+    assert layout.seconds > 0
+
+
+def test_more_devices_are_never_slower(folder: Path) -> None:
+    times = [
+        lay_out(stage(folder), LLAMA, 2, Devices(CHIPS["v5p"], count, False)).seconds
+        for count in (4, 8, 16, 32, 64)
+    ]
+    assert times == sorted(times, reverse=True)
+
+
+def test_pinning_what_was_chosen_changes_nothing(folder: Path) -> None:
+    devices = Devices(CHIPS["h200"], 8, False)
+    free = lay_out(stage(folder), LLAMA, 2, devices)
+    axes = ", ".join(f"{axis} = {size}" for axis, size in free.mesh.items())
+    local = free.rows // (free.mesh["data"] * free.mesh["fsdp"]) // free.micro_batches
+    pins = f"mesh = axes({axes}), micro_batch = {local} sequences, remat = {free.remat}"
+    assert lay_out(stage(folder, pins), LLAMA, 2, devices) == free
+
+
+def test_a_large_model_is_split(folder: Path) -> None:
+    layout = lay_out(stage(folder), LLAMA, 2, Devices(CHIPS["v5e"], 64, False))
+    assert layout.mesh["fsdp"] * layout.mesh["tensor"] >= 8
+
+
+def test_what_does_not_fit_says_what_it_needs(folder: Path) -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        lay_out(stage(folder), LLAMA, 2, Devices(CHIPS["v5e"], 2, False))
+    assert caught.value.nearest.memory["optimizer"] == 2 * caught.value.nearest.memory["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("more", "attribute"),
+    [
+        ("mesh = axes(data = 16)", "mesh"),
+        ("mesh = axes(context = 2)", "mesh"),
+        ("micro_batch = 3 sequences", "micro_batch"),
+    ],
+)
+def test_pins_that_contradict_are_named(folder: Path, more: str, attribute: str) -> None:
+    text = stage(folder)
+    try:
+        text = stage(folder, more)
+    except AssertionError:
+        pytest.skip("the checker says so already")
+    with pytest.raises(NoLayoutError) as caught:
+        lay_out(text, LLAMA, 2, Devices(CHIPS["v5p"], 8, False))
+    assert caught.value.attribute == attribute
+
+
+def test_policies_have_slots_and_a_cache(folder: Path) -> None:
+    devices = Devices(CHIPS["v5p"], 8, False)
+    layout = lay_out(policy(folder), LLAMA, 2, devices)
+    assert layout.slots == 256
+    assert layout.memory["kv cache"] > 0
+    assert "reference" not in layout.memory
+    assert "reference" in lay_out(policy(folder, "kl = k3(0.1)"), LLAMA, 2, devices).memory
+
+
+def test_small_batches_leave_devices_alone(folder: Path) -> None:
+    tiny = Architecture(
+        vocabulary=64, layers=2, width=16, heads=2, kv_heads=2, head_dim=8, mlp=32, context=32
+    )
+    layout = lay_out(
+        stage(folder, batch="batch = 3 sequences"), tiny, 4, Devices(CHIPS["v5e"], 8, True)
+    )
+    assert layout.rows == 3
+    assert layout.mesh["data"] * layout.mesh["fsdp"] in (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v4", "v4"),
+        ("TPU v5p", "v5p"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("cpu", None),
+    ],
+)
+def test_chips_by_their_device_kind(kind: str, name: str | None) -> None:
+    found = chip_of(kind)
+    assert (found.name if found else None) == name

@@ -1,0 +1,158 @@
+"""The training program of policies: the same on any mesh and in micro-batches, and right."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from tests.runtime import reference
+from tests.runtime.architectures import LLAMA
+from tests.runtime.test_train import ADAMW, same
+from tunelang.dsl.vocabulary.base import Measure, Reference
+from tunelang.dsl.vocabulary.data import DataRef
+from tunelang.dsl.vocabulary.rewards import RewardConstant
+from tunelang.dsl.vocabulary.stages import POLICIES, Policy
+from tunelang.dsl.vocabulary.training import K3, Clip, Sampling, Sgd, Truncated
+from tunelang.runtime.losses import token_logprobs, token_scores
+from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.train import Program, init_state
+
+ROWS, LENGTH = 16, 12
+ONE = make_layout()
+
+
+def make_policy(kind: str = "grpo", **settings: object) -> Policy:
+    return Policy(
+        **{
+            "from": Reference(noun="model", name="m"),
+            "data": DataRef(name="d"),
+            "reward": RewardConstant(value=1.0),
+            "batch": 4,
+            "group": 4,
+            "length": Measure(value=10, unit="steps"),
+            "rollout": Sampling(max_tokens=6, temperature=0.8),
+            **POLICIES[kind][1],
+            **settings,
+        }
+    )
+
+
+def make_batch(seed: int = 0, **more: bool) -> PolicyBatch:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, LLAMA.vocabulary, (ROWS, LENGTH), dtype=np.int32)
+    place, first = np.arange(LENGTH), rng.integers(2, 6, (ROWS, 1))
+    mask = (place >= first) & (place < first + rng.integers(1, 6, (ROWS, 1)))
+    near = -4 + 0.1 * rng.standard_normal((3, ROWS, LENGTH)).astype(np.float32)
+    return PolicyBatch(
+        tokens=tokens,
+        mask=mask,
+        advantages=rng.standard_normal(ROWS).astype(np.float32),
+        sampler=near[0],
+        old=near[1] if more.get("old") else None,
+        reference=near[2] if more.get("reference") else None,
+    )
+
+
+def step(policy: Policy, batch: PolicyBatch, program: Program, spec: object = ADAMW):
+    optimizer = build_optimizer(spec, 10)
+    state = init_state(LLAMA, optimizer, program, 0)
+    make = policy_step(LLAMA, optimizer, learning_rate(spec, 10), policy, program)
+    state, metrics = make(state, batch)
+    return jax.device_get(state.params), jax.device_get(metrics)
+
+
+FULL = make_policy("dapo", kl=K3(coefficient=0.1), correction=Truncated(limit=2.0), entropy=0.01)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return step(FULL, make_batch(reference=True), Program(layout=ONE, chunk=5))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "micro_batches"),
+    [({}, 4), ({"data": 8}, 1), ({"fsdp": 4}, 2), ({"tensor": 2, "fsdp": 4}, 1)],
+)
+def test_meshes_and_micro_batches_change_nothing(whole, mesh, micro_batches):
+    program = Program(layout=make_layout(**mesh), micro_batches=micro_batches, chunk=5)
+    same(step(FULL, make_batch(reference=True), program), whole)
+
+
+def test_the_loss_is_the_papers_on_plain_logits():
+    """One row at a time in float64, with the whole softmax."""
+    batch, policy = make_batch(old=True), make_policy(clip=Clip(low=0.2, high=0.2))
+    program = Program(layout=ONE)
+    optimizer = build_optimizer(Sgd(lr=1.0), 10)
+    state = init_state(LLAMA, optimizer, program, 0)
+    total = tokens = surprise = 0.0
+    for row in range(ROWS):
+        logits = reference.logits(LLAMA, state.params, batch.tokens[row].astype(int)) / 0.8
+        logits = np.asarray(logits, np.float64)
+        normal = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        entropy = -(np.exp(normal) * normal).sum(-1)
+        for place in np.flatnonzero(batch.mask[row]):
+            now = normal[place, batch.tokens[row, place + 1]]
+            ratio = np.exp(now - np.float64(batch.old[row, place]))
+            gain = batch.advantages[row]
+            total -= min(ratio * gain, np.clip(ratio, 0.8, 1.2) * gain)
+            surprise += entropy[place]
+            tokens += 1
+    _, found = step(policy, batch, program, Sgd(lr=1.0))
+    assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert found["entropy"] == pytest.approx(surprise / tokens, rel=1e-5)
+
+
+def test_minibatches_and_passes_make_updates():
+    batch = make_batch(old=True)
+    policy = make_policy(minibatches=2, passes=3)
+    program = Program(layout=ONE)
+    optimizer = build_optimizer(ADAMW, 60)
+    state = init_state(LLAMA, optimizer, program, 0)
+    make = policy_step(LLAMA, optimizer, learning_rate(ADAMW, 60), policy, program)
+    state, found = make(state, batch)
+    assert int(state.step) == 6
+    assert all(np.isfinite(value) for value in found.values())
+
+
+def test_minibatches_of_everything_is_one_update():
+    """Both ways of going through the batch agree where they mean the same."""
+    batch = make_batch(old=True)
+    one = step(make_policy(), batch, Program(layout=ONE))
+    two = step(make_policy(passes=2), batch, Program(layout=ONE), Sgd(lr=1e-12))
+    assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-5)
+
+
+def test_nothing_that_counts_changes_nothing():
+    batch = make_batch()
+    batch = PolicyBatch(batch.tokens, np.zeros_like(batch.mask), batch.advantages, batch.sampler)
+    spec = Sgd(lr=1.0)
+    after, found = step(make_policy(), batch, Program(layout=ONE), spec)
+    program = Program(layout=ONE)
+    before = init_state(LLAMA, build_optimizer(spec, 10), program, 0).params
+    same(after, jax.device_get(before), 0)
+    assert found["loss"] == 0
+
+
+def test_scores_are_those_of_the_step():
+    """In micro-batches and on a mesh, and with the entropy asked for or not."""
+    program = Program(layout=ONE, chunk=5)
+    state = init_state(LLAMA, build_optimizer(ADAMW, 10), program, 0)
+    tokens = make_batch().tokens
+    whole = np.asarray(score_program(LLAMA, program, 0.8)(state.params, tokens))
+    parts = Program(layout=ONE, chunk=5, micro_batches=4)
+    np.testing.assert_allclose(
+        score_program(LLAMA, parts, 0.8)(state.params, tokens), whole, atol=1e-5
+    )
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((2, 7, 8)).astype(np.float32)
+    head = rng.standard_normal((11, 8)).astype(np.float32)
+    targets = rng.integers(0, 11, (2, 7))
+    plain = token_logprobs(hidden, head, targets, chunk=3)
+    both, entropy = token_scores(hidden, head, targets, chunk=3)
+    np.testing.assert_array_equal(plain, both)
+    logits = np.float64(hidden) @ np.float64(head).T
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(-1), rtol=1e-5)
