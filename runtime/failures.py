@@ -30,6 +30,7 @@ from tunelang.runtime.loop import DivergedError
 from tunelang.runtime.open_tokenizer import BadTokenizerError, VocabularySizeError
 from tunelang.runtime.prepare import LayoutError
 from tunelang.runtime.procedural import GeneratorError
+from tunelang.runtime.words import size_text
 from tunelang.runtime.workers import LoadError
 from tunelang.runtime.workshop import NotBuiltError
 
@@ -173,11 +174,3 @@ def _failed(error: Exception, place: _Place) -> Diagnostic:
     text = str(error).strip().splitlines()
     title = f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
     return message("stage-fails", title, here, help="`--traceback` shows where in the program")
-
-
-def size_text(count: float) -> str:
-    """Return a number of bytes for people: `3.2 GiB`."""
-    for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"

@@ -46,8 +46,6 @@ class Trainer(Protocol):
     steps: int
     """Of the whole stage."""
     state: TrainState
-    flops: float
-    """Of one step, over all devices: what has to be computed."""
 
     def until(self, step: int) -> int:
         """Return where the call that begins at a step ends."""
@@ -55,7 +53,8 @@ class Trainer(Protocol):
     def advance(self, step: int, until: int) -> Callable[[], Sequence[Row]]:
         """Make the steps from `step` to `until`; returns how to wait for their metrics.
 
-        Rows may hold `tokens`, the tokens that the step worked on, which become a rate.
+        Rows hold `tokens`, those that the step worked on, and `flops`, what had to be computed for
+        them over all devices; both become rates.
         """
 
     def samples(self) -> Sequence[Completed]:
@@ -102,6 +101,7 @@ class Loop:
     _mark: float = 0.0
     _mark_step: int = 0
     _tokens: float = 0.0
+    _flops: float = 0.0
     _saved: tuple[int, float] = (0, 0.0)
 
     def run(self, start: int) -> dict[str, float]:
@@ -115,6 +115,8 @@ class Loop:
         step = start
         self._saved = start, time.monotonic()
         self._restart_clock(step)
+        if step < steps:
+            self.reporter.doing("compiling")
         while step < steps:
             until = trainer.until(step)
             wait = trainer.advance(step, until)
@@ -145,7 +147,8 @@ class Loop:
                 for name in ("loss", "grad_norm"):
                     if not math.isfinite(row.get(name, 0.0)):
                         raise DivergedError(name, step)
-                self._tokens += row.get("tokens", 0.0)
+                self._tokens += row["tokens"]
+                self._flops += row.pop("flops")
                 timing = self._timing(step) if step == last else {}
                 line = self.recorder.step(step, row, timing)
                 if line is not None:
@@ -162,15 +165,15 @@ class Loop:
         if not made or seconds <= 0:
             return {}
         found = {"steps_per_second": made / seconds, "tokens_per_second": self._tokens / seconds}
-        if self.peak and self.trainer.flops:
-            found["mfu"] = self.trainer.flops * made / seconds / self.peak
+        found["mfu"] = self._flops / seconds / self.peak
         found["memory"] = float(memory_in_use())
         if seconds > 10:
             self._restart_clock(step)
         return found
 
     def _restart_clock(self, step: int) -> None:
-        self._mark, self._mark_step, self._tokens = time.monotonic(), step, 0.0
+        self._mark, self._mark_step = time.monotonic(), step
+        self._tokens = self._flops = 0.0
 
     def _is_eval(self, step: int) -> bool:
         every = self.stage.eval_every

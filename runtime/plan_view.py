@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 from tunelang.compiler.draw import picture, tree
 from tunelang.compiler.plan import StagePlan, describe
-from tunelang.runtime.failures import size_text
 from tunelang.runtime.prepare import Prepared
-from tunelang.runtime.progress import count_text, duration
+from tunelang.runtime.words import count_text, duration, size_text
 
 
 def show(prepared: Prepared, *, verbose: bool = False, width: int = 100) -> str:

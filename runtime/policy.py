@@ -41,6 +41,7 @@ from tunelang.runtime.policy_step import (
     placed,
     policy_step,
     score_program,
+    useful_first,
 )
 from tunelang.runtime.rewards import Reward, Scores
 from tunelang.runtime.rollout import Prompt, Rollouts, rollout, training_arrays
@@ -50,8 +51,8 @@ from tunelang.runtime.workshop import Model, Workshop
 
 MOST_ROUNDS = 10
 """How often prompts are sampled for one step (`refill`); what differs by then is trained on."""
-_ROUND = 32
-"""Sequences are padded to a multiple of so many tokens, so that few programs are compiled."""
+_LENGTHS = 4
+"""Sequences are padded to one of so many lengths: few programs are compiled, few tokens wasted."""
 
 _advantages = jax.jit(objectives.advantages, static_argnames="how")
 
@@ -82,7 +83,6 @@ class PolicyTrainer:
     seed: int
     state: train.TrainState
     steps: int
-    flops: float
     marks: frozenset[int]
     stream: Stream
     engine: Engine
@@ -229,7 +229,8 @@ class PolicyTrainer:
             len(rollouts.prompts[row // rollouts.group]) + int(length)
             for row, length in enumerate(rollouts.lengths)
         )
-        return min(-(-longest // _ROUND) * _ROUND, self.length)
+        unit = -(-self.length // _LENGTHS)
+        return min(-(-longest // unit) * unit, self.length)
 
     # The batch.
 
@@ -274,8 +275,11 @@ class PolicyTrainer:
             old=old,
             reference=reference,
         )
+        if stage.minibatches == 1:
+            batch = useful_first(batch, self.program)
         self._show(kept[0][0])
-        return batch, self._metrics(kept, values, flat)
+        trained = float((batch.tokens != pad)[batch.mask.any(1)].sum())
+        return batch, self._metrics(kept, values, flat, trained)
 
     def _show(self, sampled: _Sampled) -> None:
         every = completed(sampled.examples, sampled.rollouts, sampled.texts, sampled.scores)
@@ -286,8 +290,12 @@ class PolicyTrainer:
         kept: list[tuple[_Sampled, NDArray[np.intp]]],
         advantages: NDArray[np.float32],
         flat: NDArray[np.bool_],
+        trained: float,
     ) -> dict[str, float]:
-        """Return the metrics of a step that the host has; rewards are of all that was sampled."""
+        """Return the metrics of a step that the host has; rewards are of all that was sampled.
+
+        `trained` are the tokens, prompts included, of completions that are trained on.
+        """
         rounds = list({id(sampled): sampled for sampled, _ in kept}.values())
         weights = np.array([len(sampled.texts) for sampled in rounds], float)
         rows: dict[str, float] = {}
@@ -313,6 +321,8 @@ class PolicyTrainer:
         prompts = sum(
             len(prompt) * self.stage.group for s in rounds for prompt in s.rollouts.prompts
         )
+        read = sum(len(prompt) for s in rounds for prompt in s.rollouts.prompts)
+        a = self.model.architecture
         turns = sum(sampled.rollouts.work.turns for sampled in rounds)
         return {
             **rows,
@@ -324,6 +334,8 @@ class PolicyTrainer:
             "flat_groups": float(flat.mean()),
             "slots_used": float(lengths.sum()) / max(1, turns * self.engine.slots),
             "tokens": float(prompts + lengths.sum()),
+            "flops": self.stage.passes * trained * train_flops(a, self.length)
+            + float(read + lengths.sum()) * forward_flops(a, self.length),
         }
 
 
@@ -392,8 +404,6 @@ def policy_trainer(
         ("score", a, program, sampling.temperature),
         lambda: score_program(a, program, sampling.temperature),
     )
-    tokens = stage.batch * stage.group * capacity
-    flops = train_flops(a, capacity) * stage.passes + forward_flops(a, capacity)
     return PolicyTrainer(
         stage=stage,
         model=model,
@@ -401,7 +411,6 @@ def policy_trainer(
         seed=derive(seed, "rollout"),
         state=begin(optimizer, program),
         steps=steps,
-        flops=flops * tokens,
         marks=marks,
         stream=stream,
         engine=engine_of(workshop, model, planned.slots, capacity, layout),

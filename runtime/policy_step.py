@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -106,7 +107,12 @@ def policy_step(
         # One for each row, so that micro-batches are cut out of it as of all else.
         rows = jnp.broadcast_to(denominator, batch.advantages.shape)
         value, totals, gradient = accumulate(
-            loss, state.params, (batch, rows), program, objectives.add
+            loss,
+            state.params,
+            (batch, rows),
+            program,
+            objectives.add,
+            lambda part: jnp.any(part[0].mask),
         )
         state, norm, rate = updated(state, gradient, optimizer, schedule)
         return state, (value * denominator, totals, norm, rate)
@@ -166,6 +172,15 @@ def score_program(architecture: Architecture, program: Program, temperature: flo
         return scores
 
     return jax.jit(score)
+
+
+def useful_first(batch: PolicyBatch, program: Program) -> PolicyBatch:
+    """Order the rows of a batch of numpy arrays so that those in which no token counts share
+    micro-batches, which the step then skips. Micro-batch `m` of `n` is rows `m`, `m + n`, ...
+    """
+    order = np.argsort(~batch.mask.any(1), kind="stable")
+    rows = order.reshape(program.micro_batches, -1).T.reshape(-1)
+    return replace(batch, **{n: a[rows] for n, a in vars(batch).items() if a is not None})
 
 
 def placed(batch: PolicyBatch, program: Program) -> PolicyBatch:

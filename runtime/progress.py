@@ -17,6 +17,7 @@ from tunelang.compiler.plan import StagePlan
 from tunelang.runtime.bad_rows import BadRows
 from tunelang.runtime.failures import row_problem
 from tunelang.runtime.locks import Holder
+from tunelang.runtime.words import count_text, duration, number
 
 _PIPE_SECONDS = 10.0
 """Time between lines where the output is no terminal."""
@@ -126,6 +127,8 @@ class Progress:
         if self._live is None:
             return
         table = Table.grid(padding=(0, 1))
+        table.add_column(max_width=max(12, self.console.width // 3))
+        table.add_column()
         table.add_row(
             Text(self._node, style="bold", overflow="ellipsis", no_wrap=True),
             Text(text, overflow="ellipsis", no_wrap=True),
@@ -138,26 +141,3 @@ def _values(values: Mapping[str, float]) -> str:
     if "tokens_per_second" in values:
         parts.append(f"{count_text(values['tokens_per_second'])} tokens/s")
     return "  ".join(parts)
-
-
-def number(value: float) -> str:
-    """Return a metric for people: four digits."""
-    return f"{value:.3g}" if abs(value) < 1e-2 or abs(value) >= 1e4 else f"{value:.4g}"
-
-
-def count_text(value: float) -> str:
-    """Return a large number for people: `3.2M`."""
-    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.1f}{letter}"
-    return f"{value:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people: `3 min 20 s`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"

@@ -9,8 +9,8 @@ from tunelang.compiler.content import Contents
 from tunelang.compiler.fingerprint import fingerprints
 from tunelang.compiler.graph import StageGraph, build, named
 from tunelang.dsl.program import Program
-from tunelang.runtime.progress import duration, number
 from tunelang.runtime.store import StageFolder, Store
+from tunelang.runtime.words import count_text, duration, number, size_text
 
 _HEADLINES = ("loss", "perplexity", "reward", "length", "tokens_per_second", "mfu", "memory")
 
@@ -110,7 +110,12 @@ def _stage(folder: StageFolder, samples: int, width: int) -> Iterator[str]:
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
-    return number(row[name]) if isinstance(row.get(name), int | float) else ""
+    value = row.get(name)
+    if not isinstance(value, int | float):
+        return ""
+    if name == "memory":
+        return size_text(value)
+    return count_text(value) if name == "tokens_per_second" else number(value)
 
 
 def _sample(sample: Mapping[str, Any], width: int) -> Iterator[str]:

@@ -35,7 +35,8 @@ class SupervisedTrainer:
 
     state: train.TrainState
     steps: int
-    flops: float
+    token_flops: float
+    """What has to be computed for a token."""
     call: int
     """Steps of a call."""
     ends: tuple[int, ...]
@@ -62,7 +63,7 @@ class SupervisedTrainer:
             train.Batch(stack("tokens"), stack("mask"), stack("segments"), stack("positions")),
         )
         seen = [float((batch.segments > 0).sum()) for batch in batches]
-        return lambda: _rows(metrics, seen)
+        return lambda: _rows(metrics, seen, self.token_flops)
 
     def samples(self) -> Sequence[Completed]:
         """See `loop.Trainer`."""
@@ -78,7 +79,7 @@ class SupervisedTrainer:
         self.state = state
 
 
-def _rows(metrics: train.Metrics, seen: Sequence[float]) -> list[Row]:
+def _rows(metrics: train.Metrics, seen: Sequence[float], token_flops: float) -> list[Row]:
     found = {name: np.asarray(values).tolist() for name, values in vars(metrics).items()}
     trained = found.pop("tokens")
     return [
@@ -86,6 +87,7 @@ def _rows(metrics: train.Metrics, seen: Sequence[float]) -> list[Row]:
             **{name: values[at] for name, values in found.items()},
             "perplexity": math.exp(min(found["loss"][at], 700.0)),
             "tokens": tokens,
+            "flops": tokens * token_flops,
             "trained_tokens": trained[at],
         }
         for at, tokens in enumerate(seen)
@@ -134,10 +136,12 @@ def supervised_trainer(
         lambda: _compiled(model, unit, table.steps, program),
     )
     state = begin(optimizer, program)
-    flops = train_flops(a, longest) * table.batch * longest
-    call = max(1, min(MOST_STEPS, int(SHORT_STEP / flops)))
+    token_flops = train_flops(a, longest)
+    call = max(1, min(MOST_STEPS, int(SHORT_STEP / (token_flops * table.batch * longest))))
     ends = tuple(n for n in (stage.evals and stage.eval_every, stage.checkpoint_every) if n)
-    return SupervisedTrainer(state, table.steps, flops, call, ends, marks, corpus, table, make)
+    return SupervisedTrainer(
+        state, table.steps, token_flops, call, ends, marks, corpus, table, make
+    )
 
 
 def _compiled(model: Model, unit: Any, steps: int, program: train.Program) -> Any:

@@ -253,10 +253,12 @@ def accumulate(
     batch: Any,
     program: Program,
     add: Callable[[Any, Any], Any] = lambda *_: None,
+    counts: Callable[[Any], jax.Array] | None = None,
 ) -> tuple[jax.Array, Any, Any]:
     """Add up over the micro-batches a loss, what it gives beside by `add`, and its gradient.
 
-    Every array of the batch is `[rows, ...]`.
+    Every array of the batch is `[rows, ...]`. Micro-batches of which `counts` is false have neither
+    loss nor gradient, and are skipped.
     """
     value_and_gradient = jax.value_and_grad(loss, has_aux=True)
     if program.micro_batches == 1:
@@ -268,10 +270,15 @@ def accumulate(
         parts = array.reshape(-1, program.micro_batches, *array.shape[1:]).swapaxes(0, 1)
         return program.layout.constrain(parts, (None, "batch", *(None for _ in array.shape[1:])))
 
-    def body(carry: tuple[jax.Array, Any, Any], part: Any) -> tuple[Any, None]:
+    def added(carry: tuple[jax.Array, Any, Any], part: Any) -> tuple[jax.Array, Any, Any]:
         (value, extra), gradient = value_and_gradient(params, part)
         total, extras, gradients = carry
-        return (total + value, add(extras, extra), jax.tree.map(jnp.add, gradients, gradient)), None
+        return total + value, add(extras, extra), jax.tree.map(jnp.add, gradients, gradient)
+
+    def body(carry: tuple[jax.Array, Any, Any], part: Any) -> tuple[Any, None]:
+        if counts is None:
+            return added(carry, part), None
+        return jax.lax.cond(counts(part), added, lambda carry, _: carry, carry, part), None
 
     parts = jax.tree.map(split, batch)
     first = jax.tree.map(lambda array: array[0], parts)

@@ -16,7 +16,7 @@ from tunelang.dsl.vocabulary.stages import POLICIES, Policy
 from tunelang.dsl.vocabulary.training import K3, Clip, Sampling, Sgd, Truncated
 from tunelang.runtime.losses import token_logprobs, token_scores
 from tunelang.runtime.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program
+from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program, useful_first
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.train import Program, init_state
 
@@ -134,6 +134,16 @@ def test_nothing_that_counts_changes_nothing():
     before = init_state(LLAMA, build_optimizer(spec, 10), program, 0).params
     same(after, jax.device_get(before), 0)
     assert found["loss"] == 0
+
+
+def test_rows_in_which_nothing_counts_are_skipped_together():
+    batch = make_batch()
+    batch.mask[::2] = False
+    program = Program(layout=ONE, micro_batches=4)
+    ordered = useful_first(batch, program)
+    parts = ordered.mask.any(1).reshape(-1, 4).T
+    assert parts.any(1).tolist() == [True, True, False, False]
+    same(step(make_policy(), ordered, program), step(make_policy(), batch, Program(layout=ONE)))
 
 
 def test_scores_are_those_of_the_step():
