@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tunelang.runtime.atomic import written_whole
 from tunelang.runtime.bad_rows import BadRowError, BadRows, NoRowsError, TooLongError
 from tunelang.runtime.chat import EmptyMaskError, Renderer
 from tunelang.runtime.chat_templates import ChatError
+from tunelang.runtime.durable import written_whole
 from tunelang.runtime.order import Order
 from tunelang.runtime.stream import Part, Stream
 

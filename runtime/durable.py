@@ -69,6 +69,22 @@ def write_whole(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a file to write in place of `path`, which it becomes at the end, unless writing failed.
+
+    Its name is random, since hosts that share a folder may well share process ids. It keeps the
+    suffix, which `numpy.save` insists on.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_whole` of a value as JSON. Raises `StoreError`."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"

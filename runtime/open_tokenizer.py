@@ -13,9 +13,9 @@ from typing import Any
 import sentencepiece
 
 from tunelang.dsl.vocabulary import models
-from tunelang.runtime.atomic import written_whole
 from tunelang.runtime.chat import Renderer
 from tunelang.runtime.chat_templates import ChatTemplate, chat_template
+from tunelang.runtime.durable import written_whole
 from tunelang.runtime.tokenizers import Bytes, HuggingFace, SentencePiece, well_formed
 
 # SentencePiece skips sentences above its limit without a word: longer lines are cut to this.

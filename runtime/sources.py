@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from tunelang.dsl.vocabulary.data import Csv, DataKind, Jsonl, Parquet, Procedural, TextFiles
-from tunelang.runtime.atomic import written_whole
 from tunelang.runtime.bad_rows import NotARowError, excerpt
+from tunelang.runtime.durable import written_whole
 from tunelang.runtime.procedural import generate
 
 _BLOCK = 1 << 20

@@ -87,6 +87,15 @@ def test_a_forced_stage_gives_the_same_again(spec: Path, tmp_path: Path) -> None
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+def test_events_for_tensorboard(tmp_path: Path) -> None:
+    spec = tiny.workspace(tmp_path / "events")
+    spec.write_text(spec.read_text().replace(", track = []", ""))
+    tiny.run(spec, only=["base"])
+    events = list(spec.parent.glob(".tune/stages/*/tensorboard/events*"))
+    assert len(events) == 1
+    assert b"fluency.loss" in events[0].read_bytes()
+
+
 def test_only_and_until(spec: Path, tmp_path: Path) -> None:
     other = tiny.workspace(tmp_path / "parts")
     assert tiny.run(other, until=["base"]).lines == ["base done"]
