@@ -36,9 +36,9 @@ from rollout import skewed
 from tunix_side import Found, Given, Meter, examples_of, random_batches, report, reward_of
 
 from tunelang.compiler.architecture import Architecture, parameter_count
-from tunelang.compiler.layout import CHUNK
+from tunelang.compiler.layout import CHUNK, lay_out
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.stages import Policy
+from tunelang.dsl.vocabulary.stages import Policy, Sft, Training
 from tunelang.dsl.vocabulary.training import K3, AdamW, Sampling
 from tunelang.runtime import objectives, packing
 from tunelang.runtime.bad_rows import BadRows
@@ -47,6 +47,7 @@ from tunelang.runtime.decode_loop import make_engine
 from tunelang.runtime.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.order import Order
 from tunelang.runtime.policy_step import PolicyBatch, placed, policy_step, score_program
+from tunelang.runtime.prepare import local_devices
 from tunelang.runtime.rollout import Prompt, rollout, training_arrays
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.train import Batch, Program, TrainState, init_state, train_step
@@ -74,7 +75,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Case:
-    """What both sides do, with which settings beside the model's, and the figures that they find."""
+    """What both sides do, the settings beside the model's, and the figures that they find."""
 
     what: str
     settings: Given
@@ -142,8 +143,22 @@ def adamw(lr: float) -> tuple[Any, Any]:
 
 
 def program_of(given: Given) -> Program:
-    """Return how the training program is made."""
-    return Program(layout=make_layout(), remat=given.get("remat", "dots"), chunk=CHUNK)
+    """Return the training program as the planner lays it out on this machine."""
+    stage: Training
+    if "group" in given and "beta" in given:
+        stage = policy_of(given)
+    else:
+        rows = Measure(value=float(given.get("batch", 1)), unit="sequences")
+        stage = Sft.model_construct(batch=rows, optimizer=AdamW(lr=1e-4))
+    with tempfile.TemporaryDirectory() as folder:
+        devices = local_devices(Path(folder), 1)
+    found = lay_out(stage, architecture_of(given), 4, devices)
+    return Program(
+        layout=make_layout(),
+        micro_batches=given.get("micro_batches", found.micro_batches),
+        remat=given.get("remat", found.remat),
+        chunk=CHUNK,
+    )
 
 
 class Trainer:
@@ -233,7 +248,10 @@ def prompts_of(given: Given, seed: int) -> list[Prompt]:
 def sampling_of(given: Given) -> Sampling:
     """Return how tokens are drawn."""
     return Sampling(
-        max_tokens=given["tokens"], temperature=given["temperature"], top_p=given.get("top_p")
+        max_tokens=given["tokens"],
+        temperature=given["temperature"],
+        top_p=given.get("top_p"),
+        max_prompt=given["prompt"],
     )
 
 
@@ -266,17 +284,23 @@ def sample(given: Given) -> Found:
     return meter.found(unit, completions * each)
 
 
+def policy_of(given: Given) -> Policy:
+    """Return the stage that is the paper's GRPO, and tunix's default."""
+    return Policy.model_construct(
+        rollout=sampling_of(given),
+        kl=K3(coefficient=given["beta"]),
+        aggregate="sequence_mean",
+        group=given["group"],
+        batch=given["prompts"],
+        optimizer=AdamW(lr=1e-5),
+    )
+
+
 def grpo(given: Given) -> Found:
     """Sample, score by the reference, reward, update."""
     meter, architecture, program = Meter(), architecture_of(given), program_of(given)
     group, sampling = given["group"], sampling_of(given)
-    policy = Policy.model_construct(
-        rollout=sampling,
-        kl=K3(coefficient=given["beta"]),
-        aggregate="sequence_mean",
-        group=group,
-        batch=given["prompts"],
-    )
+    policy = policy_of(given)
     optimizer, schedule = adamw(1e-5)
     engine = make_engine(
         architecture,

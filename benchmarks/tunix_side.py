@@ -2,8 +2,9 @@
 
     python benchmarks/tunix_side.py train '{"layers": 4, ...}'
 
-Prints one line of JSON. Paths of the library, each as its own examples have them: `PeftTrainer.train`
-with its default loss, `Sampler.__call__`, `GRPOLearner.train` with a separate reference model.
+Prints one line of JSON. Paths of the library, each as its own examples have them:
+`PeftTrainer.train` with its default loss, `Sampler.__call__`, `GRPOLearner.train` with a separate
+reference model.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -108,18 +110,23 @@ class IntTokenizer:
         self._end = vocabulary
 
     def encode(self, text: str, **_: Any) -> list[int]:
+        """Read numbers."""
         return [int(each) for each in text.split()]
 
     def decode(self, ids: Any, **_: Any) -> str:
+        """Write numbers."""
         return " ".join(str(int(each)) for each in ids)
 
     def bos_id(self) -> int:
+        """Return the start token."""
         return START
 
     def eos_id(self) -> int:
+        """Return an id past the vocabulary."""
         return self._end
 
     def pad_id(self) -> int:
+        """Return the padding token."""
         return PAD
 
 
@@ -359,7 +366,7 @@ def grpo(given: Given) -> Found:
     with mesh:
         learner.train(steps())
     # The batch is asked for once before the first step and then at the start of each.
-    for (wall, cpu), (next_wall, next_cpu) in zip(marks[2:-1], marks[3:], strict=True):
+    for (wall, cpu), (next_wall, next_cpu) in pairwise(marks[2:]):
         meter.add(next_wall - wall, next_cpu - cpu)
     return {**meter.found("steps", 1), "parameters": parameters(cluster.actor_trainer.model)}
 
