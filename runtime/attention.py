@@ -103,16 +103,14 @@ def cached_attention(
 ) -> jax.Array:
     """Attention of one new token in each slot to the slot's cache.
 
-    Query `[slots, 1, heads, head_dim]`, keys and values `[slots, kv_heads, capacity, head_dim]`
-    with the new token's already at `positions` `[slots]`; what lies behind it is not looked at.
-    Returns `[slots, 1, heads, head_dim]`.
+    Query `[slots, 1, heads, head_dim]`, keys `[slots, kv_heads, head_dim, capacity]` and values
+    `[slots, kv_heads, capacity, head_dim]` with the new token's already at `positions` `[slots]`;
+    what lies behind it is not looked at. Returns `[slots, 1, heads, head_dim]`.
     """
-    slots, kv_heads, capacity, head_dim = keys.shape
-    # A token of a cache is read once for each of its heads: with heads before tokens, both products
-    # read it in order.
+    slots, kv_heads, head_dim, capacity = keys.shape
     grouped = query.reshape(slots, kv_heads, -1, head_dim)
     logits = scale * jnp.einsum(
-        "bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32
+        "bkgh,bkhs->bkgs", grouped, keys, preferred_element_type=jnp.float32
     )
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from tunelang.compiler.architecture import Architecture
 from tunelang.runtime.attention import Kernel
-from tunelang.runtime.decoder import CACHE, Cache, Decoder, empty_cache, insert
+from tunelang.runtime.decoder import KEYS, VALUES, Cache, Decoder, Unstacked, empty_cache, insert
 from tunelang.runtime.sampling import SlotSettings, sample, token_keys
 from tunelang.runtime.sharding import Layout, constrain
 from tunelang.runtime.train import abstract_decoder
@@ -165,6 +165,8 @@ def make_engine(
     if not 1 <= refill_at <= slots:
         raise ValueError(f"refilled when {refill_at} of {slots} slots are free")
     graph, _ = abstract_decoder(architecture, dtype)
+    # Where every turn would convert or copy the weights, that is done once, ahead of the loop.
+    ahead = dtype != jnp.float32 or _platform(layout) == "cpu"
 
     def empty(rows: int, max_tokens: int, penalised: bool) -> Slots:
         state = _empty(architecture, slots, capacity, dtype, rows, max_tokens, penalised)
@@ -187,8 +189,10 @@ def make_engine(
         def turn(carry: tuple[Slots, Array]) -> tuple[Slots, Array]:
             state, turns = carry
             decoder: Decoder = nnx.merge(graph, params)
-            return _placed(layout, _turn(decoder, state, request, layout)), turns + 1
+            weights = decoder.unstacked() if copied is None else copied
+            return _placed(layout, _turn(decoder, weights, state, request, layout)), turns + 1
 
+        copied = nnx.merge(graph, params).unstacked() if ahead else None
         state = replace(state, active=state.active & keep)
         return jax.lax.while_loop(going, turn, (state, jnp.zeros((), jnp.int32)))
 
@@ -265,12 +269,19 @@ def _occurring(prompts: Prefilled, vocab: int) -> Array:
     return jnp.zeros((count, vocab), bool).at[rows, tokens].set(True, mode="drop")
 
 
-def _turn(decoder: Decoder, state: Slots, request: Request, layout: Layout | None) -> Slots:
+def _platform(layout: Layout | None) -> str:
+    devices = jax.devices() if layout is None else layout.mesh.devices.flat
+    return next(iter(devices)).platform
+
+
+def _turn(
+    decoder: Decoder, weights: Unstacked, state: Slots, request: Request, layout: Layout | None
+) -> Slots:
     """Draw one token in every slot, write it down where the slot is active, and run it."""
     written = state.written
     seed, step = jnp.asarray(request.seed), jnp.asarray(request.step)
     keys = token_keys(seed, step, state.prompt, state.sample, state.drawn)
-    draw = sample(decoder.logits(state.hidden), keys, request.settings, state.seen)
+    draw = sample(decoder.logits(state.hidden, weights), keys, request.settings, state.seen)
     stopped = jnp.any(draw.token[:, None] == request.stop_ids, axis=-1)
     drawn = state.drawn + state.active
     active = state.active & ~stopped & (drawn < written.tokens.shape[1])
@@ -285,7 +296,7 @@ def _turn(decoder: Decoder, state: Slots, request: Request, layout: Layout | Non
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(seen.shape[0]), draw.token].set(True)
-    hidden, cache = decoder.step(draw.token, state.cache, layout=layout)
+    hidden, cache = decoder.step(draw.token, state.cache, weights, layout=layout)
     # A slot that is done stands still, or it would run over its end while it waits.
     cache = replace(cache, lengths=jnp.where(active, cache.lengths, state.cache.lengths))
     return replace(
@@ -304,8 +315,8 @@ def _placed(layout: Layout | None, state: Slots) -> Slots:
 
     return Slots(
         cache=Cache(
-            constrain(layout, state.cache.keys, CACHE),
-            constrain(layout, state.cache.values, CACHE),
+            tuple(constrain(layout, each, KEYS) for each in state.cache.keys),
+            tuple(constrain(layout, each, VALUES) for each in state.cache.values),
             whole(state.cache.lengths),
         ),
         hidden=rows(state.hidden),

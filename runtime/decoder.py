@@ -3,14 +3,16 @@
 Blocks are stacked: each parameter of a block has a leading axis `layers`, and the layers are run
 by a scan, so that the size of the program does not grow with depth. An architecture whose layers
 repeat a pattern (local and global attention) scans over whole periods, with the layers of a period
-written out in the body; what is left of the last period follows the scan.
+written out in the body; what is left of the last period follows the scan. Only `step` writes out
+all layers: for one token, the slices of weights and cache that a scan makes cost as much as the
+products.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,10 @@ DTYPES: dict[str, Any] = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 RESIDUAL = ("batch", "length", None)
 """Logical axes of the residual stream."""
-CACHE = ("layers", "batch", "kv_heads", "length", "head_dim")
+KEYS = ("batch", "kv_heads", "head_dim", "length")
+"""Logical axes of a layer's cached keys."""
+VALUES = ("batch", "kv_heads", "length", "head_dim")
+"""Logical axes of a layer's cached values."""
 
 
 @jax.tree_util.register_dataclass
@@ -36,12 +41,22 @@ CACHE = ("layers", "batch", "kv_heads", "length", "head_dim")
 class Cache:
     """Keys and values of the tokens so far, in slots that may be at different positions."""
 
-    keys: jax.Array
-    """`[layers, slots, kv_heads, capacity, head_dim]`, already rotated."""
-    values: jax.Array
-    """`[layers, slots, kv_heads, capacity, head_dim]`."""
+    keys: tuple[jax.Array, ...]
+    """Of each layer `[slots, kv_heads, head_dim, capacity]`, already rotated. Both products of
+    attention then read a matrix as it lies."""
+    values: tuple[jax.Array, ...]
+    """Of each layer `[slots, kv_heads, capacity, head_dim]`."""
     lengths: jax.Array
     """`[slots]` int32: how many tokens of each slot are filled in; the rest is meaningless."""
+
+
+class Unstacked(NamedTuple):
+    """Weights as `Decoder.step` reads them: matrices in the dtype of the activations."""
+
+    blocks: tuple[Any, ...]
+    """Of each layer the state of its block."""
+    head: jax.Array
+    """`[width, vocab]`."""
 
 
 class Decoder(nnx.Module):
@@ -118,12 +133,33 @@ class Decoder(nnx.Module):
         it into a larger one.
         """
         hidden, extra = self._sequence(tokens, None, None, None, layout, "none", kernel, keep=True)
-        keys, values = (constrain(layout, array.swapaxes(2, 3), CACHE) for array in extra)
+        keys, values = extra
+        cache = Cache(
+            tuple(constrain(layout, each.transpose(0, 2, 3, 1), KEYS) for each in keys),
+            tuple(constrain(layout, each.transpose(0, 2, 1, 3), VALUES) for each in values),
+            lengths.astype(jnp.int32),
+        )
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return last, Cache(keys, values, lengths.astype(jnp.int32))
+        return last, cache
+
+    def unstacked(self) -> Unstacked:
+        """Take the weights of each layer out of the stack.
+
+        Computed ahead of a loop, this is a copy of all of them; within it, slices that a product
+        reads in place where the compiler can (XLA on GPU and TPU; on CPU it copies them).
+        """
+        _, stacked = nnx.split(self.blocks)
+        stacked = jax.tree.map(
+            lambda array: array.astype(self.dtype) if array.ndim > 2 else array, stacked
+        )
+        blocks = tuple(
+            jax.tree.map(lambda array, index=index: array[index], stacked)
+            for index in range(self.architecture.layers)
+        )
+        return Unstacked(blocks, self.head_weight().astype(self.dtype).T)
 
     def step(
-        self, tokens: jax.Array, cache: Cache, *, layout: Layout | None = None
+        self, tokens: jax.Array, cache: Cache, weights: Unstacked, *, layout: Layout | None = None
     ) -> tuple[jax.Array, Cache]:
         """Append one token to each slot: `tokens` `[slots]` to hidden states `[slots, width]`.
 
@@ -134,56 +170,54 @@ class Decoder(nnx.Module):
         places = cache.lengths
         slots = jnp.arange(tokens.shape[0])
         turns = self._turns(places[:, None])
-
-        def layer(
-            block: Block, carry: tuple[jax.Array, ...], span: Span, index: jax.Array
-        ) -> tuple[tuple[jax.Array, ...], None]:
-            x, keys, values = carry
+        graph, _ = nnx.split(self.blocks)
+        x = self._embed(tokens[:, None], places[:, None], None, layout)
+        written = []
+        for span, own, keys, values in zip(
+            a.spans, weights.blocks, cache.keys, cache.values, strict=True
+        ):
 
             def attend(
-                query: jax.Array, key: jax.Array, value: jax.Array
+                query: jax.Array,
+                key: jax.Array,
+                value: jax.Array,
+                span: Span = span,
+                keys: jax.Array = keys,
+                values: jax.Array = values,
             ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-                # The cache is carried and written in place; as an input and output of the scan it
-                # would be copied for every token.
-                new_keys = keys.at[index, slots, :, places].set(key[:, 0].astype(keys.dtype))
-                new_values = values.at[index, slots, :, places].set(
-                    value[:, 0].astype(values.dtype)
-                )
+                keys = keys.at[slots, :, :, places].set(key[:, 0].astype(keys.dtype))
+                values = values.at[slots, :, places].set(value[:, 0].astype(values.dtype))
                 attended = cached_attention(
                     query,
-                    new_keys[index].astype(query.dtype),
-                    new_values[index].astype(query.dtype),
+                    keys.astype(query.dtype),
+                    values.astype(query.dtype),
                     places,
                     window=a.window if span == "local" else None,
                     scale=self._query_scale,
                     cap=a.attention_cap,
                 )
-                return attended, (new_keys, new_values)
+                return attended, (keys, values)
 
-            x, (keys, values) = block(x, turns.get(span), attend, None)
-            return (constrain(layout, x, RESIDUAL), keys, values), None
-
-        x = self._embed(tokens[:, None], places[:, None], None, layout)
-        (x, keys, values), _ = self._layers((x, cache.keys, cache.values), layer)
-        return self.norm(x)[:, 0], replace(cache, keys=keys, values=values, lengths=places + 1)
+            block: Block = nnx.merge(graph, own)
+            x, layer = block(x, turns.get(span), attend, None)
+            x = constrain(layout, x, RESIDUAL)
+            written.append(layer)
+        keys, values = zip(*written, strict=True)
+        return self.norm(x)[:, 0], Cache(keys, values, places + 1)
 
     def head_weight(self) -> jax.Array:
         """Return the output head `[vocab, width]`, float32: its own, or the embedding."""
         weight: jax.Array = (self.embedding if self.head is None else self.head)[...]
         return weight
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, weights: Unstacked | None = None) -> jax.Array:
         """Capped logits `[..., vocab]`, float32, of hidden states `[..., width]`.
 
         For a few tokens, as in sampling. Losses use `runtime.losses`, which never holds the logits
         of a whole batch.
         """
-        logits = jnp.einsum(
-            "...d,vd->...v",
-            hidden,
-            self.head_weight().astype(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        head = self.head_weight().astype(hidden.dtype).T if weights is None else weights.head
+        logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
         cap = self.architecture.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -323,8 +357,13 @@ def _rematerialised(
 def empty_cache(architecture: Architecture, slots: int, capacity: int, dtype: Any) -> Cache:
     """Return a cache with `slots` empty slots of `capacity` tokens."""
     a = architecture
-    shape = (a.layers, slots, a.kv_heads, capacity, a.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(slots, jnp.int32))
+
+    def layers(*sizes: int) -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros((slots, a.kv_heads, *sizes), dtype) for _ in range(a.layers))
+
+    return Cache(
+        layers(a.head_dim, capacity), layers(capacity, a.head_dim), jnp.zeros(slots, jnp.int32)
+    )
 
 
 def insert(cache: Cache, prompts: Cache, rows: jax.Array, slots: jax.Array) -> Cache:
@@ -333,15 +372,18 @@ def insert(cache: Cache, prompts: Cache, rows: jax.Array, slots: jax.Array) -> C
     A prompt may go to many slots (the completions of a group); a slot beyond the last is left
     out, so that `rows` can have a fixed size. `ValueError` where prompts are longer than slots.
     """
-    length = prompts.keys.shape[3]
-    if length > cache.keys.shape[3]:
-        raise ValueError(f"prompts of {length} tokens for slots of {cache.keys.shape[3]}")
+    length, capacity = prompts.values[0].shape[2], cache.values[0].shape[2]
+    if length > capacity:
+        raise ValueError(f"prompts of {length} tokens for slots of {capacity}")
 
-    def put(into: jax.Array, what: jax.Array) -> jax.Array:
-        return into.at[:, slots, :, :length].set(what[:, rows].astype(into.dtype), mode="drop")
+    def put(into: jax.Array, what: jax.Array, *places: slice) -> jax.Array:
+        return into.at[slots, *places].set(what[rows].astype(into.dtype), mode="drop")
 
+    every, filled = slice(None), slice(length)
     return Cache(
-        keys=put(cache.keys, prompts.keys),
-        values=put(cache.values, prompts.values),
-        lengths=cache.lengths.at[slots].set(prompts.lengths[rows], mode="drop"),
+        tuple(
+            put(*each, every, every, filled) for each in zip(cache.keys, prompts.keys, strict=True)
+        ),
+        tuple(put(*each, every, filled) for each in zip(cache.values, prompts.values, strict=True)),
+        cache.lengths.at[slots].set(prompts.lengths[rows], mode="drop"),
     )

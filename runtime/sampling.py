@@ -102,11 +102,19 @@ def sample(logits: Array, keys: Array, settings: SlotSettings, seen: Array | Non
     if seen is not None:
         penalised = _penalised(logits, seen, settings.repetition_penalty)
     scaled = _scaled_once(penalised, settings.temperature)
-    keep = kept(scaled, settings)
     greedy = settings.temperature == 0
-    drawn = _draw(keys, jnp.where(keep, _mass(scaled), 0))
+
+    def draw() -> tuple[Array, Array]:
+        keep = kept(scaled, settings)
+        normaliser = jax.nn.logsumexp(scaled, -1, where=keep)
+        return _draw(keys, jnp.where(keep, _mass(scaled), 0)), normaliser
+
+    def none() -> tuple[Array, Array]:
+        return jnp.zeros(greedy.shape, jnp.int32), jnp.zeros_like(settings.temperature)
+
+    drawn, normaliser = lax.cond(jnp.all(greedy), none, draw)
     token = jnp.where(greedy, _likeliest(scaled), drawn)
-    log_prob = _at(scaled, token) - jax.nn.logsumexp(scaled, -1, where=keep)
+    log_prob = _at(scaled, token) - normaliser
     return Draw(
         token.astype(jnp.int32),
         # Not `where(greedy, 0, ...)`: NaN must show there too.

@@ -9,7 +9,7 @@ from flax import nnx
 from tests.runtime import reference
 from tests.runtime.architectures import FAMILIES, LLAMA
 from tunelang.compiler.architecture import parameter_count
-from tunelang.runtime.decoder import CACHE, Cache, Decoder, empty_cache, insert
+from tunelang.runtime.decoder import KEYS, VALUES, Cache, Decoder, empty_cache, insert
 from tunelang.runtime.sharding import make_layout, shardings
 
 LENGTH = 10
@@ -113,7 +113,7 @@ def test_cached_decoding_equals_the_whole_forward_pass(made, tokens, name):
     @jax.jit
     def step(params, tokens, cache):
         decoder = nnx.merge(graph, params)
-        hidden, cache = decoder.step(tokens, cache)
+        hidden, cache = decoder.step(tokens, cache, decoder.unstacked())
         return decoder.logits(hidden), cache
 
     first, cache = prefill(params, tokens[:, :5], lengths)
@@ -137,7 +137,8 @@ def test_one_prompt_fills_many_slots_and_none_beyond_the_last(made, tokens):
         prompts, jnp.array([1, 1, 0]), jnp.array([0, 2, 3]),
     )  # fmt: skip
     np.testing.assert_array_equal(cache.lengths, [3, 0, 3])
-    np.testing.assert_array_equal(cache.keys[:, 0], cache.keys[:, 2])
+    for each in (*cache.keys, *cache.values):
+        np.testing.assert_array_equal(each[0], each[2])
     with pytest.raises(ValueError, match="prompts of 4 tokens for slots of 3"):
         insert(empty_cache(FAMILIES["qwen3"], 1, 3, jnp.float32), prompts, *2 * [jnp.arange(1)])
 
@@ -151,12 +152,16 @@ def test_decoding_on_a_mesh_writes_the_cache_in_place(made, tokens):
     cache = insert(
         empty_cache(decoder.architecture, 2, 512, jnp.float32), prompts, *2 * [jnp.arange(2)]
     )
-    expected, _ = decoder.step(tokens[:, 4], cache)
-    rows = layout.sharding(CACHE, cache.keys.shape)
-    held = Cache(rows, rows, layout.sharding((None,), (2,)))
+    expected, _ = decoder.step(tokens[:, 4], cache, decoder.unstacked())
+    held = Cache(
+        tuple(layout.sharding(KEYS, each.shape) for each in cache.keys),
+        tuple(layout.sharding(VALUES, each.shape) for each in cache.values),
+        layout.sharding((None,), (2,)),
+    )
 
     def step(params, tokens, cache):
-        return nnx.merge(graph, params).step(tokens, cache, layout=layout)
+        decoder = nnx.merge(graph, params)
+        return decoder.step(tokens, cache, decoder.unstacked(), layout=layout)
 
     program = jax.jit(
         step, in_shardings=(places, None, held), out_shardings=(None, held), donate_argnums=2
@@ -164,8 +169,9 @@ def test_decoding_on_a_mesh_writes_the_cache_in_place(made, tokens):
     compiled = program.lower(params, tokens[:, 4], cache).compile()
     memory = compiled.memory_analysis()
     # A device has a quarter of the cache, and needs less than that beside it.
-    assert memory.alias_size_in_bytes >= (cache.keys.nbytes + cache.values.nbytes) // 4
-    assert memory.temp_size_in_bytes < (cache.keys.nbytes + cache.values.nbytes) // 4
+    share = sum(each.nbytes for each in (*cache.keys, *cache.values)) // 4
+    assert memory.alias_size_in_bytes >= share
+    assert memory.temp_size_in_bytes < share
     found, _ = program(params, tokens[:, 4], cache)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
