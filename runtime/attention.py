@@ -1,7 +1,7 @@
 """Attention: causal within segments, optionally within a window, with grouped heads.
 
-The kernels are those of `jax.nn.dot_product_attention`. Soft-capped logits, which it does not
-have, go through `plain_attention`, against which the kernels are tested.
+`plain_attention` is what XLA compiles; cuDNN's kernel, which has no soft-capped logits, comes by
+`jax.nn.dot_product_attention` and is tested against it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from tunelang.runtime.products import product
 
 Kernel = Literal["xla", "cudnn"]
 
@@ -42,17 +44,21 @@ def plain_attention(
     `cap`, the logits are `cap * tanh(logits / cap)` (Gemma 2, arXiv:2408.00118). The softmax is in
     float32. Returns `[batch, queries, heads, head_dim]`.
     """
-    batch, queries, heads, head_dim = query.shape
+    batch, queries, _, head_dim = query.shape
     kv_heads = key.shape[2]
-    grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    logits = scale * jnp.einsum(
-        "btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32
-    )
+    # The heads of a group are rows of one product, so that each key is read once for all of them.
+    grouped = query.reshape(batch, queries, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = grouped.reshape(batch, kv_heads, -1, head_dim)
+    logits = scale * product(rows, key.transpose(0, 2, 3, 1), 1, 2, jnp.float32)
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)
+    logits = logits.reshape(batch, kv_heads, -1, queries, key.shape[1])
     logits = jnp.where(mask[:, None, None], logits, _MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+    weights = weights.reshape(batch, kv_heads, -1, key.shape[1])
+    found = product(weights, value.swapaxes(1, 2), 1, 2)
+    found = found.reshape(batch, kv_heads, -1, queries, head_dim)
+    return found.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
 def self_attention(
@@ -74,7 +80,7 @@ def self_attention(
     tokens, itself included. Returns `[batch, length, heads, head_dim]`.
     """
     same = None if segments is None else segments[:, :, None] == segments[:, None, :]
-    if cap is not None:
+    if cap is not None or kernel == "xla":
         order = jnp.arange(query.shape[1])
         mask = visible(order, order, window)[None]
         mask = mask if same is None else mask & same

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tunelang.compiler.architecture import Architecture
+from tunelang.runtime.products import product
 from tunelang.runtime.rope import Rotation, rotate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -56,7 +57,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[batch, length, *inputs]` to `[batch, length, *outputs]`."""
-        y = jnp.tensordot(x, self.weight[...].astype(x.dtype), axes=self.contracted)
+        y = product(x, self.weight[...].astype(x.dtype), self.contracted)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -61,9 +61,34 @@ def test_cached_attention_ignores_what_lies_behind(window):
     behind = jnp.arange(LENGTH)[None, :, None, None] > places[:, None, None, None]
     found = cached_attention(
         query[jnp.arange(BATCH), places][:, None],
-        jnp.where(behind, 1e4, key).swapaxes(1, 2),
+        jnp.where(behind, 1e4, key).transpose(0, 2, 3, 1),
         jnp.where(behind, 1e4, value).swapaxes(1, 2),
         places,
         window=window, scale=1.0, cap=None,
     )  # fmt: skip
     np.testing.assert_allclose(found[:, 0], whole[jnp.arange(BATCH), places], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_gradients_equal_those_of_jax(heads):
+    query, key, value = arrays(*heads)
+    given = {"scale": 0.7, "segments": None, "window": 3, "cap": None, "kernel": "xla"}
+
+    def ours(*operands):
+        return jnp.sum(jnp.sin(self_attention(*operands, **given)))
+
+    def jaxs(*operands):
+        return jnp.sum(
+            jnp.sin(
+                jax.nn.dot_product_attention(
+                    *operands, scale=0.7, is_causal=True, local_window_size=(2, 0)
+                )
+            )
+        )
+
+    for found, expected in zip(
+        jax.grad(ours, (0, 1, 2))(query, key, value),
+        jax.grad(jaxs, (0, 1, 2))(query, key, value),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
