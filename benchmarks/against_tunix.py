@@ -16,7 +16,9 @@ runs one case; `--json FILE` writes down every run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -46,9 +48,9 @@ from tunelang.runtime.corpus import Corpus, Items
 from tunelang.runtime.decode_loop import make_engine
 from tunelang.runtime.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.order import Order
-from tunelang.runtime.policy_step import PolicyBatch, placed, policy_step, score_program
+from tunelang.runtime.policy_step import batch_of, in_parts, placed, policy_step, score_program
 from tunelang.runtime.prepare import local_devices
-from tunelang.runtime.rollout import Prompt, rollout, training_arrays
+from tunelang.runtime.rollout import Prompt, rollout
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.train import Batch, Program, TrainState, init_state, train_step
 
@@ -311,6 +313,7 @@ def grpo(given: Given) -> Found:
     update = policy_step(architecture, optimizer, schedule, policy, program)
     score = score_program(architecture, program, given["temperature"])
     advantages = jax.jit(objectives.advantages, static_argnames="how")
+    part = math.gcd(group, given["prompts"] * group // program.micro_batches)
     state = init_state(architecture, optimizer, program, 0)
     reference = jax.tree.map(jnp.copy, state.params)
 
@@ -319,17 +322,13 @@ def grpo(given: Given) -> Found:
             engine, state.params, prompts_of(given, at), sampling, group=group, stop_ids=(),
             seed=0, step=at, pad=0,
         )  # fmt: skip
-        arrays = training_arrays(rollouts, architecture.context)
-        scored = score(reference, arrays.tokens)
-        rewards = np.array([reward_of(rollouts.completion(at)) for at in range(len(arrays.tokens))])
+        batch = in_parts(batch_of(rollouts, given["prompt"], given["tokens"]), part)
+        scored = score(reference, batch.prompts, batch.prompt_lengths, batch.tokens)
+        every = (rollouts.completion(row) for row in range(len(rollouts.lengths)))
+        rewards = np.array([reward_of(completion) for completion in every])
         found = advantages(rewards.reshape(-1, group), how="group_mean_std")
-        batch = PolicyBatch(
-            tokens=arrays.tokens,
-            mask=arrays.mask,
-            advantages=np.asarray(found.values).reshape(-1).astype(np.float32),
-            sampler=arrays.log_probs,
-            reference=scored,
-        )
+        values = np.asarray(found.values, np.float32).reshape(-1, part)
+        batch = dataclasses.replace(batch, advantages=values, reference=scored)
         state, metrics = update(state, placed(batch, program))
         jax.device_get(metrics)
         return state

@@ -97,6 +97,74 @@ def self_attention(
     )
 
 
+def prefixed_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    prefix: tuple[jax.Array, jax.Array],
+    lengths: jax.Array,
+    *,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+) -> jax.Array:
+    """Causal attention of completions to themselves and to a prompt that a group of them shares.
+
+    Query `[prompts * group, length, heads, head_dim]`, key and value `[prompts * group, length,
+    kv_heads, head_dim]`; `prefix` is key and value of the prompts, `[prompts, prompt_length,
+    kv_heads, head_dim]`, of which the first `lengths` `[prompts]` tokens count. Returns the shape
+    of the query. The softmax is in float32 over both; a prompt's keys are read once for all
+    completions of its group.
+    """
+    prefix_key, prefix_value = prefix
+    prompts, before, kv_heads, head_dim = prefix_key.shape
+    completions, length = query.shape[:2]
+    group, heads = completions // prompts, query.shape[2] // kv_heads
+    # Axes: prompts, kv_heads, group, heads of a group, length, head_dim.
+    grouped = query.reshape(prompts, group, length, kv_heads, heads, head_dim)
+    rows = grouped.transpose(0, 3, 1, 4, 2, 5)
+    shape = (prompts, kv_heads, group, heads, length)
+
+    def apart(array: jax.Array) -> jax.Array:
+        return array.reshape(prompts, group, length, kv_heads, head_dim).transpose(0, 3, 1, 2, 4)
+
+    def weights(logits: jax.Array, mask: jax.Array) -> jax.Array:
+        logits = scale * logits
+        if cap is not None:
+            logits = cap * jnp.tanh(logits / cap)
+        return jnp.where(mask, logits.reshape(*shape, -1), _MASKED)
+
+    places = jnp.arange(length)
+    inside = jnp.arange(before) < lengths[:, None, None]
+    near = visible(lengths[:, None] + places, jnp.arange(before), window) & inside
+    far = product(
+        rows.reshape(prompts, kv_heads, -1, head_dim),
+        prefix_key.transpose(0, 2, 3, 1),
+        1, 2, jnp.float32,
+    )  # fmt: skip
+    own = product(
+        rows.reshape(prompts, kv_heads, group, -1, head_dim),
+        apart(key).swapaxes(3, 4),
+        1, 3, jnp.float32,
+    )  # fmt: skip
+    far = weights(far, near[:, None, None, None])
+    own = weights(own, visible(places, places, window))
+    largest = jax.lax.stop_gradient(jnp.maximum(far.max(-1), own.max(-1)))[..., None]
+    far, own = jnp.exp(far - largest), jnp.exp(own - largest)
+    total = far.sum(-1) + own.sum(-1)
+    found = product(
+        far.astype(value.dtype).reshape(prompts, kv_heads, -1, before),
+        prefix_value.swapaxes(1, 2),
+        1, 2, jnp.float32,
+    ).reshape(*shape, head_dim) + product(
+        own.astype(value.dtype).reshape(prompts, kv_heads, group, -1, length),
+        apart(value),
+        1, 3, jnp.float32,
+    ).reshape(*shape, head_dim)  # fmt: skip
+    found = (found / total[..., None]).astype(query.dtype)
+    return found.transpose(0, 2, 4, 1, 3, 5).reshape(query.shape)
+
+
 def cached_attention(
     query: jax.Array,
     keys: jax.Array,

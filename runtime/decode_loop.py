@@ -271,7 +271,8 @@ def _occurring(prompts: Prefilled, vocab: int) -> Array:
 
 def _platform(layout: Layout | None) -> str:
     devices = jax.devices() if layout is None else layout.mesh.devices.flat
-    return next(iter(devices)).platform
+    platform: str = next(iter(devices)).platform
+    return platform
 
 
 def _turn(

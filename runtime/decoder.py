@@ -10,7 +10,7 @@ products.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from flax import nnx
 
 from tunelang.compiler.architecture import Architecture, Span
 from tunelang.runtime import rope
-from tunelang.runtime.attention import Kernel, cached_attention, self_attention
+from tunelang.runtime.attention import Kernel, cached_attention, prefixed_attention, self_attention
 from tunelang.runtime.layers import Block, Norm, dropout, normal, parameter
 from tunelang.runtime.sharding import Layout, constrain
 
@@ -142,6 +142,62 @@ class Decoder(nnx.Module):
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return last, cache
 
+    def continuations(
+        self,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        tokens: jax.Array,
+        *,
+        layout: Layout | None = None,
+        remat: Remat = "none",
+        kernel: Kernel = "xla",
+    ) -> jax.Array:
+        """Hidden states `[prompts, group, length, width]` that predict each token of completions.
+
+        `tokens` `[prompts, group, length]` continue the prompts, which stand at the left of
+        `prompts` `[prompts, prompt_length]` and have `lengths` `[prompts]`, at least 1. A prompt is
+        run once for its whole group, and the completions attend to its keys and values: the result
+        is that of whole sequences, each a prompt and its completion.
+        """
+        a = self.architecture
+        count, group, length = tokens.shape
+        hidden, prefix = self._sequence(prompts, None, None, None, layout, remat, kernel, keep=True)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+        rows = tokens[:, :, :-1].reshape(count * group, length - 1)
+        places = jnp.repeat(lengths, group)[:, None] + jnp.arange(length - 1)
+        turns = self._turns(places)
+
+        def layer(
+            block: Block,
+            x: jax.Array,
+            span: Span,
+            _: jax.Array,
+            prefix: tuple[jax.Array, jax.Array],
+        ) -> tuple[jax.Array, None]:
+            def attend(
+                query: jax.Array, key: jax.Array, value: jax.Array
+            ) -> tuple[jax.Array, None]:
+                attended = prefixed_attention(
+                    query,
+                    key,
+                    value,
+                    prefix,
+                    lengths,
+                    window=a.window if span == "local" else None,
+                    scale=self._query_scale,
+                    cap=a.attention_cap,
+                )
+                return attended, None
+
+            x, _extra = block(x, turns.get(span), attend, None)
+            return constrain(layout, x, RESIDUAL), None
+
+        x = self._embed(rows, places, None, layout)
+        x, _ = self._layers(x, layer, remat, prefix)
+        behind = self.norm(x).reshape(count, group, length - 1, a.width)
+        first = jnp.broadcast_to(last[:, None], (count, group, 1, a.width))
+        return jnp.concatenate([first, behind], axis=2)
+
     def unstacked(self) -> Unstacked:
         """Take the weights of each layer out of the stack.
 
@@ -172,8 +228,8 @@ class Decoder(nnx.Module):
         turns = self._turns(places[:, None])
         graph, _ = nnx.split(self.blocks)
         x = self._embed(tokens[:, None], places[:, None], None, layout)
-        written = []
-        for span, own, keys, values in zip(
+        written: list[tuple[jax.Array, jax.Array]] = []
+        for span, own, *cached in zip(
             a.spans, weights.blocks, cache.keys, cache.values, strict=True
         ):
 
@@ -182,9 +238,9 @@ class Decoder(nnx.Module):
                 key: jax.Array,
                 value: jax.Array,
                 span: Span = span,
-                keys: jax.Array = keys,
-                values: jax.Array = values,
+                cached: Sequence[jax.Array] = cached,
             ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+                keys, values = cached
                 keys = keys.at[slots, :, :, places].set(key[:, 0].astype(keys.dtype))
                 values = values.at[slots, :, places].set(value[:, 0].astype(values.dtype))
                 attended = cached_attention(
@@ -202,8 +258,8 @@ class Decoder(nnx.Module):
             x, layer = block(x, turns.get(span), attend, None)
             x = constrain(layout, x, RESIDUAL)
             written.append(layer)
-        keys, values = zip(*written, strict=True)
-        return self.norm(x)[:, 0], Cache(keys, values, places + 1)
+        cache = Cache(tuple(k for k, _ in written), tuple(v for _, v in written), places + 1)
+        return self.norm(x)[:, 0], cache
 
     def head_weight(self) -> jax.Array:
         """Return the output head `[vocab, width]`, float32: its own, or the embedding."""
@@ -270,7 +326,7 @@ class Decoder(nnx.Module):
         turns = self._turns(places)
 
         def layer(
-            block: Block, x: jax.Array, span: Span, index: jax.Array
+            block: Block, x: jax.Array, span: Span, index: jax.Array, _: None
         ) -> tuple[jax.Array, Any]:
             def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
                 attended = self_attention(
@@ -296,29 +352,35 @@ class Decoder(nnx.Module):
     def _layers(
         self,
         carry: Any,
-        layer: Callable[[Block, Any, Span, jax.Array], tuple[Any, Any]],
-        remat: Remat = "none",
+        layer: Callable[[Block, Any, Span, jax.Array, Any], tuple[Any, Any]],
+        remat: Remat,
+        given: Any = None,
     ) -> tuple[Any, Any]:
-        """Run the blocks; returns the last carry, and the layers' extras stacked."""
+        """Run the blocks; returns the last carry, and the layers' extras stacked.
+
+        Each layer is given its part of `given`, arrays `[layers, ...]`.
+        """
         a = self.architecture
         graph, state = nnx.split(self.blocks)
+        inputs = (state, given)
         period = len(a.pattern)
         whole = a.layers // period * period
 
         def apply(
-            carry: Any, weights: Any, span: Span, index: jax.Array, in_scan: bool
+            carry: Any, own: Any, span: Span, index: jax.Array, in_scan: bool
         ) -> tuple[Any, Any]:
-            def run(carry: Any, weights: Any, index: jax.Array) -> tuple[Any, Any]:
-                return layer(nnx.merge(graph, weights), carry, span, index)
+            def run(carry: Any, own: Any, index: jax.Array) -> tuple[Any, Any]:
+                weights, given = own
+                return layer(nnx.merge(graph, weights), carry, span, index, given)
 
-            found: tuple[Any, Any] = _rematerialised(run, remat, in_scan)(carry, weights, index)
+            found: tuple[Any, Any] = _rematerialised(run, remat, in_scan)(carry, own, index)
             return found
 
         def body(carry: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
-            weights, first = inputs
+            periods, first = inputs
             extras = []
             for place, span in enumerate(a.pattern):
-                own = jax.tree.map(lambda array, place=place: array[place], weights)
+                own = jax.tree.map(lambda array, place=place: array[place], periods)
                 carry, extra = apply(carry, own, span, first + place, True)
                 extras.append(extra)
             return carry, jax.tree.map(lambda *arrays: jnp.stack(arrays), *extras)
@@ -326,12 +388,12 @@ class Decoder(nnx.Module):
         extras = []
         if whole:
             periods = jax.tree.map(
-                lambda array: array[:whole].reshape(-1, period, *array.shape[1:]), state
+                lambda array: array[:whole].reshape(-1, period, *array.shape[1:]), inputs
             )
             carry, stacked = jax.lax.scan(body, carry, (periods, jnp.arange(0, whole, period)))
             extras.append(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), stacked))
         for index in range(whole, a.layers):
-            own = jax.tree.map(lambda array, index=index: array[index], state)
+            own = jax.tree.map(lambda array, index=index: array[index], inputs)
             carry, extra = apply(carry, own, a.spans[index], jnp.asarray(index), False)
             extras.append(jax.tree.map(lambda array: array[None], extra))
         return carry, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *extras)

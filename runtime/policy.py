@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -38,13 +38,17 @@ from tunelang.runtime.policy_step import (
     PolicyBatch,
     ScoreProgram,
     StepProgram,
+    batch_of,
+    chosen,
+    in_parts,
+    joined,
     placed,
     policy_step,
     score_program,
     useful_first,
 )
 from tunelang.runtime.rewards import Reward, Scores
-from tunelang.runtime.rollout import Prompt, Rollouts, rollout, training_arrays
+from tunelang.runtime.rollout import Prompt, Rollouts, rollout
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.stream import Stream
 from tunelang.runtime.workshop import Model, Workshop
@@ -52,7 +56,7 @@ from tunelang.runtime.workshop import Model, Workshop
 MOST_ROUNDS = 10
 """How often prompts are sampled for one step (`refill`); what differs by then is trained on."""
 _LENGTHS = 4
-"""Sequences are padded to one of so many lengths: few programs are compiled, few tokens wasted."""
+"""Completions are padded to one of so many lengths: few programs compile, few tokens are wasted."""
 
 _advantages = jax.jit(objectives.advantages, static_argnames="how")
 
@@ -65,12 +69,10 @@ class _Sampled:
     rollouts: Rollouts
     texts: list[str]
     scores: Scores
-    arrays: PolicyBatch
+    batch: PolicyBatch
     """Without advantages; numpy."""
     rewards: NDArray[np.float64]
     """`[prompts, group]`, less the divergence where that belongs to the reward."""
-    old: NDArray[np.float32] | None
-    reference: NDArray[np.float32] | None
 
 
 @dataclass
@@ -92,8 +94,10 @@ class PolicyTrainer:
     score: ScoreProgram
     reference: Any
     """Parameters of the reference model; None where nothing reads them."""
-    length: int
-    """The longest prompt and completion, in tokens."""
+    prompt_length: int
+    """The longest prompt, in tokens."""
+    part: int
+    """Completions of a group that are trained on beside one copy of its prompt."""
     cursor: int = 0
     """Prompts that were read."""
     _shown: list[Completed] = field(default_factory=list)
@@ -182,41 +186,36 @@ class PolicyTrainer:
         )
         texts = texts_of(self.model, rollouts)
         scoring = self.reward.submit(rows_of(examples, rollouts, texts))
-        arrays = training_arrays(rollouts, self._padded(rollouts))
-        batch = PolicyBatch(
-            tokens=arrays.tokens,
-            mask=arrays.mask,
-            advantages=np.zeros(len(texts), np.float32),
-            sampler=arrays.log_probs,
-        )
+        batch = batch_of(rollouts, self.prompt_length, self._padded(rollouts))
         old = reference = None
         if self._needs_old:
-            old = np.asarray(self.score(self.state.params, arrays.tokens))
+            old = self._scored(self.state.params, batch)
         if self.reference is not None:
-            reference = np.asarray(self.score(self.reference, arrays.tokens))
+            reference = self._scored(self.reference, batch)
         scores = scoring.result()
         rewards = scores.values
         if stage.kl is not None and stage.kl.at == "reward":
+            length = batch.tokens.shape[2]
             rewards = np.asarray(
                 objectives.penalised(
                     jnp.asarray(rewards, jnp.float32),
                     stage.kl,
-                    jnp.asarray(old),
-                    jnp.asarray(reference),
-                    jnp.asarray(arrays.mask),
+                    jnp.asarray(old).reshape(-1, length),
+                    jnp.asarray(reference).reshape(-1, length),
+                    jnp.asarray(batch.mask).reshape(-1, length),
                 ),
                 np.float64,
             )
-        return _Sampled(
-            examples,
-            rollouts,
-            texts,
-            scores,
-            batch,
-            rewards.reshape(-1, stage.group),
-            old,
-            reference,
-        )
+        if stage.passes * stage.minibatches == 1:
+            old = None
+        batch = replace(batch, old=old, reference=reference)
+        rewards = rewards.reshape(-1, stage.group)
+        return _Sampled(examples, rollouts, texts, scores, batch, rewards)
+
+    def _scored(self, params: Any, batch: PolicyBatch) -> NDArray[np.float32]:
+        parts = in_parts(batch, self.part)
+        found = self.score(params, parts.prompts, parts.prompt_lengths, parts.tokens)
+        return np.asarray(found).reshape(batch.tokens.shape)
 
     @property
     def _needs_old(self) -> bool:
@@ -225,12 +224,10 @@ class PolicyTrainer:
         return stage.passes * stage.minibatches > 1 or in_reward
 
     def _padded(self, rollouts: Rollouts) -> int:
-        longest = max(
-            len(rollouts.prompts[row // rollouts.group]) + int(length)
-            for row, length in enumerate(rollouts.lengths)
-        )
-        unit = -(-self.length // _LENGTHS)
-        return min(-(-longest // unit) * unit, self.length)
+        most = self.stage.rollout.max_tokens
+        unit = -(-most // _LENGTHS)
+        longest = max(1, int(rollouts.lengths.max()))
+        return min(-(-longest // unit) * unit, most)
 
     # The batch.
 
@@ -242,43 +239,20 @@ class PolicyTrainer:
         rewards = np.concatenate([sampled.rewards[prompts] for sampled, prompts in kept])
         found = _advantages(jnp.asarray(rewards, jnp.float32), how=stage.advantage)
         values, flat = np.asarray(found.values), np.asarray(found.flat)
-        length = max(sampled.arrays.tokens.shape[1] for sampled, _ in kept)
-
-        def gather(of: Callable[[_Sampled], Any], fill: Any = 0) -> Any:
-            parts = []
-            for sampled, prompts in kept:
-                array = np.asarray(of(sampled))
-                rows = array.reshape(-1, stage.group, *array.shape[1:])[prompts]
-                rows = rows.reshape(-1, *array.shape[1:])
-                if rows.ndim > 1:
-                    missing = length - rows.shape[1]
-                    rows = np.pad(rows, ((0, 0), (0, missing)), constant_values=fill)
-                parts.append(rows)
-            return np.concatenate(parts)
-
-        truncated = gather(lambda sampled: sampled.rollouts.truncated)
-        mask = gather(lambda sampled: sampled.arrays.mask)
-        mask &= ~np.repeat(flat, stage.group)[:, None]
+        batch = joined([chosen(sampled.batch, prompts) for sampled, prompts in kept])
+        mask = batch.mask & ~flat[:, None, None]
         if stage.overlong == "mask":
-            mask = np.asarray(objectives.without_truncated(mask, truncated))
-        pad = self.model.renderer.tokenizer.pad
-        old = reference = None
-        if stage.passes * stage.minibatches > 1:
-            old = gather(lambda sampled: sampled.old)
-        if self.reference is not None and stage.kl is not None:
-            reference = gather(lambda sampled: sampled.reference)
-        batch = PolicyBatch(
-            tokens=gather(lambda sampled: sampled.arrays.tokens, pad),
-            mask=mask,
-            advantages=values.reshape(-1).astype(np.float32),
-            sampler=gather(lambda sampled: sampled.arrays.sampler),
-            old=old,
-            reference=reference,
-        )
+            truncated = np.concatenate(
+                [s.rollouts.truncated.reshape(-1, stage.group)[prompts] for s, prompts in kept]
+            )
+            mask = mask & ~truncated[..., None]
+        batch = replace(batch, mask=mask, advantages=values.astype(np.float32))
+        batch = in_parts(batch, self.part)
         if stage.minibatches == 1:
             batch = useful_first(batch, self.program)
         self._show(kept[0][0])
-        trained = float((batch.tokens != pad)[batch.mask.any(1)].sum())
+        counted = batch.mask.any(2)
+        trained = float(batch.mask.sum() + batch.prompt_lengths[counted.any(1)].sum())
         return batch, self._metrics(kept, values, flat, trained)
 
     def _show(self, sampled: _Sampled) -> None:
@@ -294,7 +268,7 @@ class PolicyTrainer:
     ) -> dict[str, float]:
         """Return the metrics of a step that the host has; rewards are of all that was sampled.
 
-        `trained` are the tokens, prompts included, of completions that are trained on.
+        `trained` are the tokens of completions that are trained on, and of their prompts.
         """
         rounds = list({id(sampled): sampled for sampled, _ in kept}.values())
         weights = np.array([len(sampled.texts) for sampled in rounds], float)
@@ -334,8 +308,8 @@ class PolicyTrainer:
             "flat_groups": float(flat.mean()),
             "slots_used": float(lengths.sum()) / max(1, turns * self.engine.slots),
             "tokens": float(prompts + lengths.sum()),
-            "flops": self.stage.passes * trained * train_flops(a, self.length)
-            + float(read + lengths.sum()) * forward_flops(a, self.length),
+            "flops": self.stage.passes * trained * train_flops(a, self.engine.capacity)
+            + float(read + lengths.sum()) * forward_flops(a, self.engine.capacity),
         }
 
 
@@ -419,5 +393,6 @@ def policy_trainer(
         step_program=step_program,
         score=score,
         reference=reference() if stage.kl is not None else None,
-        length=capacity,
+        prompt_length=longest,
+        part=math.gcd(stage.group, rows // layout.batch_shards // program.micro_batches),
     )

@@ -1,14 +1,14 @@
 """The training program of policy optimisation: completions and their advantages to an update.
 
-Completions lie one in a row, prompt first, padded behind: attention is causal, so that no mask is
-needed for the padding. As in supervised training, the loss of an update is a sum over a denominator
-of all its tokens or sequences, so that neither micro-batches nor devices change it.
+A prompt is run once for its whole group, in training as in sampling, and logits are computed of
+completions only. As in supervised training, the loss of an update is a sum over a denominator of
+all its tokens or sequences, so that neither micro-batches nor devices change it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -17,20 +17,24 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
 from tunelang.compiler.architecture import Architecture
 from tunelang.dsl.vocabulary.stages import Policy
 from tunelang.runtime import objectives
-from tunelang.runtime.decoder import Decoder
+from tunelang.runtime.decoder import RESIDUAL, Decoder
 from tunelang.runtime.losses import token_logprobs, token_scores
 from tunelang.runtime.objectives import Completions, Totals
 from tunelang.runtime.optimizers import Schedule
+from tunelang.runtime.rollout import Rollouts
+from tunelang.runtime.sharding import constrain
 from tunelang.runtime.train import (
     AnyArray,
     Program,
     TrainState,
     abstract_decoder,
     accumulate,
+    micro_batches,
     updated,
 )
 
@@ -38,27 +42,100 @@ from tunelang.runtime.train import (
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PolicyBatch:
-    """Completions with their prompts; log-probabilities are those of the *next* token, in nats, at
-    the temperature of the rollout.
+    """Completions by the prompt that they share; log-probabilities are in nats, at the temperature
+    of the rollout.
+
+    A prompt is run once for the completions beside it. Where a group is larger than what a device
+    takes at once, it lies in several parts, each with the prompt.
     """
 
+    prompts: AnyArray
+    """`[prompts, prompt_length]` int32, padded at the right."""
+    prompt_lengths: AnyArray
+    """`[prompts]` int32, at least 1."""
     tokens: AnyArray
-    """`[completions, length]` int32."""
+    """`[prompts, group, length]` int32: the completions, padded at the right."""
     mask: AnyArray
-    """`[completions, length]` bool: true where the next token counts."""
-    advantages: AnyArray
-    """`[completions]` float32."""
+    """`[prompts, group, length]` bool: true on tokens that count."""
     sampler: AnyArray
-    """`[completions, length]`: as the sampler reported them."""
+    """`[prompts, group, length]`: as the sampler reported them."""
+    advantages: AnyArray = None
+    """`[prompts, group]` float32."""
     old: AnyArray = None
-    """`[completions, length]`: by this program before the step's first update; needed where a step
-    makes several."""
+    """`[prompts, group, length]`: by this program before the step's first update; needed where a
+    step makes several."""
     reference: AnyArray = None
-    """`[completions, length]`: by the reference model."""
+    """`[prompts, group, length]`: by the reference model."""
+
+
+def batch_of(rollouts: Rollouts, prompt_length: int, length: int) -> PolicyBatch:
+    """Lay out what was sampled: numpy, with groups as they are and without advantages.
+
+    `ValueError` where a prompt is longer than `prompt_length` or a completion than `length`.
+    """
+    lengths = np.array([len(prompt) for prompt in rollouts.prompts], np.int32)
+    for what, found, most in (
+        ("prompt", lengths.max(initial=0), prompt_length),
+        ("completion", rollouts.lengths.max(initial=0), length),
+    ):
+        if found > most:
+            raise ValueError(f"a {what} of {found} tokens for a length of {most}")
+    prompts = np.full((len(lengths), prompt_length), rollouts.pad, np.int32)
+    for row, prompt in enumerate(rollouts.prompts):
+        prompts[row, : len(prompt)] = prompt
+
+    def grouped(array: NDArray[Any]) -> NDArray[Any]:
+        return _to_length(array, length).reshape(len(lengths), rollouts.group, length)
+
+    return PolicyBatch(
+        prompts=prompts,
+        prompt_lengths=lengths,
+        tokens=grouped(rollouts.tokens),
+        mask=grouped(np.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]),
+        sampler=grouped(rollouts.log_probs),
+    )
+
+
+def joined(batches: Sequence[PolicyBatch]) -> PolicyBatch:
+    """Put batches of numpy arrays one behind the other, all as long as the longest."""
+    longest = max(batch.prompts.shape[1] for batch in batches)
+    length = max(batch.tokens.shape[2] for batch in batches)
+
+    def one(name: str) -> Any:
+        arrays = [getattr(batch, name) for batch in batches]
+        if arrays[0] is None or arrays[0].ndim == 1 or name == "advantages":
+            return None if arrays[0] is None else np.concatenate(arrays)
+        to = longest if name == "prompts" else length
+        return np.concatenate([_to_length(array, to) for array in arrays])
+
+    return PolicyBatch(**{field.name: one(field.name) for field in fields(PolicyBatch)})
+
+
+def chosen(batch: PolicyBatch, prompts: NDArray[np.intp]) -> PolicyBatch:
+    """Take some prompts of a batch, with their groups."""
+    return replace(batch, **{n: a[prompts] for n, a in vars(batch).items() if a is not None})
+
+
+def in_parts(batch: PolicyBatch, group: int) -> PolicyBatch:
+    """Cut the groups of a batch of numpy arrays into parts of `group` completions."""
+    times = batch.tokens.shape[1] // group
+
+    def part(name: str, array: NDArray[Any]) -> NDArray[Any]:
+        if name in ("prompts", "prompt_lengths"):
+            return np.repeat(array, times, 0)
+        return array.reshape(-1, group, *array.shape[2:])
+
+    return replace(batch, **{n: part(n, a) for n, a in vars(batch).items() if a is not None})
+
+
+def _to_length(array: NDArray[Any], length: int) -> NDArray[Any]:
+    """Cut or pad the last axis; the padding, token 0 or whatever, does not count."""
+    missing = max(0, length - array.shape[-1])
+    return np.pad(array[..., :length], (*((0, 0),) * (array.ndim - 1), (0, missing)))
 
 
 StepProgram = Callable[[TrainState, PolicyBatch], tuple[TrainState, dict[str, jax.Array]]]
-ScoreProgram = Callable[[Any, AnyArray], jax.Array]
+ScoreProgram = Callable[[Any, AnyArray, AnyArray, AnyArray], jax.Array]
 
 
 def policy_step(
@@ -80,23 +157,29 @@ def policy_step(
     def loss(params: Any, part: tuple[PolicyBatch, jax.Array]) -> tuple[jax.Array, Any]:
         batch, denominator = part[0], part[1][0]
         decoder = nnx.merge(graph, params)
-        hidden = decoder(batch.tokens, layout=layout, remat=program.remat, kernel=program.kernel)
+        hidden, tokens = _continued(
+            decoder, program, batch.prompts, batch.prompt_lengths, batch.tokens
+        )
         now, entropy = token_scores(
             hidden,
             decoder.head_weight(),
-            jnp.roll(batch.tokens, -1, axis=1),
+            tokens,
             chunk=program.chunk,
             cap=architecture.logit_cap,
             temperature=temperature,
             layout=layout,
         )
+
+        def rows(array: Any) -> Any:
+            return None if array is None else array.reshape(now.shape)
+
         completions = Completions(
             now=now,
-            mask=batch.mask,
-            advantages=jnp.broadcast_to(batch.advantages[:, None], now.shape),
-            old=batch.old,
-            sampler=batch.sampler,
-            reference=batch.reference,
+            mask=rows(batch.mask),
+            advantages=jnp.broadcast_to(batch.advantages.reshape(-1, 1), now.shape),
+            old=rows(batch.old),
+            sampler=rows(batch.sampler),
+            reference=rows(batch.reference),
             entropy=entropy,
         )
         total, totals = objectives.objective(policy, completions)
@@ -104,8 +187,8 @@ def policy_step(
 
     def update(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Any]:
         denominator = objectives.denominator(policy, batch.mask)
-        # One for each row, so that micro-batches are cut out of it as of all else.
-        rows = jnp.broadcast_to(denominator, batch.advantages.shape)
+        # One for each prompt, so that micro-batches are cut out of it as of all else.
+        rows = jnp.broadcast_to(denominator, batch.prompt_lengths.shape)
         value, totals, gradient = accumulate(
             loss,
             state.params,
@@ -125,7 +208,7 @@ def policy_step(
 
         def one_pass(state: TrainState, _: None) -> tuple[TrainState, Any]:
             key = jax.random.fold_in(jax.random.key(program.seed), state.step)
-            order = jax.random.permutation(key, batch.advantages.shape[0])
+            order = jax.random.permutation(key, batch.prompts.shape[0])
             mixed = jax.tree.map(lambda array: array[order], batch)
             parts = jax.tree.map(
                 lambda array: array.reshape(policy.minibatches, -1, *array.shape[1:]), mixed
@@ -145,42 +228,58 @@ def policy_step(
 
 
 def score_program(architecture: Architecture, program: Program, temperature: float) -> ScoreProgram:
-    """Return the jitted `(params, tokens [rows, length]) -> log-probabilities [rows, length]`: of
-    each next token at a temperature, in nats.
+    """Return the jitted `(params, prompts, prompt_lengths, tokens) -> log-probabilities`, which are
+    `[prompts, group, length]`: of each token of the completions at a temperature, in nats.
     """
     graph, _ = abstract_decoder(architecture, program.dtype)
 
-    def part(params: Any, tokens: jax.Array) -> jax.Array:
+    def part(params: Any, given: tuple[jax.Array, ...]) -> jax.Array:
         decoder: Decoder = nnx.merge(graph, params)
-        return token_logprobs(
-            decoder(tokens, layout=program.layout, kernel=program.kernel),
+        hidden, tokens = _continued(decoder, program, *given)
+        found = token_logprobs(
+            hidden,
             decoder.head_weight(),
-            jnp.roll(tokens, -1, axis=1),
+            tokens,
             chunk=program.chunk,
             cap=architecture.logit_cap,
             temperature=temperature or 1.0,
             layout=program.layout,
         )
+        return found.reshape(given[2].shape)
 
-    def score(params: Any, tokens: jax.Array) -> jax.Array:
+    def score(params: Any, *given: jax.Array) -> jax.Array:
         if program.micro_batches == 1:
-            return part(params, tokens)
-        rows = tokens.reshape(-1, program.micro_batches, tokens.shape[1]).swapaxes(0, 1)
-        rows = program.layout.constrain(rows, (None, "batch", None))
-        found: jax.Array = jax.lax.map(lambda one: part(params, one), rows)
-        scores: jax.Array = found.swapaxes(0, 1).reshape(tokens.shape)
+            return part(params, given)
+        parts = jax.tree.map(lambda array: micro_batches(array, program), given)
+        found: jax.Array = jax.lax.map(lambda one: part(params, one), parts)
+        scores: jax.Array = found.swapaxes(0, 1).reshape(given[2].shape)
         return scores
 
     return jax.jit(score)
 
 
+def _continued(
+    decoder: Decoder, program: Program, prompts: jax.Array, lengths: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states `[completions, length, width]`, and the tokens that they predict."""
+    hidden = decoder.continuations(
+        prompts,
+        lengths,
+        tokens,
+        layout=program.layout,
+        remat=program.remat,
+        kernel=program.kernel,
+    )
+    hidden = hidden.reshape(-1, *hidden.shape[2:])
+    return constrain(program.layout, hidden, RESIDUAL), tokens.reshape(-1, tokens.shape[2])
+
+
 def useful_first(batch: PolicyBatch, program: Program) -> PolicyBatch:
-    """Order the rows of a batch of numpy arrays so that those in which no token counts share
-    micro-batches, which the step then skips. Micro-batch `m` of `n` is rows `m`, `m + n`, ...
+    """Order the prompts of a batch of numpy arrays so that those of which no token counts share
+    micro-batches, which the step then skips. Micro-batch `m` of `n` is prompts `m`, `m + n`, ...
     """
-    order = np.argsort(~batch.mask.any(1), kind="stable")
-    rows = order.reshape(program.micro_batches, -1).T.reshape(-1)
-    return replace(batch, **{n: a[rows] for n, a in vars(batch).items() if a is not None})
+    order = np.argsort(~batch.mask.any((1, 2)), kind="stable")
+    return chosen(batch, order.reshape(program.micro_batches, -1).T.reshape(-1))
 
 
 def placed(batch: PolicyBatch, program: Program) -> PolicyBatch:

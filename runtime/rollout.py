@@ -96,25 +96,6 @@ class Rollouts:
         return ids
 
 
-@dataclass(frozen=True)
-class TrainingArrays:
-    """Prompts with their completions, a sequence each; all arrays are `[sequences, length]`."""
-
-    tokens: Ints
-    """The prompt, the completion, padding."""
-    completion: Bools
-    """True on the tokens of the completion: `trained` of `train.Batch`."""
-    segments: Ints
-    """1, and 0 on padding."""
-    positions: Ints
-    """The place in the sequence."""
-    mask: Bools
-    """True where the *next* token is one of the completion: `completion`, aligned with
-    `losses.token_logprobs` of the targets that `train.shift` gives."""
-    log_probs: Floats
-    """The sampler's, in nats, aligned as `mask` is; 0 outside of it."""
-
-
 def rollout(
     engine: Engine,
     params: Any,
@@ -169,31 +150,6 @@ def rollout(
         active, turns, rounds = still, turns + int(taken), rounds + 1
     work = Work(queue.prefilled, turns, rounds)
     return _rollouts(state, prompts, group, pad, watch.ends if watch else {}, work)
-
-
-def training_arrays(rollouts: Rollouts, length: int) -> TrainingArrays:
-    """Lay prompts and completions out in sequences of `length` tokens, to train on.
-
-    `ValueError` where a prompt with its completion is longer.
-    """
-    shape = (len(rollouts.lengths), length)
-    tokens = np.full(shape, rollouts.pad, np.int32)
-    completion, mask = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
-    segments, log_probs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for row, own in enumerate(rollouts.lengths.tolist()):
-        prompt = rollouts.prompts[row // rollouts.group]
-        first, end = len(prompt), len(prompt) + own
-        if end > length:
-            raise ValueError(f"a prompt and completion of {end} tokens in a sequence of {length}")
-        tokens[row, :first] = prompt
-        tokens[row, first:end] = rollouts.tokens[row, :own]
-        segments[row, :end] = 1
-        completion[row, first:end] = True
-        # A position scores the token behind it.
-        mask[row, first - 1 : end - 1] = True
-        log_probs[row, first - 1 : end - 1] = rollouts.log_probs[row, :own]
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
-    return TrainingArrays(tokens, completion, segments, positions, mask, log_probs)
 
 
 class _Queue:

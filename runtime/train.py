@@ -265,11 +265,6 @@ def accumulate(
         (value, extra), gradient = value_and_gradient(params, batch)
         return value, extra, gradient
 
-    def split(array: jax.Array) -> jax.Array:
-        # Every n-th row, so that a device's rows stay on it: rows lie in blocks over the mesh.
-        parts = array.reshape(-1, program.micro_batches, *array.shape[1:]).swapaxes(0, 1)
-        return program.layout.constrain(parts, (None, "batch", *(None for _ in array.shape[1:])))
-
     def added(carry: tuple[jax.Array, Any, Any], part: Any) -> tuple[jax.Array, Any, Any]:
         (value, extra), gradient = value_and_gradient(params, part)
         total, extras, gradients = carry
@@ -280,13 +275,20 @@ def accumulate(
             return added(carry, part), None
         return jax.lax.cond(counts(part), added, lambda carry, _: carry, carry, part), None
 
-    parts = jax.tree.map(split, batch)
+    parts = jax.tree.map(lambda array: micro_batches(array, program), batch)
     first = jax.tree.map(lambda array: array[0], parts)
     extras = jax.eval_shape(lambda: loss(params, first)[1])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), extras)
     start = (jnp.zeros((), jnp.float32), zeros, jax.tree.map(jnp.zeros_like, params))
     (value, extra, gradient), _ = jax.lax.scan(body, start, parts)
     return value, extra, gradient
+
+
+def micro_batches(array: jax.Array, program: Program) -> jax.Array:
+    """Cut `[rows, ...]` into `[micro_batches, rows / micro_batches, ...]`."""
+    # Every n-th row, so that a device's rows stay on it: rows lie in blocks over the mesh.
+    parts = array.reshape(-1, program.micro_batches, *array.shape[1:]).swapaxes(0, 1)
+    return program.layout.constrain(parts, (None, "batch", *(None for _ in array.shape[1:])))
 
 
 def updated(

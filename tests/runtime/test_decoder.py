@@ -128,6 +128,39 @@ def test_cached_decoding_equals_the_whole_forward_pass(made, tokens, name):
     np.testing.assert_array_equal(cache.lengths, [7, 5, 10])
 
 
+@family
+def test_continuations_of_a_shared_prompt_are_those_of_whole_sequences(made, name):
+    """Hidden states and gradients, for prompts of several lengths in groups of two."""
+    graph, params = made(name)
+    a, rng = FAMILIES[name], np.random.default_rng(0)
+    lengths, length = [4, 2, 3], 5
+    prompts = rng.integers(0, a.vocabulary, (3, 4))
+    completions = rng.integers(0, a.vocabulary, (3, 2, length))
+    weights = rng.standard_normal((3, 2, length, a.width)).astype(np.float32)
+
+    @jax.jit
+    def shared(params):
+        found = nnx.merge(graph, params).continuations(prompts, jnp.array(lengths), completions)
+        return jnp.sum(found * weights), found
+
+    @jax.jit
+    def whole(params):
+        decoder = nnx.merge(graph, params)
+        rows = []
+        for prompt, count, group in zip(prompts, lengths, completions, strict=True):
+            for own in group:
+                hidden = decoder(np.concatenate([prompt[:count], own])[None])
+                rows.append(hidden[0, count - 1 : -1])
+        found = jnp.stack(rows).reshape(weights.shape)
+        return jnp.sum(found * weights), found
+
+    (_, found), gradient = jax.value_and_grad(shared, has_aux=True)(params)
+    (_, expected), wanted = jax.value_and_grad(whole, has_aux=True)(params)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_one_prompt_fills_many_slots_and_none_beyond_the_last(made, tokens):
     graph, params = made("qwen3")
     decoder = nnx.merge(graph, params)

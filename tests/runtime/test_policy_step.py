@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -16,11 +18,19 @@ from tunelang.dsl.vocabulary.stages import POLICIES, Policy
 from tunelang.dsl.vocabulary.training import K3, Clip, Sampling, Sgd, Truncated
 from tunelang.runtime.losses import token_logprobs, token_scores
 from tunelang.runtime.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program, useful_first
+from tunelang.runtime.policy_step import (
+    PolicyBatch,
+    chosen,
+    in_parts,
+    joined,
+    policy_step,
+    score_program,
+    useful_first,
+)
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.train import Program, init_state
 
-ROWS, LENGTH = 16, 12
+PROMPTS, GROUP, BEFORE, LENGTH = 8, 2, 5, 6
 ONE = make_layout()
 
 
@@ -42,14 +52,14 @@ def make_policy(kind: str = "grpo", **settings: object) -> Policy:
 
 def make_batch(seed: int = 0, **more: bool) -> PolicyBatch:
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, LLAMA.vocabulary, (ROWS, LENGTH), dtype=np.int32)
-    place, first = np.arange(LENGTH), rng.integers(2, 6, (ROWS, 1))
-    mask = (place >= first) & (place < first + rng.integers(1, 6, (ROWS, 1)))
-    near = -4 + 0.1 * rng.standard_normal((3, ROWS, LENGTH)).astype(np.float32)
+    shape = (PROMPTS, GROUP, LENGTH)
+    near = -4 + 0.1 * rng.standard_normal((3, *shape)).astype(np.float32)
     return PolicyBatch(
-        tokens=tokens,
-        mask=mask,
-        advantages=rng.standard_normal(ROWS).astype(np.float32),
+        prompts=rng.integers(0, LLAMA.vocabulary, (PROMPTS, BEFORE), dtype=np.int32),
+        prompt_lengths=rng.integers(2, BEFORE + 1, PROMPTS, dtype=np.int32),
+        tokens=rng.integers(0, LLAMA.vocabulary, shape, dtype=np.int32),
+        mask=np.arange(LENGTH) < rng.integers(1, LENGTH + 1, (PROMPTS, GROUP, 1)),
+        advantages=rng.standard_normal((PROMPTS, GROUP)).astype(np.float32),
         sampler=near[0],
         old=near[1] if more.get("old") else None,
         reference=near[2] if more.get("reference") else None,
@@ -88,15 +98,17 @@ def test_the_loss_is_the_papers_on_plain_logits():
     optimizer = build_optimizer(Sgd(lr=1.0), 10)
     state = init_state(LLAMA, optimizer, program, 0)
     total = tokens = surprise = 0.0
-    for row in range(ROWS):
-        logits = reference.logits(LLAMA, state.params, batch.tokens[row].astype(int)) / 0.8
-        logits = np.asarray(logits, np.float64)
+    for prompt, at in np.ndindex(PROMPTS, GROUP):
+        before = batch.prompt_lengths[prompt]
+        row = np.concatenate([batch.prompts[prompt, :before], batch.tokens[prompt, at]])
+        logits = reference.logits(LLAMA, state.params, row.astype(int)) / 0.8
+        logits = np.asarray(logits, np.float64)[before - 1 : -1]
         normal = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         entropy = -(np.exp(normal) * normal).sum(-1)
-        for place in np.flatnonzero(batch.mask[row]):
-            now = normal[place, batch.tokens[row, place + 1]]
-            ratio = np.exp(now - np.float64(batch.old[row, place]))
-            gain = batch.advantages[row]
+        for place in np.flatnonzero(batch.mask[prompt, at]):
+            now = normal[place, batch.tokens[prompt, at, place]]
+            ratio = np.exp(now - np.float64(batch.old[prompt, at, place]))
+            gain = batch.advantages[prompt, at]
             total -= min(ratio * gain, np.clip(ratio, 0.8, 1.2) * gain)
             surprise += entropy[place]
             tokens += 1
@@ -127,7 +139,7 @@ def test_minibatches_of_everything_is_one_update():
 
 def test_nothing_that_counts_changes_nothing():
     batch = make_batch()
-    batch = PolicyBatch(batch.tokens, np.zeros_like(batch.mask), batch.advantages, batch.sampler)
+    batch = replace(batch, mask=np.zeros_like(batch.mask))
     spec = Sgd(lr=1.0)
     after, found = step(make_policy(), batch, Program(layout=ONE), spec)
     program = Program(layout=ONE)
@@ -141,21 +153,45 @@ def test_rows_in_which_nothing_counts_are_skipped_together():
     batch.mask[::2] = False
     program = Program(layout=ONE, micro_batches=4)
     ordered = useful_first(batch, program)
-    parts = ordered.mask.any(1).reshape(-1, 4).T
+    parts = ordered.mask.any((1, 2)).reshape(-1, 4).T
     assert parts.any(1).tolist() == [True, True, False, False]
     same(step(make_policy(), ordered, program), step(make_policy(), batch, Program(layout=ONE)))
+
+
+def test_parts_of_a_group_are_the_group():
+    """A prompt that is run for each part of its group, and batches of several lengths put
+    together.
+    """
+    batch = make_batch()
+    program = Program(layout=ONE)
+    parts = in_parts(batch, 1)
+    assert parts.tokens.shape == (PROMPTS * GROUP, 1, LENGTH)
+    same(step(make_policy(), parts, program), step(make_policy(), batch, program))
+    near = np.arange(LENGTH) < 4
+    shorter = replace(
+        batch,
+        mask=batch.mask & near,
+        sampler=np.where(near, batch.sampler, 0),
+        tokens=np.where(near, batch.tokens, 0),
+    )
+    names = ("tokens", "mask", "sampler")
+    cut = replace(shorter, **{name: getattr(shorter, name)[..., :4] for name in names})
+    first, last = np.arange(5), np.arange(5, PROMPTS)
+    found = joined([chosen(cut, first), chosen(batch, last)])
+    expected = joined([chosen(shorter, first), chosen(batch, last)])
+    for name, array in vars(found).items():
+        np.testing.assert_array_equal(array, getattr(expected, name))
 
 
 def test_scores_are_those_of_the_step():
     """In micro-batches and on a mesh, and with the entropy asked for or not."""
     program = Program(layout=ONE, chunk=5)
     state = init_state(LLAMA, build_optimizer(ADAMW, 10), program, 0)
-    tokens = make_batch().tokens
-    whole = np.asarray(score_program(LLAMA, program, 0.8)(state.params, tokens))
+    batch = make_batch()
+    given = (state.params, batch.prompts, batch.prompt_lengths, batch.tokens)
+    whole = np.asarray(score_program(LLAMA, program, 0.8)(*given))
     parts = Program(layout=ONE, chunk=5, micro_batches=4)
-    np.testing.assert_allclose(
-        score_program(LLAMA, parts, 0.8)(state.params, tokens), whole, atol=1e-5
-    )
+    np.testing.assert_allclose(score_program(LLAMA, parts, 0.8)(*given), whole, atol=1e-5)
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((2, 7, 8)).astype(np.float32)
     head = rng.standard_normal((11, 8)).astype(np.float32)

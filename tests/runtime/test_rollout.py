@@ -12,11 +12,11 @@ from tests.runtime.architectures import FAMILIES
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.decode_loop import make_engine
 from tunelang.runtime.decoder import Decoder
-from tunelang.runtime.losses import token_logprobs
-from tunelang.runtime.rollout import Prompt, rollout, training_arrays
+from tunelang.runtime.policy_step import batch_of, score_program
+from tunelang.runtime.rollout import Prompt, rollout
 from tunelang.runtime.sharding import make_layout, shardings
 from tunelang.runtime.tokenizers import Bytes
-from tunelang.runtime.train import Batch, shift
+from tunelang.runtime.train import Program
 
 CAPACITY, MAX_TOKENS, GROUP = 32, 7, 3
 PAD, STOP = 47, 5
@@ -147,42 +147,29 @@ def test_greedy_is_the_argmax_of_repeated_whole_passes(run, whole_pass, name, pe
 @pytest.mark.parametrize("name", NAMES)
 def test_log_probabilities_are_those_of_the_training_program(run, model, name, given):
     found = run(name, given=given)
-    arrays = training_arrays(found, CAPACITY)
-    graph, params = model(name)
-    batch = Batch(arrays.tokens, arrays.completion, arrays.segments, arrays.positions)
-    targets, counted = shift(batch)
-    np.testing.assert_array_equal(arrays.mask, counted)
-
-    @jax.jit
-    def scored(params):
-        decoder = nnx.merge(graph, params)
-        hidden = decoder(batch.tokens, segments=batch.segments, positions=batch.positions)
-        return token_logprobs(
-            hidden, decoder.head_weight(), targets, chunk=8, cap=FAMILIES[name].logit_cap,
-            temperature=given["temperature"] or 1.0,
-        )  # fmt: skip
-
-    difference = np.where(arrays.mask, scored(params) - arrays.log_probs, 0)
-    assert np.abs(difference).max() < 1e-4
-    assert (arrays.log_probs[arrays.mask] < 0).all()
+    batch = batch_of(found, CAPACITY - MAX_TOKENS, MAX_TOKENS)
+    program = Program(layout=make_layout(), chunk=8)
+    score = score_program(FAMILIES[name], program, given["temperature"])
+    scored = score(model(name)[1], batch.prompts, batch.prompt_lengths, batch.tokens)
+    assert np.abs(np.where(batch.mask, scored - batch.sampler, 0)).max() < 1e-4
+    assert (batch.sampler[batch.mask] < 0).all()
 
 
-def test_training_arrays_hold_prompt_completion_and_padding(run):
+def test_a_batch_holds_prompts_and_completions(run):
     found = run()
-    arrays = training_arrays(found, CAPACITY)
+    batch = batch_of(found, CAPACITY, MAX_TOKENS)
     for row, length in enumerate(found.lengths):
-        prompt = list(found.prompts[row // GROUP])
-        first, end = len(prompt), len(prompt) + length
-        assert arrays.tokens[row, :end].tolist() == prompt + found.completion(row)
-        assert (arrays.tokens[row, end:] == PAD).all()
-        np.testing.assert_array_equal(np.flatnonzero(arrays.completion[row]), range(first, end))
-        np.testing.assert_array_equal(np.flatnonzero(arrays.segments[row]), range(end))
-        np.testing.assert_array_equal(
-            arrays.log_probs[row, first - 1 : end - 1], found.log_probs[row, :length]
-        )
-    np.testing.assert_array_equal(arrays.positions, np.tile(np.arange(CAPACITY), (15, 1)))
-    with pytest.raises(ValueError, match="in a sequence of 10"):
-        training_arrays(found, 10)
+        prompt, at = divmod(row, GROUP)
+        expected = list(found.prompts[prompt])
+        assert batch.prompts[prompt, : batch.prompt_lengths[prompt]].tolist() == expected
+        assert (batch.prompts[prompt, batch.prompt_lengths[prompt] :] == PAD).all()
+        assert batch.tokens[prompt, at, :length].tolist() == found.completion(row)
+        np.testing.assert_array_equal(np.flatnonzero(batch.mask[prompt, at]), range(length))
+        np.testing.assert_array_equal(batch.sampler[prompt, at], found.log_probs[row])
+    with pytest.raises(ValueError, match="tokens for a length of 2"):
+        batch_of(found, 2, MAX_TOKENS)
+    with pytest.raises(ValueError, match="tokens for a length of 1"):
+        batch_of(found, CAPACITY, 1)
 
 
 FILTERED = {"top_k": 20, "top_p": 0.95, "repetition_penalty": 1.3}
@@ -318,7 +305,7 @@ def test_an_empty_queue(run):
     found = run(asked=[])
     assert found.tokens.shape == (0, MAX_TOKENS)
     assert found.work.rounds == found.work.prefilled == 0
-    assert training_arrays(found, CAPACITY).tokens.shape == (0, CAPACITY)
+    assert batch_of(found, CAPACITY, MAX_TOKENS).tokens.shape == (0, GROUP, MAX_TOKENS)
 
 
 def test_updated_parameters_are_used_and_none_is_used_up(run, model):
