@@ -121,15 +121,6 @@ def penalised(rewards: Array, kl: KlTerm, old: Array, reference: Array, mask: Ar
     return rewards - kl.coefficient * _where(mask, _estimate(kl, log_ratio)).sum(-1)
 
 
-def without_truncated(mask: Array, truncated: Array) -> Array:
-    """Take off the mask the completions cut off at `max_tokens`: `overlong = mask`.
-
-    `mask` is `[sequences, length]`, `truncated` `[sequences]`. Their rewards still count in the
-    baseline of their group (DAPO, arXiv:2503.14476, section 3.4).
-    """
-    return mask & ~truncated[:, None]
-
-
 # The loss.
 
 

@@ -242,6 +242,8 @@ class PolicyTrainer:
         batch = joined([chosen(sampled.batch, prompts) for sampled, prompts in kept])
         mask = batch.mask & ~flat[:, None, None]
         if stage.overlong == "mask":
+            # Their rewards still count in the baseline of their group (DAPO, arXiv:2503.14476,
+            # section 3.4).
             truncated = np.concatenate(
                 [s.rollouts.truncated.reshape(-1, stage.group)[prompts] for s, prompts in kept]
             )

@@ -97,16 +97,15 @@ def batch_of(rollouts: Rollouts, prompt_length: int, length: int) -> PolicyBatch
 
 
 def joined(batches: Sequence[PolicyBatch]) -> PolicyBatch:
-    """Put batches of numpy arrays one behind the other, all as long as the longest."""
-    longest = max(batch.prompts.shape[1] for batch in batches)
+    """Put batches of numpy arrays one behind the other, completions as long as the longest."""
     length = max(batch.tokens.shape[2] for batch in batches)
 
     def one(name: str) -> Any:
         arrays = [getattr(batch, name) for batch in batches]
-        if arrays[0] is None or arrays[0].ndim == 1 or name == "advantages":
-            return None if arrays[0] is None else np.concatenate(arrays)
-        to = longest if name == "prompts" else length
-        return np.concatenate([_to_length(array, to) for array in arrays])
+        if arrays[0] is None:
+            return None
+        by_token = arrays[0].ndim == 3
+        return np.concatenate([_to_length(a, length) if by_token else a for a in arrays])
 
     return PolicyBatch(**{field.name: one(field.name) for field in fields(PolicyBatch)})
 

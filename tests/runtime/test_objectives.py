@@ -385,13 +385,6 @@ def test_prompt_and_padding_never_count(name, arrays):
     assert all(float(value) == 0 for value in objectives.metrics(loss, totals).values())
 
 
-def test_truncated_completions_are_left_out(arrays):
-    truncated = np.arange(SEQUENCES) % 2 == 0
-    mask = objectives.without_truncated(jnp.asarray(arrays["mask"]), jnp.asarray(truncated))
-    np.testing.assert_array_equal(np.asarray(mask)[truncated], False)
-    np.testing.assert_array_equal(np.asarray(mask)[~truncated], arrays["mask"][~truncated])
-
-
 def test_without_old_the_policy_is_the_one_that_sampled(arrays):
     same = batch({**arrays, "old": arrays["now"]})
     for name in POLICIES:
