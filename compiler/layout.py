@@ -34,9 +34,9 @@ _REMAT_COST = {"none": 3.0, "dots": 3.2, "full": 4.0}
 _REMAT_COST_CPU = {"none": 3.3, "dots": 3.2, "full": 3.4}
 """The same on a CPU, where to keep an activation costs as much as to compute it (measured)."""
 _MICRO_OVERHEAD = 0.02
-"""What one more micro-batch adds to the time of a step."""
+"""What one more micro-batch adds to the time of an update."""
 _CACHE_MISSES = 1.15
-"""Factor of the time of a step whose activations do not stay in a CPU's cache (measured)."""
+"""Factor of the time of an update whose activations do not stay in a CPU's cache (measured)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +232,9 @@ def _estimated(
     flops = train_flops(a, layout.length) * step_tokens
     costs = _REMAT_COST if chip.cache is None else _REMAT_COST_CPU
     work = forward_flops(a, layout.length) * step_tokens * costs[layout.remat]
+    work *= 1 + _MICRO_OVERHEAD * (layout.micro_batches - 1)
+    if chip.cache is not None and memory["activations"] > chip.cache:
+        work *= _CACHE_MISSES
     slots = None
     if isinstance(stage, Policy):
         updates = stage.minibatches * stage.passes
@@ -248,9 +251,6 @@ def _estimated(
             memory["reference"] = 4 * parameters // split
             work += forward_flops(a, layout.length) * sampled
     seconds = work / (devices * chip.peak * EFFICIENCY)
-    seconds *= 1 + _MICRO_OVERHEAD * (layout.micro_batches - 1)
-    if chip.cache is not None and memory["activations"] > chip.cache:
-        seconds *= _CACHE_MISSES
     if devices > 1:
         seconds += _communication(a, layout, parameters, tokens, dtype_bytes) / chip.link
     return replace(layout, memory=memory, flops=flops, seconds=seconds, slots=slots)

@@ -19,6 +19,8 @@ from tunelang.compiler.draw import Box, Picture
 _CHARACTER = 7.3
 """Width of a character in pixels, monospaced at 12 px."""
 _HEIGHT, _ROW, _GAP, _MARGIN, _PADDING = 46.0, 96.0, 28.0, 16.0, 14.0
+_HEAD = 12.0
+"""Pixels of an arrow's head."""
 _SWEEPS = 4
 _LONGEST = 24
 """An arrow over more layers is drawn straight, without points in between: they would cost
@@ -26,7 +28,8 @@ time and room in proportion to its length.
 """
 
 _STYLE = """
-text{font:12px ui-monospace,Menlo,Consolas,monospace;fill:#1f2328;text-anchor:middle}
+text{font-size:12px;font-family:ui-monospace,Menlo,Consolas,monospace;fill:#1f2328}
+text{text-anchor:middle}
 .name{font-weight:600}.detail,.label{fill:#59636e;font-size:11px}
 .box{fill:#fff;stroke:#8c959f}.model{fill:#ddf4ff;stroke:#54aeff}
 .selection{fill:#fff8c5;stroke:#d4a72c}
@@ -174,10 +177,12 @@ def _arrow(route: list[_Point], label: str) -> str:
     x, y = start.x, _top(start) + _HEIGHT
     path = f"M{x:.1f} {y:.1f}"
     for point in route[1:]:
-        end = _top(point) + (0 if point.box is not None else _HEIGHT / 2)
+        # The head stands on a straight piece, or it would lean against the arrow.
+        end = _top(point) + (-_HEAD if point.box is not None else _HEIGHT / 2)
         bend = (end - y) / 2
         path += f"C{x:.1f} {y + bend:.1f} {point.x:.1f} {end - bend:.1f} {point.x:.1f} {end:.1f}"
         x, y = point.x, end
+    path += f"V{y + _HEAD:.1f}"
     drawn = f'<path class="arrow" marker-end="url(#head)" d="{path}"/>'
     if label:
         at = (start.x + route[1].x) / 2

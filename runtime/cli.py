@@ -88,9 +88,21 @@ def check_command(
         bool,
         typer.Option("--show", help="Print the resolved spec, and where each value came from."),
     ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--render",
+            metavar="DATA",
+            help="Print some examples of declared data, with the tokens that are trained.",
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option("-n", min=1, metavar="COUNT", help="How many of them.")] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Check specs without running anything. Exit code 1 if one of them is wrong."""
+    if data is not None:
+        _render(specs, sets, data, count)
+        return
     failed = False
     documents: list[dict[str, object]] = []
     for spec in specs:
@@ -127,6 +139,27 @@ def check_command(
     if as_json:
         typer.echo(json.dumps(documents, indent=2, ensure_ascii=False))
     raise typer.Exit(WRONG_SPEC if failed else 0)
+
+
+def _render(specs: list[str], sets: list[str], data: str, count: int) -> None:
+    if len(specs) != 1 or specs[0] == "-":
+        typer.echo("--render wants one spec, in a file", err=True)
+        raise typer.Exit(WRONG_COMMAND)
+    spec = Path(specs[0])
+    program = _checked(spec, sets)
+    from rich.console import Console
+
+    from tunelang.runtime.rendered import UnreadDataError, rendered  # JAX is slow to import
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    with _failing(program, traceback=False):
+        try:
+            for text in rendered(program, _store(spec, None), data, count, not console.is_terminal):
+                console.print(text, end="\n\n")
+        except UnreadDataError as error:
+            known = ", ".join(f"`{name}`" for name in error.known) or "none"
+            typer.echo(f"no stage reads data called `{data}`: they read {known}", err=True)
+            raise typer.Exit(WRONG_COMMAND) from None
 
 
 @app.command("fmt")

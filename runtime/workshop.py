@@ -79,12 +79,19 @@ class Workshop:
             lambda: open_renderer(kind, self.program.folder, cache=self.cache, texts=texts),
         )
 
+    def renderer_of(self, model: str) -> Renderer:
+        """Return the tokenizer of a declared model; raises what `renderer` raises."""
+        return self.renderer(self._transformer(model).tokenizer.name)
+
+    def _transformer(self, model: str) -> models.Transformer:
+        kind = self.program.declarations[model].value
+        if not isinstance(kind, models.Transformer):
+            raise NotBuiltError(f"model {model}", "reading pretrained weights")
+        return kind
+
     def model(self, name: str) -> Model:
         """Return a declared model; raises what `renderer` raises."""
-        kind = self.program.declarations[name].value
-        if not isinstance(kind, models.Transformer):
-            raise NotBuiltError(f"model {name}", "reading pretrained weights")
-        renderer = self.renderer(kind.tokenizer.name)
+        kind, renderer = self._transformer(name), self.renderer_of(name)
         architecture = from_transformer(kind, renderer.tokenizer.size, PRESETS)
         return Model(name, architecture, renderer, DTYPES[kind.dtype])
 

@@ -198,3 +198,34 @@ def test_user_code_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "spec.tune").write_text('reward mine = python("mine.py:score")\n')
     assert tune("check", "spec.tune", cwd=tmp_path).returncode == 0
     assert not (tmp_path / "ran").exists()
+
+
+def test_check_renders_examples_with_what_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(
+        '{"question": "one", "answer": "two"}\n{"question": "three", "answer": "four"}\n'
+    )
+    (tmp_path / "book.txt").write_text("abc " * 1000)
+    (tmp_path / "spec.tune").write_text(
+        """
+        data rows : jsonl { path = "rows.jsonl", prompt = "{question}", response = "{answer}" }
+        data book : text { path = "book.txt" }
+        tokenizer letters : bytes {}
+        model small : transformer {
+          tokenizer = letters, layers = 1, heads = 1, width = 8, context = 64
+        }
+        stage first : pretrain { from = small, data = book, length = 1 steps, batch = 1 sequences }
+        stage tuned : sft { from = first, data = rows, length = 1 steps, batch = 1 sequences }
+        """
+    )
+    found = tune("check", "spec.tune", "--render", "rows", "-n", "1", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert "rows, row 0, by tuned: " in found.stdout
+    assert "one" in found.stdout.partition("⟦")[0]
+    assert "⟦two" in found.stdout
+    assert "three" not in found.stdout
+    long = tune("check", "spec.tune", "--render", "book", cwd=tmp_path)
+    assert "tokens are not shown]" in long.stdout
+    assert len(long.stdout) < 1000
+    wrong = tune("check", "spec.tune", "--render", "bok", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "no stage reads data called `bok`: they read `book`, `rows`\n"
