@@ -127,10 +127,10 @@ def check_command(
             stages = checked.program.of("stage")
             branches = sum(len(stage.branches) for stage in stages)
             fan = f" in {branches} branches" if branches > len(stages) else ""
-            count = f"{len(stages)} stage{'' if len(stages) == 1 else 's'}{fan}"
+            size = f"{len(stages)} stage{'' if len(stages) == 1 else 's'}{fan}"
             warned = len(checked.diagnostics) - checked.diagnostics.errors
             tail = f", {render.summary(0, warned)}" if warned else ""
-            typer.echo(f"{spec}: right, {count}{tail}", err=True)
+            typer.echo(f"{spec}: right, {size}{tail}", err=True)
         else:
             found = checked.diagnostics
             warnings = len(found) + found.dropped - found.errors
