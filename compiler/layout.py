@@ -35,6 +35,8 @@ _REMAT_COST_CPU = {"none": 3.3, "dots": 3.2, "full": 3.4}
 """The same on a CPU, where to keep an activation costs as much as to compute it (measured)."""
 _MICRO_OVERHEAD = 0.02
 """What one more micro-batch adds to the time of an update."""
+_FLAT = 0.25
+"""The share of groups that is assumed to have no advantage: their micro-batches are skipped."""
 _CACHE_MISSES = 1.15
 """Factor of the time of an update whose activations do not stay in a CPU's cache (measured)."""
 
@@ -214,9 +216,11 @@ def _estimated(
     split = layout.mesh["fsdp"] * tensor
     parameters = parameter_count(a)
     moments = {AdamW: 2, Muon: 2, Lion: 1, Sgd: 1}.get(type(stage.optimizer), 2)
-    tokens = layout.rows * layout.length // (layout.mesh["data"] * layout.mesh["fsdp"])
-    micro = tokens // layout.micro_batches
-    chunk = micro // layout.length * min(CHUNK, layout.length)
+    shards = layout.mesh["data"] * layout.mesh["fsdp"]
+    local = layout.rows // shards // layout.micro_batches
+    micro, scored = _tokens(stage, layout, local)
+    tokens = micro * layout.micro_batches
+    chunk = local * min(CHUNK, scored)
     memory = {
         "parameters": 4 * parameters // split,
         "optimizer": 4 * moments * parameters // split,
@@ -228,7 +232,7 @@ def _estimated(
         memory["gathered"] = (
             dtype_bytes * (parameters // a.layers + a.vocabulary * a.width) // tensor
         )
-    step_tokens = layout.rows * layout.length
+    step_tokens = tokens * shards
     flops = train_flops(a, layout.length) * step_tokens
     costs = _REMAT_COST if chip.cache is None else _REMAT_COST_CPU
     work = forward_flops(a, layout.length) * step_tokens * costs[layout.remat]
@@ -237,12 +241,15 @@ def _estimated(
         work *= _CACHE_MISSES
     slots = None
     if isinstance(stage, Policy):
+        if not stage.refill and stage.minibatches == 1:  # see `policy_step.useful_first`
+            parts = layout.micro_batches
+            work *= math.ceil((1 - _FLAT) * parts) / parts
         updates = stage.minibatches * stage.passes
         flops, work = flops * updates, work * updates
-        slots = min(MOST_SLOTS * layout.mesh["data"] * layout.mesh["fsdp"], _slots(stage))
+        slots = min(MOST_SLOTS * shards, _slots(stage))
         kv = kv_bytes_per_token(a, dtype_bytes) * layout.length
-        memory["kv cache"] = kv * slots // (layout.mesh["data"] * layout.mesh["fsdp"])
-        sampled = stage.batch * stage.group * layout.length
+        memory["kv cache"] = kv * slots // shards
+        sampled = step_tokens * stage.minibatches
         flops += forward_flops(a, layout.length) * sampled
         work += 2 * forward_flops(a, layout.length) * sampled
         if chip.cache is not None or dtype_bytes < 4:  # copied ahead of the loop
@@ -254,6 +261,17 @@ def _estimated(
     if devices > 1:
         seconds += _communication(a, layout, parameters, tokens, dtype_bytes) / chip.link
     return replace(layout, memory=memory, flops=flops, seconds=seconds, slots=slots)
+
+
+def _tokens(stage: Training, layout: StageLayout, local: int) -> tuple[int, int]:
+    """Return the tokens of a micro-batch of `local` sequences, and those of a sequence that have
+    logits. Completions that are trained on together share their prompt.
+    """
+    if not isinstance(stage, Policy):
+        return local * layout.length, layout.length
+    completion = min(stage.rollout.max_tokens, layout.length)
+    prompts = local // math.gcd(stage.group, local)
+    return prompts * (layout.length - completion) + local * completion, completion
 
 
 def _slots(stage: Policy) -> int:

@@ -116,6 +116,26 @@ def test_policies_have_slots_and_a_cache(folder: Path) -> None:
     assert "reference" in lay_out(policy(folder, "kl = k3(0.1)"), LLAMA, 2, devices).memory
 
 
+def test_a_prompt_counts_once_for_its_group(folder: Path) -> None:
+    """As many completions: of few prompts, they cost less than of many."""
+    devices = Devices(CHIPS["v5p"], 1, False)
+    rollout = "rollout = sampling(max_tokens = 64, max_prompt = 1024)"
+
+    def laid_out(batch: int, group: int) -> float:
+        text = policy(folder, rollout)
+        text = text.model_copy(update={"batch": batch, "group": group})
+        return lay_out(text, replace(LLAMA, layers=2), 2, devices).flops
+
+    assert laid_out(32, 8) < 0.5 * laid_out(128, 2)
+
+
+def test_groups_without_advantage_favour_micro_batches(folder: Path) -> None:
+    devices = Devices(CHIPS["v5p"], 1, False)
+    small = replace(LLAMA, layers=2, width=256, mlp=512, vocabulary=1000, context=512)
+    assert lay_out(policy(folder), small, 2, devices).micro_batches == 4
+    assert lay_out(policy(folder, "refill = true"), small, 2, devices).micro_batches == 1
+
+
 def test_small_batches_leave_devices_alone(folder: Path) -> None:
     tiny = Architecture(
         vocabulary=64, layers=2, width=16, heads=2, kv_heads=2, head_dim=8, mlp=32, context=32
