@@ -21,7 +21,7 @@ from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.rules import references_in
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.stages import Policy, Supervised, Training
-from tunelang.runtime import train
+from tunelang.runtime import train, weights
 from tunelang.runtime.bad_rows import BadRows
 from tunelang.runtime.checkpoints import Checkpoints, load_params
 from tunelang.runtime.evaluate import Evaluation, evaluate, named
@@ -416,11 +416,12 @@ class _Job:
         path = source.path
 
         def begin(optimizer: Any, program: train.Program) -> train.TrainState:
-            if path is None:
+            if path is None and model.folder is None:
                 return train.init_state(
                     model.architecture, optimizer, program, derive(seed, "weights") % 2**31, scale
                 )
-            return train.state_of(self.load(path, model, layout), optimizer, program, scale)
+            params = self.load(path, model, layout)
+            return train.state_of(params, optimizer, program, scale)
 
         if isinstance(stage, Supervised):
             trainer: Any = supervised_trainer(
@@ -447,8 +448,11 @@ class _Job:
             trainer.state = train.TrainState(params, state.optimizer, state.step, state.scale)
         return trainer, close
 
-    def load(self, path: Path, model: Model, layout: Layout) -> Any:
-        """Return the parameters of a checkpoint, placed."""
+    def load(self, path: Path | None, model: Model, layout: Layout) -> Any:
+        """Return the parameters of a checkpoint, or without one the model's own, placed."""
+        if path is None:
+            assert model.folder is not None
+            return weights.load(model.folder, model.architecture, layout)
         _, abstract = train.abstract_decoder(model.architecture, model.dtype)
         places = shardings(abstract, layout)
         shaped = jax.tree.map(
@@ -462,7 +466,7 @@ class _Job:
         """Return the parameters of the reference model of a policy stage."""
         assert isinstance(self.stage, Policy)
         source = self.run_.source(self.node, self.stage.reference or self.stage.from_)
-        if source.path is None:
+        if source.path is None and model.folder is None:
             program = train.Program(layout=layout, dtype=model.dtype)
             state = train.init_state(
                 model.architecture, optax.identity(), program, derive(seed, "weights") % 2**31

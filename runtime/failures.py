@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tunelang.compiler.content import ContentError
+from tunelang.compiler.families import BadConfigError, UnknownFamilyError
 from tunelang.compiler.graph import GraphError
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError
 from tunelang.dsl.diagnostics import Diagnostic
@@ -30,6 +31,7 @@ from tunelang.runtime.loop import DivergedError
 from tunelang.runtime.open_tokenizer import BadTokenizerError, VocabularySizeError
 from tunelang.runtime.prepare import LayoutError
 from tunelang.runtime.procedural import GeneratorError
+from tunelang.runtime.weights import BadWeightsError
 from tunelang.runtime.words import size_text
 from tunelang.runtime.workers import LoadError
 from tunelang.runtime.workshop import NotBuiltError
@@ -133,6 +135,15 @@ def _failed(error: Exception, place: _Place) -> Diagnostic:
             shown = [f"{each.place}: {row_problem(each.cause)}" for each in error.dropped.shown]
             title = f"no row of `{error.source}` can be used"
             return message("no-rows", title, place.declared(error.source), notes=shown)
+        case BadWeightsError():
+            return message(
+                "weights-fail",
+                f"{error.path}: its weights cannot be used",
+                here,
+                notes=list(error.problems),
+            )
+        case UnknownFamilyError() | BadConfigError():
+            return message("weights-fail", str(error), here)
         case BadTokenizerError():
             return message("tokenizer-fails", f"{error.path}: {error.reason}", here)
         case VocabularySizeError():

@@ -24,6 +24,7 @@ from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure, Reference
 from tunelang.dsl.vocabulary.stages import Training
+from tunelang.runtime import weights
 from tunelang.runtime.durable import StoreError, read_json, write_json
 from tunelang.runtime.open_tokenizer import open_renderer
 from tunelang.runtime.store import Store
@@ -124,10 +125,9 @@ def _steps(value: Training) -> int | None:
 def _architecture(program: Program, name: str) -> tuple[Architecture, int]:
     """Return the architecture of a declared model without reading data, and bytes of its dtype."""
     kind = program.declarations[name].value
-    if not isinstance(kind, models.Transformer):
-        from tunelang.runtime.workshop import NotBuiltError
-
-        raise NotBuiltError(f"model {name}", "reading pretrained weights")
+    if isinstance(kind, models.Pretrained):
+        folder = weights.folder_of(kind, program.folder)
+        return weights.architecture(kind, folder), DTYPE_BYTES[kind.dtype]
     tokenizer = program.declarations[kind.tokenizer.name].value
     if isinstance(tokenizer, models.Trained):
         size = tokenizer.vocabulary  # at most: fitting it takes its data

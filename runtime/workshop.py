@@ -20,6 +20,7 @@ from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import DataExpression, RewardExpression
 from tunelang.dsl.vocabulary.data import Procedural
+from tunelang.runtime import weights
 from tunelang.runtime.chat import Renderer
 from tunelang.runtime.examples import Example, texts_of
 from tunelang.runtime.open_tokenizer import open_renderer
@@ -40,6 +41,8 @@ class Model:
     renderer: Renderer
     dtype: Any
     """Of activations."""
+    folder: Path | None = None
+    """Where its weights are; None for random ones."""
 
 
 @dataclass
@@ -81,17 +84,27 @@ class Workshop:
 
     def renderer_of(self, model: str) -> Renderer:
         """Return the tokenizer of a declared model; raises what `renderer` raises."""
-        return self.renderer(self._transformer(model).tokenizer.name)
-
-    def _transformer(self, model: str) -> models.Transformer:
         kind = self.program.declarations[model].value
-        if not isinstance(kind, models.Transformer):
-            raise NotBuiltError(f"model {model}", "reading pretrained weights")
-        return kind
+        if kind.tokenizer is not None:
+            return self.renderer(kind.tokenizer.name)
+        own = models.HuggingFace.model_construct(path=kind.path, chat=None, special=())
+        return self.once(
+            ("renderer of", kind.path),
+            lambda: open_renderer(own, self.program.folder, cache=self.cache),
+        )
 
     def model(self, name: str) -> Model:
-        """Return a declared model; raises what `renderer` raises."""
-        kind, renderer = self._transformer(name), self.renderer_of(name)
+        """Return a declared model.
+
+        Raises what `renderer` raises, `BadWeightsError`, `UnknownFamilyError`, `BadConfigError`.
+        """
+        kind, renderer = self.program.declarations[name].value, self.renderer_of(name)
+        if isinstance(kind, models.Pretrained):
+            folder = weights.folder_of(kind, self.program.folder)
+            architecture = weights.architecture(kind, folder)
+            if renderer.tokenizer.size > architecture.vocabulary:
+                raise NotBuiltError(f"model {name}", "an embedding of more tokens")
+            return Model(name, architecture, renderer, DTYPES[kind.dtype], folder)
         architecture = from_transformer(kind, renderer.tokenizer.size, PRESETS)
         return Model(name, architecture, renderer, DTYPES[kind.dtype])
 

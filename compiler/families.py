@@ -1,0 +1,244 @@
+"""The families of published checkpoints: what a `config.json` says, and what tensors are called.
+
+A family is a row: how its configuration becomes an `Architecture`, and where the names of its
+tensors differ from Llama's. Names map one to one, so that the same table reads and writes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from tunelang.compiler.architecture import (
+    Architecture,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    Span,
+)
+
+Config = Mapping[str, Any]
+
+_LLAMA = {
+    "embedding": "model.embed_tokens.weight",
+    "blocks.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
+    "blocks.attention.q.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "blocks.attention.q.bias": "model.layers.{}.self_attn.q_proj.bias",
+    "blocks.attention.k.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "blocks.attention.k.bias": "model.layers.{}.self_attn.k_proj.bias",
+    "blocks.attention.v.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "blocks.attention.v.bias": "model.layers.{}.self_attn.v_proj.bias",
+    "blocks.attention.o.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "blocks.attention.o.bias": "model.layers.{}.self_attn.o_proj.bias",
+    "blocks.attention.q_norm.scale": "model.layers.{}.self_attn.q_norm.weight",
+    "blocks.attention.k_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
+    "blocks.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
+    "blocks.mlp.gate.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "blocks.mlp.gate.bias": "model.layers.{}.mlp.gate_proj.bias",
+    "blocks.mlp.up.weight": "model.layers.{}.mlp.up_proj.weight",
+    "blocks.mlp.up.bias": "model.layers.{}.mlp.up_proj.bias",
+    "blocks.mlp.down.weight": "model.layers.{}.mlp.down_proj.weight",
+    "blocks.mlp.down.bias": "model.layers.{}.mlp.down_proj.bias",
+    "norm.scale": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+"""Path of a parameter -> name of its tensor; `{}` is the layer."""
+
+_NORMS_ON_BOTH_SIDES = {
+    "blocks.attention_out_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
+    "blocks.mlp_norm.scale": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "blocks.mlp_out_norm.scale": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A row of the table."""
+
+    choices: Callable[[Config], dict[str, Any]]
+    """What of the architecture is not as in Llama."""
+    tied: bool = False
+    """Whether the head is the embedding where the configuration does not say."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What is not called as in Llama."""
+
+
+class UnknownFamilyError(Exception):
+    """A `config.json` of a `model_type` that is not in the table, whose names are `known`."""
+
+    def __init__(self, model_type: str, known: tuple[str, ...]) -> None:
+        super().__init__(f"there is no family `{model_type}`: there is {', '.join(known)}")
+        self.model_type, self.known = model_type, known
+
+
+class BadConfigError(Exception):
+    """A `config.json` that lacks something, or asks for what the decoder does not have."""
+
+
+def architecture_of(config: Config) -> Architecture:
+    """Return the architecture that a `config.json` describes.
+
+    Raises `UnknownFamilyError` and `BadConfigError`.
+    """
+    family = family_of(config)
+    try:
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        values = {
+            "vocabulary": config["vocab_size"],
+            "layers": config["num_hidden_layers"],
+            "width": width,
+            "heads": heads,
+            "kv_heads": config.get("num_key_value_heads") or heads,
+            "head_dim": config.get("head_dim") or width // heads,
+            "mlp": config["intermediate_size"],
+            "context": config["max_position_embeddings"],
+            "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+            "tied": config.get("tie_word_embeddings", family.tied),
+            **_rope(config),
+            **family.choices(config),
+        }
+        return Architecture(**values)
+    except KeyError as error:
+        raise BadConfigError(f"`config.json` lacks `{error.args[0]}`") from None
+    except (TypeError, ValueError) as error:
+        raise BadConfigError(f"`config.json`: {error}") from None
+
+
+def family_of(config: Config) -> Family:
+    """Return the row of a configuration; raises `UnknownFamilyError`."""
+    name = str(config.get("model_type", ""))
+    if name not in FAMILIES:
+        raise UnknownFamilyError(name, tuple(FAMILIES))
+    return FAMILIES[name]
+
+
+def tensor_names(family: Family, paths: Iterator[str]) -> dict[str, str]:
+    """Return the name of the tensor of each parameter, `{}` for the layer."""
+    names = {**_LLAMA, **family.names}
+    return {path: names[path] for path in paths}
+
+
+# What the configurations say.
+
+
+def _rope(config: Config) -> dict[str, Any]:
+    """Read the base and scaling of rotary embeddings, as old and new configurations have them."""
+    stated: Config = config.get("rope_parameters") or {}
+    whole: Config = stated.get("full_attention") or stated
+    local: Config | None = stated.get("sliding_attention")
+    scaling = whole or config.get("rope_scaling") or {}
+    found = {
+        "rope_base": float(whole.get("rope_theta", config.get("rope_theta", 10_000.0))),
+        "rope_scaling": _scaling(scaling),
+    }
+    base = config.get("rope_local_base_freq") if local is None else local["rope_theta"]
+    if base is not None:
+        found["rope_local_base"] = float(base)
+    return found
+
+
+def _scaling(stated: Config) -> RopeScaling | None:
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return LinearScaling(factor=float(stated["factor"]))
+        case "llama3":
+            return Llama3Scaling(
+                factor=float(stated["factor"]),
+                low_frequency=float(stated["low_freq_factor"]),
+                high_frequency=float(stated["high_freq_factor"]),
+                original_context=int(stated["original_max_position_embeddings"]),
+            )
+    raise ValueError(f"the decoder has no rotary scaling `{kind}`")
+
+
+def _biases(config: Config) -> dict[str, Any]:
+    attention = bool(config.get("attention_bias", False))
+    return {
+        "qkv_bias": attention,
+        "output_bias": attention,
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+    }
+
+
+def _windows(config: Config, spans: tuple[Span, ...]) -> dict[str, Any]:
+    """Read the shortest pattern of local and global layers; `spans` where none is stated."""
+    window = config.get("sliding_window")
+    if window is None:
+        return {}
+    stated = config.get("layer_types")
+    if stated is not None:
+        spans = tuple("local" if each == "sliding_attention" else "global" for each in stated)
+    period = next(
+        n
+        for n in range(1, len(spans) + 1)
+        if all(span == spans[at % n] for at, span in enumerate(spans))
+    )
+    pattern = spans[:period]
+    return {"pattern": pattern, "window": window} if "local" in pattern else {}
+
+
+def _llama(config: Config) -> dict[str, Any]:
+    return _biases(config)
+
+
+def _mistral(config: Config) -> dict[str, Any]:
+    return _windows(config, ("local",))
+
+
+def _qwen2(config: Config) -> dict[str, Any]:
+    windows = _windows(config, ("global",)) if config.get("use_sliding_window") else {}
+    return {"qkv_bias": True, **windows}
+
+
+def _qwen3(config: Config) -> dict[str, Any]:
+    windows = _windows(config, ("global",)) if config.get("use_sliding_window") else {}
+    return {"qk_norm": True, **_biases(config), **windows}
+
+
+def _gemma(config: Config) -> dict[str, Any]:
+    return {
+        "activation": "geglu",
+        "norm_unit_offset": True,
+        "embedding_scale": math.sqrt(config["hidden_size"]),
+        "qkv_bias": bool(config.get("attention_bias", False)),
+    }
+
+
+def _gemma2(config: Config) -> dict[str, Any]:
+    return {
+        **_gemma(config),
+        "norm_placement": "both",
+        "query_scale": config["query_pre_attn_scalar"] ** -0.5,
+        "attention_cap": config.get("attn_logit_softcapping"),
+        "logit_cap": config.get("final_logit_softcapping"),
+        **_windows(config, ("local", "global")),
+    }
+
+
+def _gemma3(config: Config) -> dict[str, Any]:
+    every = config.get("sliding_window_pattern", 6)
+    return {
+        **_gemma2(config),
+        "qk_norm": True,
+        **_windows(config, ("local",) * (every - 1) + ("global",)),
+    }
+
+
+FAMILIES: Mapping[str, Family] = MappingProxyType(
+    {
+        "llama": Family(_llama),
+        "mistral": Family(_mistral),
+        "qwen2": Family(_qwen2),
+        "qwen3": Family(_qwen3),
+        "gemma": Family(_gemma, tied=True),
+        "gemma2": Family(_gemma2, tied=True, names=_NORMS_ON_BOTH_SIDES),
+        "gemma3_text": Family(_gemma3, tied=True, names=_NORMS_ON_BOTH_SIDES),
+    }
+)
+"""`model_type` of a `config.json` -> family."""
