@@ -221,7 +221,7 @@ def _placed(leaf: _Leaf, files: Mapping[str, Path], layout: Layout) -> jax.Array
 
     def read(name: str) -> NDArray[np.float32]:
         with _opened(files[name]) as file:
-            return leaf.read(file.get_tensor(name)).astype(np.float32)
+            return leaf.read(file.get_tensor(name)).astype(np.float32, copy=False)
 
     if not leaf.stacked:
         whole: jax.Array = jax.device_put(read(leaf.name), place)
