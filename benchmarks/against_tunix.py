@@ -1,7 +1,7 @@
 """Training and sampling here against google-tunix 0.1.7, in turn, on this machine's processor.
 
-    python3 -m venv /tmp/tunix && /tmp/tunix/bin/pip install google-tunix==0.1.7
-    python benchmarks/against_tunix.py /tmp/tunix/bin/python \
+    python3 -m venv tunix-env && tunix-env/bin/pip install google-tunix==0.1.7
+    python benchmarks/against_tunix.py tunix-env/bin/python \
         --data ../shared/data/gsm8k/train.jsonl \
         --tokenizer ../shared/data/llama2-tokenizer/tokenizer.model
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tunelang.compiler.content import ContentError
-from tunelang.compiler.families import BadConfigError, UnknownFamilyError
 from tunelang.compiler.graph import GraphError
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError
 from tunelang.dsl.diagnostics import Diagnostic
@@ -98,6 +99,14 @@ class _Place:
                 return origin.span
         return self.declared(self.stage)
 
+    def model(self, folder: Path) -> Span:
+        """The path of the model that is in a folder."""
+        for each in self.program.of("model"):
+            path = getattr(each.value, "path", None)
+            if path is not None and folder in (Path(path), self.program.folder / path):
+                return self.program.origins[f"model.{each.name}.path"].span
+        return self.declared(self.stage)
+
     def declared(self, name: str) -> Span:
         """The name of a declaration; the beginning of nothing where there is none."""
         found = self.program.declarations.get(name)
@@ -136,14 +145,8 @@ def _failed(error: Exception, place: _Place) -> Diagnostic:
             title = f"no row of `{error.source}` can be used"
             return message("no-rows", title, place.declared(error.source), notes=shown)
         case BadWeightsError():
-            return message(
-                "weights-fail",
-                f"{error.path}: its weights cannot be used",
-                here,
-                notes=list(error.problems),
-            )
-        case UnknownFamilyError() | BadConfigError():
-            return message("weights-fail", str(error), here)
+            title = f"the weights in `{error.path.name}` cannot be used"
+            return message("weights-fail", title, place.model(error.path), notes=error.problems)
         case BadTokenizerError():
             return message("tokenizer-fails", f"{error.path}: {error.reason}", here)
         case VocabularySizeError():

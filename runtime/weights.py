@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from tunelang.compiler.architecture import Architecture
-from tunelang.compiler.families import Config, architecture_of, family_of, tensor_names
+from tunelang.compiler.families import (
+    BadConfigError,
+    Config,
+    UnknownFamilyError,
+    architecture_of,
+    family_of,
+    tensor_names,
+)
 from tunelang.dsl.vocabulary.models import Pretrained
 from tunelang.runtime.sharding import Layout, logical_axes
 from tunelang.runtime.train import abstract_decoder
@@ -99,9 +106,12 @@ def folder_of(kind: Pretrained, beside: Path) -> Path:
 def architecture(kind: Pretrained, folder: Path) -> Architecture:
     """Return the architecture of a declared model.
 
-    Raises `BadWeightsError`, `UnknownFamilyError` and `BadConfigError`.
+    Raises `BadWeightsError`.
     """
-    found = architecture_of(configuration(folder))
+    try:
+        found = architecture_of(configuration(folder))
+    except (BadConfigError, UnknownFamilyError) as error:
+        raise BadWeightsError(folder, (str(error),)) from None
     return found if kind.context is None else replace(found, context=kind.context)
 
 

@@ -96,7 +96,7 @@ class Workshop:
     def model(self, name: str) -> Model:
         """Return a declared model.
 
-        Raises what `renderer` raises, `BadWeightsError`, `UnknownFamilyError`, `BadConfigError`.
+        Raises what `renderer` raises, and `BadWeightsError`.
         """
         kind, renderer = self.program.declarations[name].value, self.renderer_of(name)
         if isinstance(kind, models.Pretrained):

@@ -132,3 +132,4 @@ def test_a_folder_that_cannot_be_used(spec: Path, damage: Any, words: str) -> No
     assert done.returncode == 3, done.stderr
     assert "error[weights-fail]" in done.stderr
     assert words in done.stderr
+    assert "pretrained.tune:3:35" in done.stderr
