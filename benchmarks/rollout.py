@@ -24,7 +24,8 @@ from flax import nnx
 from tunelang.compiler.architecture import Architecture, parameter_count
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.decode_loop import Admission, Engine, Prefilled, Slots, make_engine
-from tunelang.runtime.decoder import DTYPES, Decoder
+from tunelang.runtime.decoder import Decoder
+from tunelang.runtime.layers import DTYPES
 from tunelang.runtime.rollout import Prompt, Rollouts, rollout
 from tunelang.runtime.sharding import make_layout, shardings
 

@@ -81,7 +81,7 @@ def main() -> None:
     times = []
     for _ in range(given.calls + 1):
         start = time.perf_counter()
-        state, metrics = step(state, batch)
+        state, metrics = step(state, state.frozen, batch)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
     rate = given.steps * given.batch * given.length / statistics.median(times[1:])

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from tunelang.compiler.adapters import Adapter, Storage, adapter_parameters
 from tunelang.dsl.vocabulary.models import Transformer
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
@@ -101,6 +102,11 @@ class Architecture:
     dropout: float = 0.0
     """Dropout of the embedding and of each sub-layer's output, while training."""
 
+    adapters: tuple[Adapter, ...] = ()
+    """On top of each other. With some, all but the last is frozen."""
+    storage: Storage = "f32"
+    """How the matrices are kept; in less than float32 only beside adapters."""
+
     def __post_init__(self) -> None:
         sizes = ("vocabulary", "layers", "width", "heads", "kv_heads", "head_dim", "mlp", "context")
         for name in sizes:
@@ -116,6 +122,10 @@ class Architecture:
             raise ValueError("local layers need a window of at least 1 token")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, and has to be in [0, 1)")
+        if self.storage != "f32" and not self.adapters:
+            raise ValueError(f"weights in {self.storage} are frozen, and there is no adapter")
+        if self.storage == "nf4" and (self.head_dim % 2 or self.mlp % 2 or self.width % 2):
+            raise ValueError("nf4 needs an even width, head_dim and mlp: two weights share a byte")
 
     @property
     def gated(self) -> bool:
@@ -126,6 +136,11 @@ class Architecture:
     def spans(self) -> tuple[Span, ...]:
         """Local or global, for each layer."""
         return tuple(self.pattern[layer % len(self.pattern)] for layer in range(self.layers))
+
+
+def plain(architecture: Architecture) -> Architecture:
+    """Return the architecture without adapters."""
+    return replace(architecture, adapters=(), storage="f32")
 
 
 def _block_parameters(architecture: Architecture) -> dict[str, int]:
@@ -146,11 +161,18 @@ def _block_parameters(architecture: Architecture) -> dict[str, int]:
 
 
 def parameter_count(architecture: Architecture) -> int:
-    """How many numbers are trained; a tied head is counted once."""
+    """How many numbers there are beside adapters; a tied head is counted once."""
     a = architecture
     tables = a.vocabulary * (1 if a.tied else 2) + (a.context if a.position == "learned" else 0)
     final_norm = a.width * (2 if a.norm == "layer" else 1)
     return tables * a.width + final_norm + a.layers * sum(_block_parameters(a).values())
+
+
+def trained_count(architecture: Architecture) -> int:
+    """How many numbers are trained: those of the last adapter, or all."""
+    if not architecture.adapters:
+        return parameter_count(architecture)
+    return adapter_parameters(architecture, architecture.adapters[-1])
 
 
 def matmul_parameters(architecture: Architecture) -> int:
@@ -185,9 +207,14 @@ def forward_flops(architecture: Architecture, length: int) -> float:
 
 def train_flops(architecture: Architecture, length: int) -> float:
     """FLOPs of one token's forward and backward pass: three times the forward pass, without what
-    rematerialisation repeats.
+    rematerialisation repeats. Frozen matrices have no gradient of their own.
     """
-    return 3.0 * forward_flops(architecture, length)
+    a = architecture
+    if not a.adapters:
+        return 3.0 * forward_flops(a, length)
+    adapters = sum(adapter_parameters(a, each) for each in a.adapters)
+    frozen = 2.0 * matmul_parameters(a)
+    return 3.0 * forward_flops(a, length) - frozen + 6.0 * adapters
 
 
 def kv_bytes_per_token(architecture: Architecture, bytes_per_value: int) -> int:

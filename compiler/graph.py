@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import networkx as nx
 
@@ -178,6 +178,26 @@ def models_of(graph: StageGraph, node: str) -> tuple[str, ...]:
         seen.update(new)
         pending += new
     return tuple(found)
+
+
+def loras_of(graph: StageGraph, node: str) -> tuple[training.Lora, ...]:
+    """The adapters of the weights that a node works with, the one that it trains last.
+
+    Where the branches of a sweep that it starts from differ in theirs, the first branch decides.
+    """
+    found: list[training.Lora] = []
+    while True:
+        value: Any = graph.nodes[node].value
+        adapter = getattr(value, "adapter", None)
+        if not isinstance(adapter, training.Adapter):
+            break
+        if isinstance(adapter, training.Lora):  # one that is continued is of a stage below
+            found.append(adapter)
+        read = next((e for e in graph.nodes[node].inputs if e.stage == value.from_.name), None)
+        if read is None:
+            break
+        node = read.nodes[0]
+    return tuple(reversed(found))
 
 
 # Building.

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from tunelang.compiler.adapters import STORED_BYTES, adapter_parameters
 from tunelang.compiler.architecture import (
     Architecture,
     forward_flops,
     kv_bytes_per_token,
     parameter_count,
     train_flops,
+    trained_count,
 )
 from tunelang.compiler.hardware import Chip, Devices
 from tunelang.dsl.vocabulary.stages import Policy, Supervised, Training
@@ -214,7 +216,8 @@ def _estimated(
     devices = math.prod(layout.mesh.values())
     tensor = layout.mesh["tensor"]
     split = layout.mesh["fsdp"] * tensor
-    parameters = parameter_count(a)
+    parameters, trained = parameter_count(a), trained_count(a)
+    held = _held(a, dtype_bytes)
     moments = {AdamW: 2, Muon: 2, Lion: 1, Sgd: 1}.get(type(stage.optimizer), 2)
     shards = layout.mesh["data"] * layout.mesh["fsdp"]
     local = layout.rows // shards // layout.micro_batches
@@ -222,13 +225,14 @@ def _estimated(
     tokens = micro * layout.micro_batches
     chunk = local * min(CHUNK, scored)
     memory = {
-        "parameters": 4 * parameters // split,
-        "optimizer": 4 * moments * parameters // split,
-        "gradients": 4 * parameters // split * (1 if layout.micro_batches == 1 else 2),
+        "parameters": held // split,
+        "optimizer": 4 * moments * trained // split,
+        "gradients": 4 * trained // split * (1 if layout.micro_batches == 1 else 2),
         "activations": _activations(a, layout, micro, dtype_bytes) // tensor,
         "logits": 2 * 4 * chunk * a.vocabulary // tensor,
     }
-    if split > tensor or dtype_bytes < 4:  # the layer at work, and the head, gathered
+    # The layer at work, and the head: gathered, or in another form.
+    if split > tensor or dtype_bytes < STORED_BYTES[a.storage] or a.storage in ("nf4", "int8"):
         memory["gathered"] = (
             dtype_bytes * (parameters // a.layers + a.vocabulary * a.width) // tensor
         )
@@ -236,6 +240,7 @@ def _estimated(
     flops = train_flops(a, layout.length) * step_tokens
     costs = _REMAT_COST if chip.cache is None else _REMAT_COST_CPU
     work = forward_flops(a, layout.length) * step_tokens * costs[layout.remat]
+    work *= train_flops(a, layout.length) / (3 * forward_flops(a, layout.length))
     work *= 1 + _MICRO_OVERHEAD * (layout.micro_batches - 1)
     if chip.cache is not None and memory["activations"] > chip.cache:
         work *= _CACHE_MISSES
@@ -252,14 +257,18 @@ def _estimated(
         sampled = step_tokens * stage.minibatches
         flops += forward_flops(a, layout.length) * sampled
         work += 2 * forward_flops(a, layout.length) * sampled
-        if chip.cache is not None or dtype_bytes < 4:  # copied ahead of the loop
+        quantised = a.storage in ("nf4", "int8")
+        if not quantised and (
+            chip.cache is not None or dtype_bytes < 4
+        ):  # copied ahead of the loop
             memory["decoding"] = dtype_bytes * parameters // split
         if stage.kl is not None:
-            memory["reference"] = 4 * parameters // split
+            if not a.adapters or stage.reference is not None:  # else the adapter's beginning
+                memory["reference"] = 4 * parameters // split
             work += forward_flops(a, layout.length) * sampled
     seconds = work / (devices * chip.peak * EFFICIENCY)
     if devices > 1:
-        seconds += _communication(a, layout, parameters, tokens, dtype_bytes) / chip.link
+        seconds += _communication(a, layout, parameters, trained, tokens, dtype_bytes) / chip.link
     return replace(layout, memory=memory, flops=flops, seconds=seconds, slots=slots)
 
 
@@ -272,6 +281,15 @@ def _tokens(stage: Training, layout: StageLayout, local: int) -> tuple[int, int]
     completion = min(stage.rollout.max_tokens, layout.length)
     prompts = local // math.gcd(stage.group, local)
     return prompts * (layout.length - completion) + local * completion, completion
+
+
+def _held(a: Architecture, dtype_bytes: int) -> int:
+    """Bytes of all parameters."""
+    tables = a.vocabulary * a.width * (1 if a.tied else 2)
+    per_table = dtype_bytes if a.storage in ("nf4", "int8") else STORED_BYTES[a.storage]
+    blocks = parameter_count(a) - tables
+    adapters = sum(adapter_parameters(a, each) for each in a.adapters)
+    return int(STORED_BYTES[a.storage] * blocks + per_table * tables + 4 * adapters)
 
 
 def _slots(stage: Policy) -> int:
@@ -290,7 +308,12 @@ def _activations(a: Architecture, layout: StageLayout, tokens: int, dtype_bytes:
 
 
 def _communication(
-    a: Architecture, layout: StageLayout, parameters: int, tokens: int, dtype_bytes: int
+    a: Architecture,
+    layout: StageLayout,
+    parameters: int,
+    trained: int,
+    tokens: int,
+    dtype_bytes: int,
 ) -> float:
     """Bytes that each device exchanges in a step: gradients summed over copies, parameters gathered
     for each pass, activations summed over the tensor axis.
@@ -298,10 +321,10 @@ def _communication(
     data, fsdp, tensor = (layout.mesh[name] for name in ("data", "fsdp", "tensor"))
     total = 0.0
     if data > 1:
-        total += 2 * 4 * parameters / (fsdp * tensor) * (data - 1) / data
+        total += 2 * 4 * trained / (fsdp * tensor) * (data - 1) / data
     if fsdp > 1:
-        gathers = 2 * dtype_bytes * layout.micro_batches + 4
-        total += gathers * parameters / tensor * (fsdp - 1) / fsdp
+        gathered = 2 * min(dtype_bytes, STORED_BYTES[a.storage]) * layout.micro_batches * parameters
+        total += (gathered + 4 * trained) / tensor * (fsdp - 1) / fsdp
     if tensor > 1:
         total += 8 * a.layers * tokens * a.width * dtype_bytes * (tensor - 1) / tensor
     return total

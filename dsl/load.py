@@ -81,9 +81,13 @@ class _Loader:
     def _import(self, module: Module, item: syntax.Import) -> None:
         here = module.file.source
         path = here.folder / item.path.value
-        resolved = path.resolve()
         if item.prefix is not None:
             module.broken.add(item.prefix.text)
+        try:
+            resolved = path.resolve()
+        except (OSError, ValueError) as error:  # a NUL in the path, a loop of links
+            self._unreadable(module, item, path, error)
+            return
         if resolved in [entry for entry, _ in self.stack]:
             start = [entry for entry, _ in self.stack].index(resolved)
             cycle = [name for _, name in self.stack[start:]]
@@ -94,9 +98,7 @@ class _Loader:
             try:
                 source = read(path, _display(here.name, item.path.value))
             except (OSError, ValueError) as error:
-                self.diagnostics.add(messages.unreadable_import(item.path.span, path, error))
-                if item.prefix is None:
-                    module.anything = True
+                self._unreadable(module, item, path, error)
                 return
             tree = self.files[resolved] = self._parse(source)
         prefix = f"{module.prefix}{item.prefix.text}." if item.prefix else module.prefix
@@ -113,6 +115,13 @@ class _Loader:
             if taken is not None:
                 self.diagnostics.add(messages.name_taken(item.prefix.span, taken))
             module.prefixes[item.prefix.text] = imported
+
+    def _unreadable(
+        self, module: Module, item: syntax.Import, path: Path, error: Exception
+    ) -> None:
+        self.diagnostics.add(messages.unreadable_import(item.path.span, path, error))
+        if item.prefix is None:
+            module.anything = True
 
     def _arguments(self, module: Module, imported: Module, item: syntax.Import) -> None:
         params = [

@@ -209,11 +209,17 @@ def _start(book: Book, declared: Declared, stage: stages.Training) -> None:
     if start is not None and start.kind == "export":
         book.add(messages.yields_no_model(book.span(declared, "from"), start))
         return
-    model = book.model_of(stage.from_)
+    if start is None:
+        return
+    model, span = start.value, book.span(declared, "from")
     if isinstance(model, models.Pretrained) and model.weights and stage.adapter is None:
-        book.add(
-            messages.quantized_without_adapter(book.span(declared, "from"), declared, model.weights)
-        )
+        book.add(messages.quantized_without_adapter(span, declared, model.weights))
+    if isinstance(model, models.Transformer) and isinstance(stage.adapter, training.Lora):
+        book.add(messages.adapter_of_random(span, start))
+    if isinstance(stage.adapter, training.Continued):
+        starts = [branch.value for branch in start.branches] or [start.value]
+        if any(getattr(value, "adapter", None) is None for value in starts):
+            book.add(messages.nothing_to_continue(book.span(declared, "adapter"), start))
 
 
 def _warmup(book: Book, declared: Declared, stage: stages.Training) -> None:

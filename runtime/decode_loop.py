@@ -166,7 +166,9 @@ def make_engine(
         raise ValueError(f"refilled when {refill_at} of {slots} slots are free")
     graph, _ = abstract_decoder(architecture, dtype)
     # Where every turn would convert or copy the weights, that is done once, ahead of the loop.
-    ahead = dtype != jnp.float32 or _platform(layout) == "cpu"
+    # Quantised ones are not: the copy would take the memory that they save.
+    quantised = architecture.storage in ("nf4", "int8")
+    ahead = not quantised and (dtype != jnp.float32 or _platform(layout) == "cpu")
 
     def empty(rows: int, max_tokens: int, penalised: bool) -> Slots:
         state = _empty(architecture, slots, capacity, dtype, rows, max_tokens, penalised)
@@ -186,13 +188,18 @@ def make_engine(
             free = slots - jnp.sum(state.active, dtype=jnp.int32)
             return (free < jnp.asarray(request.until_free)) & (turns < jnp.asarray(request.most))
 
+        decoder: Decoder = nnx.merge(graph, params)
+        if ahead and architecture.adapters:
+            decoder = decoder.merged()
+        values = nnx.split(decoder)
+
         def turn(carry: tuple[Slots, Array]) -> tuple[Slots, Array]:
             state, turns = carry
-            decoder: Decoder = nnx.merge(graph, params)
+            decoder: Decoder = nnx.merge(*values)
             weights = decoder.unstacked() if copied is None else copied
             return _placed(layout, _turn(decoder, weights, state, request, layout)), turns + 1
 
-        copied = nnx.merge(graph, params).unstacked() if ahead else None
+        copied = decoder.unstacked() if ahead else None
         state = replace(state, active=state.active & keep)
         return jax.lax.while_loop(going, turn, (state, jnp.zeros((), jnp.int32)))
 

@@ -18,16 +18,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tunelang.compiler.architecture import Architecture, Span
+from tunelang.compiler.architecture import Architecture, Span, plain
 from tunelang.runtime import rope
 from tunelang.runtime.attention import Kernel, cached_attention, prefixed_attention, self_attention
-from tunelang.runtime.layers import Block, Norm, dropout, normal, parameter
+from tunelang.runtime.layers import (
+    DTYPES,
+    Block,
+    LowRank,
+    Norm,
+    Parameter,
+    adapters_on,
+    dropout,
+    normal,
+    parameter,
+    replaced,
+)
+from tunelang.runtime.products import product
 from tunelang.runtime.sharding import Layout, constrain
 
 Remat = Literal["none", "dots", "full"]
-DTYPES: dict[str, Any] = {"f32": jnp.float32, "bf16": jnp.bfloat16}
-"""The language's word for a precision of activations -> dtype."""
-
 RESIDUAL = ("batch", "length", None)
 """Logical axes of the residual stream."""
 KEYS = ("batch", "kv_heads", "head_dim", "length")
@@ -62,7 +71,8 @@ class Unstacked(NamedTuple):
 class Decoder(nnx.Module):
     """A decoder-only transformer: tokens to hidden states, to logits, one token at a time.
 
-    Parameters are float32; activations have `dtype`, float32 or bfloat16.
+    Parameters are float32, and frozen matrices as the architecture's `storage` says; activations
+    have `dtype`, float32 or bfloat16.
     """
 
     def __init__(
@@ -80,8 +90,11 @@ class Decoder(nnx.Module):
         # With this deviation, the logits of a tied head start with variance 1. Where embeddings
         # are scaled up by `sqrt(width)`, they then enter with variance 1 as well.
         deviation = a.width**-0.5
-        table = normal(rngs, (a.vocabulary, a.width), deviation)
+        stored = DTYPES.get(a.storage, dtype)
+        vocabulary, width = {"vocab": a.vocabulary}, {"embed": a.width}
+        table = normal(rngs, (a.vocabulary, a.width), deviation).astype(stored)
         self.embedding = parameter(table, "vocab", "embed")
+        self.embedding_adapters = adapters_on(a, "embedding", rngs, vocabulary, width)
         self.positions = (
             parameter(normal(rngs, (a.context, a.width), deviation), "position", "embed")
             if a.position == "learned"
@@ -92,8 +105,11 @@ class Decoder(nnx.Module):
         self.head = (
             None
             if a.tied
-            else parameter(normal(rngs, (a.vocabulary, a.width), deviation), "vocab", "embed")
+            else parameter(
+                normal(rngs, (a.vocabulary, a.width), deviation).astype(stored), "vocab", "embed"
+            )
         )
+        self.head_adapters = adapters_on(a, "head", rngs, vocabulary, width)
 
     def __call__(
         self,
@@ -205,9 +221,13 @@ class Decoder(nnx.Module):
         reads in place where the compiler can (XLA on GPU and TPU; on CPU it copies them).
         """
         _, stacked = nnx.split(self.blocks)
-        stacked = jax.tree.map(
-            lambda array: array.astype(self.dtype) if array.ndim > 2 else array, stacked
-        )
+
+        def read(path: tuple[Any, ...], each: nnx.Variable[Any]) -> Any:
+            array = each.get_value()
+            matrix = path[-1] == "weight" and jnp.issubdtype(array.dtype, jnp.floating)
+            return each.replace(array.astype(self.dtype)) if matrix else each
+
+        stacked = nnx.map_state(read, stacked)
         blocks = tuple(
             jax.tree.map(lambda array, index=index: array[index], stacked)
             for index in range(self.architecture.layers)
@@ -262,9 +282,46 @@ class Decoder(nnx.Module):
         return self.norm(x)[:, 0], cache
 
     def head_weight(self) -> jax.Array:
-        """Return the output head `[vocab, width]`, float32: its own, or the embedding."""
-        weight: jax.Array = (self.embedding if self.head is None else self.head)[...]
-        return weight
+        """Return the output head `[vocab, width]`: its own, or the embedding."""
+        if self.head is None:
+            return _updated(self.embedding, self.embedding_adapters)
+        return _updated(self.head, self.head_adapters)
+
+    def merged(self) -> Decoder:
+        """Return the decoder whose weights, float32, are these with the adapters in them."""
+        decoder: Decoder = nnx.merge(*nnx.split(self))
+        graph, stacked = nnx.split(self.blocks)
+        folded: Any = None
+
+        def fold(own: Any) -> Any:
+            nonlocal folded
+            block: Block = nnx.merge(graph, own)
+            for linear in block.linears:
+                linear.fold()
+            folded, state = nnx.split(block)
+            return state
+
+        stacked = jax.vmap(fold)(stacked)
+        decoder.blocks = nnx.merge(folded, stacked)
+        table = _updated(self.embedding, self.embedding_adapters)
+        decoder.embedding = replaced(self.embedding, table.astype(jnp.float32))
+        if self.head is not None:
+            decoder.head = replaced(self.head, self.head_weight().astype(jnp.float32))
+        decoder.embedding_adapters, decoder.head_adapters = nnx.Dict(), nnx.Dict()
+        decoder.architecture = plain(self.architecture)
+        return decoder
+
+    def measure(self) -> None:
+        """Set the magnitudes of the adapters to the lengths of the columns that they are of."""
+        graph, stacked = nnx.split(self.blocks)
+
+        def one(own: Any) -> Any:
+            block: Block = nnx.merge(graph, own)
+            for linear in block.linears:
+                linear.measure()
+            return nnx.split(block)[1]
+
+        self.blocks = nnx.merge(graph, jax.vmap(one)(stacked))
 
     def logits(self, hidden: jax.Array, weights: Unstacked | None = None) -> jax.Array:
         """Capped logits `[..., vocab]`, float32, of hidden states `[..., width]`.
@@ -302,6 +359,9 @@ class Decoder(nnx.Module):
         # Whole rows: a look-up in split ones makes the compiler replicate its result.
         table = constrain(layout, self.embedding[...], ("vocab", None))
         x = table[tokens].astype(self.dtype)
+        for adapter in self.embedding_adapters.values():
+            low = constrain(layout, adapter.a[...], ("vocab", None))[tokens]
+            x = x + adapter.scale * product(low, adapter.b[...]).astype(self.dtype)
         x = x * jnp.asarray(self.architecture.embedding_scale, self.dtype)
         if self.positions is not None:
             x = x + self.positions[...][positions].astype(self.dtype)
@@ -397,6 +457,13 @@ class Decoder(nnx.Module):
             carry, extra = apply(carry, own, a.spans[index], jnp.asarray(index), False)
             extras.append(jax.tree.map(lambda array: array[None], extra))
         return carry, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *extras)
+
+
+def _updated(table: Parameter, adapters: nnx.Dict[LowRank]) -> jax.Array:
+    weight: jax.Array = table[...]
+    for adapter in adapters.values():
+        weight = weight + adapter.update()
+    return weight
 
 
 def _fold(keys: jax.Array, data: jax.Array) -> jax.Array:

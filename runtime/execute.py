@@ -7,32 +7,33 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
 
+from tunelang.compiler.architecture import Architecture, plain
 from tunelang.compiler.graph import Input, StageNode
 from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.rules import references_in
-from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.stages import Policy, Supervised, Training
-from tunelang.runtime import train, weights
+from tunelang.runtime import train
 from tunelang.runtime.bad_rows import BadRows
 from tunelang.runtime.checkpoints import Checkpoints, load_params
 from tunelang.runtime.evaluate import Evaluation, evaluate, named
 from tunelang.runtime.locks import Holder
 from tunelang.runtime.loop import Interrupted, Loop, Reporter, Trainer
+from tunelang.runtime.origins import Origin, Origins, loaded, starting
 from tunelang.runtime.permutation import derive
 from tunelang.runtime.policy import policy_trainer
 from tunelang.runtime.prepare import Prepared
 from tunelang.runtime.recorder import Recorder, open_trackers
 from tunelang.runtime.rewards import Reward
-from tunelang.runtime.sharding import Layout, make_layout, shardings
+from tunelang.runtime.sharding import Layout, make_layout
 from tunelang.runtime.store import StageFolder, Store
 from tunelang.runtime.supervised import supervised_trainer
 from tunelang.runtime.workshop import Model, NotBuiltError, Workshop
@@ -68,35 +69,6 @@ class HardwareMissingError(Exception):
         super().__init__(wanted, there)
         self.wanted = wanted
         self.there = there
-
-
-class MissingInputError(Exception):
-    """A stage would read one that is left out of the run and not done: `stage`, `missing`."""
-
-    def __init__(self, stage: str, missing: str) -> None:
-        super().__init__(stage, missing)
-        self.stage = stage
-        self.missing = missing
-
-
-class NoMetricError(Exception):
-    """No branch of a sweep has the metric that decides it: `stage`, `metric`, `known`."""
-
-    def __init__(self, stage: str, metric: str, known: tuple[str, ...]) -> None:
-        super().__init__(stage, metric, known)
-        self.stage = stage
-        self.metric = metric
-        self.known = known
-
-
-class NoCheckpointError(Exception):
-    """A stage is to start from a step that another one did not keep: `stage`, `step`, `kept`."""
-
-    def __init__(self, stage: str, step: int, kept: tuple[int, ...]) -> None:
-        super().__init__(stage, step, kept)
-        self.stage = stage
-        self.step = step
-        self.kept = kept
 
 
 class StageFailed(Exception):
@@ -162,14 +134,20 @@ class _Run:
     reporter: RunReporter
     stopping: Callable[[], bool] = lambda: False
     workshop: Workshop = field(init=False)
+    origins: Origins = field(init=False)
     _told: int = 0
     """Bad rows that the user knows of."""
-    _selected: set[tuple[str, str]] = field(default_factory=set)
-    """Winners that the user knows of."""
 
     def __post_init__(self) -> None:
         self.workshop = Workshop(
             self.prepared.program, self.store.root / "cache", tuple(jax.devices())
+        )
+        self.origins = Origins(
+            self.prepared.plan,
+            self.prepared.graph,
+            self.store,
+            self.workshop,
+            self.reporter.selected,
         )
 
     def stage(self, planned: StagePlan) -> None:
@@ -180,7 +158,7 @@ class _Run:
             self.reporter.waiting(planned, holder)
 
         if planned.state.kind == "up to date":
-            self.reporter.finished(planned, self.summary(planned.node), True)
+            self.reporter.finished(planned, self.origins.summary(planned.node), True)
             return
         with self.store.hold(planned.digest, wait=None, on_wait=waits) as folder:
             held = folder.done()
@@ -189,14 +167,6 @@ class _Run:
                 return
             summary = self.work(planned, folder)
         self.reporter.finished(planned, summary, False)
-
-    def summary(self, node: str) -> Summary:
-        """Return what a finished stage said of itself; raises `MissingInputError`."""
-        held = self.store.folder(self.prepared.plan.by_node[node].digest).done()
-        if held is None:
-            raise MissingInputError("", node)
-        found: Summary = held["summary"]
-        return found
 
     def work(self, planned: StagePlan, folder: StageFolder) -> Summary:
         """Do a stage from its beginning, or from its last checkpoint."""
@@ -235,70 +205,6 @@ class _Run:
             self.reporter.bad_rows(bad)
             self._told = bad.total
 
-    # What a stage reads.
-
-    def source(self, node: StageNode, reference: Reference) -> Source:
-        """Return the weights that a reference to a model or a stage stands for, as it is in a node.
-
-        Raises `MissingInputError`, `NoMetricError`, `NoCheckpointError`.
-        """
-        if reference.noun == "model":
-            return Source(reference.name, None, None, {})
-        read = next(each for each in node.inputs if each.stage == reference.name)
-        name = self.winner(read)
-        summary = self.summary(name)
-        folder = self.store.folder(self.prepared.plan.by_node[name].digest)
-        step = int(summary["steps"]) if reference.step is None else reference.step
-        if step not in folder.steps():
-            raise NoCheckpointError(reference.name, step, folder.steps())
-        evals = summary["evals"] if reference.step is None else {}
-        return Source(summary["model"], folder.checkpoints / str(step), name, evals)
-
-    def winner(self, read: Input) -> str:
-        """Return the node that an input stands for; raises `NoMetricError`."""
-        if read.selection is None:
-            return read.nodes[0]
-        metric = read.selection.metric
-        found: list[tuple[float, str, str]] = []
-        known: dict[str, None] = {}
-        for node in read.nodes:
-            metrics = self.summary(node)["metrics"]
-            known.update(dict.fromkeys(metrics))
-            value = metric_of(self.workshop, metrics, metric)
-            if value is not None and value == value:
-                found.append((value, self.prepared.plan.by_node[node].digest, node))
-        if not found:
-            raise NoMetricError(read.stage, metric, tuple(known))
-        sign = -1.0 if read.selection.direction == "best" else 1.0
-        value, _, node = min(found, key=lambda each: (sign * each[0], each[1]))
-        if (read.stage, node) not in self._selected:
-            self._selected.add((read.stage, node))
-            self.reporter.selected(read, node, value)
-        return node
-
-
-@dataclass(frozen=True)
-class Source:
-    """Weights to start from."""
-
-    model: str
-    """The declared model."""
-    path: Path | None
-    """The checkpoint; None for the declared model itself."""
-    node: str | None
-    evals: Mapping[str, Mapping[str, float]]
-    """Digest of an eval -> what it found for these weights."""
-
-
-def metric_of(workshop: Workshop, metrics: Mapping[str, float], name: str) -> float | None:
-    """Return a metric by the name that a spec uses: an eval's bare name is its first metric."""
-    if name in metrics:
-        return metrics[name]
-    declared = workshop.program.declarations.get(name)
-    if declared is not None and declared.noun == "eval":
-        return metrics.get(f"{name}.{next(iter(declared.value.metrics))}")
-    return None
-
 
 @dataclass
 class _Job:
@@ -317,7 +223,7 @@ class _Job:
         begun = time.time()
         run.reporter.stage(self.planned, None)
         run.reporter.doing("opening")
-        source = run.source(self.node, self.stage.from_)
+        source = run.origins.of(self.node, self.stage.from_)
         model = workshop.model(source.model)
         planned = run.prepared.layouts[self.planned.node]
         layout = make_layout(**planned.mesh, devices=workshop.devices)
@@ -326,7 +232,10 @@ class _Job:
             seed = derive(run.prepared.program.run.seed, "stage")
         if start == 0:
             self.evals = {digest: dict(found) for digest, found in source.evals.items()}
-        trainer, close = self.trainer(source, model, layout, seed, start)
+        weights = derive(seed, "weights") % 2**31
+        architecture, params = starting(source, self.stage.adapter, model, layout, weights)
+        model = replace(model, architecture=architecture)
+        trainer, close = self.trainer(params, model, layout, seed, start)
         try:
             return self._train(trainer, model, layout, source, start, begun)
         finally:
@@ -337,7 +246,7 @@ class _Job:
         trainer: Trainer,
         model: Model,
         layout: Layout,
-        source: Source,
+        source: Origin,
         start: int,
         begun: float,
     ) -> Summary:
@@ -356,7 +265,7 @@ class _Job:
                 count = self.updates(start)
                 where = state.step.sharding
                 step = jax.device_put(np.int32(count), where)
-                restored = train.TrainState(params, moments, step, state.scale)
+                restored = replace(state, params=params, optimizer=moments, step=step)
                 trainer.resume(restored, progress["trainer"])
             trackers = open_trackers(
                 run.prepared.program.run.track, self.folder, self.planned.node, start
@@ -406,22 +315,31 @@ class _Job:
         return frozenset(found)
 
     def trainer(
-        self, source: Source, model: Model, layout: Layout, seed: int, start: int
+        self, params: Any, model: Model, layout: Layout, seed: int, start: int
     ) -> tuple[Trainer, Callable[[], None]]:
         """Open the stage's data and programs; returns also what to call at the end."""
         run, workshop, stage = self.run_, self.run_.workshop, self.stage
         planned = run.prepared.layouts[self.planned.node]
         scale = stage.optimizer.lr
-        # At the last step there is nothing to train: only its evals may be missing.
-        path = source.path
+        architecture = model.architecture
 
         def begin(optimizer: Any, program: train.Program) -> train.TrainState:
-            if path is None and model.folder is None:
-                return train.init_state(
-                    model.architecture, optimizer, program, derive(seed, "weights") % 2**31, scale
-                )
-            params = self.load(path, model, layout)
-            return train.state_of(params, optimizer, program, scale)
+            return train.state_of(architecture, params, optimizer, program, scale)
+
+        # What an adapter leaves frozen and its beginning are the model that it starts from.
+        start_of_adapter = None
+        if isinstance(stage, Policy) and stage.adapter is not None and stage.reference is None:
+            own, frozen = train.divided(architecture, params)
+            start_of_adapter = train.whole(jax.tree.map(jnp.copy, own), frozen)
+
+        def reference() -> tuple[Architecture, Any]:
+            assert isinstance(stage, Policy)
+            if start_of_adapter is not None:
+                return architecture, start_of_adapter
+            origin = run.origins.of(self.node, stage.reference or stage.from_)
+            return plain(architecture), loaded(
+                origin, model, layout, derive(seed, "weights") % 2**31
+            )
 
         if isinstance(stage, Supervised):
             trainer: Any = supervised_trainer(
@@ -434,7 +352,7 @@ class _Job:
             try:
                 trainer = policy_trainer(
                     workshop, stage, model, planned, layout, seed, begin,
-                    lambda: self.reference(model, layout, seed), reward, self.marks(),
+                    reference, reward, self.marks(),
                 )  # fmt: skip
             except BaseException:
                 close()
@@ -443,36 +361,10 @@ class _Job:
             raise NotBuiltError(f"stage {self.planned.stage}", f"the kind `{self.planned.kind}`")
         if start and start == trainer.steps:
             self.folder.forget_evals(start)
-            params = self.load(self.folder.checkpoints / str(start), model, layout)
             state = trainer.state
-            trainer.state = train.TrainState(params, state.optimizer, state.step, state.scale)
+            path = self.folder.checkpoints / str(start)
+            trainer.state = replace(state, params=load_params(path, state.params))
         return trainer, close
-
-    def load(self, path: Path | None, model: Model, layout: Layout) -> Any:
-        """Return the parameters of a checkpoint, or without one the model's own, placed."""
-        if path is None:
-            assert model.folder is not None
-            return weights.load(model.folder, model.architecture, layout)
-        _, abstract = train.abstract_decoder(model.architecture, model.dtype)
-        places = shardings(abstract, layout)
-        shaped = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            abstract,
-            places,
-        )
-        return load_params(path, shaped)
-
-    def reference(self, model: Model, layout: Layout, seed: int) -> Any:
-        """Return the parameters of the reference model of a policy stage."""
-        assert isinstance(self.stage, Policy)
-        source = self.run_.source(self.node, self.stage.reference or self.stage.from_)
-        if source.path is None and model.folder is None:
-            program = train.Program(layout=layout, dtype=model.dtype)
-            state = train.init_state(
-                model.architecture, optax.identity(), program, derive(seed, "weights") % 2**31
-            )
-            return state.params
-        return self.load(source.path, model, layout)
 
     def evaluate(
         self, recorder: Recorder, model: Model, params: Any, layout: Layout, step: int

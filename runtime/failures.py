@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tunelang.compiler.adapters import NoTargetError
 from tunelang.compiler.content import ContentError
 from tunelang.compiler.graph import GraphError
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError
@@ -23,13 +24,11 @@ from tunelang.runtime.checkpoints import CheckpointError
 from tunelang.runtime.durable import StoreError
 from tunelang.runtime.execute import (
     HardwareMissingError,
-    MissingInputError,
-    NoCheckpointError,
-    NoMetricError,
     StageFailed,
 )
 from tunelang.runtime.loop import DivergedError
 from tunelang.runtime.open_tokenizer import BadTokenizerError, VocabularySizeError
+from tunelang.runtime.origins import MissingInputError, NoCheckpointError, NoMetricError
 from tunelang.runtime.prepare import LayoutError
 from tunelang.runtime.procedural import GeneratorError
 from tunelang.runtime.weights import BadWeightsError
@@ -54,6 +53,8 @@ def diagnose(error: Exception, program: Program) -> tuple[Diagnostic, int]:
         case NoLayoutError():
             where = place.attribute(error.attribute)
             return message("cannot-lay-out", error.why, where), WRONG_SPEC
+        case NoTargetError():
+            return _no_target(error, place), WRONG_SPEC
         case NotBuiltError():
             where = place.declared(error.title.partition(" ")[2])
             return message("not-built", f"{error.what} is not built yet", where), FAILED
@@ -130,6 +131,16 @@ def _does_not_fit(error: DoesNotFitError, place: _Place) -> Diagnostic:
         f"on {error.devices}",
         notes=[f"the smallest layout ({mesh or 'one device'}, remat {nearest.remat}): {parts}"],
         help=f"more devices, a smaller batch or a shorter context{pinned}",
+    )
+
+
+def _no_target(error: NoTargetError, place: _Place) -> Diagnostic:
+    paths = ", ".join(f"`{path}`" for path in error.known)
+    return message(
+        "no-target",
+        error.why or f"no matrix of the model is `{error.target}`",
+        place.attribute("adapter"),
+        help=f"there is {paths}",
     )
 
 

@@ -1,30 +1,45 @@
 """The parts of a transformer block: projections, normalisation, attention heads, feed-forward.
 
-Every parameter is stored in float32 with a name for each of its axes, and used in the dtype of
-its input. Weights are drawn so that each output starts with the variance of its input, and those
-that write to the residual stream are smaller by `sqrt(2 * layers)` (GPT-2), so that its variance
-does not grow with depth. None starts at zero, except biases.
+Every parameter has a name for each of its axes and is used in the dtype of its input. What is
+trained is in float32; frozen matrices may be in less. Weights are drawn so that each output starts
+with the variance of its input, and those that write to the residual stream are smaller by
+`sqrt(2 * layers)` (GPT-2), so that its variance does not grow with depth. None starts at zero,
+except biases and one half of each adapter.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tunelang.compiler.adapters import Adapter
 from tunelang.compiler.architecture import Architecture
 from tunelang.runtime.products import product
+from tunelang.runtime.quantize import dequantized, frozen_product, quantized
 from tunelang.runtime.rope import Rotation, rotate
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """`(query, key, value) -> (attended, extra)`: attention with or without a cache."""
 
 
-def parameter(value: jax.Array, *axes: str) -> nnx.Param[jax.Array]:
+DTYPES: dict[str, Any] = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+"""The language's word for a precision -> dtype."""
+
+
+Parameter = nnx.Param[jax.Array]
+
+
+def replaced(variable: Parameter, value: jax.Array) -> Parameter:
+    """Return a parameter with another value and the same names."""
+    return cast(Parameter, variable.replace(value))
+
+
+def parameter(value: jax.Array, *axes: str) -> Parameter:
     """Make a parameter with a logical name for each of its axes."""
     # The names are resolved by `sharding.Layout`, not by flax, which would want a mesh here.
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
@@ -35,11 +50,62 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> jax.Arra
     return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
+class LowRank(nnx.Module):
+    """An update `scale * a @ b` of a matrix (LoRA, arXiv:2106.09685), zero at first.
+
+    With magnitudes, the columns of the updated matrix are scaled to learned lengths, those of the
+    matrix at first (DoRA, arXiv:2402.09353).
+    """
+
+    def __init__(
+        self, rngs: nnx.Rngs, adapter: Adapter, inputs: dict[str, int], outputs: dict[str, int]
+    ) -> None:
+        self.scale, self.dropout = adapter.scale, adapter.dropout
+        bound = math.prod(inputs.values()) ** -0.5
+        shape = (*inputs.values(), adapter.rank)
+        drawn = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+        self.contracted = len(inputs)
+        self.a = parameter(drawn, *inputs, "rank")
+        self.b = parameter(jnp.zeros((adapter.rank, *outputs.values())), "rank", *outputs)
+        lengths = jnp.ones(tuple(outputs.values())) if adapter.magnitudes else None
+        self.magnitude = None if lengths is None else parameter(lengths, *outputs)
+
+    def update(self) -> jax.Array:
+        """Return the update of the matrix, float32, without magnitudes."""
+        return self.scale * product(self.a[...], self.b[...])
+
+    def stretch(self, weight: jax.Array) -> jax.Array:
+        """Return the factor `[*outputs]` of the columns of an updated matrix."""
+        assert self.magnitude is not None
+        # A constant to the gradient (section 4.3).
+        return self.magnitude[...] / lengths_of(jax.lax.stop_gradient(weight), self.contracted)
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None, place: int) -> jax.Array:
+        """`[batch, length, *inputs]` to what is added to the matrix's `[batch, length, *outputs]`.
+
+        `keys` and `place` are those of `dropout`.
+        """
+        x = dropout(x, keys, self.dropout, place)
+        low = product(x, self.a[...].astype(x.dtype), self.contracted)
+        return self.scale * product(low, self.b[...].astype(x.dtype))
+
+
+def lengths_of(weight: jax.Array, inputs: int) -> jax.Array:
+    """Return the lengths `[*outputs]` of the columns of `[*inputs, *outputs]`."""
+    squares = jnp.square(weight.astype(jnp.float32))
+    return jnp.sqrt(jnp.sum(squares, axis=tuple(range(inputs))))
+
+
 class Linear(nnx.Module):
-    """`x @ weight + bias`, contracting the last axes of `x` with the `inputs` of the weight."""
+    """`x @ weight + bias`, contracting the last axes of `x` with the `inputs` of the weight.
+
+    Adapters of the architecture that are on its matrix, whose `path` they name, are added.
+    """
 
     def __init__(
         self,
+        architecture: Architecture,
+        path: str,
         rngs: nnx.Rngs,
         inputs: dict[str, int],
         outputs: dict[str, int],
@@ -49,16 +115,81 @@ class Linear(nnx.Module):
     ) -> None:
         fan_in = math.prod(inputs.values())
         shape = (*inputs.values(), *outputs.values())
+        axes = (*inputs, *outputs)
         self.contracted = len(inputs)
-        self.weight = parameter(normal(rngs, shape, gain * fan_in**-0.5), *inputs, *outputs)
+        weight = normal(rngs, shape, gain * fan_in**-0.5)
+        if architecture.storage in ("nf4", "int8"):
+            weight, scales = quantized(weight, self.contracted, architecture.storage)
+            self.scales: Parameter | None = parameter(scales, *axes)
+        else:
+            weight = weight.astype(DTYPES[architecture.storage])
+            self.scales = None
+        self.weight: Parameter = parameter(weight, *axes)
         self.bias = (
             parameter(jnp.zeros(tuple(outputs.values()), jnp.float32), *outputs) if bias else None
         )
+        self.adapters = adapters_on(architecture, path, rngs, inputs, outputs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[batch, length, *inputs]` to `[batch, length, *outputs]`."""
-        y = product(x, self.weight[...].astype(x.dtype), self.contracted)
+    def matrix(self, dtype: Any) -> jax.Array:
+        """Return the weight without adapters."""
+        if self.scales is None:
+            return self.weight[...].astype(dtype)
+        return dequantized(self.weight[...], self.scales[...], dtype)
+
+    def merged(self, last: str | None = None) -> jax.Array:
+        """Return the weight with its adapters, float32; up to the one called `last`, whose
+        magnitudes are left out.
+        """
+        weight = self.matrix(jnp.float32)
+        for name, adapter in self.adapters.items():
+            weight = weight + adapter.update()
+            if name == last:
+                break
+            if adapter.magnitude is not None:
+                weight = weight * adapter.stretch(weight)
+        return weight
+
+    def fold(self) -> None:
+        """Put the adapters into the weight."""
+        self.weight = replaced(self.weight, self.merged())
+        self.scales, self.adapters = None, nnx.Dict()
+
+    def measure(self) -> None:
+        """Set the magnitudes of the last adapter to the lengths of the matrix that it is on."""
+        for name, adapter in self.adapters.items():
+            if adapter.magnitude is not None:
+                adapter.magnitude[...] = lengths_of(self.merged(name), self.contracted)
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None, place: int = 0) -> jax.Array:
+        """`[batch, length, *inputs]` to `[batch, length, *outputs]`.
+
+        `keys` `[batch]` turn on the adapters' dropout; `place` sets it apart from that of others.
+        """
+        if self.scales is None:
+            y = product(x, self.weight[...].astype(x.dtype), self.contracted)
+        else:
+            y = frozen_product(x, self.weight[...], self.scales[...], self.contracted)
+        for name, adapter in self.adapters.items():
+            y = y + adapter(x, keys, place)
+            if adapter.magnitude is not None:
+                y = y * adapter.stretch(self.merged(name)).astype(y.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def adapters_on(
+    architecture: Architecture,
+    path: str,
+    rngs: nnx.Rngs,
+    inputs: dict[str, int],
+    outputs: dict[str, int],
+) -> nnx.Dict[LowRank]:
+    """Make the adapters of a matrix, each by its place among those of the architecture."""
+    found = {
+        str(place): LowRank(rngs, adapter, inputs, outputs)
+        for place, adapter in enumerate(architecture.adapters)
+        if path in adapter.matrices
+    }
+    return nnx.Dict(found)
 
 
 class Norm(nnx.Module):
@@ -89,24 +220,27 @@ class Attention(nnx.Module):
         embed = {"embed": a.width}
         queries = {"heads": a.heads, "head_dim": a.head_dim}
         keys = {"kv_heads": a.kv_heads, "head_dim": a.head_dim}
-        self.q = Linear(rngs, embed, queries, bias=a.qkv_bias)
-        self.k = Linear(rngs, embed, keys, bias=a.qkv_bias)
-        self.v = Linear(rngs, embed, keys, bias=a.qkv_bias)
-        self.o = Linear(rngs, queries, embed, bias=a.output_bias, gain=(2 * a.layers) ** -0.5)
+        inside = "blocks.attention"
+        self.q = Linear(a, f"{inside}.q", rngs, embed, queries, bias=a.qkv_bias)
+        self.k = Linear(a, f"{inside}.k", rngs, embed, keys, bias=a.qkv_bias)
+        self.v = Linear(a, f"{inside}.v", rngs, embed, keys, bias=a.qkv_bias)
+        self.o = Linear(
+            a, f"{inside}.o", rngs, queries, embed, bias=a.output_bias, gain=(2 * a.layers) ** -0.5
+        )
         self.q_norm = Norm(a, a.head_dim, "head_dim") if a.qk_norm else None
         self.k_norm = Norm(a, a.head_dim, "head_dim") if a.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, turn: Rotation | None, attend: Attend
+        self, x: jax.Array, turn: Rotation | None, attend: Attend, keys: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         """`[batch, length, width]` to the same, and what `attend` returns beside its result."""
-        query, key, value = self.q(x), self.k(x), self.v(x)
+        query, key, value = self.q(x, keys, 2), self.k(x, keys, 3), self.v(x, keys, 4)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         if turn is not None:
             query, key = rotate(query, turn), rotate(key, turn)
         attended, extra = attend(query, key, value)
-        return self.o(attended), extra
+        return self.o(attended, keys, 5), extra
 
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -125,15 +259,21 @@ class FeedForward(nnx.Module):
         a = architecture
         embed, hidden = {"embed": a.width}, {"mlp": a.mlp}
         self.activation = a.activation
-        self.gate = Linear(rngs, embed, hidden, bias=a.mlp_bias) if a.gated else None
-        self.up = Linear(rngs, embed, hidden, bias=a.mlp_bias)
-        self.down = Linear(rngs, hidden, embed, bias=a.mlp_bias, gain=(2 * a.layers) ** -0.5)
+        inside = "blocks.mlp"
+        self.gate = (
+            Linear(a, f"{inside}.gate", rngs, embed, hidden, bias=a.mlp_bias) if a.gated else None
+        )
+        self.up = Linear(a, f"{inside}.up", rngs, embed, hidden, bias=a.mlp_bias)
+        self.down = Linear(
+            a, f"{inside}.down", rngs, hidden, embed, bias=a.mlp_bias, gain=(2 * a.layers) ** -0.5
+        )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """`[batch, length, width]` to the same."""
         activate = _ACTIVATIONS[self.activation]
-        up = self.up(x)
-        return self.down(activate(up) if self.gate is None else activate(self.gate(x)) * up)
+        up = self.up(x, keys, 6)
+        hidden = activate(up) if self.gate is None else activate(self.gate(x, keys, 7)) * up
+        return self.down(hidden, keys, 8)
 
 
 class Block(nnx.Module):
@@ -158,12 +298,18 @@ class Block(nnx.Module):
         `keys` `[batch]` are random keys for dropout; without them there is none.
         """
         y = x if self.attention_norm is None else self.attention_norm(x)
-        y, extra = self.attention(y, turn, attend)
+        y, extra = self.attention(y, turn, attend, keys)
         y = y if self.attention_out_norm is None else self.attention_out_norm(y)
         x = x + dropout(y, keys, self.dropout, 0)
-        y = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
+        y = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x), keys)
         y = y if self.mlp_out_norm is None else self.mlp_out_norm(y)
         return x + dropout(y, keys, self.dropout, 1), extra
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Its matrices."""
+        found = (each for part in (self.attention, self.mlp) for each in vars(part).values())
+        return [each for each in found if isinstance(each, Linear)]
 
 
 def dropout(x: jax.Array, keys: jax.Array | None, rate: float, place: int) -> jax.Array:

@@ -197,7 +197,7 @@ class Loop:
     def _evaluate(self, step: int) -> None:
         if not self.stage.evals:
             return
-        values = self.evaluate(self.trainer.state.params, step)
+        values = self.evaluate(self.trainer.state.weights, step)
         self.recorder.evaluated(step, values)
         self.reporter.evaluated(step, values)
         self._restart_clock(step)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from tunelang.compiler.architecture import forward_flops, train_flops
+from tunelang.compiler.architecture import Architecture, forward_flops, train_flops
 from tunelang.compiler.layout import CHUNK, StageLayout
 from tunelang.dsl.vocabulary.stages import Policy
 from tunelang.runtime import objectives, train
@@ -37,7 +37,6 @@ from tunelang.runtime.permutation import derive
 from tunelang.runtime.policy_step import (
     PolicyBatch,
     ScoreProgram,
-    StepProgram,
     batch_of,
     chosen,
     in_parts,
@@ -90,10 +89,10 @@ class PolicyTrainer:
     engine: Engine
     reward: Reward
     program: train.Program
-    step_program: StepProgram
+    step_program: train.StateProgram
     score: ScoreProgram
-    reference: Any
-    """Parameters of the reference model; None where nothing reads them."""
+    reference: tuple[ScoreProgram, Any] | None
+    """The program and parameters of the reference model; None where nothing reads them."""
     prompt_length: int
     """The longest prompt, in tokens."""
     part: int
@@ -174,7 +173,7 @@ class PolicyTrainer:
         ]
         rollouts = rollout(
             self.engine,
-            self.state.params,
+            self.state.weights,
             prompts,
             stage.rollout,
             group=stage.group,
@@ -189,9 +188,9 @@ class PolicyTrainer:
         batch = batch_of(rollouts, self.prompt_length, self._padded(rollouts))
         old = reference = None
         if self._needs_old:
-            old = self._scored(self.state.params, batch)
+            old = self._scored(self.score, self.state.weights, batch)
         if self.reference is not None:
-            reference = self._scored(self.reference, batch)
+            reference = self._scored(*self.reference, batch)
         scores = scoring.result()
         rewards = scores.values
         if stage.kl is not None and stage.kl.at == "reward":
@@ -212,9 +211,9 @@ class PolicyTrainer:
         rewards = rewards.reshape(-1, stage.group)
         return _Sampled(examples, rollouts, texts, scores, batch, rewards)
 
-    def _scored(self, params: Any, batch: PolicyBatch) -> NDArray[np.float32]:
+    def _scored(self, score: ScoreProgram, params: Any, batch: PolicyBatch) -> NDArray[np.float32]:
         parts = in_parts(batch, self.part)
-        found = self.score(params, parts.prompts, parts.prompt_lengths, parts.tokens)
+        found = score(params, parts.prompts, parts.prompt_lengths, parts.tokens)
         return np.asarray(found).reshape(batch.tokens.shape)
 
     @property
@@ -323,14 +322,14 @@ def policy_trainer(
     layout: Layout,
     seed: int,
     begin: Callable[[Any, train.Program], train.TrainState],
-    reference: Callable[[], Any],
+    reference: Callable[[], tuple[Architecture, Any]],
     reward: Reward,
     marks: frozenset[int],
 ) -> PolicyTrainer:
     """Open the prompts and compile the programs of a stage.
 
-    `begin` makes the first state from the optimizer and the program, `reference` the parameters of
-    the reference model. Raises what opening data raises.
+    `begin` makes the first state from the optimizer and the program, `reference` the architecture
+    and the parameters of the reference model. Raises what opening data raises.
     """
     a, sampling = model.architecture, stage.rollout
     renderer = model.renderer
@@ -376,10 +375,14 @@ def policy_trainer(
         return optimizer, policy_step(a, optimizer, schedule, plain, program)
 
     optimizer, step_program = workshop.once(("policy", a, program, updates, key), compiled)
-    score = workshop.once(
-        ("score", a, program, sampling.temperature),
-        lambda: score_program(a, program, sampling.temperature),
-    )
+
+    def score(architecture: Architecture) -> ScoreProgram:
+        return workshop.once(
+            ("score", architecture, program, sampling.temperature),
+            lambda: score_program(architecture, program, sampling.temperature),
+        )
+
+    measured = reference() if stage.kl is not None else None
     return PolicyTrainer(
         stage=stage,
         model=model,
@@ -393,8 +396,8 @@ def policy_trainer(
         reward=reward,
         program=program,
         step_program=step_program,
-        score=score,
-        reference=reference() if stage.kl is not None else None,
+        score=score(a),
+        reference=None if measured is None else (score(measured[0]), measured[1]),
         prompt_length=longest,
         part=math.gcd(stage.group, rows // layout.batch_shards // program.micro_batches),
     )

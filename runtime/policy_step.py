@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,11 +32,13 @@ from tunelang.runtime.sharding import constrain
 from tunelang.runtime.train import (
     AnyArray,
     Program,
+    StateProgram,
     TrainState,
     abstract_decoder,
     accumulate,
     micro_batches,
     updated,
+    whole,
 )
 
 
@@ -133,7 +136,6 @@ def _to_length(array: NDArray[Any], length: int) -> NDArray[Any]:
     return np.pad(array[..., :length], (*((0, 0),) * (array.ndim - 1), (0, missing)))
 
 
-StepProgram = Callable[[TrainState, PolicyBatch], tuple[TrainState, dict[str, jax.Array]]]
 ScoreProgram = Callable[[Any, AnyArray, AnyArray, AnyArray], jax.Array]
 
 
@@ -143,8 +145,8 @@ def policy_step(
     schedule: Schedule,
     policy: Policy,
     program: Program,
-) -> StepProgram:
-    """Return the jitted `(state, batch) -> (state, metrics)`; the state that goes in is used up.
+) -> StateProgram:
+    """Return the program `(state, batch) -> (state, metrics)`.
 
     Makes `passes * minibatches` updates. Metrics are scalars: those of `objectives.metrics` over
     all updates, the mean `grad_norm` and the `learning_rate` of the last.
@@ -153,9 +155,11 @@ def policy_step(
     layout = program.layout
     temperature = policy.rollout.temperature or 1.0
 
-    def loss(params: Any, part: tuple[PolicyBatch, jax.Array]) -> tuple[jax.Array, Any]:
+    def loss(
+        frozen: Any, params: Any, part: tuple[PolicyBatch, jax.Array]
+    ) -> tuple[jax.Array, Any]:
         batch, denominator = part[0], part[1][0]
-        decoder = nnx.merge(graph, params)
+        decoder = nnx.merge(graph, whole(params, frozen))
         hidden, tokens = _continued(
             decoder, program, batch.prompts, batch.prompt_lengths, batch.tokens
         )
@@ -184,12 +188,12 @@ def policy_step(
         total, totals = objectives.objective(policy, completions)
         return total / jnp.maximum(denominator, 1.0), totals
 
-    def update(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Any]:
+    def update(frozen: Any, state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Any]:
         denominator = objectives.denominator(policy, batch.mask)
         # One for each prompt, so that micro-batches are cut out of it as of all else.
         rows = jnp.broadcast_to(denominator, batch.prompt_lengths.shape)
         value, totals, gradient = accumulate(
-            loss,
+            partial(loss, frozen),
             state.params,
             (batch, rows),
             program,
@@ -199,9 +203,11 @@ def policy_step(
         state, norm, rate = updated(state, gradient, optimizer, schedule)
         return state, (value * denominator, totals, norm, rate)
 
-    def step(state: TrainState, batch: PolicyBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, frozen: Any, batch: PolicyBatch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         if policy.passes * policy.minibatches == 1:
-            state, (value, totals, norm, rate) = update(state, batch)
+            state, (value, totals, norm, rate) = update(frozen, state, batch)
             found = objectives.metrics(value, totals)
             return state, {**found, "grad_norm": norm, "learning_rate": rate}
 
@@ -212,7 +218,7 @@ def policy_step(
             parts = jax.tree.map(
                 lambda array: array.reshape(policy.minibatches, -1, *array.shape[1:]), mixed
             )
-            return jax.lax.scan(update, state, parts)
+            return jax.lax.scan(partial(update, frozen), state, parts)
 
         state, made = jax.lax.scan(one_pass, state, length=policy.passes)
         value, totals, norm, rate = made
@@ -223,7 +229,7 @@ def policy_step(
         found = objectives.metrics(jnp.sum(value), summed)
         return state, {**found, "grad_norm": jnp.mean(norm), "learning_rate": rate[-1, -1]}
 
-    return jax.jit(step, donate_argnums=0)
+    return StateProgram(jax.jit(step, donate_argnums=0))
 
 
 def score_program(architecture: Architecture, program: Program, temperature: float) -> ScoreProgram:

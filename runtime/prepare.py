@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tunelang.compiler import graph as graphs
+from tunelang.compiler.adapters import NoTargetError, adapted, storage_of
 from tunelang.compiler.architecture import Architecture, from_transformer
 from tunelang.compiler.content import Contents
 from tunelang.compiler.hardware import Chip, Devices, chip_of, declared
@@ -95,6 +96,12 @@ def prepare(
         if name not in known:
             known[name] = _architecture(program, name)
         architecture, dtype_bytes = known[name]
+        loras = () if value.adapter is None else graphs.loras_of(graph, stage.node)
+        storage = storage_of(program.declarations[name].value)
+        try:
+            architecture = adapted(architecture, loras, storage)
+        except (NoTargetError, ValueError) as error:
+            raise LayoutError(stage.stage, error) from error
         # Branches that differ in what no layout depends on share one.
         sizes = str(getattr(value, "batch", None)), getattr(value, "group", None)
         key = (stage.stage, architecture, devices, sizes)

@@ -126,7 +126,7 @@ def supervised_trainer(
         micro_batches=math.gcd(planned.micro_batches, table.batch // layout.batch_shards),
         remat=planned.remat,  # type: ignore[arg-type]
         chunk=CHUNK,
-        seed=derive(seed, "dropout") % 2**31 if a.dropout else 0,
+        seed=derive(seed, "dropout") % 2**31 if train.drops(a) else 0,
     )
     # Built for a rate of 1, which the state's scale makes the stage's own: a sweep over rates
     # shares the program.

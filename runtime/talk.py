@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,15 +11,14 @@ import jax
 from tunelang.compiler.graph import named
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime import train
-from tunelang.runtime.checkpoints import load_params
 from tunelang.runtime.decode_loop import make_engine
 from tunelang.runtime.evaluate import capacity_of, texts_of
 from tunelang.runtime.examples import Example, Message
-from tunelang.runtime.execute import MissingInputError, compile_cache
+from tunelang.runtime.execute import compile_cache
+from tunelang.runtime.origins import MissingInputError, Origins, loaded
 from tunelang.runtime.prepare import prepare
 from tunelang.runtime.rollout import Prompt, rollout
-from tunelang.runtime.sharding import make_layout, shardings
+from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.store import Store
 from tunelang.runtime.workshop import Model, Workshop
 
@@ -97,32 +95,20 @@ def open_speaker(program: Program, store: Store, stage: str) -> Speaker:
     compile_cache(store.root / "cache" / "xla")
     prepared = prepare(program, store, only=[stage])
     workshop = Workshop(program, store.root / "cache", tuple(jax.devices()))
-    found: tuple[str, Path] | None = None
+    origins = Origins(prepared.plan, prepared.graph, store, workshop)
+    found: tuple[str, int] | None = None
     for node in named(prepared.graph, stage):
         folder = store.folder(prepared.plan.by_node[node].digest)
         done, steps = folder.done(), folder.steps()
         if steps and (done is not None or found is None):
-            name = _model_name(prepared, node)
-            found = name, folder.checkpoints / str(steps[-1])
+            found = node, steps[-1]
             if done is not None:
                 break
     if found is None:
         raise MissingInputError(stage, stage)
-    model = workshop.model(found[0])
-    layout = make_layout()
-    _, abstract = train.abstract_decoder(model.architecture, model.dtype)
-    shaped = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract,
-        shardings(abstract, layout),
-    )
-    return Speaker(model, load_params(found[1], shaped))
-
-
-def _model_name(prepared: Any, node: str) -> str:
-    from tunelang.compiler.graph import models_of
-
-    return models_of(prepared.graph, node)[0]
+    origin = origins.at(*found)
+    model = workshop.model(origin.model)
+    return Speaker(model, loaded(origin, model, make_layout(), 0))
 
 
 def chat(speaker: Speaker, sampling: Sampling) -> None:

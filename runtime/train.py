@@ -7,7 +7,7 @@ that neither micro-batches nor devices change it. Micro-batches are scanned, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -47,15 +47,25 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes. Parameters carry the names of their axes."""
+    """Everything that a step changes, and the weights that it leaves alone. Parameters carry the
+    names of their axes.
+    """
 
     params: nnx.State[Any, Any]
+    """What is trained."""
     optimizer: Any
     step: jax.Array
     """int32 scalar: how many steps were made."""
     scale: jax.Array
     """float32 scalar: factor of every update. An optimizer built for a learning rate of 1 and
     scaled by the peak rate serves all branches of a sweep over rates with one program."""
+    frozen: nnx.State[Any, Any] = field(default_factory=lambda: nnx.State({}))
+    """The decoder's other parameters, where an adapter is trained."""
+
+    @property
+    def weights(self) -> nnx.State[Any, Any]:
+        """All parameters of the decoder."""
+        return whole(self.params, self.frozen)
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +99,57 @@ class Program:
     """Of the dropout."""
 
 
+@dataclass(frozen=True)
+class StateProgram:
+    """A jitted program from a state and a batch to the next state and metrics.
+
+    The state that goes in is used up, all but what is frozen.
+    """
+
+    jitted: jax.stages.Wrapped
+    """`(state without the frozen, frozen, batch) -> (state without the frozen, metrics)`."""
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+        """Run it."""
+        changed, metrics = self.jitted(_changing(state), state.frozen, batch)
+        return replace(changed, frozen=state.frozen), metrics
+
+    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+        """Lower it for shapes and shardings."""
+        return self.jitted.lower(_changing(state), state.frozen, batch)
+
+
+def _changing(state: TrainState) -> TrainState:
+    return replace(state, frozen=nnx.State({}))
+
+
+def whole(*parts: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
+    """Put parts of a decoder's parameters together."""
+    return nnx.merge_state(*parts)
+
+
+def divided(
+    architecture: Architecture, params: nnx.State[Any, Any]
+) -> tuple[nnx.State[Any, Any], nnx.State[Any, Any]]:
+    """Return the parameters that are trained, and those that are frozen."""
+    if not architecture.adapters:
+        return params, nnx.State({})
+    last = str(len(architecture.adapters) - 1)
+
+    def trained(path: tuple[Any, ...], _: Any) -> bool:
+        names = [str(name) for name in path]
+        # `blocks.attention.q.adapters.0.a`, `embedding_adapters.0.a`
+        return len(names) > 2 and names[-3].endswith("adapters") and names[-2] == last
+
+    chosen, rest = nnx.split_state(params, trained, ...)
+    return chosen, rest
+
+
+def drops(architecture: Architecture) -> bool:
+    """Whether training draws what to drop."""
+    return bool(architecture.dropout or any(each.dropout for each in architecture.adapters))
+
+
 def shift(batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Return what each position predicts, `[batch, length]`, and whether it counts (float32)."""
     targets = jnp.roll(batch.tokens, -1, axis=1)
@@ -100,7 +161,9 @@ def shift(batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def abstract_decoder(architecture: Architecture, dtype: Any) -> tuple[Any, Any]:
-    """Return the decoder's graph definition, and its parameters as shapes with axis names."""
+    """Return the decoder's graph definition, and its parameters as shapes with axis names; those
+    of adapters too.
+    """
     return nnx.split(nnx.eval_shape(lambda: Decoder(architecture, nnx.Rngs(0), dtype)))
 
 
@@ -135,17 +198,20 @@ def init_state(
 
 
 def state_of(
+    architecture: Architecture,
     params: nnx.State[Any, Any],
     optimizer: optax.GradientTransformation,
     program: Program,
     scale: float = 1.0,
 ) -> TrainState:
     """Return the state of a run that starts from given parameters, which it takes over."""
+    params, frozen = divided(architecture, params)
     places = shardings(jax.eval_shape(optimizer.init, params), program.layout)
     moments = jax.jit(optimizer.init, out_shardings=places)(params)
-    whole = NamedSharding(program.layout.mesh, PartitionSpec())
+    everywhere = NamedSharding(program.layout.mesh, PartitionSpec())
     zero, factor = jnp.zeros((), jnp.int32), jnp.float32(scale)
-    return TrainState(params, moments, *jax.device_put((zero, factor), whole))
+    step, factor = jax.device_put((zero, factor), everywhere)
+    return TrainState(params, moments, step, factor, frozen)
 
 
 def _fresh(
@@ -155,8 +221,10 @@ def _fresh(
     seed: Any,
 ) -> TrainState:
     decoder = Decoder(architecture, nnx.Rngs(jax.random.key(seed)), program.dtype)
-    params = nnx.state(decoder, nnx.Param)
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), jnp.float32(1.0))
+    decoder.measure()
+    params, frozen = divided(architecture, nnx.state(decoder, nnx.Param))
+    zero, one = jnp.zeros((), jnp.int32), jnp.float32(1.0)
+    return TrainState(params, optimizer.init(params), zero, one, frozen)
 
 
 def _state_shardings(state: TrainState, layout: Layout) -> Any:
@@ -167,6 +235,7 @@ def _state_shardings(state: TrainState, layout: Layout) -> Any:
         optimizer=shardings(state.optimizer, layout),
         step=shardings(state.step, layout),
         scale=shardings(state.scale, layout),
+        frozen=shardings(state.frozen, layout),
     )
 
 
@@ -175,8 +244,8 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     program: Program,
-) -> jax.stages.Wrapped:
-    """Return the jitted `(state, batch) -> (state, metrics)`; the state that goes in is used up.
+) -> StateProgram:
+    """Return the program `(state, batch) -> (state, metrics)`.
 
     The batch has a leading axis: `[steps, batch, length]`, and that many steps are made. Raises
     `ValueError` when called with a batch that does not divide over micro-batches and devices.
@@ -184,7 +253,7 @@ def train_step(
     graph, _ = abstract_decoder(architecture, program.dtype)
     layout = program.layout
 
-    def one_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def one_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         rows = batch.tokens.shape[0]
         parts = program.micro_batches * layout.batch_shards
         if rows % parts:
@@ -193,35 +262,37 @@ def train_step(
                 f" {layout.batch_shards} parts of the mesh"
             )
         keys = None
-        if architecture.dropout:
+        if drops(architecture):
             key = jax.random.fold_in(jax.random.key(program.seed), state.step)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
         tokens = jnp.sum(shift(batch)[1])
         count = jnp.maximum(tokens, 1.0)
 
         def loss(params: Any, part: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, None]:
-            total = _summed_loss(nnx.merge(graph, params), *part, program)
+            total = _summed_loss(nnx.merge(graph, whole(params, frozen)), *part, program)
             return total / count, None
 
         value, _, gradient = accumulate(loss, state.params, (batch, keys), program)
         state, norm, rate = updated(state, gradient, optimizer, schedule)
         return state, Metrics(value, tokens, norm, rate)
 
-    def steps(state: TrainState, batches: Batch) -> tuple[TrainState, Metrics]:
-        return jax.lax.scan(one_step, state, batches)
+    def steps(state: TrainState, frozen: Any, batches: Batch) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(lambda state, batch: one_step(state, frozen, batch), state, batches)
 
     abstract = abstract_state(architecture, optimizer, program)
     places = _state_shardings(abstract, layout)
-    whole = NamedSharding(layout.mesh, PartitionSpec())
+    everywhere = NamedSharding(layout.mesh, PartitionSpec())
     batch_place = NamedSharding(
         layout.mesh, PartitionSpec(None, *layout.spec(("batch",), (layout.batch_shards,)))
     )
-    return jax.jit(
+    changing = _changing(places)
+    jitted = jax.jit(
         steps,
-        in_shardings=(places, batch_place),
-        out_shardings=(places, whole),
+        in_shardings=(changing, places.frozen, batch_place),
+        out_shardings=(changing, everywhere),
         donate_argnums=0,
     )
+    return StateProgram(jitted)
 
 
 def _summed_loss(

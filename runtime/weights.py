@@ -21,6 +21,7 @@ from flax import nnx
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from tunelang.compiler.adapters import Storage
 from tunelang.compiler.architecture import Architecture
 from tunelang.compiler.families import (
     BadConfigError,
@@ -31,6 +32,8 @@ from tunelang.compiler.families import (
     tensor_names,
 )
 from tunelang.dsl.vocabulary.models import Pretrained
+from tunelang.runtime.layers import DTYPES
+from tunelang.runtime.quantize import quantized
 from tunelang.runtime.sharding import Layout, logical_axes
 from tunelang.runtime.train import abstract_decoder
 
@@ -131,11 +134,17 @@ def configuration(folder: Path) -> Config:
     return inner if isinstance(inner, dict) and "hidden_size" in inner else found
 
 
-def load(folder: Path, architecture: Architecture, layout: Layout) -> Any:
-    """Return the decoder's parameters, float32, each where the layout has it.
+def load(
+    folder: Path,
+    architecture: Architecture,
+    layout: Layout,
+    storage: Storage = "f32",
+    dtype: Any = jnp.float32,
+) -> Any:
+    """Return the decoder's parameters as `storage` keeps them, each where the layout has it.
 
-    Raises `BadWeightsError`, which names every tensor that is missing, left over or misshapen, and
-    `UnknownFamilyError`.
+    `dtype` is that of activations. Raises `BadWeightsError`, which names every tensor that is
+    missing, left over or misshapen, and `UnknownFamilyError`.
     """
     config = configuration(folder)
     _, abstract = abstract_decoder(architecture, jnp.float32)
@@ -144,11 +153,36 @@ def load(folder: Path, architecture: Architecture, layout: Layout) -> Any:
     problems = _problems(files, leaves, architecture)
     if problems:
         raise BadWeightsError(folder, tuple(problems))
-    made = {leaf.path: _placed(leaf, files, layout) for leaf in leaves}
-    flat = nnx.to_flat_state(abstract)
+    flat = {tuple(map(str, path)): value for path, value in nnx.to_flat_state(abstract)}
     return nnx.from_flat_state(
-        [(path, value.replace(made[tuple(map(str, path))])) for path, value in flat]
+        [
+            named
+            for leaf in leaves
+            for named in _named(
+                leaf.path,
+                flat[leaf.path],
+                _placed(leaf, files, layout, _form(leaf.path, leaf.inputs, storage, dtype)),
+            )
+        ]
     )
+
+
+def kept(params: Any, layout: Layout, storage: Storage, dtype: Any) -> Any:
+    """Return float32 parameters as `storage` keeps them; they are used up."""
+    if storage == "f32":
+        return params
+    found = []
+    for path, value in nnx.to_flat_state(params):
+        names = tuple(map(str, path))
+        form = _form(names, _inputs(names), storage, dtype)
+        if names[0] == "blocks":
+            form = jax.vmap(form)
+        axes = logical_axes(value)
+        places = [
+            layout.sharding(axes, each.shape) for each in jax.eval_shape(form, value.get_value())
+        ]
+        found += _named(names, value, jax.jit(form, out_shardings=tuple(places))(value.get_value()))
+    return nnx.from_flat_state(found)
 
 
 def tensors(params: Any, config: Config) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -165,11 +199,40 @@ def _leaves(state: Any, config: Config) -> Iterator[_Leaf]:
     names = tensor_names(family_of(config), (".".join(path) for path in flat))
     for path, value in flat.items():
         name = names[".".join(path)]
-        axes = logical_axes(value)
-        inputs = 0
-        if path[-1] == "weight":
-            inputs = 2 if path[-2] == "o" else 1
-        yield _Leaf(path, tuple(value.get_value().shape), axes, name, inputs)
+        yield _Leaf(path, tuple(value.get_value().shape), logical_axes(value), name, _inputs(path))
+
+
+def _inputs(path: tuple[str, ...]) -> int:
+    """Return how many input axes a linear layer's weight has; 0 for all else."""
+    if path[-1] != "weight":
+        return 0
+    return 2 if path[-2] == "o" else 1
+
+
+Arrays = tuple[jax.Array, ...]
+
+
+def _form(
+    path: tuple[str, ...], inputs: int, storage: Storage, dtype: Any
+) -> Callable[[jax.Array], Arrays]:
+    """Return what makes a parameter, of one layer, what is kept of it: with the scales, if any."""
+
+    def form(array: jax.Array) -> Arrays:
+        array = array.astype(jnp.float32)
+        if inputs and storage in ("nf4", "int8"):
+            return quantized(array, inputs, storage)
+        if inputs or path in (("embedding",), ("head",)):
+            return (array.astype(DTYPES.get(storage, dtype)),)
+        return (array,)
+
+    return form
+
+
+def _named(
+    path: tuple[str, ...], variable: Any, arrays: Arrays
+) -> list[tuple[tuple[str, ...], Any]]:
+    names = (path, (*path[:-1], "scales"))
+    return [(name, variable.replace(array)) for name, array in zip(names, arrays, strict=False)]
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -225,26 +288,41 @@ def _opened(file: Path) -> Any:
         raise BadWeightsError(file.parent, (f"`{file.name}`: {why}",)) from None
 
 
-def _placed(leaf: _Leaf, files: Mapping[str, Path], layout: Layout) -> jax.Array:
+def _placed(
+    leaf: _Leaf,
+    files: Mapping[str, Path],
+    layout: Layout,
+    form: Callable[[jax.Array], Arrays],
+) -> Arrays:
     """Read a parameter into its place, a layer at a time."""
-    place = layout.sharding(leaf.axes, leaf.shape)
 
-    def read(name: str) -> NDArray[np.float32]:
+    def read(name: str) -> NDArray[Any]:
         with _opened(files[name]) as file:
-            return leaf.read(file.get_tensor(name)).astype(np.float32, copy=False)
+            return leaf.read(file.get_tensor(name))
 
+    given = jax.ShapeDtypeStruct(leaf.own, jnp.float32)
+    own_axes = leaf.axes[1:] if leaf.stacked else leaf.axes
+    slot = layout.sharding(own_axes, leaf.own)
+    layers = leaf.shape[:1] if leaf.stacked else ()
+    made = [
+        jax.ShapeDtypeStruct((*layers, *each.shape), each.dtype)
+        for each in jax.eval_shape(form, given)
+    ]
+    places = tuple(layout.sharding(leaf.axes, each.shape) for each in made)
     if not leaf.stacked:
-        whole: jax.Array = jax.device_put(read(leaf.name), place)
+        whole: Arrays = jax.jit(form, out_shardings=places)(jax.device_put(read(leaf.name), slot))
         return whole
-    into: jax.Array = jax.jit(lambda: jnp.zeros(leaf.shape, jnp.float32), out_shardings=place)()
-    slot = layout.sharding(leaf.axes[1:], leaf.own)
-    put: Callable[..., jax.Array] = jax.jit(
-        lambda into, one, at: jax.lax.dynamic_update_index_in_dim(into, one, at, 0),
-        donate_argnums=0,
-        out_shardings=place,
-    )
+    into: Arrays = jax.jit(
+        lambda: tuple(jnp.zeros(each.shape, each.dtype) for each in made), out_shardings=places
+    )()
+
+    def put(into: Arrays, array: jax.Array, at: jax.Array) -> Arrays:
+        update = jax.lax.dynamic_update_index_in_dim
+        return tuple(update(a, b, at, 0) for a, b in zip(into, form(array), strict=True))
+
+    put_in = jax.jit(put, donate_argnums=0, out_shardings=places)
     for at, name in enumerate(leaf.tensors()):
-        into = put(into, jax.device_put(read(name), slot), np.int32(at))
+        into = put_in(into, jax.device_put(read(name), slot), np.int32(at))
     return into
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 
+from tunelang.compiler.adapters import Storage, storage_of
 from tunelang.compiler.architecture import Architecture, from_transformer
 from tunelang.compiler.presets import PRESETS
 from tunelang.dsl.program import Program
@@ -23,13 +23,12 @@ from tunelang.dsl.vocabulary.data import Procedural
 from tunelang.runtime import weights
 from tunelang.runtime.chat import Renderer
 from tunelang.runtime.examples import Example, texts_of
+from tunelang.runtime.layers import DTYPES
 from tunelang.runtime.open_tokenizer import open_renderer
 from tunelang.runtime.scorers import Surroundings
 from tunelang.runtime.stream import Library, Stream
 
 Made = TypeVar("Made")
-
-DTYPES: dict[str, Any] = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class Model:
     renderer: Renderer
     dtype: Any
     """Of activations."""
+    storage: Storage = "f32"
+    """How weights are kept that are not trained."""
     folder: Path | None = None
     """Where its weights are; None for random ones."""
 
@@ -104,9 +105,9 @@ class Workshop:
             architecture = weights.architecture(kind, folder)
             if renderer.tokenizer.size > architecture.vocabulary:
                 raise NotBuiltError(f"model {name}", "an embedding of more tokens")
-            return Model(name, architecture, renderer, DTYPES[kind.dtype], folder)
+            return Model(name, architecture, renderer, DTYPES[kind.dtype], storage_of(kind), folder)
         architecture = from_transformer(kind, renderer.tokenizer.size, PRESETS)
-        return Model(name, architecture, renderer, DTYPES[kind.dtype])
+        return Model(name, architecture, renderer, DTYPES[kind.dtype], storage_of(kind))
 
     def stream(
         self,

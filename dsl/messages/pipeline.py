@@ -288,6 +288,26 @@ def trains_on_eval(span: Span, measured: Declared, path: str) -> Diagnostic:
     )
 
 
+def adapter_of_random(span: Span, model: Declared) -> Diagnostic:
+    """An adapter on weights that nothing has trained."""
+    return error(
+        "adapter-of-random",
+        f"the weights of `{model.name}` are random: an adapter would leave them so",
+        span,
+        help="train all weights first, in a stage without `adapter`",
+    )
+
+
+def nothing_to_continue(span: Span, start: Declared) -> Diagnostic:
+    """`continued` behind what has no adapter."""
+    return error(
+        "nothing-to-continue",
+        f"`{start.name}` has no adapter to train on",
+        span,
+        help="begin one: `adapter = lora(rank = 16)`",
+    )
+
+
 def quantized_without_adapter(span: Span, stage: Declared, weights: str) -> Diagnostic:
     """Frozen weights in fewer bits, but nothing to train beside them."""
     return error(

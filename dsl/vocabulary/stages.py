@@ -24,11 +24,11 @@ from tunelang.dsl.vocabulary.base import (
 )
 from tunelang.dsl.vocabulary.training import (
     AdamW,
+    Adapter,
     Axes,
     Clip,
     ClipWeights,
     KlTerm,
-    Lora,
     Optimizer,
     Sampling,
     TensorBoard,
@@ -82,8 +82,9 @@ class Training(Stage):
         "optimizer = adamw(lr = 2e-4, warmup = 3%)",
         AdamW.fixed(lr=1e-5, warmup=Measure.fixed(value=0.03, unit="%"), decay="cosine"),
     )
-    adapter: Annotated[SerializeAsAny[Lora] | None, types.Of("adapter")] = result(
-        "Train an adapter and leave the weights frozen; without it, all weights are trained.",
+    adapter: Annotated[SerializeAsAny[Adapter] | None, types.Of("adapter")] = result(
+        "Train an adapter and leave the weights frozen; without it, all weights are trained, those"
+        " of an adapter that the stage starts from merged into them.",
         "adapter = lora(rank = 16, alpha = 32)",
         None,
     )

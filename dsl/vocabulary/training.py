@@ -103,21 +103,35 @@ class Lion(Optimizer):
 TARGETS = ("attention", "mlp", "all", "q", "k", "v", "o", "gate", "up", "down", "embed", "head")
 
 
-class Lora(Function):
-    """Low-rank updates beside frozen weights (arXiv:2106.09685)."""
+class Adapter(Function):
+    """Base of what may be trained beside frozen weights."""
 
     family = "adapter"
+    word = ""
+
+
+class Lora(Adapter):
+    """Low-rank updates beside frozen weights (arXiv:2106.09685). An adapter that the stage starts
+    from stays as it is, below the new one.
+    """
+
     word = "lora"
     rank: Count = result("Rank of the update.", "rank = 16", 16)
     alpha: Positive = result("The update is scaled by `alpha / rank`.", "alpha = 32", 32.0)
     targets: Annotated[
         tuple[str, ...], types.ListOf(types.Either((types.Choice(TARGETS), types.Pattern())), low=1)
     ] = result(
-        "The matrices that get an update, by role or by a pattern over their paths.",
+        "The matrices that get an update, by role or by a pattern over their paths, such as"
+        " `blocks.attention.q`.",
         "targets = [attention, mlp]",
         ("attention", "mlp"),
     )
-    dropout: Share = result("Dropout on the adapter's input.", "dropout = 5%", 0.0)
+    dropout: Share = result(
+        "Dropout on the adapter's input, in stages that train on given sequences; where a policy is"
+        " trained, sampling and training have to agree.",
+        "dropout = 5%",
+        0.0,
+    )
     rank_stabilized: Flag = result(
         "Scale by `alpha / sqrt(rank)` instead (arXiv:2312.03732).", "rank_stabilized = true", False
     )
@@ -127,6 +141,13 @@ class Dora(Lora):
     """LoRA on directions, with learned magnitudes (arXiv:2402.09353)."""
 
     word = "dora"
+
+
+class Continued(Adapter):
+    """The adapter of the stage that this one starts from, trained on."""
+
+    word = "continued"
+    bare: ClassVar[bool] = True
 
 
 class Sampling(Function):
@@ -301,6 +322,6 @@ class Wandb(Function):
 
 
 FUNCTIONS: tuple[type[Function], ...] = (
-    AdamW, Muon, Sgd, Lion, Lora, Dora, Sampling, Clip, ClipWeights, K1, K2, K3, Truncated, Masked,
-    Axes, Best, Lowest, All, TensorBoard, Wandb,
+    AdamW, Muon, Sgd, Lion, Lora, Dora, Continued, Sampling, Clip, ClipWeights, K1, K2, K3,
+    Truncated, Masked, Axes, Best, Lowest, All, TensorBoard, Wandb,
 )  # fmt: skip

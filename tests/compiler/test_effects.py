@@ -46,10 +46,10 @@ eval spare_eval : generate { data = spare, score = spare_reward }
 eval fit_ : perplexity { data = sums }
 stage a : pretrain { from = small, data = prosa, length = 9 steps, batch = 8 tokens, optimizer = muon(lr = 1e-3) }
 stage b : sft { from = tiny, data = sums, length = 9 steps, batch = 8 sequences, adapter = lora(), optimizer = lion(lr = 1e-3), evals = [accuracy, fit_] }
-stage c : sft { from = fresh, data = table, length = 9 steps, batch = 8 sequences, adapter = dora(), optimizer = sgd(lr = 1e-3), evals = [spare_eval] }
+stage c : sft { from = fresh, data = table, length = 9 steps, batch = 8 sequences, optimizer = sgd(lr = 1e-3), evals = [spare_eval] }
 stage d : grpo { from = hub, data = blend, reward = mixed, length = 9 steps, batch = 8 prompts, rollout = sampling(stop = ["x"]), kl = k1(0.1), reference = tiny, correction = truncated(), mesh = axes() }
 stage e : dapo { from = a, data = logic, reward = solved, length = 9 steps, batch = 8 prompts, kl = k2(0.1), correction = masked(), clip = clip_weights() }
-stage f : gspo { from = b, data = square, reward = exact("{completion}", "{response}"), length = 9 steps, batch = 8 prompts, kl = k3(0.1) }
+stage f : gspo { from = b, data = square, reward = exact("{completion}", "{response}"), length = 9 steps, batch = 8 prompts, kl = k3(0.1), adapter = dora() }
 stage z : export { from = b, path = "out" }
 """
 

@@ -1,0 +1,128 @@
+"""Adapters as data: low-rank updates of chosen matrices of a decoder, and what is trained of them.
+
+An architecture with adapters is a decoder of its own: its weights are frozen, in the form that
+`Architecture.storage` says, and the last adapter is trained. Those before it stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, cast
+
+from tunelang.dsl.vocabulary.models import Pretrained, Transformer
+from tunelang.dsl.vocabulary.training import TARGETS, Dora, Lora
+
+if TYPE_CHECKING:
+    from tunelang.compiler.architecture import Architecture
+
+Storage = Literal["f32", "bf16", "nf4", "int8"]
+"""How matrices are kept; only frozen ones are in less than float32."""
+STORED_BYTES: dict[str, float] = {"f32": 4, "bf16": 2, "nf4": 0.5 + 4 / 64, "int8": 1}
+"""Bytes of a stored parameter; of nf4 with the scales of its tiles, each of 64."""
+
+_ROLES = {
+    "attention": ("q", "k", "v", "o"),
+    "mlp": ("gate", "up", "down"),
+    "all": ("q", "k", "v", "o", "gate", "up", "down"),
+    "embed": ("embedding",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A low-rank update (LoRA, arXiv:2106.09685) of some matrices."""
+
+    rank: int
+    scale: float
+    """Factor of the update: `alpha / rank`, or `alpha / sqrt(rank)`."""
+    matrices: tuple[str, ...]
+    """Paths, as in `matrices`."""
+    dropout: float = 0.0
+    magnitudes: bool = False
+    """Whether the update is of directions, beside learned magnitudes (DoRA, arXiv:2402.09353)."""
+
+
+class NoTargetError(Exception):
+    """A target of an adapter that no matrix of the architecture has, whose paths are `known`; or
+    one that the adapter cannot be on: `why`.
+    """
+
+    def __init__(self, target: str, known: tuple[str, ...], why: str = "") -> None:
+        super().__init__(target, known, why)
+        self.target, self.known, self.why = target, known, why
+
+
+def storage_of(model: Pretrained | Transformer) -> Storage:
+    """Return how a declared model keeps weights that are not trained."""
+    return cast(Storage, getattr(model, "weights", None) or model.dtype)
+
+
+def matrices(architecture: Architecture) -> dict[str, tuple[int, int]]:
+    """Return path -> inputs and outputs of every matrix that an adapter may be on.
+
+    A path of a block stands for the matrix in all layers.
+    """
+    a = architecture
+    queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    found = {
+        "blocks.attention.q": (a.width, queries),
+        "blocks.attention.k": (a.width, keys),
+        "blocks.attention.v": (a.width, keys),
+        "blocks.attention.o": (queries, a.width),
+        "blocks.mlp.up": (a.width, a.mlp),
+        "blocks.mlp.down": (a.mlp, a.width),
+        "embedding": (a.vocabulary, a.width),
+    }
+    if a.gated:
+        found["blocks.mlp.gate"] = a.width, a.mlp
+    if not a.tied:
+        found["head"] = a.vocabulary, a.width
+    return found
+
+
+def adapter_of(lora: Lora, architecture: Architecture) -> Adapter:
+    """Return the adapter that a stage asks for; raises `NoTargetError`."""
+    known = tuple(matrices(architecture))
+    chosen: set[str] = set()
+    for target in lora.targets:
+        if target in TARGETS:
+            names = _ROLES.get(target, (target,))
+            hits = [path for path in known if path.rpartition(".")[2] in names]
+        else:
+            hits = [path for path in known if re.search(target, path)]
+        if not hits:
+            raise NoTargetError(target, known)
+        chosen.update(hits)
+    if isinstance(lora, Dora) and chosen & {"embedding", "head"}:
+        raise NoTargetError("embedding", known, "`dora` is for the matrices of blocks")
+    root = math.sqrt(lora.rank) if lora.rank_stabilized else lora.rank
+    return Adapter(
+        rank=lora.rank,
+        scale=lora.alpha / root,
+        matrices=tuple(path for path in known if path in chosen),
+        dropout=lora.dropout,
+        magnitudes=isinstance(lora, Dora),
+    )
+
+
+def adapted(architecture: Architecture, loras: tuple[Lora, ...], storage: Storage) -> Architecture:
+    """Return an architecture without adapters with these, on weights that are kept so.
+
+    Raises `NoTargetError`.
+    """
+    if not loras:
+        return architecture
+    adapters = tuple(adapter_of(lora, architecture) for lora in loras)
+    return replace(architecture, adapters=adapters, storage=storage)
+
+
+def adapter_parameters(architecture: Architecture, adapter: Adapter) -> int:
+    """Count the numbers of an adapter."""
+    total = 0
+    for path, (inputs, outputs) in matrices(architecture).items():
+        if path in adapter.matrices:
+            times = architecture.layers if path.startswith("blocks") else 1
+            total += times * (adapter.rank * (inputs + outputs) + adapter.magnitudes * outputs)
+    return total

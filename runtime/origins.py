@@ -1,0 +1,257 @@
+"""What a stage starts from: weights of a model or of a stage, and the adapters on top of them.
+
+A stage that trains an adapter keeps only that. What it yields is the weights that it started from,
+with their adapters and its own; so a chain of such stages is followed down to the one that trained
+all weights, or to the declared model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from tunelang.compiler.adapters import adapted
+from tunelang.compiler.architecture import Architecture, plain
+from tunelang.compiler.graph import Input, StageGraph, StageNode, models_of
+from tunelang.compiler.plan import Plan
+from tunelang.dsl.vocabulary.base import Reference
+from tunelang.dsl.vocabulary.training import Adapter, Continued, Lora
+from tunelang.runtime import train, weights
+from tunelang.runtime.checkpoints import load_params
+from tunelang.runtime.decoder import Decoder
+from tunelang.runtime.sharding import Layout, shardings
+from tunelang.runtime.store import Store
+from tunelang.runtime.workshop import Model, Workshop
+
+
+class MissingInputError(Exception):
+    """A stage would read one that is left out of the run and not done: `stage`, `missing`."""
+
+    def __init__(self, stage: str, missing: str) -> None:
+        super().__init__(stage, missing)
+        self.stage = stage
+        self.missing = missing
+
+
+class NoMetricError(Exception):
+    """No branch of a sweep has the metric that decides it: `stage`, `metric`, `known`."""
+
+    def __init__(self, stage: str, metric: str, known: tuple[str, ...]) -> None:
+        super().__init__(stage, metric, known)
+        self.stage = stage
+        self.metric = metric
+        self.known = known
+
+
+class NoCheckpointError(Exception):
+    """A stage is to start from a step that another one did not keep: `stage`, `step`, `kept`."""
+
+    def __init__(self, stage: str, step: int, kept: tuple[int, ...]) -> None:
+        super().__init__(stage, step, kept)
+        self.stage = stage
+        self.step = step
+        self.kept = kept
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Weights to start from."""
+
+    model: str
+    """The declared model."""
+    path: Path | None
+    """The checkpoint of all weights; None for the declared model's own."""
+    adapters: tuple[tuple[Lora, Path], ...] = ()
+    """On top of them, each with its checkpoint."""
+    node: str | None = None
+    """The stage; None for the declared model."""
+    evals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Digest of an eval -> what it found for these weights."""
+
+
+@dataclass
+class Origins:
+    """Finds what references to models and stages stand for, in one plan and its store."""
+
+    plan: Plan
+    graph: StageGraph
+    store: Store
+    workshop: Workshop
+    selected: Callable[[Input, str, float], None] = lambda *_: None
+    """Told of each sweep that is decided, once: what reads it, the winner, its metric."""
+    _told: set[tuple[str, str]] = field(default_factory=set)
+
+    def summary(self, node: str) -> dict[str, Any]:
+        """Return what a finished stage said of itself; raises `MissingInputError`."""
+        held = self.store.folder(self.plan.by_node[node].digest).done()
+        if held is None:
+            raise MissingInputError("", node)
+        found: dict[str, Any] = held["summary"]
+        return found
+
+    def of(self, node: StageNode, reference: Reference) -> Origin:
+        """Return the weights that a reference to a model or a stage stands for, as it is in a node.
+
+        Raises `MissingInputError`, `NoMetricError`, `NoCheckpointError`.
+        """
+        if reference.noun == "model":
+            return Origin(reference.name, None)
+        read = next(each for each in node.inputs if each.stage == reference.name)
+        name = self.winner(read)
+        summary = self.summary(name)
+        step = int(summary["steps"]) if reference.step is None else reference.step
+        found = self.at(name, step)
+        return found if reference.step is not None else replace(found, evals=summary["evals"])
+
+    def at(self, name: str, step: int) -> Origin:
+        """Return the weights of a node after a step, which need not be its last.
+
+        Raises what `of` raises.
+        """
+        node = self.graph.nodes[name]
+        folder = self.store.folder(self.plan.by_node[name].digest)
+        if step not in folder.steps():
+            raise NoCheckpointError(node.stage, step, folder.steps())
+        path = folder.checkpoints / str(step)
+        value: Any = node.value
+        if value.adapter is None:
+            done = folder.done()
+            model = done["summary"]["model"] if done else models_of(self.graph, name)[0]
+            return Origin(model, path, node=name)
+        below = self.of(node, value.from_)
+        adapters = below.adapters
+        if isinstance(value.adapter, Continued):
+            adapters, lora = adapters[:-1], adapters[-1][0]
+        else:
+            lora = value.adapter
+        return Origin(below.model, below.path, (*adapters, (lora, path)), name)
+
+    def winner(self, read: Input) -> str:
+        """Return the node that an input stands for; raises `NoMetricError`."""
+        if read.selection is None:
+            return read.nodes[0]
+        metric = read.selection.metric
+        found: list[tuple[float, str, str]] = []
+        known: dict[str, None] = {}
+        for node in read.nodes:
+            metrics = self.summary(node)["metrics"]
+            known.update(dict.fromkeys(metrics))
+            value = metric_of(self.workshop, metrics, metric)
+            if value is not None and value == value:
+                found.append((value, self.plan.by_node[node].digest, node))
+        if not found:
+            raise NoMetricError(read.stage, metric, tuple(known))
+        sign = -1.0 if read.selection.direction == "best" else 1.0
+        value, _, node = min(found, key=lambda each: (sign * each[0], each[1]))
+        if (read.stage, node) not in self._told:
+            self._told.add((read.stage, node))
+            self.selected(read, node, value)
+        return node
+
+
+def metric_of(workshop: Workshop, metrics: Mapping[str, float], name: str) -> float | None:
+    """Return a metric by the name that a spec uses: an eval's bare name is its first metric."""
+    if name in metrics:
+        return metrics[name]
+    declared = workshop.program.declarations.get(name)
+    if declared is not None and declared.noun == "eval":
+        return metrics.get(f"{name}.{next(iter(declared.value.metrics))}")
+    return None
+
+
+# Loading.
+
+
+def starting(
+    origin: Origin, adapter: Adapter | None, model: Model, layout: Layout, seed: int
+) -> tuple[Architecture, Any]:
+    """Return the architecture that a stage trains, and its parameters at the beginning.
+
+    `seed` is of random weights. Raises `NoTargetError`, `BadWeightsError`, `CheckpointError`.
+    """
+    loras = tuple(lora for lora, _ in origin.adapters)
+    if adapter is None:
+        return plain(model.architecture), loaded(origin, model, layout, seed)
+    if isinstance(adapter, Continued):
+        architecture = adapted(plain(model.architecture), loras, model.storage)
+        return architecture, _loaded(origin, architecture, model, layout)
+    assert isinstance(adapter, Lora)
+    architecture = adapted(plain(model.architecture), (*loras, adapter), model.storage)
+    params = _loaded(origin, architecture, model, layout)
+    return architecture, _begun(params, architecture, layout, model.dtype, seed)
+
+
+def loaded(origin: Origin, model: Model, layout: Layout, seed: int) -> Any:
+    """Return weights in float32, their adapters merged into them.
+
+    `seed` is of a model's random weights. Raises `BadWeightsError`, `CheckpointError`.
+    """
+    if origin.path is None and model.folder is None:
+        program = train.Program(layout=layout, dtype=model.dtype)
+        base = plain(model.architecture)
+        return train.init_state(base, optax.identity(), program, seed).params
+    loras = tuple(lora for lora, _ in origin.adapters)
+    storage = model.storage if model.storage in ("nf4", "int8") else "f32"
+    architecture = adapted(plain(model.architecture), loras, storage)
+    params = _loaded(origin, architecture, model, layout)
+    return merged(params, architecture, layout, model.dtype)
+
+
+def merged(params: Any, architecture: Architecture, layout: Layout, dtype: Any) -> Any:
+    """Return the parameters without adapters of the same function, float32; `params` is used up."""
+    if not architecture.adapters:
+        return params
+    graph, _ = train.abstract_decoder(architecture, dtype)
+    _, abstract = train.abstract_decoder(plain(architecture), dtype)
+    make = jax.jit(
+        lambda params: nnx.split(nnx.merge(graph, params).merged())[1],
+        out_shardings=shardings(abstract, layout),
+    )
+    return make(params)
+
+
+def _loaded(origin: Origin, architecture: Architecture, model: Model, layout: Layout) -> Any:
+    """Return the base as the architecture keeps it, with the adapters that the origin has."""
+    storage = architecture.storage
+    if origin.path is None:
+        assert model.folder is not None
+        base = weights.load(model.folder, plain(architecture), layout, storage, model.dtype)
+    else:
+        shapes = _shaped(train.abstract_decoder(plain(architecture), model.dtype)[1], layout)
+        base = weights.kept(load_params(origin.path, shapes), layout, storage, model.dtype)
+    _, abstract = train.abstract_decoder(architecture, model.dtype)
+    parts = [base]
+    for place, (_, path) in enumerate(origin.adapters):
+        top = replace(architecture, adapters=architecture.adapters[: place + 1])
+        parts.append(load_params(path, _shaped(train.divided(top, abstract)[0], layout)))
+    return train.whole(*parts)
+
+
+def _begun(params: Any, architecture: Architecture, layout: Layout, dtype: Any, seed: int) -> Any:
+    """Add the last adapter of an architecture to the parameters below it."""
+    _, abstract = train.abstract_decoder(architecture, dtype)
+    own = train.divided(architecture, abstract)[0]
+
+    def make(params: Any, seed: Any) -> Any:
+        decoder = Decoder(architecture, nnx.Rngs(jax.random.key(seed)), dtype)
+        nnx.update(decoder, params)
+        decoder.measure()
+        return train.divided(architecture, nnx.state(decoder, nnx.Param))[0]
+
+    added = jax.jit(make, out_shardings=shardings(own, layout))(params, np.uint32(seed % 2**32))
+    return train.whole(params, added)
+
+
+def _shaped(abstract: Any, layout: Layout) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        shardings(abstract, layout),
+    )

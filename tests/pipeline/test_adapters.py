@@ -1,0 +1,191 @@
+"""Stages that train adapters: begun, stacked, continued, merged, resumed; on quantised weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.pipeline import tiny
+from tests.pipeline.test_pretrained import spec as spec
+from tunelang.runtime.execute import StageFailed
+from tunelang.runtime.origins import Origins, loaded
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.workshop import Workshop
+
+STAGES = """
+reward early = matches("{completion}", /.*[a-m].*/)
+
+stage first : sft {
+  from      = small
+  data      = sums
+  length    = 6 steps
+  batch     = 4 sequences
+  adapter   = lora(rank = 2, alpha = 4)
+  optimizer = adamw(lr = 1e-2)
+  evals     = [fluency]
+  checkpoint_every = 2 steps
+  log_every = 1 step
+  mesh      = axes(data = 1)
+}
+
+stage stacked : grpo {
+  from      = first
+  data      = sums
+  reward    = early
+  group     = 8
+  batch     = 2 prompts
+  length    = 2 steps
+  rollout   = sampling(max_tokens = 4)
+  kl        = k3(0.1)
+  adapter   = dora(rank = 2)
+  optimizer = adamw(lr = 1e-2)
+  evals     = [fluency]
+  log_every = 1 step
+  mesh      = axes(data = 1)
+}
+
+stage further : sft {
+  from      = stacked
+  data      = sums
+  length    = 2 steps
+  batch     = 4 sequences
+  adapter   = continued
+  optimizer = adamw(lr = 1e-2)
+  evals     = [fluency]
+  log_every = 1 step
+  mesh      = axes(data = 1)
+}
+
+stage whole : sft {
+  from      = further
+  data      = sums
+  length    = 2 steps
+  batch     = 4 sequences
+  optimizer = adamw(lr = 1e-3)
+  evals     = [fluency]
+  log_every = 1 step
+  mesh      = axes(data = 1)
+}
+"""
+
+
+@pytest.fixture
+def chain(spec: Path) -> Path:
+    """The workspace of `test_pretrained`, with a chain of adapters."""
+    text = spec.read_text()
+    spec.write_text(text[: text.index("stage baseline")] + STAGES)
+    return spec
+
+
+@pytest.mark.parametrize("weights", ["", ", weights = nf4", ", dtype = bf16"])
+def test_a_chain_of_adapters(chain: Path, weights: str) -> None:
+    chain.write_text(chain.read_text().replace('path = "small"', f'path = "small"{weights}'))
+    heard = tiny.run(chain)
+    assert heard.lines == [f"{name} done" for name in ("first", "stacked", "further", "whole")]
+    prepared, store = tiny.planned(chain)
+    assert {stage.state.kind for stage in prepared.plan.stages} == {"up to date"}
+    # Adapters alone are kept.
+    names = tiny.params(chain, "stacked")
+    assert {name.split(".")[-3] for name in names} == {"adapters"}
+    assert {name.split(".")[-2] for name in names} == {"1"}
+    # Each stage begins with what the one before ended with, and learned something.
+    last = None
+    tolerance = 0.02 if "bf16" in weights else 1e-4
+    for node in ("first", "stacked", "further", "whole"):
+        rows = store.folder(prepared.plan.by_node[node].digest).metrics().rows
+        losses = [row["fluency.loss"] for row in rows if "fluency.loss" in row]
+        if last is not None and losses[0] != last:  # else it was known
+            assert abs(losses[0] - last) < tolerance
+        assert abs(losses[-1] - losses[0]) > 1e-5
+        last = losses[-1]
+    rows = store.folder(prepared.plan.by_node["stacked"].digest).metrics().rows
+    first = next(row for row in rows if "loss" in row)
+    # The reference is the adapter's beginning; the sampler's adapters are the trainer's.
+    assert abs(first["kl"]) < 1e-6
+    assert first["mismatch_max"] < (0.2 if "bf16" in weights else 1e-3)
+
+
+def test_resumed_is_uninterrupted(chain: Path, tmp_path: Path) -> None:
+    tiny.run(chain, only=["first"])
+    expected = tiny.params(chain, "first")
+    other = tiny.copy(chain, tmp_path / "other")
+    prepared, store = tiny.planned(other)
+    folder = store.folder(prepared.plan.by_node["first"].digest)
+    # As if it had been stopped at step 4.
+    subprocess.run(["rm", "-rf", str(other.parent / ".tune")], check=True)
+    heard = _stopped_at(other, 4)
+    assert heard == 4
+    assert folder.steps()[-1] == 4
+    tiny.run(other, only=["first"])
+    found = tiny.params(other, "first")
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def _stopped_at(spec: Path, step: int) -> int:
+    """Run the first stage until a step, and end as after Ctrl-C."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from tests.pipeline import tiny\n"
+        "class Stopping(tiny.Heard):\n"
+        "    def step(self, step, steps, values):\n"
+        f"        if step >= {step - 1}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "tiny.Heard = Stopping\n"
+        "from tunelang.runtime.loop import Interrupted\n"
+        "try: tiny.run(Path(sys.argv[1]), only=['first'])\n"
+        "except Interrupted: pass\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(spec)], check=True, env=tiny.environment(), timeout=300
+    )
+    prepared, store = tiny.planned(spec)
+    return store.folder(prepared.plan.by_node["first"].digest).steps()[-1]
+
+
+def test_speaking_uses_the_adapters(chain: Path) -> None:
+    tiny.run(chain, only=["first", "stacked"])
+    prepared, store = tiny.planned(chain)
+    workshop = Workshop(prepared.program, store.root / "cache", ())
+    origins = Origins(prepared.plan, prepared.graph, store, workshop)
+    found = {}
+    for node in ("first", "stacked"):
+        steps = store.folder(prepared.plan.by_node[node].digest).steps()
+        origin = origins.at(node, steps[-1])
+        params = loaded(origin, workshop.model(origin.model), make_layout(), 0)
+        found[node] = np.asarray(params["blocks"]["attention"]["q"]["weight"][...])
+    assert np.abs(found["first"] - found["stacked"]).max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "code"),
+    [
+        (("rank = 2, alpha = 4", "targets = [head]"), "no matrix of the model is `head`", 1),
+        (("rank = 2, alpha = 4", "targets = [/nowhere/]"), "is `nowhere`", 1),
+        (("dora(rank = 2)", "dora(targets = [embed])"), "`dora` is for the matrices of blocks", 1),
+    ],
+)
+def test_targets_that_match_nothing(
+    chain: Path, change: tuple[str, str], words: str, code: int
+) -> None:
+    chain.write_text(chain.read_text().replace(*change))
+    done = subprocess.run(
+        [sys.executable, "-m", "tunelang.runtime", "plan", str(chain)],
+        capture_output=True, text=True, env=tiny.environment(), check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "error[no-target]" in done.stderr
+    assert words in done.stderr
+
+
+def test_a_lost_stage_below_is_named(chain: Path) -> None:
+    tiny.run(chain, only=["first", "stacked"])
+    prepared, store = tiny.planned(chain)
+    folder = store.folder(prepared.plan.by_node["first"].digest)
+    (folder.path / "done").unlink(missing_ok=True)
+    (folder.path / "done.json").unlink(missing_ok=True)
+    with pytest.raises(StageFailed) as failed:
+        tiny.run(chain, only=["further"])
+    assert "first" in str(failed.value.__cause__)
