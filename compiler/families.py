@@ -7,8 +7,8 @@ tensors differ from Llama's. Names map one to one, so that the same table reads 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +18,7 @@ from tunelang.compiler.architecture import (
     Llama3Scaling,
     RopeScaling,
     Span,
+    plain,
 )
 
 Config = Mapping[str, Any]
@@ -74,6 +75,10 @@ class UnknownFamilyError(Exception):
         self.model_type, self.known = model_type, known
 
 
+class UndescribedError(Exception):
+    """An architecture that no family in the table has."""
+
+
 class BadConfigError(Exception):
     """A `config.json` that lacks something, or asks for what the decoder does not have."""
 
@@ -115,10 +120,53 @@ def family_of(config: Config) -> Family:
     return FAMILIES[name]
 
 
-def tensor_names(family: Family, paths: Iterator[str]) -> dict[str, str]:
-    """Return the name of the tensor of each parameter, `{}` for the layer."""
-    names = {**_LLAMA, **family.names}
-    return {path: names[path] for path in paths}
+def names_of(family: Family) -> dict[str, str]:
+    """Return path of a parameter -> name of its tensor, `{}` for the layer and the expert.
+
+    Parameters of one tensor lie in it one below the other, in this order.
+    """
+    return {**_LLAMA, **family.names}
+
+
+def config_of(architecture: Architecture) -> dict[str, Any]:
+    """Return a `config.json` that describes an architecture; raises `UndescribedError`."""
+    a = architecture
+    local = a.pattern == ("local",)
+    common = {
+        "vocab_size": a.vocabulary,
+        "num_hidden_layers": a.layers,
+        "hidden_size": a.width,
+        "num_attention_heads": a.heads,
+        "num_key_value_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        "intermediate_size": a.mlp,
+        "max_position_embeddings": a.context,
+        "rms_norm_eps": a.norm_epsilon,
+        "tie_word_embeddings": a.tied,
+        "rope_theta": a.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": a.rope_base},
+        "hidden_act": "silu",
+    }
+    spans = ["sliding_attention"] * a.layers
+    windows = {"use_sliding_window": True, "sliding_window": a.window, "layer_types": spans}
+    trials: list[dict[str, Any]] = [
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        {
+            "model_type": "mistral",
+            "architectures": ["MistralForCausalLM"],
+            "sliding_window": a.window,
+        },
+        {
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+            **(windows if local else {}),
+        },
+    ]
+    for trial in trials:
+        found = {**common, **trial}
+        if architecture_of(found) == replace(plain(a), dropout=0.0):
+            return found
+    raise UndescribedError
 
 
 # What the configurations say.

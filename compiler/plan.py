@@ -31,8 +31,9 @@ class State:
 
     kind: Literal["up to date", "to run", "resume", "same", "left out"]
     """`same`: another node of the plan has the same fingerprint, and its result serves both."""
-    reason: Literal["", "first run", "changed", "interrupted", "forced"] = ""
-    """Why a node is to run. `interrupted`: it began before, and left no checkpoint."""
+    reason: Literal["", "first run", "changed", "interrupted", "forced", "gone"] = ""
+    """Why a node is to run. `interrupted`: it began before, and left no checkpoint. `gone`: the
+    files that it wrote are not there any more."""
     step: int | None = None
     """The step that a resumed node goes on from."""
     node: str | None = None
@@ -198,6 +199,8 @@ def describe(state: State) -> str:
             return f"to run: {'; '.join(wording(change) for change in state.changes)}"
         case "to run" if state.reason == "interrupted":
             return "to run: interrupted before its first checkpoint"
+        case "to run" if state.reason == "gone":
+            return "to run: its files are gone, or others"
         case "to run":
             return f"to run: {state.reason}"
     return state.kind

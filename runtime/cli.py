@@ -408,6 +408,30 @@ def chat_command(
         talk.chat(talk.open_speaker(program, _store(spec, store), stage), sampling)
 
 
+@app.command("export")
+def export_command(
+    spec: Spec,
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="A stage or one of its branches.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to write.")],
+    sets: Sets = [],  # noqa: B006
+    apart: Annotated[
+        bool, typer.Option("--apart", help="The adapter by itself, as PEFT loads it.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="f32, bf16 or f16.")] = "bf16",
+    store: StoreOption = None,
+    traceback: Traceback = False,
+) -> None:
+    """Write the model that a stage yielded as `transformers` loads it."""
+    if dtype not in ("f32", "bf16", "f16"):
+        raise typer.BadParameter("f32, bf16 or f16", param_hint="--dtype")
+    program = _checked(spec, sets)
+    from tunelang.runtime import talk  # JAX is slow to import
+
+    with _failing(program, traceback):
+        for name in talk.write(program, _store(spec, store), stage, folder, apart, dtype):
+            typer.echo(folder / name)
+
+
 def _checked(spec: Path, sets: list[str]) -> Program:
     """Return the program of a spec; ends the command where it is wrong."""
     checked = check_file(spec, sets)

@@ -20,13 +20,15 @@ from tunelang.compiler.architecture import Architecture, plain
 from tunelang.compiler.graph import Input, StageNode
 from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.rules import references_in
-from tunelang.dsl.vocabulary.stages import Policy, Supervised, Training
+from tunelang.dsl.vocabulary.stages import Export, Policy, Supervised, Training
 from tunelang.runtime import train
 from tunelang.runtime.bad_rows import BadRows
 from tunelang.runtime.checkpoints import Checkpoints, load_params
 from tunelang.runtime.evaluate import Evaluation, evaluate, named
+from tunelang.runtime.export import export
 from tunelang.runtime.locks import Holder
 from tunelang.runtime.loop import Interrupted, Loop, Reporter, Trainer
+from tunelang.runtime.manifest import export_folder
 from tunelang.runtime.origins import Origin, Origins, loaded, starting
 from tunelang.runtime.permutation import derive
 from tunelang.runtime.policy import policy_trainer
@@ -152,7 +154,7 @@ class _Run:
 
     def stage(self, planned: StagePlan) -> None:
         """Make one stage up to date."""
-        forced = planned.state.reason == "forced"
+        forced = planned.state.reason in ("forced", "gone")
 
         def waits(holder: Holder | None) -> None:
             self.reporter.waiting(planned, holder)
@@ -172,11 +174,12 @@ class _Run:
         """Do a stage from its beginning, or from its last checkpoint."""
         node = self.prepared.graph.nodes[planned.node]
         value = node.value
-        if not isinstance(value, Training):
+        if not isinstance(value, Training | Export):
             raise NotBuiltError(f"stage {planned.stage}", f"the kind `{planned.kind}`")
-        devices = self.prepared.devices[planned.node]
-        if not devices.here:
-            raise HardwareMissingError(str(devices), f"{len(jax.devices())} × {_kind()}")
+        if isinstance(value, Training):
+            devices = self.prepared.devices[planned.node]
+            if not devices.here:
+                raise HardwareMissingError(str(devices), f"{len(jax.devices())} × {_kind()}")
         steps = folder.steps()
         start = steps[-1] if steps and planned.state.reason != "forced" else 0
         if start:
@@ -193,10 +196,33 @@ class _Run:
                     },
                 }
             )
-        job = _Job(self, planned, node, value, folder)
-        summary = job.run(start)
+        if isinstance(value, Export):
+            summary = self.export(planned, node, value)
+        else:
+            summary = _Job(self, planned, node, value, folder).run(start)
         folder.finish(summary)
         return summary
+
+    def export(self, planned: StagePlan, node: StageNode, kind: Export) -> Summary:
+        """Write a model to a folder."""
+        begun = time.time()
+        self.reporter.stage(planned, None)
+        self.reporter.doing("writing")
+        origin = self.origins.of(node, kind.from_)
+        model = self.workshop.model(origin.model)
+        folder = export_folder(self.prepared.program, self.prepared.graph, planned.node)
+        layout = make_layout(fsdp=len(self.workshop.devices))
+        files = export(origin, kind, model, layout, folder, planned.digest)
+        return {
+            "model": origin.model,
+            "from": origin.node,
+            "steps": 0,
+            "seconds": time.time() - begun,
+            "metrics": {},
+            "evals": {},
+            "path": str(folder),
+            "files": files,
+        }
 
     def tell_bad_rows(self) -> None:
         """Say what rows were dropped since the last time."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tunelang.compiler.adapters import NoTargetError
 from tunelang.compiler.content import ContentError
+from tunelang.compiler.families import UndescribedError
 from tunelang.compiler.graph import GraphError
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError
 from tunelang.dsl.diagnostics import Diagnostic
@@ -26,11 +27,13 @@ from tunelang.runtime.execute import (
     HardwareMissingError,
     StageFailed,
 )
+from tunelang.runtime.export import ForeignFileError, NotApartError
 from tunelang.runtime.loop import DivergedError
 from tunelang.runtime.open_tokenizer import BadTokenizerError, VocabularySizeError
 from tunelang.runtime.origins import MissingInputError, NoCheckpointError, NoMetricError
 from tunelang.runtime.prepare import LayoutError
 from tunelang.runtime.procedural import GeneratorError
+from tunelang.runtime.tokenizer_files import NoTokenizerFileError
 from tunelang.runtime.weights import BadWeightsError
 from tunelang.runtime.words import size_text
 from tunelang.runtime.workers import LoadError
@@ -158,6 +161,21 @@ def _failed(error: Exception, place: _Place) -> Diagnostic:
         case BadWeightsError():
             title = f"the weights in `{error.path.name}` cannot be used"
             return message("weights-fail", title, place.model(error.path), notes=error.problems)
+        case ForeignFileError():
+            title = f"{error.path} is there, and this stage did not write it"
+            fix = "another `path`, or move the file: nothing of others is ever overwritten"
+            return message("export-fails", title, place.attribute("path"), help=fix)
+        case NotApartError():
+            fix = "`adapter = merged` writes all weights"
+            title = f"the adapter cannot be written by itself: {error}"
+            return message("export-fails", title, place.attribute("adapter"), help=fix)
+        case UndescribedError():
+            title = "no family of `transformers` that the decoder knows has this architecture"
+            fix = "what can be written: swiglu and rms, with rope; as Llama, Mistral or Qwen 3"
+            return message("export-fails", title, place.attribute("from"), help=fix)
+        case NoTokenizerFileError():
+            title = f"the tokenizer cannot be written as `tokenizer.json`: {error}"
+            return message("export-fails", title, place.attribute("from"))
         case BadTokenizerError():
             return message("tokenizer-fails", f"{error.path}: {error.reason}", here)
         case VocabularySizeError():

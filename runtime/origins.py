@@ -19,7 +19,7 @@ from flax import nnx
 
 from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, plain
-from tunelang.compiler.graph import Input, StageGraph, StageNode, models_of
+from tunelang.compiler.graph import Input, StageGraph, StageNode, models_of, named
 from tunelang.compiler.plan import Plan
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.training import Adapter, Continued, Lora
@@ -133,6 +133,24 @@ class Origins:
             lora = value.adapter
         return Origin(below.model, below.path, (*adapters, (lora, path)), name)
 
+    def latest(self, stage: str) -> Origin:
+        """Return what a stage yielded, or, of one that is not done, its last checkpoint.
+
+        Of a sweep the first branch that is done is taken, unless `stage` names one. Raises
+        `UnknownStage`, `MissingInputError` and what `of` raises.
+        """
+        found: tuple[str, int] | None = None
+        for node in named(self.graph, stage):
+            folder = self.store.folder(self.plan.by_node[node].digest)
+            done, steps = folder.done(), folder.steps()
+            if steps and (done is not None or found is None):
+                found = node, steps[-1]
+                if done is not None:
+                    break
+        if found is None:
+            raise MissingInputError(stage, stage)
+        return self.at(*found)
+
     def winner(self, read: Input) -> str:
         """Return the node that an input stands for; raises `NoMetricError`."""
         if read.selection is None:
@@ -202,6 +220,13 @@ def loaded(origin: Origin, model: Model, layout: Layout, seed: int) -> Any:
     architecture = adapted(plain(model.architecture), loras, storage)
     params = _loaded(origin, architecture, model, layout)
     return merged(params, architecture, layout, model.dtype)
+
+
+def shaped_adapter(lora: Lora, model: Model, layout: Layout) -> Any:
+    """Return the shapes of the first adapter on a model, to load it; raises `NoTargetError`."""
+    architecture = adapted(plain(model.architecture), (lora,), model.storage)
+    _, abstract = train.abstract_decoder(architecture, model.dtype)
+    return _shaped(train.divided(architecture, abstract)[0], layout)
 
 
 def merged(params: Any, architecture: Architecture, layout: Layout, dtype: Any) -> Any:

@@ -18,15 +18,16 @@ from tunelang.compiler.architecture import Architecture, from_transformer
 from tunelang.compiler.content import Contents
 from tunelang.compiler.hardware import Chip, Devices, chip_of, declared
 from tunelang.compiler.layout import StageLayout, lay_out, plain
-from tunelang.compiler.plan import Plan
+from tunelang.compiler.plan import Plan, State
 from tunelang.compiler.planning import plan as plan_stages
 from tunelang.compiler.presets import PRESETS
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure, Reference
-from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.stages import Export, Training
 from tunelang.runtime import weights
 from tunelang.runtime.durable import StoreError, read_json, write_json
+from tunelang.runtime.manifest import export_folder, is_written
 from tunelang.runtime.open_tokenizer import open_renderer
 from tunelang.runtime.store import Store
 
@@ -88,6 +89,9 @@ def prepare(
     stages = []
     for stage in made.stages:
         value = graph.nodes[stage.node].value
+        if isinstance(value, Export) and stage.state.kind == "up to date":
+            if not is_written(export_folder(program, graph, stage.node), stage.digest):
+                stage = replace(stage, state=State("to run", "gone"))
         if not isinstance(value, Training) or not stage.state.runs:
             stages.append(stage)
             continue

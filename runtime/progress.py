@@ -102,7 +102,8 @@ class Progress:
             self._say(f"{planned.node}  up to date")
             return
         steps, took = summary["steps"], duration(summary["seconds"])
-        self._say(f"{planned.node}  done, {steps} steps in {took}")
+        made = f"written to {summary['path']}" if "path" in summary else f"done, {steps} steps"
+        self._say(f"{planned.node}  {made} in {took}")
 
     def selected(self, read: Input, node: str, value: float) -> None:
         """See `execute.RunReporter`."""

@@ -51,7 +51,8 @@ def table(graph: StageGraph, store: Store, width: int) -> str:
             names[name] = None
             before = f"{number(first[name])} → " if name in first else ""
             cells[name] = f"{before}{number(value)}"
-        rows.append((node, str(summary["steps"]), duration(summary["seconds"]), cells))
+        made = "written" if "path" in summary else str(summary["steps"])
+        rows.append((node, made, duration(summary["seconds"]), cells))
     head = ["stage", "steps", "time", *names]
     body = [
         [node, steps, took, *(cells.get(name, "") for name in names)]

@@ -1,21 +1,23 @@
-"""`tune generate` and `tune chat`: the model that a stage yielded, in use."""
+"""`tune generate`, `tune chat`, `tune export`: the model that a stage yielded, in use."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from tunelang.compiler.graph import named
 from tunelang.dsl.program import Program
+from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.decode_loop import make_engine
 from tunelang.runtime.evaluate import capacity_of, texts_of
 from tunelang.runtime.examples import Example, Message
 from tunelang.runtime.execute import compile_cache
-from tunelang.runtime.origins import MissingInputError, Origins, loaded
+from tunelang.runtime.export import export
+from tunelang.runtime.origins import Origin, Origins, loaded
 from tunelang.runtime.prepare import prepare
 from tunelang.runtime.rollout import Prompt, rollout
 from tunelang.runtime.sharding import make_layout
@@ -92,23 +94,29 @@ def open_speaker(program: Program, store: Store, stage: str) -> Speaker:
     Of a sweep the first branch that is done is taken, unless `stage` names one. Raises
     `UnknownStage`, `MissingInputError` and `StoreError`.
     """
+    origin, model, _ = _opened(program, store, stage)
+    return Speaker(model, loaded(origin, model, make_layout(), 0))
+
+
+def write(
+    program: Program, store: Store, stage: str, folder: Path, apart: bool, dtype: str
+) -> list[str]:
+    """Write what a stage yielded to a folder; returns the names of the files.
+
+    Raises what `open_speaker` and `export` raise.
+    """
+    origin, model, workshop = _opened(program, store, stage)
+    kind = Export.fixed(adapter="apart" if apart else "merged", dtype=dtype)
+    layout = make_layout(fsdp=len(workshop.devices))
+    return export(origin, kind, model, layout, folder, f"{origin.node} {apart} {dtype}")
+
+
+def _opened(program: Program, store: Store, stage: str) -> tuple[Origin, Model, Workshop]:
     compile_cache(store.root / "cache" / "xla")
     prepared = prepare(program, store, only=[stage])
     workshop = Workshop(program, store.root / "cache", tuple(jax.devices()))
-    origins = Origins(prepared.plan, prepared.graph, store, workshop)
-    found: tuple[str, int] | None = None
-    for node in named(prepared.graph, stage):
-        folder = store.folder(prepared.plan.by_node[node].digest)
-        done, steps = folder.done(), folder.steps()
-        if steps and (done is not None or found is None):
-            found = node, steps[-1]
-            if done is not None:
-                break
-    if found is None:
-        raise MissingInputError(stage, stage)
-    origin = origins.at(*found)
-    model = workshop.model(origin.model)
-    return Speaker(model, loaded(origin, model, make_layout(), 0))
+    origin = Origins(prepared.plan, prepared.graph, store, workshop).latest(stage)
+    return origin, workshop.model(origin.model), workshop
 
 
 def chat(speaker: Speaker, sampling: Sampling) -> None:

@@ -109,6 +109,7 @@ class SentencePiece:
     def __init__(
         self, model: bytes, added: Sequence[str] = (), guarded: Collection[str] = ()
     ) -> None:
+        self.source = model
         self._first = sentencepiece.SentencePieceProcessor(model_proto=model)
         # A serialised message that follows another one is merged into it (protobuf's rules of
         # encoding): this one sets normalizer_spec.add_dummy_prefix (field 3 of field 3) to false.
@@ -175,6 +176,7 @@ class HuggingFace:
         added: Sequence[str] = (),
         guarded: Collection[str] = (),
     ) -> None:
+        self.source = json
         self._model = tokenizers.Tokenizer.from_str(json)
         self._model.encode_special_tokens = True
         self._model.no_padding()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from tunelang.compiler.families import (
     UnknownFamilyError,
     architecture_of,
     family_of,
-    tensor_names,
+    names_of,
 )
 from tunelang.dsl.vocabulary.models import Pretrained
 from tunelang.runtime.layers import DTYPES
@@ -60,38 +61,60 @@ class _Leaf:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     name: str
-    """Of its tensor; with `{}` for the layer where it is stacked."""
+    """Of its tensor; with `{}` for each axis that is stacked: the layer, the expert."""
     inputs: int
-    """Input axes of a linear layer's weight, without that of the layers; 0 for all else."""
+    """Input axes of a linear layer's weight, without stacked ones; 0 for all else."""
+    offset: int = 0
+    """Its first row in a tensor that holds several parameters one below the other."""
+    fused: int | None = None
+    """Rows of such a tensor."""
+    added: int = 0
+    """Rows of a table that the file does not have: of tokens that were added."""
 
     @property
-    def stacked(self) -> bool:
-        return "{}" in self.name
+    def stack(self) -> tuple[int, ...]:
+        """The sizes of the stacked axes."""
+        return self.shape[: self.name.count("{}")]
 
     @property
     def own(self) -> tuple[int, ...]:
-        """The shape in one layer."""
-        return self.shape[1:] if self.stacked else self.shape
+        """The shape without stacked axes."""
+        return self.shape[self.name.count("{}") :]
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The shape of its part of the tensor."""
+        if self.path[-1] in ("bias", "scale"):
+            return (math.prod(self.own),)
+        if self.inputs:
+            return math.prod(self.own[self.inputs :]), math.prod(self.own[: self.inputs])
+        return (self.own[0] - self.added, *self.own[1:])
 
     @property
     def stored(self) -> tuple[int, ...]:
         """The shape of the tensor."""
-        if self.path[-1] == "bias":
-            return (math.prod(self.own),)
-        if not self.inputs:
-            return self.own
-        return math.prod(self.own[self.inputs :]), math.prod(self.own[: self.inputs])
+        return (self.fused or self.rows[0], *self.rows[1:])
 
-    def tensors(self) -> list[str]:
-        return [self.name.format(layer) for layer in range(self.shape[0] if self.stacked else 1)]
+    def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Give the place on the stacked axes, and the name, of each tensor."""
+        for place in np.ndindex(self.stack):
+            yield place, self.name.format(*place)
 
-    def read(self, tensor: NDArray[Any]) -> NDArray[Any]:
-        return (tensor.T if self.inputs else tensor).reshape(self.own)
+    def read(self, tensor: Any) -> NDArray[Any]:
+        """Return the parameter's part of a tensor, which is a slice of a file."""
+        part = tensor[self.offset : self.offset + self.rows[0]]
+        if self.added:
+            # As likely as the others, and apart from them once they are trained.
+            mean = part.mean(0, keepdims=True, dtype=np.float32).astype(part.dtype)
+            part = np.concatenate([part, np.repeat(mean, self.added, 0)])
+        own: NDArray[Any] = (part.T if self.inputs else part).reshape(self.own)
+        return own
 
     def written(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return the part of a tensor that a parameter is."""
         if not self.inputs:
-            return array.reshape(self.stored)
-        return np.ascontiguousarray(array.reshape(self.stored[::-1]).T)
+            return array.reshape(self.rows)
+        return np.ascontiguousarray(array.reshape(self.rows[::-1]).T)
 
 
 def folder_of(kind: Pretrained, beside: Path) -> Path:
@@ -148,7 +171,7 @@ def load(
     """
     config = configuration(folder)
     _, abstract = abstract_decoder(architecture, jnp.float32)
-    leaves = list(_leaves(abstract, config))
+    leaves = _leaves(abstract, config)
     files = _files(folder)
     problems = _problems(files, leaves, architecture)
     if problems:
@@ -188,18 +211,80 @@ def kept(params: Any, layout: Layout, storage: Storage, dtype: Any) -> Any:
 def tensors(params: Any, config: Config) -> Iterator[tuple[str, NDArray[Any]]]:
     """Give the tensors of parameters one by one, as the family of a configuration stores them."""
     flat = {tuple(map(str, path)): value for path, value in nnx.to_flat_state(params)}
-    for leaf in _leaves(params, config):
+
+    def part(leaf: _Leaf, place: tuple[int, ...]) -> NDArray[Any]:
         array = flat[leaf.path].get_value()
-        for layer, name in enumerate(leaf.tensors()):
-            yield name, leaf.written(np.asarray(array[layer] if leaf.stacked else array))
+        return leaf.written(np.asarray(array[place] if place else array))
+
+    for leaves in _fused(_leaves(params, config)):
+        for place, name in leaves[0].tensors():
+            parts = [part(leaf, place) for leaf in leaves]
+            yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _leaves(state: Any, config: Config) -> Iterator[_Leaf]:
+def tensor_shapes(params: Any, config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Give name and shape of what `tensors` gives, in the same order."""
+    for leaves in _fused(_leaves(params, config)):
+        for _, name in leaves[0].tensors():
+            yield name, leaves[0].stored
+
+
+def adapter_tensors(params: Any, config: Config) -> Iterator[tuple[str, str, NDArray[Any]]]:
+    """Give an adapter as PEFT stores it: the name of a module, of its part, and the tensor.
+
+    Raises `ValueError` for a matrix that the family stores within another one.
+    """
+    names = {**names_of(family_of(config))}
+    fused = {name for name, times in Counter(names.values()).items() if times > 1}
+    for path, value in nnx.to_flat_state(params):
+        *inside, holder, _, part = map(str, path)
+        table = holder.removesuffix("_adapters") if holder != "adapters" else None
+        name = names[table or ".".join([*inside, "weight"])]
+        module = name.removesuffix(".weight")
+        if name in fused:
+            raise ValueError(f"`{module.format(0)}` holds several matrices")
+        array = np.asarray(value.get_value())
+        for layer in range(len(array)) if "{}" in name else [None]:
+            one = array if layer is None else array[layer]
+            if part == "magnitude":
+                yield module.format(layer), "lora_magnitude_vector", one.reshape(-1)
+            elif table == "embedding":  # PEFT has the look-up first
+                yield module, f"lora_embedding_{part.upper()}", one.T
+            elif (part == "a") is (table != "head"):  # the side of the inputs
+                rank = one.shape[-1] if part == "a" else one.shape[0]
+                rows = one.reshape(-1, rank).T if part == "a" else one.reshape(rank, -1)
+                yield module.format(layer), "lora_A.weight", rows
+            else:
+                rank = one.shape[-1] if part == "a" else one.shape[0]
+                rows = one.reshape(-1, rank) if part == "a" else one.reshape(rank, -1).T
+                yield module.format(layer), "lora_B.weight", rows
+
+
+def _leaves(state: Any, config: Config) -> list[_Leaf]:
     flat = {tuple(map(str, path)): value for path, value in nnx.to_flat_state(state)}
-    names = tensor_names(family_of(config), (".".join(path) for path in flat))
-    for path, value in flat.items():
-        name = names[".".join(path)]
-        yield _Leaf(path, tuple(value.get_value().shape), logical_axes(value), name, _inputs(path))
+    names = names_of(family_of(config))
+    order = {path: at for at, path in enumerate(names)}
+    rows: dict[str, int] = {}
+    found = []
+    for path in sorted(flat, key=lambda path: order[".".join(path)]):
+        value, name = flat[path], names[".".join(path)]
+        leaf = _Leaf(
+            path, tuple(value.get_value().shape), logical_axes(value), name, _inputs(path),
+            rows.get(name, 0),
+        )  # fmt: skip
+        if path in (("embedding",), ("head",)):
+            leaf = replace(leaf, added=max(0, leaf.own[0] - int(config["vocab_size"])))
+        rows[name] = leaf.offset + leaf.rows[0]
+        found.append(leaf)
+    return [replace(leaf, fused=rows[leaf.name]) for leaf in found]
+
+
+def _fused(leaves: list[_Leaf]) -> list[list[_Leaf]]:
+    """Group the parameters that share tensors."""
+    groups: dict[str, list[_Leaf]] = {}
+    for leaf in leaves:
+        groups.setdefault(leaf.name, []).append(leaf)
+    return list(groups.values())
 
 
 def _inputs(path: tuple[str, ...]) -> int:
@@ -254,7 +339,7 @@ def _files(folder: Path) -> dict[str, Path]:
 def _problems(
     files: Mapping[str, Path], leaves: list[_Leaf], architecture: Architecture
 ) -> list[str]:
-    wanted = {name: leaf for leaf in leaves for name in leaf.tensors()}
+    wanted = {name: leaf for leaf in leaves for _, name in leaf.tensors()}
     missing = [name for name in wanted if name not in files]
     ignored = {"lm_head.weight"} if architecture.tied else set()
     extra = [
@@ -298,18 +383,17 @@ def _placed(
 
     def read(name: str) -> NDArray[Any]:
         with _opened(files[name]) as file:
-            return leaf.read(file.get_tensor(name))
+            return leaf.read(file.get_slice(name))
 
+    stack = len(leaf.stack)
+    slot = layout.sharding(leaf.axes[stack:], leaf.own)
     given = jax.ShapeDtypeStruct(leaf.own, jnp.float32)
-    own_axes = leaf.axes[1:] if leaf.stacked else leaf.axes
-    slot = layout.sharding(own_axes, leaf.own)
-    layers = leaf.shape[:1] if leaf.stacked else ()
     made = [
-        jax.ShapeDtypeStruct((*layers, *each.shape), each.dtype)
+        jax.ShapeDtypeStruct((*leaf.stack, *each.shape), each.dtype)
         for each in jax.eval_shape(form, given)
     ]
     places = tuple(layout.sharding(leaf.axes, each.shape) for each in made)
-    if not leaf.stacked:
+    if not stack:
         whole: Arrays = jax.jit(form, out_shardings=places)(jax.device_put(read(leaf.name), slot))
         return whole
     into: Arrays = jax.jit(
@@ -317,12 +401,12 @@ def _placed(
     )()
 
     def put(into: Arrays, array: jax.Array, at: jax.Array) -> Arrays:
-        update = jax.lax.dynamic_update_index_in_dim
-        return tuple(update(a, b, at, 0) for a, b in zip(into, form(array), strict=True))
+        parts = zip(into, form(array), strict=True)
+        return tuple(whole.at[tuple(at)].set(part) for whole, part in parts)
 
     put_in = jax.jit(put, donate_argnums=0, out_shardings=places)
-    for at, name in enumerate(leaf.tensors()):
-        into = put_in(into, jax.device_put(read(name), slot), np.int32(at))
+    for place, name in leaf.tensors():
+        into = put_in(into, jax.device_put(read(name), slot), np.array(place, np.int32))
     return into
 
 

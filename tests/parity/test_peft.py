@@ -1,0 +1,116 @@
+"""Adapters against PEFT: logits and gradients of the same random adapter, written by `export`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.parity.test_transformers import saved
+from tunelang.compiler.adapters import adapted
+from tunelang.compiler.families import architecture_of
+from tunelang.dsl.vocabulary.stages import Export
+from tunelang.dsl.vocabulary.training import Dora, Lora
+from tunelang.runtime import export as exporting
+from tunelang.runtime import origins, weights
+from tunelang.runtime.chat import Renderer
+from tunelang.runtime.chat_templates import chat_template
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.tokenizers import Bytes
+from tunelang.runtime.train import Batch, Program, _summed_loss, abstract_decoder, divided, whole
+from tunelang.runtime.workshop import Model
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+ADAPTERS: dict[str, tuple[str, Lora]] = {
+    "lora": ("llama 3", Lora(rank=3, alpha=5.0)),
+    "rslora": ("gemma 2, one key", Lora(rank=4, alpha=8.0, rank_stabilized=True)),
+    "dora": ("qwen 2", Dora(rank=2, alpha=3.0, targets=("attention", "down"))),
+    "embedding and head": ("llama 3", Lora(rank=2, targets=("embed", "head", "q"))),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, lora = ADAPTERS[name]
+    base, out = tmp_path / "base", tmp_path / "adapter"
+    tokens, _ = saved(case, base)
+    config = weights.configuration(base)
+    plain = architecture_of(config)
+    architecture = adapted(plain, (lora,), "f32")
+    layout = make_layout()
+    held = weights.load(base, plain, layout)
+    model = Model("m", plain, Renderer(Bytes(), chat_template(None)), jnp.float32, "f32", base)
+    # Random in both halves, or half of the gradients would be zero.
+    params = origins._begun(held, architecture, layout, jnp.float32, 5)
+    own, frozen = divided(architecture, params)
+    keys = iter(jax.random.split(jax.random.key(1), 99))
+    own = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), own)
+
+    monkeypatch.setattr(exporting, "load_params", lambda *_: own)
+    origin = origins.Origin("m", None, ((lora, tmp_path),))
+    exporting.export(origin, Export.fixed(adapter="apart"), model, layout, out, "x")
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        base, attn_implementation="eager", dtype=torch.float32
+    )
+    theirs = peft.PeftModel.from_pretrained(theirs, out, is_trainable=True)
+    labels = torch.tensor(tokens).long()
+    result = theirs(input_ids=labels, labels=labels)
+    result.loss.backward()
+
+    graph, _ = abstract_decoder(architecture, jnp.float32)
+    decoder = nnx.merge(graph, whole(own, frozen))
+    logits = decoder.logits(decoder(jnp.asarray(tokens)))
+    np.testing.assert_allclose(logits, result.logits.detach().numpy(), atol=1e-4)
+
+    batch = Batch(jnp.asarray(tokens, jnp.int32), jnp.ones(tokens.shape, bool))
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
+
+    def loss(own: Any) -> jax.Array:
+        decoder = nnx.merge(graph, whole(own, frozen))
+        return _summed_loss(decoder, batch, None, Program(layout=layout, chunk=8)) / count
+
+    value, gradient = jax.value_and_grad(loss)(own)
+    assert abs(float(value) - float(result.loss)) < 1e-5
+    expected = {
+        n.replace(".default", "").replace(".weight", ""): p.grad.numpy()
+        for n, p in theirs.named_parameters() if p.grad is not None
+    }  # fmt: skip
+    found = {
+        f"base_model.model.{module}.{part}".replace(".weight", ""): array
+        for module, part, array in weights.adapter_tensors(gradient, config)
+    }
+    assert found.keys() == expected.keys()
+    for key, array in found.items():
+        scale = max(1.0, np.abs(expected[key]).max())
+        np.testing.assert_allclose(array / scale, expected[key] / scale, atol=1e-4, err_msg=key)
+
+    # Merged, they are the same function.
+    merged = origins.merged(whole(own, frozen), architecture, layout, jnp.float32)
+    one = nnx.merge(abstract_decoder(replace(plain), jnp.float32)[0], merged)
+    np.testing.assert_allclose(one.logits(one(jnp.asarray(tokens))), logits, atol=2e-4)
+
+
+def test_what_cannot_be_apart(tmp_path: Path) -> None:
+    model: Any = SimpleNamespace(folder=tmp_path)
+    lora = Lora()
+    for origin in (
+        origins.Origin("m", tmp_path),
+        origins.Origin("m", tmp_path, ((lora, tmp_path),)),
+        origins.Origin("m", None, ((lora, tmp_path), (lora, tmp_path))),
+    ):
+        with pytest.raises(exporting.NotApartError):
+            exporting.export(
+                origin, Export.fixed(adapter="apart"), model, make_layout(), tmp_path / "x", "x"
+            )
