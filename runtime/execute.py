@@ -20,12 +20,14 @@ from tunelang.compiler.architecture import Architecture, plain
 from tunelang.compiler.graph import Input, StageNode
 from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.rules import references_in
+from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.stages import Export, Policy, Supervised, Training
 from tunelang.runtime import train
 from tunelang.runtime.bad_rows import BadRows
 from tunelang.runtime.checkpoints import Checkpoints, load_params
 from tunelang.runtime.evaluate import Evaluation, evaluate, named
 from tunelang.runtime.export import export
+from tunelang.runtime.judges import Ask
 from tunelang.runtime.locks import Holder
 from tunelang.runtime.loop import Interrupted, Loop, Reporter, Trainer
 from tunelang.runtime.manifest import export_folder
@@ -36,6 +38,7 @@ from tunelang.runtime.prepare import Prepared
 from tunelang.runtime.recorder import Recorder, open_trackers
 from tunelang.runtime.rewards import Reward
 from tunelang.runtime.sharding import Layout, make_layout
+from tunelang.runtime.speaker import Speaker
 from tunelang.runtime.store import StageFolder, Store
 from tunelang.runtime.supervised import supervised_trainer
 from tunelang.runtime.workshop import Model, NotBuiltError, Workshop
@@ -151,6 +154,12 @@ class _Run:
             self.workshop,
             self.reporter.selected,
         )
+        self.workshop.speaker = self._judge
+
+    def _judge(self, reference: Reference) -> Ask:
+        origin = self.origins.anywhere(reference)
+        model = self.workshop.model(origin.model)
+        return Speaker(model, loaded(origin, model, make_layout(), 0)).judge
 
     def stage(self, planned: StagePlan) -> None:
         """Make one stage up to date."""

@@ -28,6 +28,7 @@ from tunelang.runtime.execute import (
     StageFailed,
 )
 from tunelang.runtime.export import ForeignFileError, NotApartError
+from tunelang.runtime.judges import JudgeDownError
 from tunelang.runtime.loop import DivergedError
 from tunelang.runtime.open_tokenizer import BadTokenizerError, VocabularySizeError
 from tunelang.runtime.origins import MissingInputError, NoCheckpointError, NoMetricError
@@ -188,6 +189,10 @@ def _failed(error: Exception, place: _Place) -> Diagnostic:
         case LoadError():
             title = f"a reward cannot be loaded: {error.why.strip().splitlines()[-1]}"
             return message("reward-fails", title, place.attribute("reward"))
+        case JudgeDownError():
+            title = f"the judge of `{error.judge}` answers nothing any more: {error.why}"
+            fix = "the same command goes on from the last checkpoint"
+            return message("reward-fails", title, place.declared(error.judge), help=fix)
         case DivergedError():
             title = f"the {error.name.replace('_', ' ')} of step {error.step} is no number"
             fix = "a lower learning rate or a smaller `clip_norm`; an earlier checkpoint is kept"

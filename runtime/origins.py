@@ -151,6 +151,18 @@ class Origins:
             raise MissingInputError(stage, stage)
         return self.at(*found)
 
+    def anywhere(self, reference: Reference) -> Origin:
+        """Return what a reference stands for that is not of a node, but of a reward.
+
+        Raises what `of` raises.
+        """
+        readers = (
+            node
+            for node in self.graph.nodes.values()
+            if reference.noun == "model" or any(e.stage == reference.name for e in node.inputs)
+        )
+        return self.of(next(readers), reference)
+
     def winner(self, read: Input) -> str:
         """Return the node that an input stands for; raises `NoMetricError`."""
         if read.selection is None:

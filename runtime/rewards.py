@@ -171,7 +171,7 @@ class Reward:
             self._declared[name] = (
                 self._compile(self._around.declared[name], name)
                 if given is None
-                else _logged(name, _leaf(given, name, ON_ERROR))
+                else _logged(name, _leaf(given(), name, self._around.on_error.get(name, ON_ERROR)))
             )
         return self._declared[name]
 

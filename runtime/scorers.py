@@ -54,8 +54,10 @@ class Surroundings:
 
     declared: Mapping[str, RewardExpression] = field(default_factory=dict)
     """Declared reward -> its expression."""
-    scorers: Mapping[str, Scorer] = field(default_factory=dict)
-    """Declared reward of a kind of its own (a rubric) -> what scores it."""
+    scorers: Mapping[str, Callable[[], Scorer]] = field(default_factory=dict)
+    """Declared reward of a kind of its own (a rubric) -> what makes what scores it."""
+    on_error: Mapping[str, float] = field(default_factory=dict)
+    """Declared reward of a kind of its own -> what stands in for a value that it has not."""
     generators: Mapping[str, Procedural] = field(default_factory=dict)
     """Procedural data by name, for `verified`."""
     folder: Path = Path()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +19,16 @@ from tunelang.compiler.architecture import Architecture, from_transformer
 from tunelang.compiler.presets import PRESETS
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
-from tunelang.dsl.vocabulary.base import DataExpression, RewardExpression
+from tunelang.dsl.vocabulary.base import DataExpression, Reference, RewardExpression
 from tunelang.dsl.vocabulary.data import Procedural
+from tunelang.dsl.vocabulary.rewards import Endpoint, Rubric
 from tunelang.runtime import weights
 from tunelang.runtime.chat import Renderer
 from tunelang.runtime.examples import Example, texts_of
+from tunelang.runtime.judges import Ask, EndpointJudge, rubric
 from tunelang.runtime.layers import DTYPES
 from tunelang.runtime.open_tokenizer import open_renderer
-from tunelang.runtime.scorers import Surroundings
+from tunelang.runtime.scorers import Scorer, Surroundings
 from tunelang.runtime.stream import Library, Stream
 
 Made = TypeVar("Made")
@@ -55,6 +58,8 @@ class Workshop:
     """A folder for what is made from data: rows, tokens, fitted tokenizers."""
     devices: tuple[jax.Device, ...]
     library: Library = field(init=False)
+    speaker: Callable[[Reference], Ask] | None = None
+    """Makes a model or stage of the spec a judge."""
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -144,12 +149,31 @@ class Workshop:
             for each in self.program.of("data")
             if isinstance(each.value, Procedural)
         }
+        rubrics = {
+            each.name: each.value
+            for each in self.program.of("reward")
+            if isinstance(each.value, Rubric)
+        }
         return Surroundings(
             declared=declared,
+            scorers={name: partial(self._rubric, name, kind) for name, kind in rubrics.items()},
+            on_error={name: kind.on_error for name, kind in rubrics.items()},
             generators=generators,
             folder=self.program.folder,
             max_tokens=max_tokens,
         )
+
+    def _rubric(self, name: str, kind: Rubric) -> Scorer:
+        judge: Any = kind.judge
+
+        def opened() -> Ask:
+            if isinstance(judge, Endpoint):
+                return EndpointJudge(judge, self.cache)
+            if self.speaker is None:
+                raise NotBuiltError(f"reward {name}", "a judge of the spec's own here")
+            return self.speaker(judge.model)
+
+        return rubric(kind, self.once(("judge", judge), opened), name)
 
 
 class NotBuiltError(Exception):

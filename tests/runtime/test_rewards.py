@@ -201,7 +201,7 @@ def test_a_declared_reward_is_asked_once():
         return [0.25 if each.fields["completion"] else "the judge is silent" for each in rows]
 
     ref = RewardRef(name="taste")
-    found = score(operator("+", ref, ref), row("a"), row(""), scorers={"taste": taste})
+    found = score(operator("+", ref, ref), row("a"), row(""), scorers={"taste": lambda: taste})
     assert found.values.tolist() == [0.5, 0]
     assert asked == [2]
     assert [(e.part, e.row, e.why) for e in found.events] == [("taste", 1, "the judge is silent")]

@@ -1,0 +1,203 @@
+"""Rubrics, against a local stand-in for an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunelang.dsl.vocabulary.data import TemplateText
+from tunelang.dsl.vocabulary.rewards import Criterion, Endpoint, Rubric
+from tunelang.runtime import judges
+from tunelang.runtime.judges import EndpointJudge, JudgeDownError, rubric, verdict
+from tunelang.runtime.scorers import Row
+from tunelang.runtime.workers import LoadError
+
+
+class StandIn:
+    """Answers each chat with what `reply` makes of its text; failures by their HTTP status."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
+        self.reply: Any = lambda text: '{"scores": [10, 5]}'
+        self.failures: list[tuple[int, dict[str, str]]] = []
+        self.at_once = self.most = 0
+        self.lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer(200, {"data": []})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with outer.lock:
+                    outer.asked.append(body)
+                    outer.keys.add(self.headers["authorization"])
+                    outer.at_once += 1
+                    outer.most = max(outer.most, outer.at_once)
+                    failure = outer.failures.pop(0) if outer.failures else None
+                time.sleep(0.02)
+                with outer.lock:
+                    outer.at_once -= 1
+                if failure is not None:
+                    self.answer(failure[0], {"error": "no"}, failure[1])
+                    return
+                content = outer.reply(body["messages"][0]["content"])
+                self.answer(200, {"choices": [{"message": {"content": content}}]})
+
+            def answer(self, status: int, value: Any, headers: Any = ()) -> None:
+                data = json.dumps(value).encode()
+                self.send_response(status)
+                for name, text in dict(headers).items():
+                    self.send_header(name, text)
+                self.send_header("content-length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    monkeypatch.setattr(judges, "FIRST_WAIT", 0.01)
+    server = StandIn()
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+CRITERIA = (Criterion(text="Short", weight=3.0), Criterion(text="Kind"))
+
+
+def make(stand_in: StandIn, cache: Path | None = None, **settings: Any) -> tuple[Any, Any]:
+    endpoint = Endpoint(url=stand_in.url, model="judge", **settings)
+    kind = Rubric.model_construct(
+        judge=endpoint, criteria=CRITERIA, instructions=None, on_error=0.25
+    )
+    judge = EndpointJudge(endpoint, cache)
+    return rubric(kind, judge, "taste"), judge
+
+
+def row(completion: str, **fields: Any) -> Row:
+    return Row({"completion": completion, **fields}, "data", len(completion))
+
+
+def test_scores_are_weighted(stand_in: StandIn) -> None:
+    score, judge = make(stand_in)
+    assert score([row("hello", prompt="Greet")]) == [(3 * 10 + 5) / 40]
+    (asked,) = stand_in.asked
+    text = asked["messages"][0]["content"]
+    assert asked["model"] == "judge"
+    assert asked["temperature"] == 0
+    for part in ("Greet", "hello", "1. Short", "2. Kind"):
+        assert part in text
+    judge.close()
+
+
+def test_identical_requests_are_sent_once(stand_in: StandIn, tmp_path: Path) -> None:
+    score, judge = make(stand_in, tmp_path)
+    assert len(set(score([row("a"), row("b"), row("a")]))) == 1
+    score([row("b")])
+    assert len(stand_in.asked) == 2
+    judge.close()
+    # Another run, after a crash in the middle of a line.
+    with next(tmp_path.glob("judge-*.jsonl")).open("a") as file:
+        file.write('{"request": "cut o')
+    score, judge = make(stand_in, tmp_path)
+    score([row("a"), row("b")])
+    assert len(stand_in.asked) == 2
+    score([row("c")])
+    assert len(stand_in.asked) == 3
+    judge.close()
+
+
+def test_several_at_once(stand_in: StandIn) -> None:
+    score, judge = make(stand_in, concurrency=4)
+    score([row(f"text {n}") for n in range(24)])
+    assert 2 <= stand_in.most <= 4
+    judge.close()
+
+
+def test_failures_are_tried_again(stand_in: StandIn) -> None:
+    stand_in.failures = [(500, {}), (429, {"retry-after": "0.05"})]
+    score, judge = make(stand_in)
+    assert score([row("a")]) == [(3 * 10 + 5) / 40]
+    assert len(stand_in.asked) == 3
+    judge.close()
+
+
+def test_what_cannot_be_scored(stand_in: StandIn) -> None:
+    stand_in.reply = lambda text: "I like it" if "odd" in text else "```json\n[1, 2]\n```"
+    score, judge = make(stand_in, retries=0)
+    results = score([row("fine"), row("odd")])
+    assert sum(isinstance(each, float) for each in results) == 1
+    assert all("the judge" in each for each in results if isinstance(each, str))
+    judge.close()
+
+
+def test_a_judge_that_is_gone(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    score, judge = make(stand_in, retries=1)
+    stand_in.failures = [(503, {})] * 9
+    with pytest.raises(JudgeDownError, match="503"):
+        score([row("a"), row("b")])
+    judge.close()
+    with pytest.raises(LoadError, match="does not answer"):
+        EndpointJudge(Endpoint(url="http://127.0.0.1:9/v1", model="x"), None)
+    with pytest.raises(LoadError, match="NO_SUCH_KEY is not set"):
+        EndpointJudge(Endpoint(url=stand_in.url, model="x", key="NO_SUCH_KEY"), None)
+    monkeypatch.setenv("SOME_KEY", "secret")
+    score, judge = make(stand_in, key="SOME_KEY")
+    stand_in.failures = []
+    score([row("z")])
+    assert "Bearer secret" in stand_in.keys
+    judge.close()
+
+
+def test_slow_answers(stand_in: StandIn) -> None:
+    score, judge = make(stand_in, timeout=0.3, retries=0)
+    stand_in.reply = lambda text: time.sleep(1.0 if "slow" in text else 0) or "[4, 4]"
+    found = score([row("fast"), row("slow")])
+    assert found == [0.4, "no answer in time"]
+    judge.close()
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ('{"scores": [10, 10]}', 1.0),
+        ('Thinking {hm} about [1, 2, 3]... {"scores": [0, 10]} done', 0.25),
+        ('{"scores": [99, -4]}', 0.75),
+        ("[2, 2.0]", 0.2),
+        ('{"scores": [1]}', "the judge gave no 2 scores: {\"scores\": [1]}"),
+        ('{"scores": ["a", 2]}', 'the judge gave no 2 scores: {"scores": ["a", 2]}'),
+        ("", "the judge gave no 2 scores: "),
+    ],
+)  # fmt: skip
+def test_verdicts(reply: str, value: Any) -> None:
+    kind = Rubric.model_construct(criteria=CRITERIA)
+    assert verdict(kind, reply) == value
+
+
+def test_own_instructions(stand_in: StandIn) -> None:
+    kind = Rubric.model_construct(
+        judge=None,
+        criteria=CRITERIA,
+        instructions=TemplateText.fixed(text="Look at {completion} by {criteria}"),
+        on_error=0.0,
+    )
+    assert judges.request(kind, row("this")).startswith("Look at this by 1. Short\n2. Kind\n")
+    found = rubric(kind, lambda asked: ["[10, 10]"] * len(asked), "x")([row("a"), Row({}, "d", 1)])
+    assert found[0] == 1.0
+    assert isinstance(found[1], str)
