@@ -56,3 +56,21 @@ PRESETS: Mapping[str, Architecture] = MappingProxyType(
     }
 )
 """Preset of the language -> architecture, with the publisher's vocabulary."""
+
+PUBLISHED: Mapping[str, str] = MappingProxyType(
+    {
+        "google/gemma-2b": "gemma-2b",
+        "google/gemma-2b-it": "gemma-2b",
+        "google/gemma-3-1b-pt": "gemma-3-1b",
+        "google/gemma-3-1b-it": "gemma-3-1b",
+        "meta-llama/Llama-3.2-1B": "llama-3.2-1b",
+        "meta-llama/Llama-3.2-1B-Instruct": "llama-3.2-1b",
+        "meta-llama/Llama-3.1-8B": "llama-3.1-8b",
+        "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+        "meta-llama/Llama-3.1-70B": "llama-3.1-70b",
+        "meta-llama/Llama-3.1-70B-Instruct": "llama-3.1-70b",
+        "Qwen/Qwen3-0.6B": "qwen3-0.6b",
+        "Qwen/Qwen3-0.6B-Base": "qwen3-0.6b",
+    }
+)
+"""Id on the hub -> preset, so that plans for them need no network."""

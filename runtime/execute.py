@@ -35,7 +35,7 @@ from tunelang.runtime.origins import Origin, Origins, loaded, starting
 from tunelang.runtime.permutation import derive
 from tunelang.runtime.policy import policy_trainer
 from tunelang.runtime.prepare import Prepared
-from tunelang.runtime.recorder import Recorder, open_trackers
+from tunelang.runtime.recorder import Recorder, check_trackers, open_trackers
 from tunelang.runtime.rewards import Reward
 from tunelang.runtime.sharding import Layout, make_layout
 from tunelang.runtime.speaker import Speaker
@@ -86,7 +86,11 @@ class StageFailed(Exception):
 
 
 def execute(prepared: Prepared, store: Store, reporter: RunReporter) -> None:
-    """Run what is not up to date. Raises `StageFailed`, and `Interrupted` after saving."""
+    """Run what is not up to date.
+
+    Raises `StageFailed`, `MissingExtraError`, and `Interrupted` after saving.
+    """
+    check_trackers(prepared.program.run.track)
     compile_cache(store.root / "cache" / "xla")
     run = _Run(prepared, store, reporter)
     with _signals() as stopping:

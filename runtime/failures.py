@@ -34,6 +34,7 @@ from tunelang.runtime.open_tokenizer import BadTokenizerError, VocabularySizeErr
 from tunelang.runtime.origins import MissingInputError, NoCheckpointError, NoMetricError
 from tunelang.runtime.prepare import LayoutError
 from tunelang.runtime.procedural import GeneratorError
+from tunelang.runtime.recorder import MissingExtraError
 from tunelang.runtime.tokenizer_files import NoTokenizerFileError
 from tunelang.runtime.weights import BadWeightsError
 from tunelang.runtime.words import size_text
@@ -189,6 +190,10 @@ def _failed(error: Exception, place: _Place) -> Diagnostic:
         case LoadError():
             title = f"a reward cannot be loaded: {error.why.strip().splitlines()[-1]}"
             return message("reward-fails", title, place.attribute("reward"))
+        case MissingExtraError():
+            title = f"the package {error.extra} is not installed"
+            fix = f"pip install 'tunelang[{error.extra}]'"
+            return message("missing-package", title, place.attribute("track"), help=fix)
         case JudgeDownError():
             title = f"the judge of `{error.judge}` answers nothing any more: {error.why}"
             fix = "the same command goes on from the last checkpoint"

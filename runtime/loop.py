@@ -46,6 +46,8 @@ class Trainer(Protocol):
     steps: int
     """Of the whole stage."""
     state: TrainState
+    ahead: bool
+    """Whether the next call may begin before the metrics of the last are there."""
 
     def until(self, step: int) -> int:
         """Return where the call that begins at a step ends."""
@@ -120,8 +122,11 @@ class Loop:
         while step < steps:
             until = trainer.until(step)
             wait = trainer.advance(step, until)
-            self._collect()  # of the call before, while the devices make this one
+            if trainer.ahead:
+                self._collect()  # of the call before, while the devices make this one
             self._pending.append((step, wait))
+            if not trainer.ahead:
+                self._collect()
             step = until
             if step < steps and self._is_eval(step):
                 self._collect()

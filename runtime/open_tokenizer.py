@@ -13,6 +13,7 @@ from typing import Any
 import sentencepiece
 
 from tunelang.dsl.vocabulary import models
+from tunelang.runtime import hub
 from tunelang.runtime.chat import Renderer
 from tunelang.runtime.chat_templates import ChatTemplate, chat_template
 from tunelang.runtime.durable import written_whole
@@ -59,8 +60,13 @@ def open_renderer(
     """
     own: str | None = None
     config: dict[str, Any] = {}
+    at = Path()
     if isinstance(kind, models.HuggingFace):
-        config = _configuration(folder / Path(kind.path).expanduser())
+        try:
+            at = hub.folder_of(kind.path, folder, patterns=hub.DESCRIBING)
+        except hub.NoModelError as error:
+            raise BadTokenizerError(Path(kind.path), error.why) from None
+        config = _configuration(at)
         own = config.get("chat_template")
     template = chat_template(kind.chat, own)
     added = tuple(dict.fromkeys((*template.markers, *kind.special)))
@@ -72,8 +78,7 @@ def open_renderer(
             piece = _sentencepiece(path, _read(path), template, added)
             return Renderer(piece, template, kind.special)
         case models.HuggingFace():
-            path = folder / Path(kind.path).expanduser()
-            return Renderer(_hugging_face(path, config, template, added), template, kind.special)
+            return Renderer(_hugging_face(at, config, template, added), template, kind.special)
         case models.Trained():
             if texts is None:
                 raise TypeError("a trained tokenizer needs the texts to fit it to")

@@ -99,6 +99,7 @@ class PolicyTrainer:
     """Completions of a group that are trained on beside one copy of its prompt."""
     cursor: int = 0
     """Prompts that were read."""
+    ahead: bool = False  # the next call begins with sampling, which waits for the update
     _shown: list[Completed] = field(default_factory=list)
 
     def until(self, step: int) -> int:

@@ -137,8 +137,7 @@ def _architecture(program: Program, name: str) -> tuple[Architecture, int]:
     """Return the architecture of a declared model without reading data, and bytes of its dtype."""
     kind = program.declarations[name].value
     if isinstance(kind, models.Pretrained):
-        folder = weights.folder_of(kind, program.folder)
-        return weights.architecture(kind, folder), DTYPE_BYTES[kind.dtype]
+        return weights.planned(kind, program.folder), DTYPE_BYTES[kind.dtype]
     tokenizer = program.declarations[kind.tokenizer.name].value
     if isinstance(tokenizer, models.Trained):
         size = tokenizer.vocabulary  # at most: fitting it takes its data

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, Protocol, Self
 
 from tunelang.dsl.vocabulary.base import Function
@@ -130,13 +131,24 @@ class _Wandb:
         self._run.finish()
 
 
+class MissingExtraError(Exception):
+    """A tracker's package is not installed: the `extra` that brings it."""
+
+    def __init__(self, extra: str) -> None:
+        super().__init__(extra)
+        self.extra = extra
+
+
+def check_trackers(settings: Sequence[Function]) -> None:
+    """Raise `MissingExtraError` where the package of a tracker is not installed."""
+    if any(isinstance(each, Wandb) for each in settings) and find_spec("wandb") is None:
+        raise MissingExtraError("wandb")
+
+
 def open_trackers(
     settings: Sequence[Function], folder: StageFolder, name: str, step: int
 ) -> list[Tracker]:
-    """Open the trackers of a run for a stage that goes on from a step.
-
-    Raises `ModuleNotFoundError` where the extra of a tracker is not installed.
-    """
+    """Open the trackers of a run for a stage that goes on from a step."""
     trackers: list[Tracker] = []
     for each in settings:
         match each:

@@ -45,6 +45,7 @@ class SupervisedTrainer:
     corpus: Corpus
     table: packing.Table
     program: Callable[[train.TrainState, train.Batch], tuple[train.TrainState, train.Metrics]]
+    ahead: bool = True
 
     def until(self, step: int) -> int:
         """See `loop.Trainer`."""

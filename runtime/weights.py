@@ -32,13 +32,14 @@ from tunelang.compiler.families import (
     family_of,
     names_of,
 )
+from tunelang.compiler.presets import PRESETS, PUBLISHED
 from tunelang.dsl.vocabulary.models import Pretrained
+from tunelang.runtime import hub
 from tunelang.runtime.layers import DTYPES
 from tunelang.runtime.quantize import quantized
 from tunelang.runtime.sharding import Layout, logical_axes
 from tunelang.runtime.train import abstract_decoder
 
-CONFIG = "config.json"
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 4
 
@@ -122,11 +123,29 @@ def folder_of(kind: Pretrained, beside: Path) -> Path:
 
     Raises `BadWeightsError` where there is none.
     """
-    folder = beside / Path(kind.path).expanduser()
-    if not folder.is_dir():
-        fix = f"`hf download {kind.path} --local-dir FOLDER` fetches a model from the hub"
-        raise BadWeightsError(Path(kind.path), ("there is no such folder", fix))
-    return folder
+    try:
+        return hub.folder_of(kind.path, beside, kind.revision)
+    except hub.NoModelError as error:
+        raise BadWeightsError(Path(kind.path), (error.why, error.fix)) from None
+
+
+def planned(kind: Pretrained, beside: Path) -> Architecture:
+    """Return the architecture of a declared model to plan for: nothing is fetched but its
+    configuration, and not that of models whose sizes are known.
+
+    Raises `BadWeightsError`.
+    """
+    folder = hub.cached_config(kind.path, beside, kind.revision)
+    if folder is not None:
+        return architecture(kind, folder)
+    if kind.path in PUBLISHED:
+        found = PRESETS[PUBLISHED[kind.path]]
+        return found if kind.context is None else replace(found, context=kind.context)
+    try:
+        folder = hub.folder_of(kind.path, beside, kind.revision, hub.DESCRIBING)
+    except hub.NoModelError as error:
+        raise BadWeightsError(Path(kind.path), (error.why, error.fix)) from None
+    return architecture(kind, folder)
 
 
 def architecture(kind: Pretrained, folder: Path) -> Architecture:
@@ -144,14 +163,14 @@ def architecture(kind: Pretrained, folder: Path) -> Architecture:
 def configuration(folder: Path) -> Config:
     """Return a folder's `config.json`; raises `BadWeightsError`."""
     try:
-        found = json.loads((folder / CONFIG).read_text("utf-8"))
+        found = json.loads((folder / hub.CONFIG).read_text("utf-8"))
     except OSError as error:
         why = (error.strerror or "it cannot be read").lower()
-        raise BadWeightsError(folder, (f"`{CONFIG}`: {why}",)) from None
+        raise BadWeightsError(folder, (f"`{hub.CONFIG}`: {why}",)) from None
     except ValueError:
-        raise BadWeightsError(folder, (f"`{CONFIG}` is not JSON",)) from None
+        raise BadWeightsError(folder, (f"`{hub.CONFIG}` is not JSON",)) from None
     if not isinstance(found, dict):
-        raise BadWeightsError(folder, (f"`{CONFIG}` is not an object",))
+        raise BadWeightsError(folder, (f"`{hub.CONFIG}` is not an object",))
     # Models that see and hear keep their language model's part apart.
     inner = found.get("text_config")
     return inner if isinstance(inner, dict) and "hidden_size" in inner else found

@@ -93,7 +93,8 @@ class Workshop:
         kind = self.program.declarations[model].value
         if kind.tokenizer is not None:
             return self.renderer(kind.tokenizer.name)
-        own = models.HuggingFace.model_construct(path=kind.path, chat=None, special=())
+        folder = weights.folder_of(kind, self.program.folder)
+        own = models.HuggingFace.model_construct(path=str(folder), chat=None, special=())
         return self.once(
             ("renderer of", kind.path),
             lambda: open_renderer(own, self.program.folder, cache=self.cache),
