@@ -71,11 +71,12 @@ def matrices(architecture: Architecture) -> dict[str, tuple[int, int]]:
         "blocks.attention.k": (a.width, keys),
         "blocks.attention.v": (a.width, keys),
         "blocks.attention.o": (queries, a.width),
-        "blocks.mlp.up": (a.width, a.mlp),
-        "blocks.mlp.down": (a.mlp, a.width),
         "embedding": (a.vocabulary, a.width),
     }
-    if a.gated:
+    if a.experts is None:
+        found["blocks.mlp.up"] = a.width, a.mlp
+        found["blocks.mlp.down"] = a.mlp, a.width
+    if a.gated and a.experts is None:
         found["blocks.mlp.gate"] = a.width, a.mlp
     if not a.tied:
         found["head"] = a.vocabulary, a.width

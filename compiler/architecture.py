@@ -43,6 +43,21 @@ class Llama3Scaling:
     original_context: int = 8192
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """A mixture of experts in place of each feed-forward layer."""
+
+    count: int
+    active: int
+    """Experts for each token: those of the highest probability."""
+    width: int
+    """Hidden size of an expert."""
+    balance: float = 1e-2
+    """Weight of the load-balance loss while training on given sequences."""
+    normalised: bool = True
+    """Whether the weights of the experts of a token are made to add up to 1."""
+
+
 RopeScaling = LinearScaling | Llama3Scaling
 
 
@@ -72,6 +87,8 @@ class Architecture:
     """Whether the stored scale is a distance from 1 (Gemma)."""
     qk_norm: bool = False
     """Whether queries and keys are normalised over `head_dim` before the rotation."""
+    qk_norm_joint: bool = False
+    """Whether that is over all heads at once (OLMo 2)."""
 
     position: Position = "rope"
     rope_base: float = 10_000.0
@@ -99,6 +116,7 @@ class Architecture:
     output_bias: bool = False
     """Bias of the attention's output projection."""
     mlp_bias: bool = False
+    experts: Mixture | None = None
     dropout: float = 0.0
     """Dropout of the embedding and of each sub-layer's output, while training."""
 
@@ -120,6 +138,11 @@ class Architecture:
             raise ValueError("the pattern of layers is empty")
         if "local" in self.pattern and (self.window is None or self.window < 1):
             raise ValueError("local layers need a window of at least 1 token")
+        if self.experts is not None and not 1 <= self.experts.active <= self.experts.count:
+            active, count = self.experts.active, self.experts.count
+            raise ValueError(f"{active} of {count} experts for each token")
+        if self.experts is not None and not self.gated:
+            raise ValueError(f"experts are gated, and {self.activation} is not")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, and has to be in [0, 1)")
         if self.storage != "f32" and not self.adapters:
@@ -149,11 +172,14 @@ def _block_parameters(architecture: Architecture) -> dict[str, int]:
     projections = 3 if a.gated else 2
     norm = 2 if a.norm == "layer" else 1
     norms = 4 if a.norm_placement == "both" else 2
+    mlp = projections * a.width * a.mlp
+    if a.experts is not None:
+        mlp = a.width * a.experts.count * (1 + projections * a.experts.width)
     return {
         "attention": 2 * a.width * (queries + keys),
-        "mlp": projections * a.width * a.mlp,
+        "mlp": mlp,
         "vectors": norms * norm * a.width
-        + a.qk_norm * 2 * norm * a.head_dim
+        + a.qk_norm * norm * (queries + keys if a.qk_norm_joint else 2 * a.head_dim)
         + a.qkv_bias * (queries + 2 * keys)
         + a.output_bias * a.width
         + a.mlp_bias * ((projections - 1) * a.mlp + a.width),
@@ -177,11 +203,14 @@ def trained_count(architecture: Architecture) -> int:
 
 def matmul_parameters(architecture: Architecture) -> int:
     """Count the parameters that each token is multiplied with: all matrices and the head, but
-    not the look-up in the embedding.
+    not the look-up in the embedding, and of experts only those that are active.
     """
-    block = _block_parameters(architecture)
-    head = architecture.vocabulary * architecture.width
-    return head + architecture.layers * (block["attention"] + block["mlp"])
+    a = architecture
+    block = _block_parameters(a)
+    mlp = block["mlp"]
+    if a.experts is not None:
+        mlp = a.width * (a.experts.count + 3 * a.experts.active * a.experts.width)
+    return a.vocabulary * a.width + a.layers * (block["attention"] + mlp)
 
 
 def _mean_visible(length: int, window: int) -> float:
@@ -242,8 +271,6 @@ def from_transformer(
     Raises `ValueError` where sizes are missing or contradict each other, and `KeyError` for an
     unknown preset.
     """
-    if model.experts is not None:
-        raise ValueError("the decoder has no mixture of experts")
     if model.preset is not None:
         stated = model.model_fields_set
         row = replace(presets[model.preset], vocabulary=vocabulary)
@@ -254,6 +281,15 @@ def from_transformer(
     if "window" in stated:
         values["window"] = model.window
         values["pattern"] = ("global",) if model.window is None else ("local",)
+    if "experts" in stated and model.experts is not None:
+        mlp = values.get("mlp") or (row.mlp if row is not None else None)
+        derived_mlp = mlp or _derived(model.width or 0, model.heads or 1, model.activation)["mlp"]
+        values["experts"] = Mixture(
+            count=model.experts.count,
+            active=model.experts.active,
+            width=model.experts.width or derived_mlp,
+            balance=model.experts.balance,
+        )
     if row is not None:
         return replace(row, **values)
     missing = [name for name in ("layers", "width", "heads") if values[name] is None]

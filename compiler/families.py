@@ -16,6 +16,7 @@ from tunelang.compiler.architecture import (
     Architecture,
     LinearScaling,
     Llama3Scaling,
+    Mixture,
     RopeScaling,
     Span,
     plain,
@@ -43,6 +44,10 @@ _LLAMA = {
     "blocks.mlp.up.bias": "model.layers.{}.mlp.up_proj.bias",
     "blocks.mlp.down.weight": "model.layers.{}.mlp.down_proj.weight",
     "blocks.mlp.down.bias": "model.layers.{}.mlp.down_proj.bias",
+    "blocks.mlp.router": "model.layers.{}.mlp.gate.weight",
+    "blocks.mlp.experts.gate": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "blocks.mlp.experts.up": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    "blocks.mlp.experts.down": "model.layers.{}.mlp.experts.{}.down_proj.weight",
     "norm.scale": "model.norm.weight",
     "head": "lm_head.weight",
 }
@@ -52,6 +57,20 @@ _NORMS_ON_BOTH_SIDES = {
     "blocks.attention_out_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
     "blocks.mlp_norm.scale": "model.layers.{}.pre_feedforward_layernorm.weight",
     "blocks.mlp_out_norm.scale": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+
+
+_NORMS_BEHIND = {
+    "blocks.attention_out_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
+    "blocks.mlp_out_norm.scale": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+
+_FUSED = {
+    "blocks.attention.q.weight": "model.layers.{}.self_attn.qkv_proj.weight",
+    "blocks.attention.k.weight": "model.layers.{}.self_attn.qkv_proj.weight",
+    "blocks.attention.v.weight": "model.layers.{}.self_attn.qkv_proj.weight",
+    "blocks.mlp.gate.weight": "model.layers.{}.mlp.gate_up_proj.weight",
+    "blocks.mlp.up.weight": "model.layers.{}.mlp.gate_up_proj.weight",
 }
 
 
@@ -249,6 +268,40 @@ def _qwen3(config: Config) -> dict[str, Any]:
     return {"qk_norm": True, **_biases(config), **windows}
 
 
+def _qwen3_moe(config: Config) -> dict[str, Any]:
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise ValueError("the decoder has no mixture of layers with and without experts")
+    return {
+        **_qwen3(config),
+        "experts": Mixture(
+            # Renamed in transformers 5.
+            count=config.get("num_local_experts") or config["num_experts"],
+            active=config["num_experts_per_tok"],
+            width=config["moe_intermediate_size"],
+            balance=config.get("router_aux_loss_coef", 1e-3),
+            normalised=bool(config.get("norm_topk_prob", False)),
+        ),
+    }
+
+
+def _olmo2(config: Config) -> dict[str, Any]:
+    return {
+        "norm_placement": "post",
+        "qk_norm": True,
+        "qk_norm_joint": True,
+        "qkv_bias": bool(config.get("attention_bias", False)),
+        "output_bias": bool(config.get("attention_bias", False)),
+    }
+
+
+def _phi3(config: Config) -> dict[str, Any]:
+    stated = config.get("rope_parameters") or {}
+    share = stated.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if share != 1.0:
+        raise ValueError("the decoder has no rotation of a part of a head")
+    return _windows(config, ("local",))
+
+
 def _gemma(config: Config) -> dict[str, Any]:
     return {
         "activation": "geglu",
@@ -284,6 +337,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "mistral": Family(_mistral),
         "qwen2": Family(_qwen2),
         "qwen3": Family(_qwen3),
+        "qwen3_moe": Family(_qwen3_moe),
+        "olmo2": Family(_olmo2, names=_NORMS_BEHIND),
+        "phi3": Family(_phi3, names=_FUSED),
         "gemma": Family(_gemma, tied=True),
         "gemma2": Family(_gemma2, tied=True, names=_NORMS_ON_BOTH_SIDES),
         "gemma3_text": Family(_gemma3, tied=True, names=_NORMS_ON_BOTH_SIDES),

@@ -101,7 +101,7 @@ class Decoder(nnx.Module):
             else None
         )
         self.blocks = stacked(rngs)
-        self.norm = Norm(a, a.width, "embed")
+        self.norm = Norm(a, embed=a.width)
         self.head = (
             None
             if a.tied
@@ -129,10 +129,35 @@ class Decoder(nnx.Module):
         in the sequence: packed sequences have to give theirs. `dropout_keys` `[batch]` turns
         dropout on.
         """
-        hidden, _ = self._sequence(
-            tokens, segments, positions, dropout_keys, layout, remat, kernel, keep=False
+        hidden, _ = self.routed(
+            tokens,
+            segments=segments,
+            positions=positions,
+            dropout_keys=dropout_keys,
+            layout=layout,
+            remat=remat,
+            kernel=kernel,
         )
         return hidden
+
+    def routed(
+        self,
+        tokens: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
+        layout: Layout | None = None,
+        remat: Remat = "none",
+        kernel: Kernel = "xla",
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """Return the hidden states, and where there are experts what `layers.balance_loss` reads,
+        of each layer.
+        """
+        hidden, (_, routed) = self._sequence(
+            tokens, segments, positions, dropout_keys, layout, remat, kernel, keep=False
+        )
+        return hidden, routed
 
     def prefill(
         self,
@@ -149,7 +174,7 @@ class Decoder(nnx.Module):
         it into a larger one.
         """
         hidden, extra = self._sequence(tokens, None, None, None, layout, "none", kernel, keep=True)
-        keys, values = extra
+        (keys, values), _ = extra
         cache = Cache(
             tuple(constrain(layout, each.transpose(0, 2, 3, 1), KEYS) for each in keys),
             tuple(constrain(layout, each.transpose(0, 2, 1, 3), VALUES) for each in values),
@@ -205,7 +230,7 @@ class Decoder(nnx.Module):
                 )
                 return attended, None
 
-            x, _extra = block(x, turns.get(span), attend, None)
+            x, *_rest = block(x, turns.get(span), attend, None, layout)
             return constrain(layout, x, RESIDUAL), None
 
         x = self._embed(rows, places, None, layout)
@@ -224,7 +249,8 @@ class Decoder(nnx.Module):
 
         def read(path: tuple[Any, ...], each: nnx.Variable[Any]) -> Any:
             array = each.get_value()
-            matrix = path[-1] == "weight" and jnp.issubdtype(array.dtype, jnp.floating)
+            matrix = path[-1] == "weight" or path[-2] == "experts"
+            matrix = matrix and jnp.issubdtype(array.dtype, jnp.floating)
             return each.replace(array.astype(self.dtype)) if matrix else each
 
         stacked = nnx.map_state(read, stacked)
@@ -275,7 +301,7 @@ class Decoder(nnx.Module):
                 return attended, (keys, values)
 
             block: Block = nnx.merge(graph, own)
-            x, layer = block(x, turns.get(span), attend, None)
+            x, layer, _routed = block(x, turns.get(span), attend, None, layout)
             x = constrain(layout, x, RESIDUAL)
             written.append(layer)
         cache = Cache(tuple(k for k, _ in written), tuple(v for _, v in written), places + 1)
@@ -380,7 +406,9 @@ class Decoder(nnx.Module):
         *,
         keep: bool,
     ) -> tuple[jax.Array, Any]:
-        """Hidden states of whole sequences, and with `keep`, the keys and values of all layers."""
+        """Hidden states of whole sequences; with `keep`, the keys and values of all layers, and
+        what the routers of experts say.
+        """
         a = self.architecture
         places = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         turns = self._turns(places)
@@ -402,8 +430,8 @@ class Decoder(nnx.Module):
                 return attended, (key, value) if keep else None
 
             keys = None if dropout_keys is None else _fold(dropout_keys, index)
-            x, extra = block(x, turns.get(span), attend, keys)
-            return constrain(layout, x, RESIDUAL), extra
+            x, kept, routed = block(x, turns.get(span), attend, keys, layout)
+            return constrain(layout, x, RESIDUAL), (kept, routed)
 
         x = self._embed(tokens, places, dropout_keys, layout)
         x, extra = self._layers(x, layer, remat)

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tunelang.compiler.architecture import Architecture
 from tunelang.runtime.attention import Kernel
 from tunelang.runtime.decoder import Decoder, Remat
+from tunelang.runtime.layers import balance_loss
 from tunelang.runtime.losses import cross_entropy
 from tunelang.runtime.optimizers import Schedule
 from tunelang.runtime.sharding import Layout, shardings
@@ -296,9 +297,14 @@ def train_step(
 
 
 def _summed_loss(
-    decoder: Decoder, batch: Batch, keys: jax.Array | None, program: Program
+    decoder: Decoder,
+    batch: Batch,
+    keys: jax.Array | None,
+    program: Program,
+    *,
+    balanced: bool = True,
 ) -> jax.Array:
-    hidden = decoder(
+    hidden, routed = decoder.routed(
         batch.tokens,
         segments=batch.segments,
         positions=batch.positions,
@@ -307,14 +313,21 @@ def _summed_loss(
         remat=program.remat,
         kernel=program.kernel,
     )
+    targets, counted = shift(batch)
     total, _ = cross_entropy(
         hidden,
         decoder.head_weight(),
-        *shift(batch),
+        targets,
+        counted,
         chunk=program.chunk,
         cap=decoder.architecture.logit_cap,
         layout=program.layout,
     )
+    mixture = decoder.architecture.experts
+    if balanced and mixture is not None and routed is not None:
+        # The loss of a batch is the mean over its micro-batches, by their trained tokens.
+        there = jnp.ones(batch.tokens.shape, bool) if batch.segments is None else batch.segments > 0
+        total += mixture.balance * jnp.sum(counted) * balance_loss(*routed, there)
     return total
 
 
@@ -383,7 +396,7 @@ def loss_program(architecture: Architecture, program: Program) -> jax.stages.Wra
 
     def total(params: Any, batches: Batch) -> tuple[jax.Array, jax.Array]:
         def body(carry: tuple[jax.Array, jax.Array], batch: Batch) -> tuple[Any, None]:
-            loss = _summed_loss(nnx.merge(graph, params), batch, None, program)
+            loss = _summed_loss(nnx.merge(graph, params), batch, None, program, balanced=False)
             return (carry[0] + loss, carry[1] + jnp.sum(shift(batch)[1])), None
 
         zero = jnp.zeros((), jnp.float32)

@@ -308,6 +308,8 @@ def _fused(leaves: list[_Leaf]) -> list[list[_Leaf]]:
 
 def _inputs(path: tuple[str, ...]) -> int:
     """Return how many input axes a linear layer's weight has; 0 for all else."""
+    if path[-1] == "router" or path[-2:-1] == ("experts",):
+        return 1
     if path[-1] != "weight":
         return 0
     return 2 if path[-2] == "o" else 1
@@ -323,9 +325,9 @@ def _form(
 
     def form(array: jax.Array) -> Arrays:
         array = array.astype(jnp.float32)
-        if inputs and storage in ("nf4", "int8"):
+        if path[-1] == "weight" and storage in ("nf4", "int8"):
             return quantized(array, inputs, storage)
-        if inputs or path in (("embedding",), ("head",)):
+        if path[-1] != "router" and (inputs or path in (("embedding",), ("head",))):
             return (array.astype(DTYPES.get(storage, dtype)),)
         return (array,)
 

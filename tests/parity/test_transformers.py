@@ -40,6 +40,11 @@ CAPS = {
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 GEMMA3 = {"sliding_window": 5, "query_pre_attn_scalar": 10}
 
+MOE = {
+    "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+}  # fmt: skip
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3": ("LlamaConfig", {**SIZES, "rope_parameters": LLAMA3}),
     "llama, tied": ("LlamaConfig", {**ONE_KEY, "tie_word_embeddings": True}),
@@ -59,6 +64,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen 3": ("Qwen3Config", SIZES),
     "qwen 3, tied": ("Qwen3Config", {**ODD, "tie_word_embeddings": True}),
     "qwen 3, biases": ("Qwen3Config", {**ONE_KEY, "attention_bias": True}),
+    "qwen 3 moe": ("Qwen3MoeConfig", {**SIZES, **MOE}),
+    "qwen 3 moe, odd": ("Qwen3MoeConfig", {**ODD, **MOE, "norm_topk_prob": False}),
+    "qwen 3 moe, one key": (
+        "Qwen3MoeConfig",
+        {**ONE_KEY, **MOE, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    ),
+    "olmo 2": ("Olmo2Config", NO_HEAD_DIM),
+    "olmo 2, tied": (
+        "Olmo2Config",
+        {**NO_HEAD_DIM, "num_key_value_heads": 6, "tie_word_embeddings": True},
+    ),
+    "olmo 2, odd": (
+        "Olmo2Config",
+        {**NO_HEAD_DIM, "num_hidden_layers": 3, "num_attention_heads": 3,
+         "num_key_value_heads": 3, "rope_parameters": LLAMA3 | {"factor": 2.0}},
+    ),
+    "phi 3": ("Phi3Config", {**NO_HEAD_DIM, "sliding_window": 5}),
+    "phi 3, tied": (
+        "Phi3Config", {**NO_HEAD_DIM, "sliding_window": None, "tie_word_embeddings": True}
+    ),
+    "phi 3, odd": (
+        "Phi3Config", {**NO_HEAD_DIM, "num_attention_heads": 3, "num_key_value_heads": 3}
+    ),
     "gemma": ("GemmaConfig", SIZES),
     "gemma, one key": ("GemmaConfig", ONE_KEY),
     "gemma, odd": ("GemmaConfig", ODD),
