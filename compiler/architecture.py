@@ -194,6 +194,12 @@ def parameter_count(architecture: Architecture) -> int:
     return tables * a.width + final_norm + a.layers * sum(_block_parameters(a).values())
 
 
+def expert_count(architecture: Architecture) -> int:
+    """How many numbers the matrices of all experts hold."""
+    a = architecture
+    return 0 if a.experts is None else a.layers * a.experts.count * 3 * a.width * a.experts.width
+
+
 def trained_count(architecture: Architecture) -> int:
     """How many numbers are trained: those of the last adapter, or all."""
     if not architecture.adapters:

@@ -16,6 +16,7 @@ from typing import Any
 from tunelang.compiler.adapters import STORED_BYTES, adapter_parameters
 from tunelang.compiler.architecture import (
     Architecture,
+    expert_count,
     forward_flops,
     kv_bytes_per_token,
     parameter_count,
@@ -105,11 +106,13 @@ def lay_out(
     )
     nearest: StageLayout | None = None
     best: tuple[tuple[float, int, int], StageLayout] | None = None
-    for mesh in _meshes(stage, devices.count):
-        shards = mesh["data"] * mesh["fsdp"]
-        if rows % shards or any(
+    experts = 1 if architecture.experts is None else architecture.experts.count
+    for mesh in _meshes(stage, devices.count, experts):
+        if rows % _shards(mesh) or any(
             size % mesh["tensor"] for size in (architecture.heads, architecture.mlp)
         ):
+            continue
+        if experts % mesh["expert"]:
             continue
         found = _fitting(stage, architecture, dtype_bytes, devices, mesh, rows, length)
         for layout, fits in found:
@@ -150,14 +153,22 @@ def _batch(stage: Training, architecture: Architecture) -> tuple[int, int]:
 
 def _mesh_of(stage: Training) -> dict[str, int]:
     assert stage.mesh is not None
-    return {name: getattr(stage.mesh, name) for name in ("data", "fsdp", "tensor")}
+    return {name: getattr(stage.mesh, name) for name in ("data", "fsdp", "expert", "tensor")}
 
 
-def _meshes(stage: Training, count: int) -> Iterator[dict[str, int]]:
+def _shards(mesh: dict[str, int]) -> int:
+    """Return how many parts the batch is split into."""
+    return mesh["data"] * mesh["fsdp"] * mesh["expert"]
+
+
+def _meshes(stage: Training, count: int, experts: int) -> Iterator[dict[str, int]]:
     if stage.mesh is not None:
-        for axis in ("expert", "context"):
-            if getattr(stage.mesh, axis) > 1:
-                raise NoLayoutError("mesh", f"the axis `{axis}` is not built yet")
+        if stage.mesh.context > 1:
+            raise NoLayoutError("mesh", "the axis `context` is not built yet")
+        if stage.mesh.expert > 1 and experts % stage.mesh.expert:
+            raise NoLayoutError(
+                "mesh", f"{stage.mesh.expert} do not divide the {experts} experts of the model"
+            )
         mesh = _mesh_of(stage)
         if math.prod(mesh.values()) > count:
             need = " × ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
@@ -168,8 +179,10 @@ def _meshes(stage: Training, count: int) -> Iterator[dict[str, int]]:
     for used in (n for n in range(count, 0, -1) if count % n == 0):
         for tensor in (n for n in (1, 2, 4, 8, 16) if used % n == 0):
             rest = used // tensor
-            for fsdp in (n for n in range(1, rest + 1) if rest % n == 0):
-                yield {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor}
+            for expert in (n for n in range(1, min(rest, experts) + 1) if rest % n == 0):
+                left = rest // expert
+                for fsdp in (n for n in range(1, left + 1) if left % n == 0):
+                    yield {"data": left // fsdp, "fsdp": fsdp, "expert": expert, "tensor": tensor}
 
 
 def _fitting(
@@ -182,7 +195,7 @@ def _fitting(
     length: int,
 ) -> Iterator[tuple[StageLayout, bool]]:
     """Give the layouts of a mesh from the fastest on, and whether each fits."""
-    local = rows // (mesh["data"] * mesh["fsdp"])
+    local = rows // _shards(mesh)
     counts = [n for n in range(1, local + 1) if local % n == 0]
     if stage.micro_batch is not None:
         if local % stage.micro_batch:
@@ -216,10 +229,13 @@ def _estimated(
     devices = math.prod(layout.mesh.values())
     tensor = layout.mesh["tensor"]
     split = layout.mesh["fsdp"] * tensor
-    parameters, trained = parameter_count(a), trained_count(a)
-    held = _held(a, dtype_bytes)
+    # As if there were fewer experts, where they are split.
+    elsewhere = expert_count(a) - expert_count(a) // layout.mesh["expert"]
+    parameters = parameter_count(a) - elsewhere
+    trained = trained_count(a) - (0 if a.adapters else elsewhere)
+    held = _held(a, dtype_bytes) - int(_table_bytes(a, dtype_bytes) * elsewhere)
     moments = {AdamW: 2, Muon: 2, Lion: 1, Sgd: 1}.get(type(stage.optimizer), 2)
-    shards = layout.mesh["data"] * layout.mesh["fsdp"]
+    shards = _shards(layout.mesh)
     local = layout.rows // shards // layout.micro_batches
     micro, scored = _tokens(stage, layout, local)
     tokens = micro * layout.micro_batches
@@ -286,10 +302,16 @@ def _tokens(stage: Training, layout: StageLayout, local: int) -> tuple[int, int]
 def _held(a: Architecture, dtype_bytes: int) -> int:
     """Bytes of all parameters."""
     tables = a.vocabulary * a.width * (1 if a.tied else 2)
-    per_table = dtype_bytes if a.storage in ("nf4", "int8") else STORED_BYTES[a.storage]
+    per_table = _table_bytes(a, dtype_bytes)
+    tables += expert_count(a)
     blocks = parameter_count(a) - tables
     adapters = sum(adapter_parameters(a, each) for each in a.adapters)
     return int(STORED_BYTES[a.storage] * blocks + per_table * tables + 4 * adapters)
+
+
+def _table_bytes(a: Architecture, dtype_bytes: int) -> float:
+    """Bytes of a parameter of what is not quantised: embeddings, experts."""
+    return dtype_bytes if a.storage in ("nf4", "int8") else STORED_BYTES[a.storage]
 
 
 def _slots(stage: Policy) -> int:
@@ -299,9 +321,12 @@ def _slots(stage: Policy) -> int:
 def _activations(a: Architecture, layout: StageLayout, tokens: int, dtype_bytes: int) -> int:
     """Bytes that the backward pass finds kept, and the layer at work."""
     queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    hidden = a.mlp * (3 if a.gated else 2)
+    mlp = a.mlp
+    if a.experts is not None:  # the tokens of each expert, and what it makes of them
+        mlp = a.experts.active * (a.experts.width + a.width)
+    hidden = mlp * (3 if a.gated else 2)
     dots = queries + 2 * keys + 2 * a.width + hidden
-    whole = dots + 6 * a.width + a.mlp
+    whole = dots + 6 * a.width + mlp
     scores = 2 * a.heads * layout.length * 4 // dtype_bytes
     layer = {"none": whole + scores, "dots": dots + a.width, "full": a.width}[layout.remat]
     return tokens * dtype_bytes * (a.layers * layer + whole + scores)

@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Annotated
 # every installed package, and collections find nothing while classes and a spec's tree are made.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 gc.disable()
+# Where devices are simulated, independent collectives have to run in one order on all of them, or
+# they wait for each other for ever.
+if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 import typer
 

@@ -202,7 +202,9 @@ class Decoder(nnx.Module):
         """
         a = self.architecture
         count, group, length = tokens.shape
-        hidden, prefix = self._sequence(prompts, None, None, None, layout, remat, kernel, keep=True)
+        hidden, (prefix, _) = self._sequence(
+            prompts, None, None, None, layout, remat, kernel, keep=True
+        )
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
         rows = tokens[:, :, :-1].reshape(count * group, length - 1)
         places = jnp.repeat(lengths, group)[:, None] + jnp.arange(length - 1)

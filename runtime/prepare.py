@@ -136,13 +136,16 @@ def _steps(value: Training) -> int | None:
 def _architecture(program: Program, name: str) -> tuple[Architecture, int]:
     """Return the architecture of a declared model without reading data, and bytes of its dtype."""
     kind = program.declarations[name].value
+    size = 0
+    if kind.tokenizer is not None:
+        tokenizer = program.declarations[kind.tokenizer.name].value
+        if isinstance(tokenizer, models.Trained):
+            size = tokenizer.vocabulary  # at most: fitting it takes its data
+        else:
+            size = open_renderer(tokenizer, program.folder, cache=Path()).tokenizer.size
     if isinstance(kind, models.Pretrained):
-        return weights.planned(kind, program.folder), DTYPE_BYTES[kind.dtype]
-    tokenizer = program.declarations[kind.tokenizer.name].value
-    if isinstance(tokenizer, models.Trained):
-        size = tokenizer.vocabulary  # at most: fitting it takes its data
-    else:
-        size = open_renderer(tokenizer, program.folder, cache=Path()).tokenizer.size
+        found = weights.planned(kind, program.folder)
+        return weights.resized(found, size), DTYPE_BYTES[kind.dtype]
     return from_transformer(kind, size, PRESETS), DTYPE_BYTES[kind.dtype]
 
 

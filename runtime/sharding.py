@@ -18,11 +18,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
 
 RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "batch": ("data", "fsdp"),
+        "batch": ("data", "fsdp", "expert"),
+        "expert": ("expert",),
         "embed": ("fsdp",),
         "heads": ("tensor",),
         "kv_heads": ("tensor",),
@@ -32,9 +33,10 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Logical axis -> mesh axes; an axis that is not in the table is whole everywhere.
 
-Parameters are split over `embed` (fully sharded data parallelism) and over heads, hidden units
-and vocabulary (tensor parallelism). The residual stream names its last axis nothing, since
-`embed` belongs to parameters: it is whole within a row of the batch.
+Parameters are split over `embed` (fully sharded data parallelism), over heads, hidden units and
+vocabulary (tensor parallelism), and those of experts over them; all else has copies there. The
+residual stream names its last axis nothing, since `embed` belongs to parameters: it is whole within
+a row of the batch.
 """
 
 Axes = tuple[str | None, ...]
@@ -83,18 +85,22 @@ class Layout:
 
 
 def make_layout(
-    data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = 1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    expert: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
-    """Make a layout with the standard rules over a mesh of `data * fsdp * tensor` devices.
+    """Make a layout with the standard rules over a mesh with axes of these sizes.
 
     Takes the first devices that there are, unless they are given. Raises `ValueError` where
     there are too few.
     """
-    count = data * fsdp * tensor
+    count = data * fsdp * expert * tensor
     chosen = list(jax.devices() if devices is None else devices)[:count]
     if len(chosen) < count:
         raise ValueError(f"a mesh of {count} devices, and there are {len(chosen)}")
-    grid = np.array(chosen).reshape(data, fsdp, tensor)
+    grid = np.array(chosen).reshape(data, fsdp, expert, tensor)
     return Layout(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)))
 
 

@@ -105,7 +105,6 @@ class _Leaf:
         """Return the parameter's part of a tensor, which is a slice of a file."""
         part = tensor[self.offset : self.offset + self.rows[0]]
         if self.added:
-            # As likely as the others, and apart from them once they are trained.
             mean = part.mean(0, keepdims=True, dtype=np.float32).astype(part.dtype)
             part = np.concatenate([part, np.repeat(mean, self.added, 0)])
         own: NDArray[Any] = (part.T if self.inputs else part).reshape(self.own)
@@ -158,6 +157,15 @@ def architecture(kind: Pretrained, folder: Path) -> Architecture:
     except (BadConfigError, UnknownFamilyError) as error:
         raise BadWeightsError(folder, (str(error),)) from None
     return found if kind.context is None else replace(found, context=kind.context)
+
+
+def resized(architecture: Architecture, tokens: int) -> Architecture:
+    """Return the architecture with an embedding for at least so many tokens.
+
+    `load` gives the rows that a file does not have the mean of those that it has: a new token is
+    neither likelier nor less likely than the others at first.
+    """
+    return replace(architecture, vocabulary=max(architecture.vocabulary, tokens))
 
 
 def configuration(folder: Path) -> Config:

@@ -108,9 +108,9 @@ class Workshop:
         kind, renderer = self.program.declarations[name].value, self.renderer_of(name)
         if isinstance(kind, models.Pretrained):
             folder = weights.folder_of(kind, self.program.folder)
-            architecture = weights.architecture(kind, folder)
-            if renderer.tokenizer.size > architecture.vocabulary:
-                raise NotBuiltError(f"model {name}", "an embedding of more tokens")
+            architecture = weights.resized(
+                weights.architecture(kind, folder), renderer.tokenizer.size
+            )
             return Model(name, architecture, renderer, DTYPES[kind.dtype], storage_of(kind), folder)
         architecture = from_transformer(kind, renderer.tokenizer.size, PRESETS)
         return Model(name, architecture, renderer, DTYPES[kind.dtype], storage_of(kind))

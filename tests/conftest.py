@@ -10,6 +10,8 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    # Independent collectives in one order on all devices, or they wait for each other for ever.
+    " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 _CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 # Eight simulated devices on few cores: programs with collectives that run side by side can starve

@@ -86,8 +86,8 @@ def test_what_is_stated_goes_before_the_preset():
         ({"layers": 2, "width": 9, "heads": 3}, "head_dim is 3"),
         ({"layers": 2, "width": 2, "heads": 4}, "head_dim is 0"),
         (
-            {"layers": 2, "width": 8, "heads": 4, "experts": models.Experts(count=4, active=2)},
-            "mixture of experts",
+            {"layers": 2, "width": 8, "heads": 4, "experts": models.Experts(count=2, active=4)},
+            "4 of 2 experts",
         ),
     ],
 )

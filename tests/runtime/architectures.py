@@ -1,6 +1,6 @@
 """Small architectures, each with the choices of a family, that the tests go over."""
 
-from tunelang.compiler.architecture import Architecture, LinearScaling, Llama3Scaling
+from tunelang.compiler.architecture import Architecture, LinearScaling, Llama3Scaling, Mixture
 
 _SIZES = {
     "vocabulary": 48, "layers": 3, "width": 16, "heads": 4, "kv_heads": 2, "head_dim": 8,
@@ -33,6 +33,8 @@ FAMILIES = {
     ),
     "qwen2": Architecture(**_SIZES, qkv_bias=True, tied=False),
     "qwen3": Architecture(**_SIZES, qk_norm=True),
+    "olmo2": Architecture(**_SIZES, qk_norm=True, qk_norm_joint=True, norm_placement="post"),
+    "moe": Architecture(**_SIZES, qk_norm=True, experts=Mixture(count=4, active=2, width=12)),
     "mistral": Architecture(**_SIZES, pattern=("local",), window=5, tied=False),
     "post": Architecture(**_SIZES, norm_placement="post", activation="relu"),
 }  # fmt: skip

@@ -21,9 +21,10 @@ def arrays(state: Any) -> Any:
 
 
 def norm(a: Architecture, weights: dict, x: np.ndarray) -> np.ndarray:
+    axes = tuple(range(-weights["scale"].ndim, 0))
     if a.norm == "layer":
-        x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + a.norm_epsilon)
+        x = x - x.mean(axes, keepdims=True)
+    x = x / np.sqrt((x**2).mean(axes, keepdims=True) + a.norm_epsilon)
     x = x * (weights["scale"] + (1 if a.norm_unit_offset else 0))
     return x + weights["bias"] if a.norm == "layer" else x
 
@@ -94,7 +95,24 @@ def attend(a: Architecture, local: bool, w: dict, x: np.ndarray) -> np.ndarray:
     return linear(w["o"], out, 2)
 
 
+def mixture(a: Architecture, w: dict, x: np.ndarray) -> np.ndarray:
+    """Each token by itself, through its experts one after another."""
+    out = np.zeros_like(x)
+    for t, token in enumerate(x):
+        logits = token @ w["router"]
+        share = np.exp(logits - logits.max())
+        share /= share.sum()
+        chosen = np.argsort(-share)[: a.experts.active]
+        total = share[chosen].sum() if a.experts.normalised else 1.0
+        for e in chosen:
+            own = {name: {"weight": value[e]} for name, value in w["experts"].items()}
+            out[t] += share[e] / total * feed_forward(a, own, token[None])[0]
+    return out
+
+
 def feed_forward(a: Architecture, w: dict, x: np.ndarray) -> np.ndarray:
+    if "router" in w:
+        return mixture(a, w, x)
     up = linear(w["up"], x)
     hidden = (
         activate(a.activation, linear(w["gate"], x)) * up if a.gated else activate(a.activation, up)

@@ -1,0 +1,96 @@
+"""Mixtures of experts: against a plain sum over experts, and the same on any mesh."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.runtime.architectures import FAMILIES
+from tests.runtime.test_train import ADAMW, make_batch, same
+from tunelang.compiler.architecture import Mixture, parameter_count
+from tunelang.runtime.decoder import Decoder
+from tunelang.runtime.layers import MixtureOfExperts, balance_loss
+from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.train import Program, init_state, train_step
+
+MOE = FAMILIES["moe"]
+X = jax.random.normal(jax.random.key(0), (8, 6, MOE.width))
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("active", [1, 3])
+def test_against_every_expert_on_every_token(active, normalised):
+    mixture = Mixture(count=5, active=active, width=12, normalised=normalised)
+    layer = MixtureOfExperts(MOE, mixture, nnx.Rngs(3))
+    found, (picked, probabilities) = layer(X)
+    x = np.asarray(X, np.float64)
+    logits = x @ np.asarray(layer.router[...], np.float64)
+    share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(probabilities, share, atol=1e-6)
+    kept = np.argsort(-share, -1)[..., :active]
+    expected = np.zeros_like(x)
+    gate, up, down = (
+        np.asarray(each[...], np.float64)
+        for each in (layer.experts.gate, layer.experts.up, layer.experts.down)
+    )
+    for at in np.ndindex(x.shape[:2]):
+        chosen = kept[at]
+        weights = share[at][chosen]
+        weights = weights / weights.sum() if normalised else weights
+        for weight, e in zip(weights, chosen, strict=True):
+            h = x[at] @ gate[e]
+            expected[at] += weight * ((h / (1 + np.exp(-h)) * (x[at] @ up[e])) @ down[e])
+        assert set(np.flatnonzero(picked[at])) == set(chosen)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_balance():
+    even = jnp.full((1, 2, 4, 4), 0.25)
+    chosen = jax.nn.one_hot(jnp.arange(8).reshape(2, 4) % 4, 4)[None]
+    counted = jnp.ones((2, 4), bool)
+    assert float(balance_loss(chosen, even, counted)) == pytest.approx(1.0)
+    one = jnp.zeros_like(even).at[..., 2].set(1.0)
+    assert float(balance_loss(one, one, counted)) == pytest.approx(4.0)
+    # Padding does not count.
+    half = counted.at[1].set(False)
+    mixed = jnp.concatenate([even[:, :1], one[:, :1]], axis=1)
+    picked = jnp.concatenate([chosen[:, :1], one[:, :1]], axis=1)
+    assert float(balance_loss(picked, mixed, half)) == pytest.approx(1.0)
+
+
+def train(program):
+    optimizer = build_optimizer(ADAMW, 10)
+    state = init_state(MOE, optimizer, program, 0)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == parameter_count(MOE)
+    step = train_step(MOE, optimizer, learning_rate(ADAMW, 10), program)
+    state, metrics = step(state, make_batch())
+    return jax.device_get(state.params), jax.device_get(metrics)
+
+
+def test_the_same_on_any_mesh():
+    expected = train(Program(layout=make_layout(), chunk=3))
+    for mesh in ({"expert": 4}, {"data": 2, "expert": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}):
+        found = train(Program(layout=make_layout(**mesh), chunk=3))
+        same(found, expected, 1e-4)
+    # In micro-batches each part is balanced by itself.
+    found = train(Program(layout=make_layout(expert=2), chunk=3, micro_batches=2, remat="full"))
+    np.testing.assert_allclose(found[1].loss, expected[1].loss, rtol=1e-2)
+
+
+def test_the_router_learns_balance():
+    heavy = replace(MOE, experts=replace(MOE.experts, balance=10.0))
+    decoder = Decoder(heavy, nnx.Rngs(0))
+    graph, params = nnx.split(decoder)
+
+    def loss(params):
+        _, routed = nnx.merge(graph, params).routed(jnp.arange(24).reshape(2, 12) % 40)
+        return balance_loss(*routed, jnp.ones((2, 12), bool))
+
+    gradient = jax.grad(loss)(params)
+    assert float(jnp.abs(gradient["blocks"]["mlp"]["router"][...]).max()) > 0
