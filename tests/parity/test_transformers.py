@@ -131,7 +131,7 @@ def made(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray, Any]:
     name, settings = CASES[case]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**settings)
-    config._attn_implementation = config._experts_implementation = "eager"
+    config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     around_one = "gemma" not in case
     tokens = torch.randint(3, config.vocab_size, (2, 23))
@@ -262,6 +262,7 @@ def test_gradients(case: str, tmp_path: Path) -> None:
 def test_bfloat16(case: str, tmp_path: Path) -> None:
     """In bfloat16 we are as near to the float32 model as `transformers` in bfloat16 is."""
     tokens, expected, theirs = made(case, tmp_path)
+    theirs.config._experts_implementation = "eager"  # its grouped product wants even sizes
     with torch.no_grad():
         rounded = theirs.bfloat16()(input_ids=torch.tensor(tokens)).logits.float().numpy()
     decoder, *_ = opened(tmp_path, jnp.bfloat16)
