@@ -10,6 +10,7 @@ products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -453,6 +454,7 @@ class Decoder(nnx.Module):
         a = self.architecture
         graph, state = nnx.split(self.blocks)
         inputs = (state, given)
+        ranks = frozenset(adapter.rank for adapter in a.adapters)
         period = len(a.pattern)
         whole = a.layers // period * period
 
@@ -463,7 +465,7 @@ class Decoder(nnx.Module):
                 weights, given = own
                 return layer(nnx.merge(graph, weights), carry, span, index, given)
 
-            found: tuple[Any, Any] = _rematerialised(run, remat, in_scan)(carry, own, index)
+            found: tuple[Any, Any] = _rematerialised(run, remat, in_scan, ranks)(carry, own, index)
             return found
 
         def body(carry: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
@@ -500,16 +502,31 @@ def _fold(keys: jax.Array, data: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 
+def _dots(ranks: frozenset[int]) -> Callable[..., bool]:
+    """Keep the products with weights, but not what an adapter adds to them: as large, and little
+    to compute again.
+    """
+
+    def keeps(primitive: Any, *operands: Any, **given: Any) -> bool:
+        if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
+            primitive, *operands, **given
+        ):
+            return False
+        (contracted, _), _ = given["dimension_numbers"]
+        return math.prod(operands[0].shape[axis] for axis in contracted) not in ranks
+
+    return keeps
+
+
 def _rematerialised(
-    function: Callable[..., Any], remat: Remat, in_scan: bool
+    function: Callable[..., Any], remat: Remat, in_scan: bool, ranks: frozenset[int]
 ) -> Callable[..., Any]:
     """Make a layer keep for the backward pass only what the policy says."""
     if remat == "none":
         return function
     # Within a scan the compiler cannot merge the repeated computation with the first one, so that
     # the barriers against it, which also hinder fusion, are not needed.
-    policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policy = _dots(ranks) if remat == "dots" else None
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
 
 

@@ -1,0 +1,96 @@
+"""LoRA and QLoRA against full tuning: time of a step, memory of its program.
+
+`python benchmarks/adapters.py [--layers 8 --width 512 --batch 4 --length 512]`. Steps of all forms
+alternate in one process; the time is the median. Memory is what the compiler says of one step:
+arguments (weights, moments, batch) and temporaries (gradients, activations).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from dataclasses import replace
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "/tmp/tune-benchmark-cache")
+
+import jax
+import numpy as np
+
+from tunelang.compiler.adapters import adapted
+from tunelang.compiler.architecture import Architecture, parameter_count, train_flops
+from tunelang.dsl.vocabulary.training import AdamW, Dora, Lora
+from tunelang.runtime.layers import DTYPES
+from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.train import Batch, Program, init_state, train_step
+
+MIB = 2**20
+SPEC = AdamW.fixed(lr=1e-4)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    for name, default in (
+        ("layers", 8), ("width", 512), ("heads", 8), ("kv-heads", 4), ("mlp", 1536),
+        ("vocabulary", 8192), ("batch", 4), ("length", 512), ("rank", 16), ("calls", 5),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="f32")
+    parser.add_argument("--remat", default="dots")
+    given = parser.parse_args()
+    base = Architecture(
+        vocabulary=given.vocabulary, layers=given.layers, width=given.width, heads=given.heads,
+        kv_heads=given.kv_heads, head_dim=given.width // given.heads, mlp=given.mlp,
+        context=given.length,
+    )  # fmt: skip
+    every = Lora(rank=given.rank, targets=("all",))
+    forms = {
+        "full": base,
+        "LoRA": adapted(base, (every,), given.dtype),
+        "DoRA": adapted(base, (Dora(rank=given.rank, targets=("all",)),), given.dtype),
+        "QLoRA, int8": adapted(base, (every,), "int8"),
+        "QLoRA, nf4": adapted(base, (every,), "nf4"),
+    }
+    rng = np.random.default_rng(0)
+    shape = (1, given.batch, given.length)
+    batch = Batch(
+        rng.integers(0, given.vocabulary, shape, dtype=np.int32), np.ones(shape, np.bool_)
+    )
+    program = Program(layout=make_layout(), dtype=DTYPES[given.dtype], remat=given.remat)
+    steps, memory, times = {}, {}, {name: [] for name in forms}
+    for name, architecture in forms.items():
+        optimizer = build_optimizer(SPEC, 100)
+        state = init_state(architecture, optimizer, program, 0)
+        step = train_step(architecture, optimizer, learning_rate(SPEC, 100), program)
+        found = step.lower(state, batch).compile().memory_analysis()
+        memory[name] = found.argument_size_in_bytes / MIB, found.temp_size_in_bytes / MIB
+        steps[name] = [step, state]
+    for call in range(given.calls + 1):
+        for name, held in steps.items():
+            start = time.perf_counter()
+            held[1], metrics = held[0](held[1], batch)
+            jax.block_until_ready(metrics)
+            if call:
+                times[name].append(time.perf_counter() - start)
+    print(f"{parameter_count(base) / 1e6:.0f} M parameters, {given.batch} × {given.length} tokens")
+    print(
+        "| form | ms a step | of full | FLOPs of full | arguments MiB | temporaries MiB | of full |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    whole = statistics.median(times["full"])
+    flops = train_flops(replace(base), given.length)
+    for name, (arguments, temporary) in memory.items():
+        took = statistics.median(times[name])
+        share = train_flops(forms[name], given.length) / flops
+        total = (arguments + temporary) / sum(memory["full"])
+        print(
+            f"| {name} | {1000 * took:.0f} | {took / whole:.2f} | {share:.2f} | {arguments:.0f}"
+            f" | {temporary:.0f} | {total:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
