@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from tunelang.dsl.vocabulary.models import Gpu, HardwareKind, Tpu
+from tunelang.dsl.vocabulary.models import TOPOLOGIES, Gpu, HardwareKind, Tpu
 
 GIB = 2**30
 
@@ -26,6 +26,13 @@ class Chip:
     """Bytes/s to the other devices of the mesh, in one direction."""
     cache: int | None = None
     """Bytes of activations beyond which a CPU waits for its memory; None where none counts."""
+
+    @property
+    def platform(self) -> str:
+        """`cpu`, `tpu` or `gpu`."""
+        if self.name not in CHIPS:
+            return "cpu"
+        return "tpu" if self.name in TOPOLOGIES else "gpu"
 
 
 _CHIPS = (

@@ -55,6 +55,8 @@ class StageLayout:
     """Tokens of a sequence, at most."""
     micro_batches: int
     remat: str
+    kernel: str = "xla"
+    """Of attention."""
     slots: int | None
     """Completions that are sampled at once, over all devices; None without a rollout."""
     memory: dict[str, int] = field(default_factory=dict)
@@ -92,13 +94,18 @@ class NoLayoutError(Exception):
 
 
 def lay_out(
-    stage: Training, architecture: Architecture, dtype_bytes: int, devices: Devices
+    stage: Training,
+    architecture: Architecture,
+    dtype_bytes: int,
+    devices: Devices,
+    attention: str = "auto",
 ) -> StageLayout:
-    """Return the best layout of a training stage.
+    """Return the best layout of a training stage; `attention` is the kernel that its model wants.
 
     Raises `DoesNotFitError` and `NoLayoutError`.
     """
     rows, length = _batch(stage, architecture)
+    kernel = attention_kernel(attention, architecture, length, dtype_bytes, devices)
     pinned = tuple(
         name
         for name in ("mesh", "micro_batch", "remat")
@@ -114,7 +121,7 @@ def lay_out(
             continue
         if experts % mesh["expert"]:
             continue
-        found = _fitting(stage, architecture, dtype_bytes, devices, mesh, rows, length)
+        found = _fitting(stage, architecture, dtype_bytes, devices, mesh, rows, length, kernel)
         for layout, fits in found:
             if nearest is None or layout.total < nearest.total:
                 nearest = layout
@@ -134,6 +141,40 @@ def lay_out(
             f"{rows} sequences do not divide over {size} devices",
         )
     raise DoesNotFitError(nearest, devices, pinned)
+
+
+def attention_kernel(
+    asked: str, a: Architecture, length: int, dtype_bytes: int, devices: Devices
+) -> str:
+    """Return the kernel of attention: the one that is asked for, or for `auto` the fastest.
+
+    Raises `NoLayoutError` where the one that is asked for cannot be.
+    """
+    platform = devices.chip.platform
+    why = {"xla": ""}
+    why["cudnn"] = (
+        "it is for GPUs"
+        if platform != "gpu"
+        else "it is for bf16"
+        if dtype_bytes != 2
+        else "it has no capped logits"
+        if a.attention_cap is not None
+        else f"it has no head_dim of {a.head_dim}"
+        if a.head_dim % 8 or a.head_dim > 128
+        else ""
+    )
+    why["splash"] = (
+        "it is for TPUs"
+        if platform != "tpu"
+        else f"{length} tokens are no multiple of 128"
+        if length % 128
+        else ""
+    )
+    if asked != "auto":
+        if why[asked]:
+            raise NoLayoutError("attention", f"the kernel `{asked}`: {why[asked]}")
+        return asked
+    return next(name for name in ("splash", "cudnn", "xla") if not why[name])
 
 
 def _batch(stage: Training, architecture: Architecture) -> tuple[int, int]:
@@ -193,6 +234,7 @@ def _fitting(
     mesh: dict[str, int],
     rows: int,
     length: int,
+    kernel: str,
 ) -> Iterator[tuple[StageLayout, bool]]:
     """Give the layouts of a mesh from the fastest on, and whether each fits."""
     local = rows // _shards(mesh)
@@ -208,7 +250,13 @@ def _fitting(
     layouts = [
         _estimated(
             StageLayout(
-                mesh=mesh, rows=rows, length=length, micro_batches=parts, remat=remat, slots=None
+                mesh=mesh,
+                rows=rows,
+                length=length,
+                micro_batches=parts,
+                remat=remat,
+                kernel=kernel,
+                slots=None,
             ),
             stage,
             architecture,
@@ -327,7 +375,8 @@ def _activations(a: Architecture, layout: StageLayout, tokens: int, dtype_bytes:
     hidden = mlp * (3 if a.gated else 2)
     dots = queries + 2 * keys + 2 * a.width + hidden
     whole = dots + 6 * a.width + mlp
-    scores = 2 * a.heads * layout.length * 4 // dtype_bytes
+    # Kernels other than XLA's own never hold all logits.
+    scores = 2 * a.heads * layout.length * 4 // dtype_bytes if layout.kernel == "xla" else 0
     layer = {"none": whole + scores, "dots": dots + a.width, "full": a.width}[layout.remat]
     return tokens * dtype_bytes * (a.layers * layer + whole + scores)
 
@@ -363,5 +412,6 @@ def plain(layout: StageLayout) -> dict[str, Any]:
         "length": layout.length,
         "micro_batches": layout.micro_batches,
         "remat": layout.remat,
+        "kernel": layout.kernel,
         "slots": layout.slots,
     }

@@ -174,6 +174,8 @@ def _dimension(value: Any, dimension: str, want: types.Type, site: Site, unit: s
 
 
 def _choice(value: Any, want: types.Choice, site: Site) -> Any:
+    if value is None and "none" in want.words:  # elsewhere that the attribute is left out
+        return "none"
     word = value.text if isinstance(value, Word) else value
     if isinstance(value, Word | str) and word in want.words:
         if isinstance(value, str):

@@ -1,7 +1,8 @@
 """Attention: causal within segments, optionally within a window, with grouped heads.
 
-`plain_attention` is what XLA compiles; cuDNN's kernel, which has no soft-capped logits, comes by
-`jax.nn.dot_product_attention` and is tested against it.
+`plain_attention` is what XLA compiles. The kernels that never hold all logits are tested against
+it: cuDNN's, which comes by `jax.nn.dot_product_attention` and has no soft-capped logits, and JAX's
+splash attention for TPUs.
 """
 
 from __future__ import annotations
@@ -11,10 +12,16 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jax.sharding import PartitionSpec
 
 from tunelang.runtime.products import product
+from tunelang.runtime.sharding import Layout
 
-Kernel = Literal["xla", "cudnn"]
+Kernel = Literal["xla", "cudnn", "splash"]
+
+SPLASH_BLOCK = 512
+"""The most queries or keys that the splash kernel works on at once."""
 
 _MASKED = float(np.finfo(np.float32).min)
 
@@ -71,6 +78,7 @@ def self_attention(
     scale: float,
     cap: float | None,
     kernel: Kernel,
+    layout: Layout | None = None,
 ) -> jax.Array:
     """Causal attention of sequences to themselves.
 
@@ -79,6 +87,10 @@ def self_attention(
     within theirs; without it, a sequence is one example. A token attends to the last `window`
     tokens, itself included. Returns `[batch, length, heads, head_dim]`.
     """
+    if kernel == "splash":
+        if segments is None:
+            segments = jnp.zeros(query.shape[:2], jnp.int32)
+        return _splash(query * scale, key, value, segments, window, cap, layout)
     same = None if segments is None else segments[:, :, None] == segments[:, None, :]
     if cap is not None or kernel == "xla":
         order = jnp.arange(query.shape[1])
@@ -95,6 +107,68 @@ def self_attention(
         local_window_size=None if window is None else (window - 1, 0),
         implementation=kernel,
     )
+
+
+def _splash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array,
+    window: int | None,
+    cap: float | None,
+    layout: Layout | None,
+) -> jax.Array:
+    """`self_attention` by JAX's kernel for TPUs, of scaled queries; elsewhere it is interpreted.
+
+    The length has to be a multiple of 128. A device runs its own rows and heads.
+    """
+    length = query.shape[1]
+    block = next(size for size in (SPLASH_BLOCK, 256, 128) if length % size == 0)
+    sizes = splash_attention.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
+        block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    square = (length, length)
+    mask = (
+        splash_attention.CausalMask(square)
+        if window is None
+        else splash_attention.LocalMask(square, (window - 1, 0), 0)
+    )
+    devices = jax.devices() if layout is None else list(layout.mesh.devices.flat)
+
+    def own(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+        heads = splash_attention.MultiHeadMask([mask] * query.shape[2])
+        kernel = splash_attention.make_splash_mha_single_device(
+            heads,
+            block_sizes=sizes,
+            attn_logits_soft_cap=cap,
+            interpret=devices[0].platform != "tpu",
+        )
+
+        def row(
+            query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array
+        ) -> jax.Array:
+            ids = splash_attention.SegmentIds(segments, segments)
+            attended: jax.Array = kernel(query, key, value, segment_ids=ids)
+            return attended
+
+        query, key, value = (each.swapaxes(1, 2) for each in (query, key, value))
+        return jax.vmap(row)(query, key, value, segments).swapaxes(1, 2)
+
+    if layout is None:
+        return own(query, key, value, segments)
+    rows = layout.spec(("batch",), query.shape[:1])[0]
+    # Heads are split where keys are too, so that each device has those of its queries.
+    tensor = layout.spec(("kv_heads",), (key.shape[2],))[0]
+    each = PartitionSpec(rows, None, tensor)
+    found: jax.Array = jax.shard_map(
+        own,
+        mesh=layout.mesh,
+        in_specs=(each, each, each, PartitionSpec(rows)),
+        out_specs=each,
+        check_vma=False,
+    )(query, key, value, segments)
+    return found
 
 
 def prefixed_attention(

@@ -429,6 +429,7 @@ class Decoder(nnx.Module):
                     scale=self._query_scale,
                     cap=a.attention_cap,
                     kernel=kernel,
+                    layout=layout,
                 )
                 return attended, (key, value) if keep else None
 

@@ -51,6 +51,8 @@ def _facts(stage: StagePlan) -> Iterator[str]:
     yield f"{rows} × {stage.layout['length']} tokens" + (f" in {parts} parts" if parts > 1 else "")
     if stage.layout["remat"] != "none":
         yield f"remat {stage.layout['remat']}"
+    if stage.layout["kernel"] != "xla":
+        yield f"{stage.layout['kernel']} attention"
     yield size_text(sum(stage.memory.values()))
     yield f"{count_text(stage.cost['flops'])}FLOP a step"
     if stage.cost["stage_seconds"] is not None:

@@ -110,7 +110,8 @@ def prepare(
         sizes = str(getattr(value, "batch", None)), getattr(value, "group", None)
         key = (stage.stage, architecture, devices, sizes)
         try:
-            layout = laid_out.get(key) or lay_out(value, architecture, dtype_bytes, devices)
+            asked = program.declarations[name].value.attention
+            layout = laid_out.get(key) or lay_out(value, architecture, dtype_bytes, devices, asked)
         except Exception as error:
             raise LayoutError(stage.stage, error) from error
         laid_out[key] = layout

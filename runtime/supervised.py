@@ -121,11 +121,14 @@ def supervised_trainer(
         packed=stage.packing,
         longest=longest,
     )
+    # One that was planned for the whole context may not have the length of the data.
+    kernel = "xla" if planned.kernel == "splash" and longest % 128 else planned.kernel
     program = train.Program(
         layout=layout,
         dtype=model.dtype,
         micro_batches=math.gcd(planned.micro_batches, table.batch // layout.batch_shards),
         remat=planned.remat,  # type: ignore[arg-type]
+        kernel=kernel,  # type: ignore[arg-type]
         chunk=CHUNK,
         seed=derive(seed, "dropout") % 2**31 if train.drops(a) else 0,
     )

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tunelang.compiler.architecture import Architecture
+from tunelang.compiler.adapters import adapted
+from tunelang.compiler.architecture import Architecture, Mixture
 from tunelang.compiler.hardware import CHIPS, Devices, chip_of
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, lay_out
 from tunelang.compiler.presets import PRESETS
 from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.training import Lora
 
 from .workspace import folder, program
 
@@ -161,3 +164,54 @@ def test_small_batches_leave_devices_alone(folder: Path) -> None:
 def test_chips_by_their_device_kind(kind: str, name: str | None) -> None:
     found = chip_of(kind)
     assert (found.name if found else None) == name
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype_bytes", "change", "kernel"),
+    [
+        ("v5p", 2, {}, "splash"),
+        ("v5p", 2, {"context": 1000}, "xla"),
+        ("h200", 2, {}, "cudnn"),
+        ("h200", 4, {}, "xla"),
+        ("h200", 2, {"attention_cap": 50.0}, "xla"),
+        ("h200", 2, {"head_dim": 256}, "xla"),
+    ],
+)
+def test_the_kernel_of_attention(
+    folder: Path, chip: str, dtype_bytes: int, change: dict[str, Any], kernel: str
+) -> None:
+    devices = Devices(CHIPS[chip], 64, False)
+    architecture = replace(LLAMA, **change)
+    pinned = stage(folder, "remat = dots, micro_batch = 1 sequence, mesh = axes(fsdp = 64)")
+    found = lay_out(pinned, architecture, dtype_bytes, devices)
+    assert found.kernel == kernel
+    asked = lay_out(pinned, architecture, dtype_bytes, devices, "xla")
+    assert asked.kernel == "xla"
+    assert asked.total >= found.total  # which holds the logits of attention
+    if kernel == "xla":
+        wrong = "splash" if chip == "v5p" else "cudnn"
+        with pytest.raises(NoLayoutError, match=f"the kernel `{wrong}`"):
+            lay_out(pinned, architecture, dtype_bytes, devices, wrong)
+
+
+def test_adapters_take_less(folder: Path) -> None:
+    devices = Devices(CHIPS["h200"], 8, False)
+    pinned = stage(folder, "mesh = axes(fsdp = 8)")
+    sizes = {
+        storage: lay_out(pinned, adapted(LLAMA, (Lora(),), storage), 2, devices)
+        for storage in ("bf16", "nf4")
+    }
+    full = lay_out(pinned, LLAMA, 2, devices)
+    assert sizes["nf4"].memory["parameters"] < sizes["bf16"].memory["parameters"]
+    assert sizes["bf16"].memory["optimizer"] < full.memory["optimizer"] / 50
+    assert sizes["bf16"].flops < full.flops
+
+
+def test_experts_are_split(folder: Path) -> None:
+    mixture = Mixture(count=64, active=8, width=768)
+    architecture = replace(LLAMA, experts=mixture, layers=16)
+    devices = Devices(CHIPS["h200"], 8, False)
+    pinned = lay_out(stage(folder, "mesh = axes(expert = 8)"), architecture, 2, devices)
+    assert pinned.mesh["expert"] == 8
+    with pytest.raises(NoLayoutError, match="do not divide the 1 experts"):
+        lay_out(stage(folder, "mesh = axes(expert = 8)"), LLAMA, 2, devices)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tunelang.runtime.attention import cached_attention, plain_attention, self_attention, visible
+from tunelang.runtime.sharding import make_layout
 
 BATCH, LENGTH, HEAD_DIM = 2, 7, 4
 
@@ -92,3 +93,34 @@ def test_gradients_equal_those_of_jax(heads):
         strict=True,
     ):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (2, 1)])
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (50, None), (None, 2.0)])
+def test_splash(heads, window, cap):
+    """Interpreted here; compiled on a TPU. Over a mesh, and its gradients, too."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    given = [
+        jax.random.normal(key, (2, 256, count, 64))
+        for key, count in zip(keys, (heads[0], heads[1], heads[1]), strict=True)
+    ]
+    segments = jnp.repeat(jnp.array([[1, 2, 0]]), jnp.array([100, 120, 36]), axis=1)
+    segments = jnp.broadcast_to(segments, (2, 256))
+    weights = jnp.sin(jnp.arange(256.0))[None, :, None, None] * (segments > 0)[..., None, None]
+
+    def total(kernel, layout):
+        def run(*given):
+            found = self_attention(
+                *given, segments=segments, window=window, scale=0.3, cap=cap, kernel=kernel,
+                layout=layout,
+            )  # fmt: skip
+            return jnp.sum(weights * found), found
+
+        return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))(*given)
+
+    (_, plain), expected = total("xla", None)
+    for layout in (None, make_layout(data=2, tensor=2)):
+        (_, found), gradients = total("splash", layout)
+        np.testing.assert_allclose(found, plain, atol=1e-4)
+        for one, other in zip(gradients, expected, strict=True):
+            np.testing.assert_allclose(one, other, atol=2e-4)
