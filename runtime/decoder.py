@@ -112,34 +112,9 @@ class Decoder(nnx.Module):
         )
         self.head_adapters = adapters_on(a, "head", rngs, vocabulary, width)
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        segments: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        dropout_keys: jax.Array | None = None,
-        layout: Layout | None = None,
-        remat: Remat = "none",
-        kernel: Kernel = "xla",
-    ) -> jax.Array:
-        """Hidden states `[batch, length, width]` after the last normalisation.
-
-        `tokens`, `segments` and `positions` are `[batch, length]` int32. Tokens attend within
-        their segment only; without `segments`, a sequence is one. Positions default to the place
-        in the sequence: packed sequences have to give theirs. `dropout_keys` `[batch]` turns
-        dropout on.
-        """
-        hidden, _ = self.routed(
-            tokens,
-            segments=segments,
-            positions=positions,
-            dropout_keys=dropout_keys,
-            layout=layout,
-            remat=remat,
-            kernel=kernel,
-        )
-        return hidden
+    def __call__(self, tokens: jax.Array, **given: Any) -> jax.Array:
+        """Hidden states `[batch, length, width]` after the last normalisation; see `routed`."""
+        return self.routed(tokens, **given)[0]
 
     def routed(
         self,
@@ -154,6 +129,11 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Return the hidden states, and where there are experts what `layers.balance_loss` reads,
         of each layer.
+
+        `tokens`, `segments` and `positions` are `[batch, length]` int32. Tokens attend within
+        their segment only; without `segments`, a sequence is one. Positions default to the place
+        in the sequence: packed sequences have to give theirs. `dropout_keys` `[batch]` turns
+        dropout on.
         """
         hidden, (_, routed) = self._sequence(
             tokens, segments, positions, dropout_keys, layout, remat, kernel, keep=False

@@ -271,10 +271,7 @@ class _Job:
             seed = derive(run.prepared.program.run.seed, "stage")
         if start == 0:
             self.evals = {digest: dict(found) for digest, found in source.evals.items()}
-        weights = derive(seed, "weights") % 2**31
-        architecture, params = starting(source, self.stage.adapter, model, layout, weights)
-        model = replace(model, architecture=architecture)
-        trainer, close = self.trainer(params, model, layout, seed, start)
+        trainer, model, close = self.trainer(source, model, layout, seed, start)
         try:
             return self._train(trainer, model, layout, source, start, begun)
         finally:
@@ -354,13 +351,17 @@ class _Job:
         return frozenset(found)
 
     def trainer(
-        self, params: Any, model: Model, layout: Layout, seed: int, start: int
-    ) -> tuple[Trainer, Callable[[], None]]:
-        """Open the stage's data and programs; returns also what to call at the end."""
+        self, source: Origin, model: Model, layout: Layout, seed: int, start: int
+    ) -> tuple[Trainer, Model, Callable[[], None]]:
+        """Open the stage's data and programs; returns also the model with the adapter that is
+        trained, and what to call at the end.
+        """
         run, workshop, stage = self.run_, self.run_.workshop, self.stage
         planned = run.prepared.layouts[self.planned.node]
         scale = stage.optimizer.lr
-        architecture = model.architecture
+        weights = derive(seed, "weights") % 2**31
+        architecture, params = starting(source, stage.adapter, model, layout, weights)
+        model = replace(model, architecture=architecture)
 
         def begin(optimizer: Any, program: train.Program) -> train.TrainState:
             return train.state_of(architecture, params, optimizer, program, scale)
@@ -376,9 +377,7 @@ class _Job:
             if start_of_adapter is not None:
                 return architecture, start_of_adapter
             origin = run.origins.of(self.node, stage.reference or stage.from_)
-            return plain(architecture), loaded(
-                origin, model, layout, derive(seed, "weights") % 2**31
-            )
+            return plain(architecture), loaded(origin, model, layout, weights)
 
         if isinstance(stage, Supervised):
             trainer: Any = supervised_trainer(
@@ -403,7 +402,7 @@ class _Job:
             state = trainer.state
             path = self.folder.checkpoints / str(start)
             trainer.state = replace(state, params=load_params(path, state.params))
-        return trainer, close
+        return trainer, model, close
 
     def evaluate(
         self, recorder: Recorder, model: Model, params: Any, layout: Layout, step: int

@@ -335,7 +335,9 @@ def _form(
         array = array.astype(jnp.float32)
         if path[-1] == "weight" and storage in ("nf4", "int8"):
             return quantized(array, inputs, storage)
-        if path[-1] != "router" and (inputs or path in (("embedding",), ("head",))):
+        if path[-2:-1] == ("experts",):
+            return (array.astype(DTYPES.get(storage, jnp.bfloat16)),)
+        if path[-1] == "weight" or path in (("embedding",), ("head",)):
             return (array.astype(DTYPES.get(storage, dtype)),)
         return (array,)
 

@@ -49,6 +49,7 @@ MOE = {
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3": ("LlamaConfig", {**SIZES, "rope_parameters": LLAMA3}),
+    "llama 2": ("LlamaConfig", {**NO_HEAD_DIM, "num_key_value_heads": 6}),
     "llama, tied": ("LlamaConfig", {**ONE_KEY, "tie_word_embeddings": True}),
     "llama, biases": ("LlamaConfig", {**ODD, "attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralConfig", {**SIZES, "sliding_window": 5}),

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
 
 from tests.pipeline import tiny
 from tests.pipeline.test_pretrained import spec as spec
@@ -131,6 +133,41 @@ def tune(command: str, spec: Path, *more: str) -> subprocess.CompletedProcess[st
         [sys.executable, "-m", "tunelang.runtime", command, str(spec), *more],
         capture_output=True, text=True, env=tiny.environment(), check=False, timeout=120,
     )  # fmt: skip
+
+
+def test_new_special_tokens(exported: Path) -> None:
+    """The embedding grows by rows that are the mean of the others, and goes out with them."""
+    text = exported.read_text()
+    spec = exported.with_name("more.tune")
+    spec.write_text(
+        text[: text.index("stage tuned")].replace(
+            'model small : pretrained { path = "small" }',
+            'tokenizer own : huggingface { path = "small", special = ["<think>", "</think>"] }\n'
+            'model small : pretrained { path = "small", tokenizer = own }',
+        )
+        + """
+stage tuned : sft {
+  from      = small
+  data      = sums
+  length    = 1 step
+  batch     = 4 sequences
+  adapter   = lora(rank = 2)
+  optimizer = adamw(lr = 1e-2)
+  mesh      = axes(data = 1)
+}
+stage release : export { from = tuned, path = "grown", dtype = f32 }
+"""
+    )
+    assert tiny.run(spec).lines == ["tuned done", "release done"]
+    before = load_file(spec.parent / "small" / "model.safetensors")["model.embed_tokens.weight"]
+    after = load_file(spec.parent / "grown" / "model.safetensors")["model.embed_tokens.weight"]
+    assert len(after) == len(before) + 2
+    np.testing.assert_array_equal(after[: len(before)], before)
+    np.testing.assert_allclose(after[-2:], np.stack([before.mean(0)] * 2), atol=1e-6)
+    config = json.loads((spec.parent / "grown" / "config.json").read_text())
+    assert config["vocab_size"] == len(after)
+    tokenizer = Tokenizer.from_file(str(spec.parent / "grown" / "tokenizer.json"))
+    assert tokenizer.token_to_id("<think>") == len(before)
 
 
 # With the other libraries.

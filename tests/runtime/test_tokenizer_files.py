@@ -1,0 +1,56 @@
+"""Tokenizers written as `tokenizer.json`: the ids and texts of the originals, on hard text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tunelang.dsl.vocabulary import models
+from tunelang.runtime.open_tokenizer import open_renderer
+from tunelang.runtime.tokenizer_files import library_tokenizer, tokenizer_files
+
+LLAMA = Path(__file__).parents[3] / "shared" / "data" / "llama2-tokenizer" / "tokenizer.model"
+PROSE = Path(__file__).parents[2] / "specs" / "data" / "shakespeare" / "validation.txt"
+HARD = [
+    "Hello world", " leading", "trailing ", " two  spaces   three", "tab\tnew\nline\r\n\n",
+    "emoji 👩‍👩‍👧‍👦🇩🇪 ok", "def f(x):\n    return x**2", "1234567890123456789012345",
+    "3.14159e-10", "naïve café Ångström ﬁ", "日本語 中文 한국어 العربية עברית",
+    "\x00\x01\x07\x1b control", "[INST] <|im_end|>", "▁ underscore ▁▁", "a" * 300, "",
+    "\u200b zero width \ufeff bom", "é e\u0301 combining", "𝕳𝖊𝖑𝖑𝖔", "￼ \ufffd",
+]  # fmt: skip
+
+
+def trained(algorithm: str, **given: object) -> models.Trained:
+    return models.Trained.model_construct(
+        data=None, vocabulary=700, algorithm=algorithm, byte_fallback=True, split_digits=True,
+        **{"chat": None, "special": (), **given},
+    )  # fmt: skip
+
+
+KINDS = {
+    "bytes": models.Bytes(special=("<think>",)),
+    "unigram": trained("unigram", special=("<think>",)),
+    "bpe": trained("bpe", chat="chatml"),
+    "llama 2": models.SentencePiece(path=str(LLAMA)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_same_ids(name: str, tmp_path: Path) -> None:
+    if name == "llama 2" and not LLAMA.exists():
+        pytest.skip("the model is not beside this checkout")
+    renderer = open_renderer(
+        KINDS[name], tmp_path, cache=tmp_path, texts=lambda: [PROSE.read_text(), *HARD]
+    )
+    ours, theirs = renderer.tokenizer, library_tokenizer(renderer.tokenizer)
+    theirs.encode_special_tokens = True
+    for text in HARD:
+        ids = ours.encode(text)
+        assert theirs.encode(text, add_special_tokens=False).ids == ids, text
+        assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids), text
+    for token, at in ours.special.items():
+        assert theirs.token_to_id(token) == at
+    assert theirs.get_vocab_size() == ours.size
+    files = tokenizer_files(renderer, {}, 128)
+    assert ("tokenizer.model" in files) is (name != "bytes")
