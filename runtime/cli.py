@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -16,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated
 # every installed package, and collections find nothing while classes and a spec's tree are made.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 gc.disable()
-# Where devices are simulated, independent collectives have to run in one order on all of them, or
-# they wait for each other for ever.
-if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+# A collective holds a thread until all devices have come to it, and XLA makes only a thread a core:
+# where devices are simulated, independent collectives would wait for each other for ever.
+if _simulated := re.search(r"host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")):
+    os.environ.setdefault("PJRT_NPROC", str(8 * int(_simulated[1])))
 
 import typer
 

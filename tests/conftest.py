@@ -10,12 +10,12 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    # Independent collectives in one order on all devices, or they wait for each other for ever.
-    " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
+# A collective holds its thread until all devices have come to it, and XLA makes only a thread a
+# core: eight devices on two cores wait for each other for ever as soon as two collectives are
+# independent.
+os.environ.setdefault("PJRT_NPROC", "64")
 _CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
-# Eight simulated devices on few cores: programs with collectives that run side by side can starve
-# each other.
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -81,7 +81,7 @@ def chain(spec: Path) -> Path:
     return spec
 
 
-@pytest.mark.parametrize("weights", ["", ", weights = nf4", ", dtype = bf16"])
+@pytest.mark.parametrize("weights", [", weights = nf4", ", dtype = bf16"])
 def test_a_chain_of_adapters(chain: Path, weights: str) -> None:
     chain.write_text(chain.read_text().replace('path = "small"', f'path = "small"{weights}'))
     heard = tiny.run(chain)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
 from tests.pipeline import tiny
-from tests.pipeline.test_pretrained import spec as spec
+from tests.pipeline.test_pretrained import workspace
 from tunelang.runtime import weights
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.talk import open_speaker
@@ -38,12 +38,18 @@ stage light   : export { from = tuned, path = "light", adapter = apart }
 """
 
 
-@pytest.fixture
-def exported(spec: Path) -> Path:
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = workspace(tmp_path_factory.mktemp("exported"))
     text = spec.read_text()
     spec.write_text(text[: text.index("stage baseline")] + STAGES)
     assert tiny.run(spec).lines == ["tuned done", "release done", "light done"]
     return spec
+
+
+@pytest.fixture
+def exported(once: Path, tmp_path: Path) -> Path:
+    return tiny.copy(once, tmp_path / "copy")
 
 
 def logits_of(spec: Path, stage: str, tokens: np.ndarray) -> np.ndarray:

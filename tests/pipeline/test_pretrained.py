@@ -67,6 +67,10 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Path:
+    return workspace(tmp_path)
+
+
+def workspace(tmp_path: Path) -> Path:
     """A workspace with a random model of its own tokenizer."""
     tiny.workspace(tmp_path)
     small = tmp_path / "small"

@@ -114,7 +114,7 @@ def trained(architecture, program, spec=ADAMW):
     return before, state, metrics
 
 
-@pytest.mark.parametrize("storage", ["f32", "bf16", "nf4"])
+@pytest.mark.parametrize("storage", ["bf16", "nf4"])
 def test_only_the_last_adapter_is_trained(storage):
     architecture = adapted(LLAMA, LORA, DORA, storage=storage)
     before, state, _ = trained(architecture, Program(layout=make_layout(), chunk=3))
@@ -132,9 +132,8 @@ def test_only_the_last_adapter_is_trained(storage):
     assert {path[-3:-1] for path in changed} == {("adapters", "1")}
 
 
-@pytest.mark.parametrize("storage", ["f32", "nf4"])
-def test_the_same_on_any_mesh_and_in_micro_batches(storage):
-    architecture = adapted(LLAMA, replace_dropout(LORA, 0.3), storage=storage)
+def test_the_same_on_any_mesh_and_in_micro_batches():
+    architecture = adapted(LLAMA, replace_dropout(LORA, 0.3), storage="nf4")
     _, whole, metrics = trained(architecture, Program(layout=make_layout(), chunk=3))
     for program in (
         Program(layout=make_layout(), chunk=3, micro_batches=4, remat="full"),
@@ -143,7 +142,7 @@ def test_the_same_on_any_mesh_and_in_micro_batches(storage):
         _, found, other = trained(architecture, program)
         same(jax.device_get(found.params), jax.device_get(whole.params))
         same(jax.device_get(other), jax.device_get(metrics))
-    without = adapted(LLAMA, LORA, storage=storage)
+    without = adapted(LLAMA, LORA, storage="nf4")
     _, found, other = trained(without, Program(layout=make_layout(), chunk=3))
     assert abs(other.loss[1] - metrics.loss[1]) > 1e-6  # dropout does something
 
