@@ -44,7 +44,7 @@ from tunelang.dsl.vocabulary.stages import Policy, Sft, Training
 from tunelang.dsl.vocabulary.training import K3, AdamW, Sampling
 from tunelang.runtime import objectives, packing
 from tunelang.runtime.bad_rows import BadRows
-from tunelang.runtime.corpus import Corpus, Items
+from tunelang.runtime.corpus import Corpus, Items, Piece
 from tunelang.runtime.decode_loop import make_engine
 from tunelang.runtime.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.order import Order
@@ -218,7 +218,7 @@ def real_lengths(given: Given) -> Found:
     """Train on examples of natural lengths, packed into sequences as long as the longest one."""
     meter, trainer, steps = Meter(), Trainer(given), given["steps"]
     ids, trained, offsets = examples_of(given)
-    items = Items(ids, trained, np.stack([offsets[:-1], offsets[1:]], 1))
+    items = Items((Piece(ids, trained, np.stack([offsets[:-1], offsets[1:]], 1)),))
     order = Order((len(items.spans),), (1.0,), seed=0)
     corpus = Corpus((items,), order, given["length"], 0, BadRows())
     length = Measure(value=float(1 + steps * given["windows"]), unit="steps")

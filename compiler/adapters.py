@@ -78,7 +78,7 @@ def matrices(architecture: Architecture) -> dict[str, tuple[int, int]]:
         found["blocks.mlp.down"] = a.mlp, a.width
     if a.gated and a.experts is None:
         found["blocks.mlp.gate"] = a.width, a.mlp
-    if not a.tied:
+    if not a.tied and not a.scores:
         found["head"] = a.vocabulary, a.width
     return found
 

@@ -120,6 +120,9 @@ class Architecture:
     dropout: float = 0.0
     """Dropout of the embedding and of each sub-layer's output, while training."""
 
+    scores: bool = False
+    """Whether the head yields one number in place of logits: a reward model, a critic."""
+
     adapters: tuple[Adapter, ...] = ()
     """On top of each other. With some, all but the last is frozen."""
     storage: Storage = "f32"
@@ -189,7 +192,8 @@ def _block_parameters(architecture: Architecture) -> dict[str, int]:
 def parameter_count(architecture: Architecture) -> int:
     """How many numbers there are beside adapters; a tied head is counted once."""
     a = architecture
-    tables = a.vocabulary * (1 if a.tied else 2) + (a.context if a.position == "learned" else 0)
+    head = 1 if a.scores else a.vocabulary * (not a.tied)
+    tables = a.vocabulary + head + (a.context if a.position == "learned" else 0)
     final_norm = a.width * (2 if a.norm == "layer" else 1)
     return tables * a.width + final_norm + a.layers * sum(_block_parameters(a).values())
 
@@ -204,7 +208,8 @@ def trained_count(architecture: Architecture) -> int:
     """How many numbers are trained: those of the last adapter, or all."""
     if not architecture.adapters:
         return parameter_count(architecture)
-    return adapter_parameters(architecture, architecture.adapters[-1])
+    head = architecture.width if architecture.scores else 0
+    return head + adapter_parameters(architecture, architecture.adapters[-1])
 
 
 def matmul_parameters(architecture: Architecture) -> int:
@@ -216,7 +221,8 @@ def matmul_parameters(architecture: Architecture) -> int:
     mlp = block["mlp"]
     if a.experts is not None:
         mlp = a.width * (a.experts.count + 3 * a.experts.active * a.experts.width)
-    return a.vocabulary * a.width + a.layers * (block["attention"] + mlp)
+    head = 1 if a.scores else a.vocabulary
+    return head * a.width + a.layers * (block["attention"] + mlp)
 
 
 def _mean_visible(length: int, window: int) -> float:

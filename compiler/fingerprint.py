@@ -26,7 +26,7 @@ from tunelang.compiler.graph import Selection, StageGraph, StageNode
 from tunelang.dsl import types
 from tunelang.dsl.program import Declared
 from tunelang.dsl.show import literal
-from tunelang.dsl.vocabulary import KINDS, data, models, rewards, stages
+from tunelang.dsl.vocabulary import KINDS, data, models, rewards
 from tunelang.dsl.vocabulary.base import (
     Attribute,
     Condition,
@@ -44,6 +44,16 @@ from tunelang.dsl.vocabulary.base import (
 SEMANTICS: dict[str, tuple[str, int]] = {
     "pretrain": ("pretrain", 1),
     "sft": ("sft", 1),
+    "dpo": ("preference", 1),
+    "simpo": ("preference", 1),
+    "orpo": ("preference", 1),
+    "kto": ("kto", 1),
+    "reward_model": ("reward_model", 1),
+    "ppo": ("ppo", 1),
+    "distill": ("distill", 1),
+    "sample": ("sample", 1),
+    "merge": ("merge", 1),
+    "evaluate": ("evaluate", 1),
     "grpo": ("policy", 1),
     "dr_grpo": ("policy", 1),
     "dapo": ("policy", 1),
@@ -209,7 +219,7 @@ class _Writer:
         self.components |= {"kind": implementation, "semantics": str(version)}
         self.words["kind"] = node.kind
         self.fields("", node.value, KINDS["stage"][node.kind].attributes)
-        if isinstance(node.value, stages.Training) and node.value.seed is None:
+        if getattr(node.value, "seed", 0) is None:
             self.components["run.seed"] = str(self.book.graph.program.run.seed)
 
     def declared(self, declared: Declared) -> None:

@@ -24,7 +24,7 @@ from tunelang.compiler.architecture import (
     trained_count,
 )
 from tunelang.compiler.hardware import Chip, Devices
-from tunelang.dsl.vocabulary.stages import Policy, Supervised, Training
+from tunelang.dsl.vocabulary.stages import PAIRS, Compared, Policy, Supervised, Training
 from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
 
 CHUNK = 128
@@ -182,6 +182,8 @@ def _batch(stage: Training, architecture: Architecture) -> tuple[int, int]:
     context = architecture.context
     match stage:
         case Supervised():
+            if stage.needs[-1:] == PAIRS[-1:]:  # both answers of a pair share a sequence
+                context *= 2
             if stage.batch.unit == "tokens":
                 return max(1, int(stage.batch.value) // context), context
             return int(stage.batch.value), context
@@ -309,6 +311,10 @@ def _estimated(
     if chip.cache is not None and memory["activations"] > chip.cache:
         work *= _CACHE_MISSES
     slots = None
+    if isinstance(stage, Compared) and stage.needs_reference:
+        work += forward_flops(a, layout.length) * step_tokens
+        if stage.reference_log_probs == "live" and (not a.adapters or stage.reference is not None):
+            memory["reference"] = 4 * parameters // split
     if isinstance(stage, Policy):
         if not stage.refill and stage.minibatches == 1:  # see `policy_step.useful_first`
             parts = layout.micro_batches

@@ -56,6 +56,14 @@ def check(book: Book) -> None:
                 found = branch.value.data
                 sources = list(examples(found, book.program, book.fields))
                 _reward(book, declared, branch.value.reward, sources, "reward")
+            if isinstance(branch.value, stages.Sample):
+                _expression(book, declared, branch.value.data)
+                found = branch.value.data
+                sources = list(examples(found, book.program, book.fields))
+                for name in ("score", "keep"):
+                    reward = getattr(branch.value, name)
+                    if reward is not None:
+                        _reward(book, declared, reward, sources, name)
     for declared in book.program.of("reward"):
         _functions(book, declared)
 
@@ -125,6 +133,11 @@ def _data(book: Book, declared: Declared, source: data.DataKind) -> None:
     if isinstance(source, data.Procedural):
         _procedural(book, declared, source)
         fields: dict[str, Any] = {"question": "", "answer": "", "metadata": {}}
+    elif isinstance(source, data.Sampled):
+        known = _sampled_fields(book, declared, source)
+        if known is None:
+            return
+        fields = dict.fromkeys(known)
     else:
         found = _samples(book, declared, source)
         if found is None:
@@ -143,6 +156,28 @@ def _data(book: Book, declared: Declared, source: data.DataKind) -> None:
                 book.add(messages.constant_template(book.span(declared, role), role))
             for name, span in _template_places(book, template, book.span(declared, role)):
                 _known_field(book, name, span, fields, declared)
+
+
+def _sampled_fields(book: Book, declared: Declared, source: data.Sampled) -> set[str] | None:
+    """The fields of what a stage samples; None where they are not known."""
+    stage = book.declared(source.from_.name)
+    values = [branch.value for branch in stage.branches] if stage is not None else []
+    if stage is None or not values:
+        return None
+    if not isinstance(values[0], stages.Sample):
+        book.add(messages.yields_no_rows(book.span(declared, "from"), stage))
+        return None
+    found = {"prompt", "target", "reward"}
+    found |= (
+        {"chosen", "rejected", "chosen_reward", "rejected_reward"}
+        if (source.rows == "pairs")
+        else {"completion", "tokens"}
+    )
+    for each in examples(values[0].data, book.program, book.fields):
+        if each.fields is None:
+            return None
+        found |= each.fields
+    return found
 
 
 def _samples(book: Book, declared: Declared, source: data.DataKind) -> dict[str, Any] | None:

@@ -38,6 +38,8 @@ def examples(expression: DataExpression, program: Program, fields: Fields) -> It
                 roles = frozenset(r for r in data.ROLES if getattr(declared.value, r) is not None)
                 if not roles and kind == "procedural":
                     roles = frozenset({"prompt", "response", "target"})
+                if not roles and isinstance(declared.value, data.Sampled):
+                    roles = frozenset({"prompt", "target", *data.sampled_roles(declared.value)})
                 if not roles and kind == "text":
                     roles = frozenset({"text"})
                 yield Examples(declared.name, kind, fields.get(declared.name), roles)

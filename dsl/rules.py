@@ -73,6 +73,7 @@ def apply(program: Program, places: dict[int, Place], diagnostics: Diagnostics) 
                     _training(book, declared, value)
                     if isinstance(value, stages.Policy):
                         _policy(book, declared, value)
+        _yields(book, declared, values)
         if declared.noun == "stage":
             _sweep(book, declared)
     _outputs(book)
@@ -206,10 +207,7 @@ def _training(book: Book, declared: Declared, stage: stages.Training) -> None:
 
 def _start(book: Book, declared: Declared, stage: stages.Training) -> None:
     start = book.declared(stage.from_.name)
-    if start is not None and start.kind == "export":
-        book.add(messages.yields_no_model(book.span(declared, "from"), start))
-        return
-    if start is None:
+    if start is None or (start.branches and start.branches[0].value.yields != "model"):
         return
     model, span = start.value, book.span(declared, "from")
     if isinstance(model, models.Pretrained) and model.weights and stage.adapter is None:
@@ -220,6 +218,21 @@ def _start(book: Book, declared: Declared, stage: stages.Training) -> None:
         starts = [branch.value for branch in start.branches] or [start.value]
         if any(getattr(value, "adapter", None) is None for value in starts):
             book.add(messages.nothing_to_continue(book.span(declared, "adapter"), start))
+
+
+def _yields(book: Book, declared: Declared, values: list[Any]) -> None:
+    """A stage that is named somewhere has to yield what is used there."""
+    seen: set[tuple[str, str]] = set()
+    for value in values:
+        for path, reference in references_in(value, ""):
+            stage = book.declared(reference.name)
+            if stage is None or stage.noun != "stage" or not stage.branches:
+                continue
+            path = path.removeprefix(".")
+            wanted = getattr(value, "reads", {}).get(path, ("model",))
+            if stage.branches[0].value.yields not in wanted and (path, stage.name) not in seen:
+                seen.add((path, stage.name))
+                book.add(messages.yields_other(book.span(declared, path), stage, wanted))
 
 
 def _warmup(book: Book, declared: Declared, stage: stages.Training) -> None:
@@ -404,7 +417,7 @@ def _sweep(book: Book, declared: Declared) -> None:
     for branch in declared.branches:
         stage = branch.value
         keep = getattr(stage, "keep", None)
-        if keep is None or declared.damaged:
+        if not isinstance(keep, training.Winner) or declared.damaged:
             return
         span = book.span(declared, "keep")
         if not declared.fans_out and not _inherits(book, declared):

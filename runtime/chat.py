@@ -358,10 +358,15 @@ class Renderer:
 
 
 def messages_of(example: Example) -> list[Message]:
-    """Return the conversation of an example: its own, or one turn made of prompt and response."""
+    """Return the conversation of an example: its own, or one turn made of prompt and response. A
+    response also answers a conversation that ends with another's turn.
+    """
     lead = [] if example.system is None else [Message("system", example.system)]
     if example.messages is not None:
-        return [*lead, *example.messages]
+        turns = list(example.messages)
+        if example.response is not None and turns[-1].role != "assistant":
+            turns.append(Message("assistant", example.response))
+        return lead + turns
     turns = [] if example.prompt is None else [Message("user", example.prompt)]
     if example.response is not None:
         turns.append(Message("assistant", example.response))

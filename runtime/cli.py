@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -366,11 +366,33 @@ def generate_command(
         typer.Argument(metavar="[PROMPT]...", help="Without any, lines of standard input."),
     ] = None,
     sets: Sets = [],  # noqa: B006
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 takes the likeliest token, and is the default but for --best-of: 1."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="The longest completion.")] = 256,
     top_k: Annotated[int | None, typer.Option(help="Of so many likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of so much probability.")] = None,
-    samples: Annotated[int, typer.Option("-n", help="Completions for each prompt.")] = 1,
+    samples: Annotated[
+        int, typer.Option("-n", "--samples", min=1, help="Completions for each prompt.")
+    ] = 1,
+    beams: Annotated[
+        int | None, typer.Option(min=1, help="Beam search: the best of so many side by side.")
+    ] = None,
+    length_penalty: Annotated[
+        float | None,
+        typer.Option(help="Of beams: log-probability over length to this power; default 1."),
+    ] = None,
+    best_of: Annotated[
+        int | None, typer.Option(min=2, help="Draw so many and print the best.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REWARD",
+            help="What is best: a declared reward; else the mean log-probability of a token.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Go on with the text, without a chat template.")
@@ -379,18 +401,53 @@ def generate_command(
     traceback: Traceback = False,
 ) -> None:
     """Complete prompts with the model that a stage yielded."""
+    drawn = temperature, top_k, top_p
+    for option, wrong, why in (
+        ("--beams", beams and best_of, "not with --best-of"),
+        ("--beams", beams and any(drawn), "draws nothing: no --temperature, --top-k, --top-p"),
+        ("--length-penalty", length_penalty is not None and not beams, "only with --beams"),
+        ("--best-of", best_of and temperature == 0, "at temperature 0 all are the same"),
+        ("--by", by and not best_of, "only with --best-of"),
+        ("--samples", samples > (beams or best_of or samples), "more than it is chosen from"),
+    ):
+        if wrong:
+            raise typer.BadParameter(why, param_hint=option)
     program = _checked(spec, sets)
+    rewards = [declared.name for declared in program.of("reward")]
+    if by is not None and by not in rewards:
+        known = ", ".join(f"`{name}`" for name in rewards) or "none"
+        typer.echo(f"no reward is called `{by}`: the spec declares {known}", err=True)
+        raise typer.Exit(WRONG_COMMAND)
     from tunelang.dsl.vocabulary.training import Sampling
     from tunelang.runtime import talk  # JAX is slow to import
+    from tunelang.runtime.speaker import UnscoredError
 
+    if temperature is None:
+        temperature = 1.0 if best_of else 0.0
     sampling = Sampling.fixed(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p
     )
     with _failing(program, traceback):
-        speaker = talk.open_speaker(program, _store(spec, store), stage)
+        speaker, reward = talk.open_ranked(program, _store(spec, store), stage, by, max_tokens)
         asked = prompts or [line.rstrip("\n") for line in sys.stdin]
-        for text in speaker.complete(asked, sampling, samples, seed, raw):
-            typer.echo(text)
+        if beams:
+            penalty = 1.0 if length_penalty is None else length_penalty
+            texts = speaker.search(
+                asked, max_tokens, raw, beams=beams, length_penalty=penalty, returned=samples
+            )
+        elif best_of:
+            texts = speaker.best(
+                asked, sampling, best_of, seed, raw, returned=samples, reward=reward
+            )
+        else:
+            texts = speaker.complete(asked, sampling, samples, seed, raw)
+        try:
+            with reward or nullcontext():
+                for text in texts:
+                    typer.echo(text)
+        except UnscoredError as error:
+            typer.echo(f"`{by}` scores no completion here: {error.part}: {error.why}", err=True)
+            raise typer.Exit(WRONG_COMMAND) from None
 
 
 @app.command("chat")

@@ -1,5 +1,8 @@
 """A stream's examples as tokens: rendered once, kept in flat files, fitted to the context.
 
+An item is one piece of tokens, or several that belong together: an example with its chosen answer,
+and the same with the rejected one.
+
 Planning needs every length, and training needs every example several times, so tokens are written
 down (5 bytes each) and mapped into memory. A second start with the same data, tokenizer and
 template finds them there.
@@ -8,8 +11,9 @@ template finds them there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +23,18 @@ from tunelang.runtime.bad_rows import BadRowError, BadRows, NoRowsError, TooLong
 from tunelang.runtime.chat import EmptyMaskError, Renderer
 from tunelang.runtime.chat_templates import ChatError
 from tunelang.runtime.durable import written_whole
+from tunelang.runtime.examples import Example
 from tunelang.runtime.order import Order
 from tunelang.runtime.stream import Part, Stream
+from tunelang.runtime.templates import WrongTypeError
 
 Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Items:
-    """The tokens of a part: flat `ids` and `mask` `[tokens]`, and the stretch of each item `[items,
-    2]`.
+class Piece:
+    """One of the pieces of each item: flat `ids` and `mask` `[tokens]`, and the stretch of each
+    item `[items, 2]`.
     """
 
     ids: NDArray[np.int32]
@@ -42,8 +48,26 @@ class Items:
 
 
 @dataclass(frozen=True)
+class Items:
+    """The items of a part, by their pieces, with a value for each piece where they have one."""
+
+    pieces: tuple[Piece, ...]
+    values: NDArray[np.float32] | None = None
+    """`[items, pieces]`."""
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.pieces[0].spans)
+
+    @cached_property
+    def lengths(self) -> Indices:
+        """The tokens of each item, over its pieces `[items]`."""
+        return np.asarray(np.sum([piece.lengths for piece in self.pieces], axis=0))
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """A stream of token sequences, none longer than `context`, with random access."""
+    """A stream of token sequences, no piece of them longer than `context`, with random access."""
 
     parts: tuple[Items, ...]
     order: Order
@@ -51,36 +75,78 @@ class Corpus:
     pad: int
     bad: BadRows
 
+    @property
+    def pieces(self) -> int:
+        """How many pieces an item has."""
+        return len(self.parts[0].pieces)
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest item that there may be."""
+        return self.context * self.pieces
+
+    def numbers(self, positions: Indices) -> Indices:
+        """Return which item of all parts, one behind the other, stands at positions `[n]`."""
+        sources, items = self.order.at(positions)
+        first = np.cumsum([0, *(len(part) for part in self.parts)])
+        return first[sources] + items
+
     def lengths(self, positions: Indices) -> Indices:
-        """Return the tokens of the examples at positions `[n]`."""
+        """Return the tokens of the items at positions `[n]`."""
         sources, items = self.order.at(positions)
         found = np.empty(len(sources), np.int64)
         for source, part in enumerate(self.parts):
             own = sources == source
-            spans = part.spans[items[own]]
-            found[own] = spans[:, 1] - spans[:, 0]
+            found[own] = part.lengths[items[own]]
         return found
 
-    def tokens(self, positions: Indices) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        """Return the ids and mask, each `[length]`, of the examples at positions `[n]`."""
+    def tokens(
+        self, positions: Indices
+    ) -> Iterator[list[tuple[NDArray[np.int32], NDArray[np.bool_]]]]:
+        """Return the ids and mask `[length]` of each piece of the items at positions `[n]`."""
         sources, items = self.order.at(positions)
         for source, item in zip(sources, items, strict=True):
-            part = self.parts[source]
-            start, end = part.spans[item]
-            mask = part.mask[start:end].copy()
-            # Nothing precedes the first token of a piece of a long text, so it is no target there.
-            mask[:1] = False
-            yield part.ids[start:end], mask
+            yield [_cut_out(piece, item) for piece in self.parts[source].pieces]
+
+    @property
+    def values(self) -> NDArray[np.float32] | None:
+        """The values of all parts, one behind the other `[items, pieces]`."""
+        found = [part.values for part in self.parts if part.values is not None]
+        return np.concatenate(found) if found else None
 
     @property
     def mean_length(self) -> float:
-        """The mean number of tokens of an example of an epoch."""
+        """The mean number of tokens of an item of an epoch."""
         pairs = zip(self.order.weights, self.parts, strict=True)
         return float(sum(weight * part.lengths.mean() for weight, part in pairs))
 
 
-def tokenise(stream: Stream, renderer: Renderer, *, context: int, cache: Path) -> Corpus:
-    """Return the corpus of a stream.
+def _cut_out(piece: Piece, item: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    start, end = piece.spans[item]
+    mask = piece.mask[start:end].copy()
+    # Nothing precedes the first token of a piece of a long text, so it is no target there.
+    mask[:1] = False
+    return piece.ids[start:end], mask
+
+
+Valued = Callable[[Example], Sequence[float] | None]
+"""The values of an item's pieces; raises `WrongTypeError`."""
+
+
+def unvalued(_: Example) -> None:
+    """Items that have no values."""
+
+
+def tokenise(
+    stream: Stream,
+    renderer: Renderer,
+    *,
+    context: int,
+    cache: Path,
+    answers: Sequence[str] = ("response",),
+    valued: Valued = unvalued,
+) -> Corpus:
+    """Return the corpus of a stream, with a piece for each role in `answers`.
 
     Rows longer than the context are handled by their source's policy. `divide` makes pieces of the
     context's length, which overlap by one token, so that every token is predicted once. Raises
@@ -92,12 +158,21 @@ def tokenise(stream: Stream, renderer: Renderer, *, context: int, cache: Path) -
     parts = []
     for part in stream.parts:
         rows, inverse = np.unique(part.rows, return_inverse=True)
-        ids, mask, offsets = _tokenised(replace(part, rows=rows), renderer, cache)
-        fit = _Fit(part, rows, ids, mask, offsets, context, stream.bad)
-        parts.append(Items(ids, mask, fit.spans(renderer, inverse)))
-    sizes = tuple(len(part.spans) for part in parts)
+        tables = [
+            _tokenised(replace(part, rows=rows, roles=part.roles.answered(role)), renderer, cache)
+            for role in answers
+        ]
+        fit = _Fit(part, rows, tables, answers, context, valued, stream.bad)
+        parts.append(fit.items(renderer, inverse))
+    sizes = tuple(len(part) for part in parts)
     order = replace(stream.order, sizes=sizes)
     return Corpus(tuple(parts), order, context, renderer.tokenizer.pad, stream.bad)
+
+
+_Table = tuple[NDArray[np.int32], NDArray[np.bool_], Indices]
+"""Ids and mask of all rows, and where each row begins."""
+_Spans = list[tuple[int, int]]
+"""A stretch for each piece of an item."""
 
 
 @dataclass(frozen=True)
@@ -106,39 +181,63 @@ class _Fit:
 
     part: Part
     rows: Indices
-    ids: NDArray[np.int32]
-    mask: NDArray[np.bool_]
-    offsets: Indices
+    tables: Sequence[_Table]
+    answers: Sequence[str]
     context: int
+    valued: Valued
     bad: BadRows
 
-    def spans(self, renderer: Renderer, inverse: Indices) -> Indices:
-        """Return the stretches of tokens `[items, 2]` in the order of the part's rows."""
+    def items(self, renderer: Renderer, inverse: Indices) -> Items:
+        """Return the items in the order of the part's rows."""
         found = [self._spans(at, renderer) for at in range(len(self.rows))]
-        ordered = [span for at in inverse for span in found[at]]
-        if not ordered:
+        values = [self._values(at) if spans else None for at, spans in enumerate(found)]
+        chosen = [at for at in inverse if values[at] is not None]
+        spans = np.array([item for at in chosen for item in found[at]], np.int64)
+        if not len(spans):
             raise NoRowsError(self.part.source.name, self.bad)
-        return np.array(ordered, np.int64)
+        pieces = tuple(
+            Piece(ids, mask, spans[:, at]) for at, (ids, mask, _) in enumerate(self.tables)
+        )
+        if self.valued is unvalued:
+            return Items(pieces)
+        held = [values[at] for at in chosen for _ in found[at]]
+        return Items(pieces, np.array(held, np.float32))
 
-    def _spans(self, at: int, renderer: Renderer) -> list[tuple[int, int]]:
-        start, end = int(self.offsets[at]), int(self.offsets[at + 1])
+    def _values(self, at: int) -> Sequence[float] | None:
+        """Return the values of a row's pieces; None where they cannot be had."""
+        if self.valued is unvalued:
+            return ()
+        try:
+            return self.valued(self.part.of_row(int(self.rows[at])))
+        except WrongTypeError as error:
+            self._drop(at, error, self.part.source.kind.on_bad_row)
+            return None
+
+    def _spans(self, at: int, renderer: Renderer) -> list[_Spans]:
+        """Return the items that a row makes."""
         kind = self.part.source.kind
-        if start == end:
-            try:
-                renderer.tokens(self.part.of_row(int(self.rows[at])))
-            except EmptyMaskError as error:
-                self._drop(at, error, kind.on_bad_row)
-            return []
-        if end - start <= self.context:
-            return [(start, end)]
+        spans = [(int(offsets[at]), int(offsets[at + 1])) for _, _, offsets in self.tables]
+        for role, (start, end) in zip(self.answers, spans, strict=True):
+            if start == end:
+                part = replace(self.part, roles=self.part.roles.answered(role))
+                try:
+                    renderer.tokens(part.of_row(int(self.rows[at])))
+                except EmptyMaskError as error:
+                    self._drop(at, error, kind.on_bad_row)
+                return []
+        if all(end - start <= self.context for start, end in spans):
+            return [spans]
         if kind.on_long_row == "divide" and _is_plain(self.part):
             step = self.context - 1
-            return [(a, min(a + self.context, end)) for a in range(start, end - 1, step)]
+            ((start, end),) = spans
+            return [[(a, min(a + self.context, end))] for a in range(start, end - 1, step)]
         if kind.on_long_row == "cut":
-            cut = start + self.context
-            if self.mask[start:cut].any():
-                return [(start, cut)]
-        self._drop(at, TooLongError(end - start, self.context), kind.on_long_row)
+            cut = [(start, min(end, start + self.context)) for start, end in spans]
+            masks = [mask for _, mask, _ in self.tables]
+            if all(mask[a:b].any() for mask, (a, b) in zip(masks, cut, strict=True)):
+                return [cut]
+        longest = max(end - start for start, end in spans)
+        self._drop(at, TooLongError(longest, self.context), kind.on_long_row)
         return []
 
     def _drop(self, at: int, error: Exception, policy: str) -> None:
@@ -152,9 +251,7 @@ def _is_plain(part: Part) -> bool:
     )
 
 
-def _tokenised(
-    part: Part, renderer: Renderer, cache: Path
-) -> tuple[NDArray[np.int32], NDArray[np.bool_], Indices]:
+def _tokenised(part: Part, renderer: Renderer, cache: Path) -> _Table:
     """Return the tokens of the rows of a part, from the cache or new; a row with an empty mask has
     none.
     """

@@ -105,12 +105,13 @@ class Decoder(nnx.Module):
         self.norm = Norm(a, embed=a.width)
         self.head = (
             None
-            if a.tied
+            if a.tied or a.scores
             else parameter(
                 normal(rngs, (a.vocabulary, a.width), deviation).astype(stored), "vocab", "embed"
             )
         )
         self.head_adapters = adapters_on(a, "head", rngs, vocabulary, width)
+        self.score = parameter(normal(rngs, (a.width,), deviation), "embed") if a.scores else None
 
     def __call__(self, tokens: jax.Array, **given: Any) -> jax.Array:
         """Hidden states `[batch, length, width]` after the last normalisation; see `routed`."""
@@ -295,6 +296,12 @@ class Decoder(nnx.Module):
         if self.head is None:
             return _updated(self.embedding, self.embedding_adapters)
         return _updated(self.head, self.head_adapters)
+
+    def scores(self, hidden: jax.Array) -> jax.Array:
+        """One number for each hidden state `[..., width]`, float32."""
+        assert self.score is not None
+        weight = self.score[...].astype(jnp.float32)
+        return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), weight)
 
     def merged(self) -> Decoder:
         """Return the decoder whose weights, float32, are these with the adapters in them."""

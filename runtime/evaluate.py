@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from tunelang.dsl.vocabulary.base import Measure, Reference
-from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity
+from tunelang.dsl.vocabulary.base import Reference
+from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity, Preference
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime import numeric, packing, train
+from tunelang.runtime import numeric, train
+from tunelang.runtime.answers import epoch, score_answers
 from tunelang.runtime.corpus import Corpus, tokenise
 from tunelang.runtime.decode_loop import Engine, make_engine
 from tunelang.runtime.examples import Example
@@ -28,8 +29,6 @@ _ROUND = 32
 """Slots hold a multiple of so many tokens, so that stages share programs."""
 _SEED = 20_210_707
 """Of all evaluations: the same prompts get the same draws at every step and in every stage."""
-_LOSS_TOKENS = 16_384
-"""Tokens that one step of the loss program reads, about."""
 
 Params = Any
 
@@ -77,6 +76,8 @@ def evaluate(workshop: Workshop, name: str, model: Model, params: Params, layout
             return _generate(workshop, name, kind, model, params, layout)
         case Perplexity():
             return _perplexity(workshop, name, kind, model, params, layout)
+        case Preference():
+            return _preference(workshop, name, kind, model, params, layout)
     raise TypeError(f"not an eval: {type(kind).__name__}")
 
 
@@ -125,6 +126,10 @@ def rows_of(examples: Sequence[Example], rollouts: Rollouts, texts: Sequence[str
             for role in ("prompt", "response", "target", "system")
             if getattr(example, role) is not None
         }
+        if example.messages is not None:
+            roles["messages"] = [
+                {"role": each.role, "content": each.content} for each in example.messages
+            ]
         fields = {**example.fields, **roles, "completion": text}
         rows.append(Row(fields, example.source, int(rollouts.lengths[at])))
     return rows
@@ -255,40 +260,40 @@ def _perplexity(
     )
     batches = workshop.once(
         ("eval batches", name, model.renderer.digest, a.context, layout.batch_shards),
-        lambda: _batches(_corpus(workshop, kind, model), kind.limit, layout),
+        lambda: epoch(_corpus(workshop, kind, model), kind.limit, layout)[0],
     )
     total, tokens = jax.device_get(loss(params, batches))
     mean = float(total / tokens)
     return Evaluation({"loss": mean, "perplexity": float(np.exp(np.float64(mean)))})
 
 
-def _corpus(workshop: Workshop, kind: EvalKind, model: Model) -> Corpus:
+def _corpus(
+    workshop: Workshop, kind: EvalKind, model: Model, answers: Sequence[str] = ("response",)
+) -> Corpus:
     stream = workshop.stream(kind.data, seed=0, renderer=model.renderer, shuffled=False)
-    corpus = tokenise(
-        stream, model.renderer, context=model.architecture.context, cache=workshop.cache
+    return tokenise(
+        stream,
+        model.renderer,
+        context=model.architecture.context,
+        cache=workshop.cache,
+        answers=answers,
     )
-    return corpus
 
 
-def _batches(corpus: Corpus, limit: int | None, layout: Layout) -> train.Batch:
-    """Return each of the first examples of the data once, packed, `[steps, batch, length]`."""
-    share = 1.0 if limit is None else min(1.0, limit / corpus.order.epoch)
-    table = packing.plan(corpus, Measure.fixed(value=share, unit="epochs"), batch=1, packed=True)
-    shards = layout.batch_shards
-    rows = max(1, _LOSS_TOKENS // table.length // shards) * shards
-    rows = min(rows, -(-table.steps // shards) * shards)
-    found = [packing.batch_of(table, corpus, step) for step in range(table.steps)]
-    steps = -(-len(found) // rows)
+# Preferences.
 
-    def stack(name: str) -> np.ndarray[Any, Any]:
-        whole = np.concatenate([getattr(one, name) for one in found])
-        missing = steps * rows - len(whole)
-        whole = np.pad(whole, ((0, missing), (0, 0)))
-        return whole.reshape(steps, rows, -1)
 
-    return train.Batch(
-        tokens=stack("tokens"),
-        trained=stack("mask"),
-        segments=stack("segments"),
-        positions=stack("positions"),
+def _preference(
+    workshop: Workshop, name: str, kind: Preference, model: Model, params: Params, layout: Layout
+) -> Evaluation:
+    corpus = workshop.once(
+        ("eval pairs", name, model.renderer.digest, model.architecture.context),
+        lambda: _corpus(workshop, kind, model, ("chosen", "rejected")),
     )
+    found = score_answers(workshop, corpus, model, params, layout, kind.limit)
+    values = found.values.astype(np.float64)
+    if kind.per_token and not model.architecture.scores:
+        values = values / np.maximum(found.tokens, 1)
+    margins = (values[:, 0] - values[:, 1])[found.tokens[:, 0] > 0]
+    accuracy = float(np.mean((1 + np.sign(margins)) / 2))
+    return Evaluation({"accuracy": accuracy, "margin": float(margins.mean())})

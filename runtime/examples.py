@@ -15,8 +15,10 @@ from tunelang.dsl.vocabulary.data import (
     DataKind,
     Map,
     Procedural,
+    Sampled,
     TemplateText,
     TextFiles,
+    sampled_roles,
 )
 from tunelang.runtime.templates import Row, WrongTypeError, lookup, render, sole_field
 
@@ -46,6 +48,10 @@ class Example:
     messages: tuple[Message, ...] | None = None
     system: str | None = None
     text: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    label: str | None = None
+    margin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,12 @@ class Roles:
         changed = {role: template for role, template in found.items() if template is not None}
         return Roles({**self.templates, **changed}, self.nullable - changed.keys())
 
+    def answered(self, role: str) -> Roles:
+        """Return the roles with that of an answer, such as `chosen`, as the response."""
+        if role == "response" or role not in self.templates:
+            return self
+        return Roles({**self.templates, "response": self.templates[role]}, self.nullable)
+
 
 def roles_of(kind: DataKind) -> Roles:
     """Return the roles of a source, with those that its kind implies where it states none."""
@@ -72,6 +84,11 @@ def roles_of(kind: DataKind) -> Roles:
         question = TemplateText(text="{question}")
         implied = {"prompt": question, "response": answer, "target": answer}
         return Roles(implied, frozenset({"response", "target"}))
+    if not templates and isinstance(kind, Sampled):
+        own = {role: role for role in ("prompt", "system", "target")} | sampled_roles(kind)
+        found = {role: TemplateText(text=f"{{{name}}}") for role, name in own.items()}
+        found["messages"] = TemplateText(text="{messages}")
+        return Roles(found, frozenset({"prompt", "system", "target", "messages"}))
     if not templates and isinstance(kind, TextFiles):
         return Roles({"text": TemplateText(text="{text}")})
     return Roles(templates)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,8 +21,19 @@ from tunelang.compiler.graph import Input, StageNode
 from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.rules import references_in
 from tunelang.dsl.vocabulary.base import Reference
-from tunelang.dsl.vocabulary.stages import Export, Policy, Supervised, Training
+from tunelang.dsl.vocabulary.data import Sampled
+from tunelang.dsl.vocabulary.stages import (
+    Evaluate,
+    Export,
+    Merge,
+    Policy,
+    Sample,
+    Supervised,
+    Training,
+)
+from tunelang.dsl.vocabulary.training import Dare, Ties
 from tunelang.runtime import train
+from tunelang.runtime.answers import learned
 from tunelang.runtime.bad_rows import BadRows
 from tunelang.runtime.checkpoints import Checkpoints, load_params
 from tunelang.runtime.evaluate import Evaluation, evaluate, named
@@ -31,12 +42,15 @@ from tunelang.runtime.judges import Ask
 from tunelang.runtime.locks import Holder
 from tunelang.runtime.loop import Interrupted, Loop, Reporter, Trainer
 from tunelang.runtime.manifest import export_folder
+from tunelang.runtime.merging import merged
 from tunelang.runtime.origins import Origin, Origins, loaded, starting
 from tunelang.runtime.permutation import derive
 from tunelang.runtime.policy import policy_trainer
 from tunelang.runtime.prepare import Prepared
 from tunelang.runtime.recorder import Recorder, check_trackers, open_trackers
 from tunelang.runtime.rewards import Reward
+from tunelang.runtime.sample import FILES, sample
+from tunelang.runtime.scorers import Scorer
 from tunelang.runtime.sharding import Layout, make_layout
 from tunelang.runtime.speaker import Speaker
 from tunelang.runtime.store import StageFolder, Store
@@ -74,6 +88,15 @@ class HardwareMissingError(Exception):
         super().__init__(wanted, there)
         self.wanted = wanted
         self.there = there
+
+
+class NotAlikeError(Exception):
+    """Two models cannot be merged: their names, `first` and `other`."""
+
+    def __init__(self, first: str, other: str) -> None:
+        super().__init__(first, other)
+        self.first = first
+        self.other = other
 
 
 class StageFailed(Exception):
@@ -159,11 +182,23 @@ class _Run:
             self.reporter.selected,
         )
         self.workshop.speaker = self._judge
+        self.workshop.sampled = self._sampled
+        self.workshop.learned = self._learned
 
     def _judge(self, reference: Reference) -> Ask:
         origin = self.origins.anywhere(reference)
         model = self.workshop.model(origin.model)
         return Speaker(model, loaded(origin, model, make_layout(), 0)).judge
+
+    def _sampled(self, kind: Sampled) -> Path:
+        return self.origins.folder(kind.from_).path / FILES[kind.rows]
+
+    def _learned(self, reference: Reference) -> Scorer:
+        origin = self.origins.anywhere(reference)
+        model = self.workshop.model(origin.model)
+        model = replace(model, architecture=replace(plain(model.architecture), scores=True))
+        layout = make_layout()
+        return learned(self.workshop, model, loaded(origin, model, layout, 0), layout)
 
     def stage(self, planned: StagePlan) -> None:
         """Make one stage up to date."""
@@ -187,17 +222,16 @@ class _Run:
         """Do a stage from its beginning, or from its last checkpoint."""
         node = self.prepared.graph.nodes[planned.node]
         value = node.value
-        if not isinstance(value, Training | Export):
-            raise NotBuiltError(f"stage {planned.stage}", f"the kind `{planned.kind}`")
         if isinstance(value, Training):
             devices = self.prepared.devices[planned.node]
             if not devices.here:
                 raise HardwareMissingError(str(devices), f"{len(jax.devices())} × {_kind()}")
+        forced = planned.state.reason == "forced"
         steps = folder.steps()
-        start = steps[-1] if steps and planned.state.reason != "forced" else 0
+        start = steps[-1] if steps and not forced else 0
         if start:
             folder.resume(start)
-        else:
+        elif forced or not (isinstance(value, Sample) and folder.stage()):
             folder.begin(
                 {
                     "node": planned.node,
@@ -209,33 +243,119 @@ class _Run:
                     },
                 }
             )
-        if isinstance(value, Export):
-            summary = self.export(planned, node, value)
-        else:
+        if isinstance(value, Training):
             summary = _Job(self, planned, node, value, folder).run(start)
+        else:
+            begun = time.time()
+            self.reporter.stage(planned, None)
+            self.reporter.doing("opening")
+            summary = {"steps": 0, "metrics": {}, "evals": {}}
+            match value:
+                case Export():
+                    summary |= self.export(planned, node, value)
+                case Sample():
+                    summary |= self.sample(node, value, folder)
+                case Merge():
+                    summary |= self.merge(planned, node, value, folder)
+                case Evaluate():
+                    summary |= self.evaluate(planned, node, value)
+                case _:
+                    raise NotBuiltError(f"stage {planned.stage}", f"the kind `{planned.kind}`")
+            self.tell_bad_rows()
+            summary["seconds"] = time.time() - begun
         folder.finish(summary)
         return summary
 
     def export(self, planned: StagePlan, node: StageNode, kind: Export) -> Summary:
         """Write a model to a folder."""
-        begun = time.time()
-        self.reporter.stage(planned, None)
         self.reporter.doing("writing")
         origin = self.origins.of(node, kind.from_)
         model = self.workshop.model(origin.model)
         folder = export_folder(self.prepared.program, self.prepared.graph, planned.node)
         layout = make_layout(fsdp=len(self.workshop.devices))
         files = export(origin, kind, model, layout, folder, planned.digest)
-        return {
-            "model": origin.model,
-            "from": origin.node,
-            "steps": 0,
-            "seconds": time.time() - begun,
-            "metrics": {},
-            "evals": {},
-            "path": str(folder),
-            "files": files,
-        }
+        return {"model": origin.model, "from": origin.node, "path": str(folder), "files": files}
+
+    def sample(self, node: StageNode, kind: Sample, folder: StageFolder) -> Summary:
+        """Sample completions, and write those that are chosen."""
+        origin, model, params, layout = self._weights(node, kind.from_)
+        seed = self.seed(kind.seed)
+        metrics = sample(
+            self.workshop, kind, model, params, layout, seed, folder.path,
+            self.reporter.step, self.stopping,
+        )  # fmt: skip
+        return {"model": origin.model, "from": origin.node, "metrics": metrics}
+
+    def merge(
+        self, planned: StagePlan, node: StageNode, kind: Merge, folder: StageFolder
+    ) -> Summary:
+        """Make one model of several, and measure it."""
+        origin, model, first, layout = self._weights(node, kind.from_)
+        others = [self._weights(node, reference) for reference in kind.others]
+        for reference, (_, other, *_rest) in zip(kind.others, others, strict=True):
+            if other.architecture != model.architecture:
+                raise NotAlikeError(kind.from_.name, reference.name)
+        base = None
+        if isinstance(kind.method, Ties | Dare):
+            start = Reference.fixed(noun="model", name=origin.model)
+            base = self._weights(node, kind.base or start)[2]
+        self.reporter.doing("merging")
+        models = [first, *(params for _, _, params, _ in others)]
+        params = merged(kind.method, models, base, self.seed(kind.seed))
+        evals, metrics = self._measured(planned, kind.evals, model, params, layout, {})
+        checkpoints = Checkpoints(folder)
+        try:
+            checkpoints.finish(0, params)
+        finally:
+            checkpoints.close()
+        return {"model": origin.model, "from": origin.node, "metrics": metrics, "evals": evals}
+
+    def evaluate(self, planned: StagePlan, node: StageNode, kind: Evaluate) -> Summary:
+        """Measure several models."""
+        metrics: dict[str, float] = {}
+        table: dict[str, dict[str, float]] = {}
+        for reference in kind.models:
+            origin, model, params, layout = self._weights(node, reference)
+            _, found = self._measured(planned, kind.evals, model, params, layout, origin.evals)
+            table[reference.name] = found
+            metrics |= {f"{reference.name}/{name}": value for name, value in found.items()}
+        return {"metrics": metrics, "table": table}
+
+    def seed(self, own: int | None) -> int:
+        """Return a stage's seed: its own, or one drawn from the run's."""
+        return derive(self.prepared.program.run.seed, "stage") if own is None else own
+
+    def _weights(self, node: StageNode, reference: Reference) -> tuple[Origin, Model, Any, Layout]:
+        """Return the weights that a reference stands for, adapters merged into them."""
+        origin = self.origins.of(node, reference)
+        model = self.workshop.model(origin.model)
+        architecture = replace(plain(model.architecture), scores=origin.scores)
+        model = replace(model, architecture=architecture)
+        layout = make_layout(fsdp=len(self.workshop.devices))
+        return origin, model, loaded(origin, model, layout, self.seed(None) % 2**31), layout
+
+    def _measured(
+        self,
+        planned: StagePlan,
+        evals: Sequence[Reference],
+        model: Model,
+        params: Any,
+        layout: Layout,
+        known: Mapping[str, Mapping[str, float]],
+    ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """Run evals that are not known; returns what each found by its digest, and by its name."""
+        digests: dict[str, dict[str, float]] = {}
+        found: dict[str, float] = {}
+        for reference in evals:
+            digest = planned.fingerprint.components[f"eval {reference.name}"]
+            if digest not in known:
+                self.reporter.doing(f"evaluating {reference.name}")
+                evaluation = evaluate(self.workshop, reference.name, model, params, layout)
+                digests[digest] = dict(evaluation.metrics)
+            else:
+                digests[digest] = dict(known[digest])
+            found |= named(reference, Evaluation(digests[digest]))
+        return digests, found
 
     def tell_bad_rows(self) -> None:
         """Say what rows were dropped since the last time."""
@@ -266,9 +386,7 @@ class _Job:
         model = workshop.model(source.model)
         planned = run.prepared.layouts[self.planned.node]
         layout = make_layout(**planned.mesh, devices=workshop.devices)
-        seed = self.stage.seed
-        if seed is None:
-            seed = derive(run.prepared.program.run.seed, "stage")
+        seed = run.seed(self.stage.seed)
         if start == 0:
             self.evals = {digest: dict(found) for digest, found in source.evals.items()}
         trainer, model, close = self.trainer(source, model, layout, seed, start)
@@ -360,29 +478,30 @@ class _Job:
         planned = run.prepared.layouts[self.planned.node]
         scale = stage.optimizer.lr
         weights = derive(seed, "weights") % 2**31
-        architecture, params = starting(source, stage.adapter, model, layout, weights)
+        architecture, params = starting(
+            source, stage.adapter, model, layout, weights, stage.yields == "scores"
+        )
         model = replace(model, architecture=architecture)
 
         def begin(optimizer: Any, program: train.Program) -> train.TrainState:
             return train.state_of(architecture, params, optimizer, program, scale)
 
-        # What an adapter leaves frozen and its beginning are the model that it starts from.
-        start_of_adapter = None
-        if isinstance(stage, Policy) and stage.adapter is not None and stage.reference is None:
-            own, frozen = train.divided(architecture, params)
-            start_of_adapter = train.whole(jax.tree.map(jnp.copy, own), frozen)
-
         def reference() -> tuple[Architecture, Any]:
-            assert isinstance(stage, Policy)
-            if start_of_adapter is not None:
-                return architecture, start_of_adapter
-            origin = run.origins.of(self.node, stage.reference or stage.from_)
-            return plain(architecture), loaded(origin, model, layout, weights)
+            stated = getattr(stage, "reference", None)
+            if stated is not None:
+                origin = run.origins.of(self.node, stated)
+                return plain(model.architecture), loaded(origin, model, layout, weights)
+            if stage.adapter is None:
+                return architecture, jax.tree.map(jnp.copy, params)
+            # What an adapter leaves frozen and its beginning are the model that it starts from.
+            own, frozen = train.divided(architecture, params)
+            return architecture, train.whole(jax.tree.map(jnp.copy, own), frozen)
 
         if isinstance(stage, Supervised):
             trainer: Any = supervised_trainer(
-                workshop, stage, model, planned, layout, seed, begin, self.marks()
-            )
+                workshop, stage, model, planned, layout, seed, begin, reference, self.marks(),
+                self.folder.path,
+            )  # fmt: skip
             close: Callable[[], None] = lambda: None  # noqa: E731
         elif isinstance(stage, Policy):
             reward = Reward(stage.reward, workshop.surroundings(stage.rollout.max_tokens))
@@ -421,8 +540,8 @@ class _Job:
             evaluation = evaluate(run.workshop, reference.name, model, params, layout)
             self.evals[digest] = dict(evaluation.metrics)
             found |= named(reference, evaluation)
-            for sample in evaluation.shown:
-                recorder.sample(step, {"eval": reference.name, **sample.row()})
+            for shown in evaluation.shown:
+                recorder.sample(step, {"eval": reference.name, **shown.row()})
         run.tell_bad_rows()
         return found
 

@@ -25,6 +25,7 @@ from tunelang.runtime.checkpoints import CheckpointError
 from tunelang.runtime.durable import StoreError
 from tunelang.runtime.execute import (
     HardwareMissingError,
+    NotAlikeError,
     StageFailed,
 )
 from tunelang.runtime.export import ForeignFileError, NotApartError
@@ -58,6 +59,9 @@ def diagnose(error: Exception, program: Program) -> tuple[Diagnostic, int]:
         case NoLayoutError():
             where = place.attribute(error.attribute)
             return message("cannot-lay-out", error.why, where), WRONG_SPEC
+        case NotAlikeError():
+            what = f"`{error.first}` and `{error.other}` are not of one architecture"
+            return message("not-alike", what, place.attribute("others")), WRONG_SPEC
         case NoTargetError():
             return _no_target(error, place), WRONG_SPEC
         case NotBuiltError():

@@ -27,7 +27,7 @@ from tunelang.runtime import train, weights
 from tunelang.runtime.checkpoints import load_params
 from tunelang.runtime.decoder import Decoder
 from tunelang.runtime.sharding import Layout, shardings
-from tunelang.runtime.store import Store
+from tunelang.runtime.store import StageFolder, Store
 from tunelang.runtime.workshop import Model, Workshop
 
 
@@ -70,6 +70,8 @@ class Origin:
     """The checkpoint of all weights; None for the declared model's own."""
     adapters: tuple[tuple[Lora, Path], ...] = ()
     """On top of them, each with its checkpoint."""
+    scores: bool = False
+    """Whether they are of a reward model."""
     node: str | None = None
     """The stage; None for the declared model."""
     evals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -121,17 +123,18 @@ class Origins:
             raise NoCheckpointError(node.stage, step, folder.steps())
         path = folder.checkpoints / str(step)
         value: Any = node.value
-        if value.adapter is None:
+        scores = value.yields == "scores"
+        if getattr(value, "adapter", None) is None:
             done = folder.done()
             model = done["summary"]["model"] if done else models_of(self.graph, name)[0]
-            return Origin(model, path, node=name)
+            return Origin(model, path, scores=scores, node=name)
         below = self.of(node, value.from_)
         adapters = below.adapters
         if isinstance(value.adapter, Continued):
             adapters, lora = adapters[:-1], adapters[-1][0]
         else:
             lora = value.adapter
-        return Origin(below.model, below.path, (*adapters, (lora, path)), name)
+        return Origin(below.model, below.path, (*adapters, (lora, path)), scores, name)
 
     def latest(self, stage: str) -> Origin:
         """Return what a stage yielded, or, of one that is not done, its last checkpoint.
@@ -162,6 +165,20 @@ class Origins:
             if reference.noun == "model" or any(e.stage == reference.name for e in node.inputs)
         )
         return self.of(next(readers), reference)
+
+    def folder(self, reference: Reference) -> StageFolder:
+        """Return the folder of a finished stage; raises `MissingInputError`, `NoMetricError`."""
+        read = next(
+            each
+            for node in self.graph.nodes.values()
+            for each in node.inputs
+            if each.stage == reference.name
+        )
+        name = self.winner(read)
+        folder = self.store.folder(self.plan.by_node[name].digest)
+        if folder.done() is None:
+            raise MissingInputError("", name)
+        return folder
 
     def winner(self, read: Input) -> str:
         """Return the node that an input stands for; raises `NoMetricError`."""
@@ -200,22 +217,49 @@ def metric_of(workshop: Workshop, metrics: Mapping[str, float], name: str) -> fl
 
 
 def starting(
-    origin: Origin, adapter: Adapter | None, model: Model, layout: Layout, seed: int
+    origin: Origin,
+    adapter: Adapter | None,
+    model: Model,
+    layout: Layout,
+    seed: int,
+    scores: bool = False,
 ) -> tuple[Architecture, Any]:
     """Return the architecture that a stage trains, and its parameters at the beginning.
 
-    `seed` is of random weights. Raises `NoTargetError`, `BadWeightsError`, `CheckpointError`.
+    `seed` is of random weights; with `scores` the head yields a number. Raises `NoTargetError`,
+    `BadWeightsError`, `CheckpointError`.
     """
     loras = tuple(lora for lora, _ in origin.adapters)
+    base = _base(origin, model)
     if adapter is None:
-        return plain(model.architecture), loaded(origin, model, layout, seed)
-    if isinstance(adapter, Continued):
-        architecture = adapted(plain(model.architecture), loras, model.storage)
-        return architecture, _loaded(origin, architecture, model, layout)
-    assert isinstance(adapter, Lora)
-    architecture = adapted(plain(model.architecture), (*loras, adapter), model.storage)
-    params = _loaded(origin, architecture, model, layout)
-    return architecture, _begun(params, architecture, layout, model.dtype, seed)
+        architecture, params = base, loaded(origin, model, layout, seed)
+    elif isinstance(adapter, Continued):
+        architecture = adapted(base, loras, model.storage)
+        params = _loaded(origin, architecture, model, layout)
+    else:
+        assert isinstance(adapter, Lora)
+        architecture = adapted(base, (*loras, adapter), model.storage)
+        params = _loaded(origin, architecture, model, layout)
+        params = _begun(params, architecture, layout, model.dtype, seed)
+    if not scores or origin.scores:
+        return architecture, params
+    architecture = replace(architecture, scores=True)
+    _, abstract = train.abstract_decoder(architecture, model.dtype)
+    place = shardings(abstract, layout)["score"].get_value()
+    deviation = architecture.width**-0.5
+    drawn = deviation * jax.random.normal(jax.random.key(seed), (architecture.width,))
+    head = abstract["score"].replace(jax.device_put(drawn, place))
+    own = nnx.from_flat_state([(("score",), head)])
+    return architecture, train.whole(_headless(params), own)
+
+
+def _headless(params: Any) -> Any:
+    """Return the parameters without an output head."""
+    return nnx.split_state(params, lambda path, _: path[0] == "head", ...)[1]
+
+
+def _base(origin: Origin, model: Model) -> Architecture:
+    return replace(plain(model.architecture), scores=origin.scores)
 
 
 def loaded(origin: Origin, model: Model, layout: Layout, seed: int) -> Any:
@@ -223,13 +267,13 @@ def loaded(origin: Origin, model: Model, layout: Layout, seed: int) -> Any:
 
     `seed` is of a model's random weights. Raises `BadWeightsError`, `CheckpointError`.
     """
+    base = _base(origin, model)
     if origin.path is None and model.folder is None:
         program = train.Program(layout=layout, dtype=model.dtype)
-        base = plain(model.architecture)
         return train.init_state(base, optax.identity(), program, seed).params
     loras = tuple(lora for lora, _ in origin.adapters)
     storage = model.storage if model.storage in ("nf4", "int8") else "f32"
-    architecture = adapted(plain(model.architecture), loras, storage)
+    architecture = adapted(base, loras, storage)
     params = _loaded(origin, architecture, model, layout)
     return merged(params, architecture, layout, model.dtype)
 
@@ -257,16 +301,24 @@ def merged(params: Any, architecture: Architecture, layout: Layout, dtype: Any) 
 def _loaded(origin: Origin, architecture: Architecture, model: Model, layout: Layout) -> Any:
     """Return the base as the architecture keeps it, with the adapters that the origin has."""
     storage = architecture.storage
+    # Where an adapter was trained, the score was beside it.
+    plain_base = replace(plain(architecture), scores=origin.scores and not origin.adapters)
     if origin.path is None:
         assert model.folder is not None
-        base = weights.load(model.folder, plain(architecture), layout, storage, model.dtype)
+        base = weights.load(model.folder, plain_base, layout, storage, model.dtype)
     else:
-        shapes = _shaped(train.abstract_decoder(plain(architecture), model.dtype)[1], layout)
+        shapes = _shaped(train.abstract_decoder(plain_base, model.dtype)[1], layout)
         base = weights.kept(load_params(origin.path, shapes), layout, storage, model.dtype)
-    _, abstract = train.abstract_decoder(architecture, model.dtype)
+    if architecture.scores:
+        base = _headless(base)
     parts = [base]
     for place, (_, path) in enumerate(origin.adapters):
-        top = replace(architecture, adapters=architecture.adapters[: place + 1])
+        top = replace(
+            architecture,
+            adapters=architecture.adapters[: place + 1],
+            scores=origin.scores and place == len(origin.adapters) - 1,
+        )
+        _, abstract = train.abstract_decoder(top, model.dtype)
         parts.append(load_params(path, _shaped(train.divided(top, abstract)[0], layout)))
     return train.whole(*parts)
 

@@ -51,6 +51,11 @@ class Table:
         return len(self.tokens) // self.batch
 
     @property
+    def most(self) -> int:
+        """The items of the sequence that has most."""
+        return int(np.diff(self.starts).max())
+
+    @property
     def useful(self) -> float:
         """The share of tokens that are not padding."""
         return float(self.tokens.sum() / (len(self.tokens) * self.length))
@@ -65,8 +70,7 @@ class Batch:
     mask: NDArray[np.bool_]
     """Whether predicting the token at its place counts in the loss."""
     segments: NDArray[np.int32]
-    """1, 2, ... for the examples of a sequence, 0 for padding: tokens see their own segment only.
-    """
+    """1, 2, ... for the pieces of a sequence, 0 for padding: tokens see their own segment only."""
     positions: NDArray[np.int32]
     """The place of a token in its example, from 0."""
 
@@ -82,13 +86,11 @@ def plan(
 ) -> Table:
     """Return the table for a stage of a given length, with `batch` sequences a step.
 
-    `longest` is the size of a sequence, without it the corpus's context; `window` how many examples
-    are packed together. A length in tokens counts what is not padding. The last step is filled up
-    with the examples that follow.
+    `longest` is the size of a sequence, without it that of the longest item; `window` how many
+    examples are packed together. A length in tokens counts what is not padding. The last step is
+    filled up with the examples that follow.
     """
-    size = corpus.context if longest is None else longest
-    if size < corpus.context:
-        raise ValueError(f"sequences of {size} tokens for examples of up to {corpus.context}")
+    size = corpus.longest if longest is None else longest
     if window is None:
         filling = ceil(_WINDOW_SEQUENCES * size / corpus.mean_length)
         window = max(_WINDOW_EXAMPLES, filling, batch)
@@ -202,6 +204,20 @@ def first_fit_decreasing(lengths: Sequence[int] | Indices, capacity: int) -> tup
     return bins, int(bins.max()) + 1 if bins.size else 0
 
 
+def items_of(
+    table: Table, corpus: Corpus, step: int, host: int = 0, hosts: int = 1
+) -> NDArray[np.int64]:
+    """Return the numbers of the items in each sequence of a batch, `[sequences, table.most]`; -1
+    where there is none. Their pieces are its segments, in this order.
+    """
+    sequences = batch_positions(step, table.batch, host, hosts)
+    found = np.full((len(sequences), table.most), -1, np.int64)
+    for row, sequence in enumerate(sequences):
+        items = table.items[table.starts[sequence] : table.starts[sequence + 1]]
+        found[row, : len(items)] = corpus.numbers(items)
+    return found
+
+
 def batch_of(table: Table, corpus: Corpus, step: int, host: int = 0, hosts: int = 1) -> Batch:
     """Return a host's slice of the batch of a step (from 0); raises `IndexError` behind the last
     step.
@@ -217,7 +233,8 @@ def batch_of(table: Table, corpus: Corpus, step: int, host: int = 0, hosts: int 
     for row, sequence in enumerate(sequences):
         items = table.items[table.starts[sequence] : table.starts[sequence + 1]]
         at = 0
-        for number, (ids, counted) in enumerate(corpus.tokens(items), 1):
+        pieces = (piece for item in corpus.tokens(items) for piece in item)
+        for number, (ids, counted) in enumerate(pieces, 1):
             end = at + len(ids)
             tokens[row, at:end] = ids
             mask[row, at:end] = counted

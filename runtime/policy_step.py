@@ -31,6 +31,7 @@ from tunelang.runtime.rollout import Rollouts
 from tunelang.runtime.sharding import constrain
 from tunelang.runtime.train import (
     AnyArray,
+    Kept,
     Program,
     StateProgram,
     TrainState,
@@ -204,8 +205,9 @@ def policy_step(
         return state, (value * denominator, totals, norm, rate)
 
     def step(
-        state: TrainState, frozen: Any, batch: PolicyBatch
+        state: TrainState, kept: Kept, batch: PolicyBatch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        frozen = kept.frozen
         if policy.passes * policy.minibatches == 1:
             state, (value, totals, norm, rate) = update(frozen, state, batch)
             found = objectives.metrics(value, totals)

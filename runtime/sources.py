@@ -57,7 +57,7 @@ def open_rows(kind: DataKind, folder: Path, *, cache: Path) -> Rows:
     """
     match kind:
         case Jsonl():
-            return _joined([_Spans(path, _lines(path), _object) for path in _paths(kind, folder)])
+            return _joined([open_lines(path) for path in _paths(kind, folder)])
         case Csv():
             return _joined([_csv(path, kind.separator) for path in _paths(kind, folder)])
         case TextFiles():
@@ -68,6 +68,11 @@ def open_rows(kind: DataKind, folder: Path, *, cache: Path) -> Rows:
         case Procedural():
             return generate(kind, cache)
     raise TypeError(f"not a data source: {type(kind).__name__}")
+
+
+def open_lines(path: Path) -> Rows:
+    """Return the rows of a file with one JSON object a line; raises `OSError`."""
+    return _Spans(path, _lines(path), _object)
 
 
 def _paths(kind: Jsonl | Csv | TextFiles | Parquet, folder: Path) -> list[Path]:

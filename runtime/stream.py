@@ -28,7 +28,7 @@ from tunelang.runtime.examples import Example, Roles, example_of, roles_of
 from tunelang.runtime.mixture import assign
 from tunelang.runtime.order import Order, batch_positions
 from tunelang.runtime.permutation import derive, permute
-from tunelang.runtime.sources import Rows, content_hash, open_rows
+from tunelang.runtime.sources import Rows, content_hash, open_lines, open_rows
 from tunelang.runtime.templates import MissingFieldError, WrongTypeError
 
 Indices = NDArray[np.int64]
@@ -104,6 +104,8 @@ class Library:
     cache: Path
     """A folder for what is made from the sources."""
     bad: BadRows = field(default_factory=BadRows)
+    sampled: Callable[[data.Sampled], Path] | None = None
+    """Finds the file that a `sample` stage wrote."""
     _sources: dict[str, Part] = field(default_factory=dict)
 
     def stream(
@@ -127,7 +129,11 @@ class Library:
     def source(self, name: str, kind: data.DataKind) -> Part:
         """All usable rows of a source."""
         if name not in self._sources:
-            rows = open_rows(kind, self.program.folder, cache=self.cache)
+            if isinstance(kind, data.Sampled):
+                assert self.sampled is not None
+                rows = open_lines(self.sampled(kind))
+            else:
+                rows = open_rows(kind, self.program.folder, cache=self.cache)
             found = np.arange(len(rows), dtype=np.int64)
             part = Part(Source(name, kind, rows), roles_of(kind), found)
             self._sources[name] = self.filtered(part, lambda _: True)

@@ -1,24 +1,31 @@
-"""Training on given sequences: `pretrain` and `sft`."""
+"""Training on given sequences: plain text, answers, pairs of answers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from numpy.typing import NDArray
 
-from tunelang.compiler.architecture import train_flops
+from tunelang.compiler.architecture import Architecture, train_flops
 from tunelang.compiler.layout import CHUNK, StageLayout
-from tunelang.dsl.vocabulary.stages import Supervised
+from tunelang.dsl.vocabulary.stages import Compared, Kto, Preference, RewardModel, Supervised
 from tunelang.runtime import packing, train
-from tunelang.runtime.corpus import Corpus, tokenise
+from tunelang.runtime.answers import label_of, margin_of, score_answers
+from tunelang.runtime.comparing import KtoObjective, PairObjective, Reference, ScoreObjective
+from tunelang.runtime.corpus import Corpus, Valued, tokenise, unvalued
+from tunelang.runtime.durable import written_whole
 from tunelang.runtime.evaluate import Completed
 from tunelang.runtime.loop import Row
 from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
 from tunelang.runtime.permutation import derive
 from tunelang.runtime.sharding import Layout
+from tunelang.runtime.stream import Stream
 from tunelang.runtime.workshop import Model, Workshop
 
 SHORT_STEP = 2e10
@@ -45,6 +52,14 @@ class SupervisedTrainer:
     corpus: Corpus
     table: packing.Table
     program: Callable[[train.TrainState, train.Batch], tuple[train.TrainState, train.Metrics]]
+    perplexity: bool
+    """Whether the loss is of a token, in nats."""
+    values: NDArray[np.float32] | None = None
+    """`[items, pieces]`: labels or margins."""
+    reference: NDArray[np.float32] | None = None
+    """`[items, pieces]`: log-probabilities of the reference, in nats."""
+    rotated: bool = False
+    """Whether batches also hold mismatched answers."""
     ahead: bool = True
 
     def until(self, step: int) -> int:
@@ -54,17 +69,33 @@ class SupervisedTrainer:
 
     def advance(self, step: int, until: int) -> Callable[[], Sequence[Row]]:
         """See `loop.Trainer`."""
-        batches = [packing.batch_of(self.table, self.corpus, each) for each in range(step, until)]
-
-        def stack(name: str) -> np.ndarray[Any, Any]:
-            return np.stack([getattr(batch, name) for batch in batches])
-
+        batches = [self._batch(each) for each in range(step, until)]
         self.state, metrics = self.program(
-            self.state,
-            train.Batch(stack("tokens"), stack("mask"), stack("segments"), stack("positions")),
+            self.state, jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
         )
         seen = [float((batch.segments > 0).sum()) for batch in batches]
-        return lambda: _rows(metrics, seen, self.token_flops)
+        return lambda: _rows(metrics, seen, self.token_flops, self.perplexity)
+
+    def _batch(self, step: int) -> train.Batch:
+        found = packing.batch_of(self.table, self.corpus, step)
+        batch = train.Batch(found.tokens, found.mask, found.segments, found.positions)
+        if self.values is None and self.reference is None and not self.rotated:
+            return batch
+        items = packing.items_of(self.table, self.corpus, step)
+
+        def of(array: NDArray[np.float32]) -> NDArray[np.float32]:
+            held = np.where(items[..., None] < 0, 0.0, array[items])
+            return held.reshape(len(items), -1).astype(np.float32)
+
+        if self.values is not None:
+            batch = replace(batch, values=of(self.values))
+        if self.reference is not None:
+            batch = replace(batch, reference=of(self.reference))
+        if self.rotated:
+            batch = replace(
+                batch, mismatched=mismatched(batch, self.corpus.pad, self.corpus.pieces)
+            )
+        return batch
 
     def samples(self) -> Sequence[Completed]:
         """See `loop.Trainer`."""
@@ -80,19 +111,22 @@ class SupervisedTrainer:
         self.state = state
 
 
-def _rows(metrics: train.Metrics, seen: Sequence[float], token_flops: float) -> list[Row]:
-    found = {name: np.asarray(values).tolist() for name, values in vars(metrics).items()}
+def _rows(
+    metrics: train.Metrics, seen: Sequence[float], token_flops: float, perplexity: bool
+) -> list[Row]:
+    held = dict(vars(metrics))
+    found = {
+        n: np.asarray(v).tolist() for n, v in {**held, **held.pop("more")}.items() if n != "more"
+    }
     trained = found.pop("tokens")
-    return [
-        {
-            **{name: values[at] for name, values in found.items()},
-            "perplexity": math.exp(min(found["loss"][at], 700.0)),
-            "tokens": tokens,
-            "flops": tokens * token_flops,
-            "trained_tokens": trained[at],
-        }
-        for at, tokens in enumerate(seen)
-    ]
+    rows = []
+    for at, tokens in enumerate(seen):
+        row = {name: values[at] for name, values in found.items()}
+        if perplexity:
+            row["perplexity"] = math.exp(min(row["loss"], 700.0))
+        row |= {"tokens": tokens, "flops": tokens * token_flops, "trained_tokens": trained[at]}
+        rows.append(row)
+    return rows
 
 
 def supervised_trainer(
@@ -103,17 +137,28 @@ def supervised_trainer(
     layout: Layout,
     seed: int,
     begin: Callable[[Any, train.Program], train.TrainState],
+    reference: Callable[[], tuple[Architecture, Any]],
     marks: frozenset[int],
+    kept: Path,
 ) -> SupervisedTrainer:
     """Open the data and compile the program of a stage.
 
-    `begin` makes the first state from the optimizer and the program. Raises what opening data
-    raises.
+    `begin` makes the first state from the optimizer and the program, `reference` the architecture
+    and the parameters of the reference model. `kept` is a folder for what is computed ahead.
+    Raises what opening data raises.
     """
     a = model.architecture
     stream = workshop.stream(stage.data, seed=derive(seed, "data"), renderer=model.renderer)
-    corpus = tokenise(stream, model.renderer, context=a.context, cache=workshop.cache)
-    longest = a.context if stage.packing else _longest(corpus, a.context)
+    answers, valued = _read(stage, stream)
+    corpus = tokenise(
+        stream,
+        model.renderer,
+        context=a.context,
+        cache=workshop.cache,
+        answers=answers,
+        valued=valued,
+    )
+    longest = _longest(corpus, stage.packing)
     table = packing.plan(
         corpus,
         stage.length,
@@ -132,29 +177,138 @@ def supervised_trainer(
         chunk=CHUNK,
         seed=derive(seed, "dropout") % 2**31 if train.drops(a) else 0,
     )
+    count = table.most * corpus.pieces
+    beside: Any = None
+    stored: NDArray[np.float32] | None = None
+    live: Architecture | None = None
+    if isinstance(stage, Compared) and stage.needs_reference:
+        # Mismatched answers are not among those that could be scored ahead.
+        if stage.reference_log_probs == "live" or isinstance(stage, Kto):
+            live, beside = reference()
+        else:
+            stored = _ahead(workshop, corpus, model, reference, layout, kept)
+    objective = _objective(stage, count, live, corpus.values is not None)
     # Built for a rate of 1, which the state's scale makes the stage's own: a sweep over rates
     # shares the program.
     unit = at_unit_rate(stage.optimizer)
     optimizer, make = workshop.once(
-        ("train", a, program, unit, table.steps),
-        lambda: _compiled(model, unit, table.steps, program),
+        ("train", a, program, unit, table.steps, repr(objective)),
+        lambda: _compiled(model, unit, table.steps, program, objective),
     )
-    state = begin(optimizer, program)
+    state = replace(begin(optimizer, program), beside=beside)
     token_flops = train_flops(a, longest)
     call = max(1, min(MOST_STEPS, int(SHORT_STEP / (token_flops * table.batch * longest))))
     ends = tuple(n for n in (stage.evals and stage.eval_every, stage.checkpoint_every) if n)
     return SupervisedTrainer(
-        state, table.steps, token_flops, call, ends, marks, corpus, table, make
+        state, table.steps, token_flops, call, ends, marks, corpus, table, make,
+        isinstance(objective, train.Likelihood), corpus.values, stored, isinstance(stage, Kto),
+    )  # fmt: skip
+
+
+def _read(stage: Supervised, stream: Stream) -> tuple[tuple[str, ...], Valued]:
+    """Return the roles of the answers that the stage reads, and what gives them values."""
+    roles = set.intersection(*(set(part.roles.templates) for part in stream.parts))
+    match stage:
+        case Kto() if "label" in roles:
+            return ("response",), label_of
+        case Kto():
+            return ("chosen", "rejected"), lambda _: (1.0, 0.0)
+        case RewardModel() if "margin" in roles:
+            return ("chosen", "rejected"), margin_of
+        case RewardModel() | Preference():
+            return ("chosen", "rejected"), unvalued
+    return ("response",), unvalued
+
+
+def _objective(
+    stage: Supervised, count: int, live: Architecture | None, valued: bool
+) -> train.Objective:
+    match stage:
+        case Preference():
+            reference = Reference(live) if stage.needs_reference else None
+            return PairObjective(stage, count, reference)
+        case Kto():
+            return KtoObjective(stage, count, Reference(live))
+        case RewardModel():
+            return ScoreObjective(stage, count, valued)
+    return train.Likelihood()
+
+
+def _ahead(
+    workshop: Workshop,
+    corpus: Corpus,
+    model: Model,
+    reference: Callable[[], tuple[Architecture, Any]],
+    layout: Layout,
+    kept: Path,
+) -> NDArray[np.float32]:
+    """Return the reference's log-probability of every answer, `[items, pieces]`, in nats."""
+    path = kept / "reference.npy"
+    if path.exists():
+        held: NDArray[np.float32] = np.load(path)
+        return held
+    architecture, params = reference()
+    found = score_answers(
+        workshop, corpus, replace(model, architecture=architecture), params, layout
     )
+    with written_whole(path) as whole, whole.open("wb") as file:
+        np.save(file, found.values)
+    return found.values
 
 
-def _compiled(model: Model, unit: Any, steps: int, program: train.Program) -> Any:
+def _compiled(
+    model: Model, unit: Any, steps: int, program: train.Program, objective: train.Objective
+) -> Any:
     optimizer = build_optimizer(unit, steps)
     schedule = learning_rate(unit, steps)
-    return optimizer, train.train_step(model.architecture, optimizer, schedule, program)
+    return optimizer, train.train_step(model.architecture, optimizer, schedule, program, objective)
 
 
-def _longest(corpus: Corpus, context: int) -> int:
-    """Return the length that all examples fit into."""
+def _longest(corpus: Corpus, packed: bool) -> int:
+    """Return the tokens of a sequence: the context, where examples share it, or what all of them
+    fit into.
+    """
     most = max(int(part.lengths.max()) for part in corpus.parts)
-    return min(context, -(-most // _ROUND) * _ROUND)
+    rounded = min(corpus.longest, -(-most // _ROUND) * _ROUND)
+    return max(corpus.context, rounded) if packed else rounded
+
+
+def mismatched(batch: train.Batch, pad: int, pieces: int) -> train.Batch:
+    """Return the prompts of a batch of numpy arrays with answers to other prompts.
+
+    Within a sequence each segment gets the answer of the next item, of `pieces` segments, so that
+    all of them still fit; the only item of a sequence gets that of the next sequence, cut to the
+    room that there is.
+    """
+    rows, length = batch.tokens.shape
+    tokens = np.full_like(batch.tokens, pad)
+    trained = np.zeros_like(batch.trained)
+    segments = np.zeros_like(batch.segments)
+    positions = np.zeros_like(batch.positions)
+    cut = [_segments(batch, row) for row in range(rows)]
+    for row, own in enumerate(cut):
+        alone = len(own) == pieces
+        others = cut[(row + 1) % rows][:pieces] if alone else own[pieces:] + own[:pieces]
+        at = 0
+        for number, ((prompt, _), (_, answer)) in enumerate(zip(own, others, strict=True), 1):
+            whole = np.concatenate([prompt, answer])[: length - at]
+            end = at + len(whole)
+            tokens[row, at:end] = whole
+            trained[row, at + len(prompt) : end] = True
+            segments[row, at:end] = number
+            positions[row, at:end] = np.arange(len(whole))
+            at = end
+    return train.Batch(tokens, trained, segments, positions)
+
+
+def _segments(batch: train.Batch, row: int) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """Return prompt and answer of each segment of a sequence; the answer begins where training
+    does.
+    """
+    found = []
+    for number in range(1, int(batch.segments[row].max()) + 1):
+        own = batch.segments[row] == number
+        ids, trained = batch.tokens[row][own], batch.trained[row][own]
+        begin = int(np.argmax(trained))
+        found.append((ids[:begin], ids[begin:]))
+    return found

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from tunelang.dsl.program import Program
+from tunelang.dsl.vocabulary.rewards import RewardRef
 from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.examples import Message
@@ -14,6 +15,7 @@ from tunelang.runtime.execute import compile_cache
 from tunelang.runtime.export import export
 from tunelang.runtime.origins import Origin, Origins, loaded
 from tunelang.runtime.prepare import prepare
+from tunelang.runtime.rewards import Reward
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.speaker import Speaker
 from tunelang.runtime.store import Store
@@ -26,8 +28,23 @@ def open_speaker(program: Program, store: Store, stage: str) -> Speaker:
     Of a sweep the first branch that is done is taken, unless `stage` names one. Raises
     `UnknownStage`, `MissingInputError` and `StoreError`.
     """
-    origin, model, _ = _opened(program, store, stage)
-    return Speaker(model, loaded(origin, model, make_layout(), 0))
+    origin, _, workshop = _opened(program, store, stage)
+    return _speaker(origin, workshop)
+
+
+def open_ranked(
+    program: Program, store: Store, stage: str, by: str | None, max_tokens: int
+) -> tuple[Speaker, Reward | None]:
+    """`open_speaker`, with a declared reward for completions of at most `max_tokens`, where `by`
+    names one.
+
+    Raises also what `Reward` raises.
+    """
+    origin, _, workshop = _opened(program, store, stage)
+    speaker = _speaker(origin, workshop)
+    if by is None:
+        return speaker, None
+    return speaker, Reward(RewardRef.fixed(name=by), workshop.surroundings(max_tokens))
 
 
 def write(
@@ -47,8 +64,15 @@ def _opened(program: Program, store: Store, stage: str) -> tuple[Origin, Model, 
     compile_cache(store.root / "cache" / "xla")
     prepared = prepare(program, store, only=[stage])
     workshop = Workshop(program, store.root / "cache", tuple(jax.devices()))
-    origin = Origins(prepared.plan, prepared.graph, store, workshop).latest(stage)
+    origins = Origins(prepared.plan, prepared.graph, store, workshop)
+    workshop.speaker = lambda judge: _speaker(origins.anywhere(judge), workshop).judge
+    origin = origins.latest(stage)
     return origin, workshop.model(origin.model), workshop
+
+
+def _speaker(origin: Origin, workshop: Workshop) -> Speaker:
+    model = workshop.model(origin.model)
+    return Speaker(model, loaded(origin, model, make_layout(), 0))
 
 
 def chat(speaker: Speaker, sampling: Sampling) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,13 @@ class Batch:
     Without it, every sequence is one example, padded at its end."""
     positions: AnyArray = None
     """int32: the place of a token in its example; without it, in its sequence."""
+    values: AnyArray = None
+    """`[batch, segments]` float32: a number for each segment, such as its label."""
+    reference: AnyArray = None
+    """`[batch, segments]` float32: summed log-probability of a segment by the reference, in nats.
+    """
+    mismatched: Batch | None = None
+    """Prompts with answers to other prompts."""
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +70,8 @@ class TrainState:
     scaled by the peak rate serves all branches of a sweep over rates with one program."""
     frozen: nnx.State[Any, Any] = field(default_factory=lambda: nnx.State({}))
     """The decoder's other parameters, where an adapter is trained."""
+    beside: Any = None
+    """Parameters of other models that the objective reads: a reference, a teacher."""
 
     @property
     def weights(self) -> nnx.State[Any, Any]:
@@ -81,6 +91,8 @@ class Metrics:
     grad_norm: jax.Array
     """Global norm of the gradient, before clipping."""
     learning_rate: jax.Array
+    more: dict[str, jax.Array] = field(default_factory=dict)
+    """What else the objective tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,20 +120,53 @@ class StateProgram:
     """
 
     jitted: jax.stages.Wrapped
-    """`(state without the frozen, frozen, batch) -> (state without the frozen, metrics)`."""
+    """`(what changes, what does not, batch) -> (what changes, metrics)`; both parts are states."""
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """Run it."""
-        changed, metrics = self.jitted(_changing(state), state.frozen, batch)
-        return replace(changed, frozen=state.frozen), metrics
+        changed, metrics = self.jitted(*_parts(state), batch)
+        return replace(changed, frozen=state.frozen, beside=state.beside), metrics
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """Lower it for shapes and shardings."""
-        return self.jitted.lower(_changing(state), state.frozen, batch)
+        return self.jitted.lower(*_parts(state), batch)
 
 
-def _changing(state: TrainState) -> TrainState:
-    return replace(state, frozen=nnx.State({}))
+def _parts(state: TrainState) -> tuple[TrainState, Kept]:
+    changing = replace(state, frozen=nnx.State({}), beside=None)
+    return changing, Kept(state.frozen, state.beside)
+
+
+class Kept(NamedTuple):
+    """What a step reads and leaves alone."""
+
+    frozen: Any
+    beside: Any
+
+
+@dataclass(frozen=True)
+class Models:
+    """What an objective works with."""
+
+    decoder: Decoder
+    """With the parameters that are trained."""
+    beside: Any
+    program: Program
+
+
+class Objective(Protocol):
+    """What a step makes smaller: a sum over the parts of a batch."""
+
+    def whole(self, models: Models, batch: Batch) -> Any:
+        """Return what each part has to know of the whole batch: scalars to divide by."""
+
+    def loss(
+        self, models: Models, batch: Batch, keys: jax.Array | None, whole: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the loss of a part, and metrics; over the parts, each adds up.
+
+        `keys` `[batch]` are of the dropout.
+        """
 
 
 def whole(*parts: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
@@ -140,7 +185,8 @@ def divided(
     def trained(path: tuple[Any, ...], _: Any) -> bool:
         names = [str(name) for name in path]
         # `blocks.attention.q.adapters.0.a`, `embedding_adapters.0.a`
-        return len(names) > 2 and names[-3].endswith("adapters") and names[-2] == last
+        adapter = len(names) > 2 and names[-3].endswith("adapters") and names[-2] == last
+        return adapter or names == ["score"]
 
     chosen, rest = nnx.split_state(params, trained, ...)
     return chosen, rest
@@ -234,6 +280,7 @@ def _state_shardings(state: TrainState, layout: Layout) -> Any:
         state,
         params=shardings(state.params, layout),
         optimizer=shardings(state.optimizer, layout),
+        beside=None,
         step=shardings(state.step, layout),
         scale=shardings(state.scale, layout),
         frozen=shardings(state.frozen, layout),
@@ -245,16 +292,19 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     program: Program,
+    objective: Objective | None = None,
 ) -> StateProgram:
     """Return the program `(state, batch) -> (state, metrics)`.
 
-    The batch has a leading axis: `[steps, batch, length]`, and that many steps are made. Raises
+    Without an objective, it is the likelihood of the trained tokens. The batch has a leading axis:
+    `[steps, batch, length]`, and that many steps are made. Raises
     `ValueError` when called with a batch that does not divide over micro-batches and devices.
     """
+    objective = objective or Likelihood()
     graph, _ = abstract_decoder(architecture, program.dtype)
     layout = program.layout
 
-    def one_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    def one_step(state: TrainState, kept: Kept, batch: Batch) -> tuple[TrainState, Metrics]:
         rows = batch.tokens.shape[0]
         parts = program.micro_batches * layout.batch_shards
         if rows % parts:
@@ -266,19 +316,24 @@ def train_step(
         if drops(architecture):
             key = jax.random.fold_in(jax.random.key(program.seed), state.step)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
+
+        def models(params: Any) -> Models:
+            return Models(nnx.merge(graph, whole(params, kept.frozen)), kept.beside, program)
+
         tokens = jnp.sum(shift(batch)[1])
-        count = jnp.maximum(tokens, 1.0)
+        known = objective.whole(models(jax.lax.stop_gradient(state.params)), batch)
 
-        def loss(params: Any, part: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, None]:
-            total = _summed_loss(nnx.merge(graph, whole(params, frozen)), *part, program)
-            return total / count, None
+        def loss(params: Any, part: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, Any]:
+            return objective.loss(models(params), *part, known)
 
-        value, _, gradient = accumulate(loss, state.params, (batch, keys), program)
+        value, more, gradient = accumulate(
+            loss, state.params, (batch, keys), program, partial(jax.tree.map, jnp.add)
+        )
         state, norm, rate = updated(state, gradient, optimizer, schedule)
-        return state, Metrics(value, tokens, norm, rate)
+        return state, Metrics(value, tokens, norm, rate, more)
 
-    def steps(state: TrainState, frozen: Any, batches: Batch) -> tuple[TrainState, Metrics]:
-        return jax.lax.scan(lambda state, batch: one_step(state, frozen, batch), state, batches)
+    def steps(state: TrainState, kept: Kept, batches: Batch) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(lambda state, batch: one_step(state, kept, batch), state, batches)
 
     abstract = abstract_state(architecture, optimizer, program)
     places = _state_shardings(abstract, layout)
@@ -286,14 +341,31 @@ def train_step(
     batch_place = NamedSharding(
         layout.mesh, PartitionSpec(None, *layout.spec(("batch",), (layout.batch_shards,)))
     )
-    changing = _changing(places)
+    changing, _ = _parts(places)
     jitted = jax.jit(
         steps,
-        in_shardings=(changing, places.frozen, batch_place),
+        # What is kept may lie anywhere: a reference can have a layout of its own.
+        in_shardings=(changing, Kept(places.frozen, None), batch_place),
         out_shardings=(changing, everywhere),
         donate_argnums=0,
     )
     return StateProgram(jitted)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The mean of `-log p` over the trained tokens of the batch; see `Objective`."""
+
+    def whole(self, models: Models, batch: Batch) -> jax.Array:
+        """See `Objective`."""
+        del models
+        return jnp.maximum(jnp.sum(shift(batch)[1]), 1.0)
+
+    def loss(
+        self, models: Models, batch: Batch, keys: jax.Array | None, whole: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `Objective`."""
+        return _summed_loss(models.decoder, batch, keys, models.program) / whole, {}
 
 
 def _summed_loss(
@@ -304,15 +376,7 @@ def _summed_loss(
     *,
     balanced: bool = True,
 ) -> jax.Array:
-    hidden, routed = decoder.routed(
-        batch.tokens,
-        segments=batch.segments,
-        positions=batch.positions,
-        dropout_keys=keys,
-        layout=program.layout,
-        remat=program.remat,
-        kernel=program.kernel,
-    )
+    hidden, routed = hidden_states(decoder, batch, keys, program)
     targets, counted = shift(batch)
     total, _ = cross_entropy(
         hidden,
@@ -323,12 +387,37 @@ def _summed_loss(
         cap=decoder.architecture.logit_cap,
         layout=program.layout,
     )
-    mixture = decoder.architecture.experts
-    if balanced and mixture is not None and routed is not None:
+    if balanced:
         # The loss of a batch is the mean over its micro-batches, by their trained tokens.
-        there = jnp.ones(batch.tokens.shape, bool) if batch.segments is None else batch.segments > 0
-        total += mixture.balance * jnp.sum(counted) * balance_loss(*routed, there)
+        total += jnp.sum(counted) * balance(decoder, batch, routed)
     return total
+
+
+def balance(
+    decoder: Decoder, batch: Batch, routed: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
+    """Return the load-balance loss of experts over a part of a batch, 0 without any."""
+    mixture = decoder.architecture.experts
+    if mixture is None or routed is None:
+        return jnp.zeros((), jnp.float32)
+    there = jnp.ones(batch.tokens.shape, bool) if batch.segments is None else batch.segments > 0
+    loss: jax.Array = mixture.balance * balance_loss(*routed, there)
+    return loss
+
+
+def hidden_states(
+    decoder: Decoder, batch: Batch, keys: jax.Array | None, program: Program
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """See `Decoder.routed`."""
+    return decoder.routed(
+        batch.tokens,
+        segments=batch.segments,
+        positions=batch.positions,
+        dropout_keys=keys,
+        layout=program.layout,
+        remat=program.remat,
+        kernel=program.kernel,
+    )
 
 
 def accumulate(

@@ -20,8 +20,8 @@ from tunelang.compiler.presets import PRESETS
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import DataExpression, Reference, RewardExpression
-from tunelang.dsl.vocabulary.data import Procedural
-from tunelang.dsl.vocabulary.rewards import Endpoint, Rubric
+from tunelang.dsl.vocabulary.data import Procedural, Sampled
+from tunelang.dsl.vocabulary.rewards import Endpoint, Learned, RewardKind, Rubric
 from tunelang.runtime import weights
 from tunelang.runtime.chat import Renderer
 from tunelang.runtime.examples import Example, texts_of
@@ -60,10 +60,14 @@ class Workshop:
     library: Library = field(init=False)
     speaker: Callable[[Reference], Ask] | None = None
     """Makes a model or stage of the spec a judge."""
+    sampled: Callable[[Sampled], Path] | None = None
+    """Finds the file that a `sample` stage wrote."""
+    learned: Callable[[Reference], Scorer] | None = None
+    """Makes a reward model of the spec score completions."""
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.library = Library(self.program, self.cache)
+        self.library = Library(self.program, self.cache, sampled=self._sampled)
 
     def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Make something, or give what was made under this key before."""
@@ -150,19 +154,32 @@ class Workshop:
             for each in self.program.of("data")
             if isinstance(each.value, Procedural)
         }
-        rubrics = {
+        own = {
             each.name: each.value
             for each in self.program.of("reward")
-            if isinstance(each.value, Rubric)
+            if isinstance(each.value, RewardKind)
         }
         return Surroundings(
             declared=declared,
-            scorers={name: partial(self._rubric, name, kind) for name, kind in rubrics.items()},
-            on_error={name: kind.on_error for name, kind in rubrics.items()},
+            scorers={name: partial(self._scorer, name, kind) for name, kind in own.items()},
+            on_error={name: kind.on_error for name, kind in own.items()},
             generators=generators,
             folder=self.program.folder,
             max_tokens=max_tokens,
         )
+
+    def _sampled(self, kind: Sampled) -> Path:
+        if self.sampled is None:
+            raise NotBuiltError(f"data from {kind.from_.name}", "rows that are not sampled yet")
+        return self.sampled(kind)
+
+    def _scorer(self, name: str, kind: RewardKind) -> Scorer:
+        if isinstance(kind, Rubric):
+            return self._rubric(name, kind)
+        assert isinstance(kind, Learned)
+        if self.learned is None:
+            raise NotBuiltError(f"reward {name}", "a reward model of the spec here")
+        return self.once(("learned", kind.from_), partial(self.learned, kind.from_))
 
     def _rubric(self, name: str, kind: Rubric) -> Scorer:
         judge: Any = kind.judge

@@ -77,14 +77,6 @@ def unknown_kind(
                 f"a kind of {other}",
                 help=f"the kinds of {noun} are {listed(own)}",
             )
-    if noun == "stage" and word in foreign.NOT_YET:
-        return error(
-            "unknown-kind",
-            title,
-            kind.span,
-            "not built yet",
-            help=f"the kinds of stage are {listed(own)}",
-        )
     meant = foreign.KINDS.get(word)
     if meant in own:
         return error(

@@ -318,14 +318,26 @@ def quantized_without_adapter(span: Span, stage: Declared, weights: str) -> Diag
     )
 
 
-def yields_no_model(span: Span, stage: Declared) -> Diagnostic:
-    """`from` an export."""
+def yields_other(span: Span, stage: Declared, wanted: Sequence[str]) -> Diagnostic:
+    """A stage in a place where what it yields is of no use."""
+    does = {
+        "model": "yields a model",
+        "scores": "yields a reward model",
+        "rows": "yields rows of data",
+        "files": "only writes files",
+        "figures": "only measures",
+    }[stage.branches[0].value.yields]
+    what, help = {
+        "model": ("model", "start from a stage that trains or merges one"),
+        "scores": ("reward model", "train one: `stage judge : reward_model { ... }`"),
+        "rows": ("rows", "name a `sample` stage"),
+    }[wanted[0]]
     return error(
-        "yields-no-model",
-        f"`{stage.name}` yields no model: {article(stage.kind or '')} stage only writes files",
+        "yields-something-else",
+        f"`{stage.name}` yields no {what}: {article(stage.kind or '')} stage {does}",
         span,
         seconds=[Label(stage.span, "declared here")] if stage.span else [],
-        help="start from the stage that it writes",
+        help=help,
     )
 
 

@@ -33,14 +33,15 @@ def _kinds() -> dict[str, dict[str, KindInfo]]:
         "reward": rewards.REWARDS,
         "eval": rewards.EVALS,
         "hardware": models.HARDWARE,
-        "stage": stages.SUPERVISED,
+        "stage": stages.STAGES,
     }
     found = {
         noun: {word: KindInfo(noun, word, model, doc_of(model)) for word, model in table.items()}
         for noun, table in tables.items()
     }
-    for word, (doc, presets) in stages.POLICIES.items():
-        found["stage"][word] = KindInfo("stage", word, stages.Policy, doc, tuple(presets.items()))
+    for model, rows in ((stages.Preference, stages.PREFERENCES), (stages.Policy, stages.POLICIES)):
+        for word, (doc, presets) in rows.items():
+            found["stage"][word] = KindInfo("stage", word, model, doc, tuple(presets.items()))
     return found
 
 

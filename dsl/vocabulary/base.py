@@ -90,8 +90,16 @@ class Condition(Function):
     family = "condition"
 
 
+Yields = Literal["model", "scores", "rows", "files", "figures"]
+
+
 class Kind(Node):
     """Base of the value of a declaration `noun name : kind { ... }`."""
+
+    reads: ClassVar[dict[str, tuple[Yields, ...]]] = {}
+    """Attribute -> what a stage that stands there has to yield; elsewhere a model."""
+    yields: ClassVar[Yields] = "model"
+    """What a stage stands for where it is used."""
 
 
 def _attribute(
@@ -210,6 +218,7 @@ Template = Annotated[SerializeAsAny[TextExpression], types.Of("text")]
 MaybeTemplate = Annotated[SerializeAsAny[TextExpression] | None, types.Of("text")]
 Data = Annotated[SerializeAsAny[DataExpression], types.Of("data")]
 Reward = Annotated[SerializeAsAny[RewardExpression], types.Of("reward")]
+MaybeReward = Annotated[SerializeAsAny[RewardExpression] | None, types.Of("reward")]
 Evals = Annotated[tuple[Reference, ...], types.ListOf(types.Ref(("eval",)))]
 TokenizerRef = Annotated[Reference, types.Ref(("tokenizer",))]
 ModelRef = Annotated[Reference, types.Ref(("model", "stage"))]

@@ -13,13 +13,17 @@ from tunelang.dsl.vocabulary.base import (
     Function,
     Kind,
     MaybeTemplate,
+    Reference,
     Template,
     TextExpression,
     Words,
     result,
 )
 
-ROLES = ("prompt", "response", "target", "messages", "system", "text")
+ROLES = (
+    "prompt", "response", "target", "messages", "system", "text",
+    "chosen", "rejected", "label", "margin",
+)  # fmt: skip
 """What a field of an example may mean to a stage; each is an attribute of every data kind."""
 
 
@@ -55,6 +59,23 @@ class DataKind(Kind):
     text: MaybeTemplate = result(
         "Plain text, for pre-training and perplexity: every token is trained.",
         'text = "{body}"',
+        None,
+    )
+    chosen: MaybeTemplate = result(
+        "The better of two answers, for learning from preferences.", 'chosen = "{good}"', None
+    )
+    rejected: MaybeTemplate = result(
+        "The worse of two answers, for learning from preferences.", 'rejected = "{bad}"', None
+    )
+    label: MaybeTemplate = result(
+        "Whether the response is desirable: `true`, `yes` or `1`; or `false`, `no` or `0`.",
+        'label = "{is_correct}"',
+        None,
+    )
+    margin: MaybeTemplate = result(
+        "By how much the chosen answer is better: a number that a reward model has to keep between"
+        " the two.",
+        'margin = "{gap}"',
         None,
     )
     on_bad_row: Annotated[str, types.Choice(("drop", "stop"))] = result(
@@ -142,6 +163,34 @@ class Procedural(DataKind):
     settings: Annotated[Settings | None, types.Of("settings")] = result(
         "Settings of the generator, by its own names.", "settings = settings(n_people = 2)", None
     )
+
+
+class Sampled(DataKind):
+    """What a `sample` stage wrote.
+
+    The fields are those of the prompt's own data, `prompt`, `completion`, `target`, `reward` and
+    `tokens`; with `pairs`, `chosen` and `rejected` with their rewards in place of the completion.
+    Without roles of its own, these are the roles, and the completion is the response.
+    """
+
+    reads = {"from": ("rows",)}
+
+    from_: Annotated[Reference, types.Ref(("stage",))] = result(
+        "The stage.", "from = tries", alias="from"
+    )
+    rows: Annotated[str, types.Choice(("completions", "pairs"))] = result(
+        "One row a completion; or one a prompt, with its best completion against its worst, where"
+        " their rewards differ.",
+        "rows = pairs",
+        "completions",
+    )
+
+
+def sampled_roles(kind: Sampled) -> dict[str, str]:
+    """The roles that sampled data implies beside prompt and target, with their fields."""
+    if kind.rows == "pairs":
+        return {"chosen": "chosen", "rejected": "rejected"}
+    return {"response": "completion"}
 
 
 # Expressions over data.
@@ -236,6 +285,10 @@ class Map(DataMethod):
         "The new system message.", 'gsm8k.map(system = "Be brief.")', None
     )
     text: MaybeTemplate = result("The new plain text.", 'gsm8k.map(text = "{body}")', None)
+    chosen: MaybeTemplate = result("The new better answer.", 'gsm8k.map(chosen = "{good}")', None)
+    rejected: MaybeTemplate = result("The new worse answer.", 'gsm8k.map(rejected = "{bad}")', None)
+    label: MaybeTemplate = result("The new label.", 'gsm8k.map(label = "{is_correct}")', None)
+    margin: MaybeTemplate = result("The new margin.", 'gsm8k.map(margin = "{gap}")', None)
 
 
 class Split(DataMethod):
@@ -329,6 +382,7 @@ KINDS: dict[str, type[DataKind]] = {
     "csv": Csv,
     "text": TextFiles,
     "procedural": Procedural,
+    "sampled": Sampled,
 }
 METHODS: dict[str, type[DataMethod]] = {
     m.word: m for m in (Take, Skip, Shuffle, Repeat, Where, Map, Split)

@@ -229,20 +229,6 @@ ADVICE: dict[str, str] = {
 }
 """Functions of other tools for which there is something else."""
 
-NOT_YET = (
-    "dpo",
-    "orpo",
-    "simpo",
-    "kto",
-    "ppo",
-    "reward_model",
-    "distill",
-    "sample",
-    "evaluate",
-    "merge",
-)
-"""Kinds of stages that are planned."""
-
 KINDS: dict[str, str] = {
     "json": "jsonl", "tsv": "csv", "txt": "text", "reasoning_gym": "procedural", "synthetic": "procedural",
     "finetune": "sft", "fine_tune": "sft", "supervised": "sft", "train": "sft", "pretraining": "pretrain",

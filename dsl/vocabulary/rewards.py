@@ -12,10 +12,12 @@ from tunelang.dsl.vocabulary.base import (
     Function,
     Kind,
     MaybeCount,
+    MaybeReward,
     MaybeTemplate,
     ModelRef,
     NonNegative,
     Positive,
+    Reference,
     Reward,
     RewardExpression,
     Template,
@@ -221,6 +223,13 @@ class LocalJudge(Function):
 class RewardKind(Kind):
     """A reward with settings of its own."""
 
+    on_error: Annotated[float, types.Number()] = result(
+        "The value of a completion that has no score: the judge did not answer, or it is too long"
+        " for the model.",
+        "on_error = 0.5",
+        0.0,
+    )
+
 
 class Rubric(RewardKind):
     """A judge scores each completion against criteria; the reward is their weighted mean, 0 to
@@ -239,8 +248,15 @@ class Rubric(RewardKind):
         'instructions = "Judge {completion} by {criteria}."',
         None,
     )
-    on_error: Annotated[float, types.Number()] = result(
-        "The value of a completion that the judge could not score.", "on_error = 0.5", 0.0
+
+
+class Learned(RewardKind):
+    """The score that a reward model gives to a completion, as it was trained: any number."""
+
+    reads = {"from": ("scores",)}
+
+    from_: Annotated[Reference, types.Ref(("stage",))] = result(
+        "The `reward_model` stage.", "from = judge", alias="from"
     )
 
 
@@ -259,7 +275,10 @@ class Generate(EvalKind):
 
     metrics: ClassVar[dict[str, str]] = {
         "score": "mean score of all completions",
+        "score_low": "lower bound of its 95% confidence interval",
+        "score_high": "upper bound",
         "pass_at_k": "chance that one of `samples` completions scores 1 (arXiv:2107.03374)",
+        "best_of_n": "mean score of the completion that `rank` likes best",
         "majority": "share of prompts whose most common answer scores 1",
         "length": "mean number of tokens of a completion",
         "truncated": "share of completions that reached `max_tokens`",
@@ -276,6 +295,21 @@ class Generate(EvalKind):
     )
     top_k: MaybeCount = result("Sample from this many likeliest tokens.", "top_k = 50", None)
     samples: Count = result("Completions for each prompt.", "samples = 8", 1)
+    beams: MaybeCount = result(
+        "Search for the likeliest completion with so many beams, in place of sampling.",
+        "beams = 4",
+        None,
+    )
+    also: Annotated[
+        tuple[SerializeAsAny[RewardExpression], ...], types.ListOf(types.Of("reward"))
+    ] = result(
+        "Further declared rewards to report the mean of, such as a stricter match.",
+        "also = [strict]",
+        (),
+    )
+    rank: MaybeReward = result(
+        "What chooses the best of the `samples`; its score is `best_of_n`.", "rank = helpful", None
+    )
     show: Annotated[int, types.Whole(low=0)] = observe(
         "How many completions to keep for reading.", "show = 10", 4
     )
@@ -290,8 +324,28 @@ class Perplexity(EvalKind):
     }
 
 
-REWARDS: dict[str, type[RewardKind]] = {"rubric": Rubric}
-EVALS: dict[str, type[EvalKind]] = {"generate": Generate, "perplexity": Perplexity}
+class Preference(EvalKind):
+    """How often a model prefers the chosen answer to the rejected one.
+
+    A language model prefers the likelier answer, a reward model that with the higher score.
+    """
+
+    metrics: ClassVar[dict[str, str]] = {
+        "accuracy": "share of pairs whose chosen answer is preferred; ties count half",
+        "margin": "mean difference of the two scores",
+    }
+    per_token: Flag = result(
+        "Whether answers are compared by their mean log-probability of a token, or by that of the"
+        " whole answer, which favours short ones.",
+        "per_token = false",
+        True,
+    )
+
+
+REWARDS: dict[str, type[RewardKind]] = {"rubric": Rubric, "learned": Learned}
+EVALS: dict[str, type[EvalKind]] = {
+    "generate": Generate, "perplexity": Perplexity, "preference": Preference,
+}  # fmt: skip
 FUNCTIONS: tuple[type[Function], ...] = (
     NumericMatch, Exact, Contains, Matches, Verified, Length, Overlong, BySource, PythonReward,
     Criterion, Endpoint, LocalJudge,

@@ -13,11 +13,15 @@ from tunelang.dsl.vocabulary.base import (
     Function,
     HardwareRef,
     Kind,
+    MaybeCount,
+    MaybeReward,
     Measure,
     ModelRef,
     NonNegative,
+    Positive,
     Reference,
     Reward,
+    Share,
     observe,
     placement,
     result,
@@ -28,7 +32,14 @@ from tunelang.dsl.vocabulary.training import (
     Axes,
     Clip,
     ClipWeights,
+    Critic,
+    Divergence,
+    ForwardKl,
+    Hidden,
     KlTerm,
+    Linear,
+    Maps,
+    Merging,
     Optimizer,
     Sampling,
     TensorBoard,
@@ -169,6 +180,192 @@ class Sft(Supervised):
     needs = (("prompt", "response"), ("messages",))
 
 
+PAIRS = (("prompt", "chosen", "rejected"), ("messages", "chosen", "rejected"))
+
+
+class Compared(Supervised):
+    """Base of the stages that learn which answers are better, by how their probabilities move from
+    a reference.
+    """
+
+    optimizer: Annotated[SerializeAsAny[Optimizer], types.Of("optimizer")] = result(
+        "The optimizer and its schedule.",
+        "optimizer = adamw(lr = 5e-7)",
+        AdamW.fixed(lr=1e-6, warmup=Measure.fixed(value=0.1, unit="%"), decay="linear"),
+    )
+    beta: Positive = result(
+        "Scale of the rewards: how closely the policy keeps to the reference.", "beta = 0.1", 0.1
+    )
+    reference: Annotated[Reference | None, types.Ref(("model", "stage"))] = result(
+        "What the policy is measured from; without it, the model that the stage starts from.",
+        "reference = baseline",
+        None,
+    )
+    reference_log_probs: Annotated[str, types.Choice(("ahead", "live"))] = placement(
+        "Whether the reference scores all answers once before the first step, and is then let go,"
+        " or those of each step beside it.",
+        "reference_log_probs = live",
+        "ahead",
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads the reference."""
+        return True
+
+
+class Preference(Compared):
+    """Base of learning from pairs of answers, one better than the other."""
+
+    needs = PAIRS
+    metrics = {
+        "loss": "mean loss of a pair",
+        "accuracy": "share of pairs whose chosen answer has the higher reward",
+        "margin": "mean reward of chosen answers less that of rejected ones",
+        "chosen_reward": "mean reward of chosen answers",
+        "rejected_reward": "mean reward of rejected answers",
+        "chosen_log_prob": "mean log-probability of a chosen answer, in nats",
+        "rejected_log_prob": "mean log-probability of a rejected answer, in nats",
+        "drift": "mean log-probability of an answer less the reference's, in nats",
+    }
+
+    loss: Annotated[str, types.Choice(("sigmoid", "hinge", "ipo", "robust", "odds_ratio"))] = (
+        result(
+            "What becomes of the margin `m` between the two rewards: `-log sigmoid(m)`;"
+            " `max(0, 1 - m)`; the squared distance of `m / beta`, of answers' means over their"
+            " tokens, from `1 / (2 beta)` (IPO, arXiv:2310.12036); the sigmoid loss, unbiased"
+            " where a share `label_smoothing` of the labels is wrong (arXiv:2403.00409); or, with"
+            " log-odds for rewards, `-beta log sigmoid(m)` (ORPO, arXiv:2403.07691).",
+            "loss = hinge",
+            "sigmoid",
+        )
+    )
+    label_smoothing: Annotated[float, types.Share()] = result(
+        "Share of the labels that are taken to be wrong, below a half.",
+        "label_smoothing = 10%",
+        0.0,
+    )
+    length_normalised: Flag = result(
+        "Whether rewards are of the mean over an answer's tokens in place of the sum.",
+        "length_normalised = true",
+        False,
+    )
+    target_margin: NonNegative = result(
+        "Margin that the loss asks for, in units of the reward (SimPO's gamma).",
+        "target_margin = 0.5",
+        0.0,
+    )
+    supervised: NonNegative = result(
+        "Weight of the supervised loss on the chosen answers, a mean over their tokens.",
+        "supervised = 1.0",
+        0.0,
+    )
+    reference_free: Flag = result(
+        "Whether rewards are of the log-probabilities themselves, without a reference.",
+        "reference_free = true",
+        False,
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads the reference."""
+        return not self.reference_free and self.loss != "odds_ratio"
+
+
+class Kto(Compared):
+    """Learning from answers that are each good or bad (Kahneman-Tversky optimisation,
+    arXiv:2402.01306).
+    """
+
+    needs = (("prompt", "response", "label"), ("messages", "response", "label"), *PAIRS)
+    metrics = {
+        "loss": "mean loss of an answer",
+        "chosen_reward": "mean reward of desirable answers",
+        "rejected_reward": "mean reward of undesirable answers",
+        "margin": "the first less the second",
+        "kl": "the reference point: divergence from the reference over mismatched answers",
+    }
+
+    desirable: NonNegative = result("Weight of desirable answers.", "desirable = 1.33", 1.0)
+    undesirable: NonNegative = result("Weight of undesirable answers.", "undesirable = 1.33", 1.0)
+
+
+class RewardModel(Supervised):
+    """A model that scores answers, from pairs of them (Bradley-Terry, arXiv:2203.02155): the
+    decoder with one number for a head, read at an answer's last token.
+    """
+
+    needs = PAIRS
+    yields = "scores"
+    reads = {"from": ("model", "scores")}
+    metrics = {
+        "loss": "mean loss of a pair, in nats",
+        "accuracy": "share of pairs whose chosen answer scores higher",
+        "margin": "mean score of chosen answers less that of rejected ones",
+        "chosen_reward": "mean score of chosen answers",
+        "rejected_reward": "mean score of rejected answers",
+    }
+
+    centring: NonNegative = result(
+        "Weight of the squared sum of a pair's scores, which keeps their mean at 0"
+        " (arXiv:2312.09244).",
+        "centring = 0.01",
+        0.0,
+    )
+
+
+class Distill(Supervised):
+    """A student that learns to predict what a teacher does (arXiv:1503.02531), on given answers or
+    on its own (generalised knowledge distillation, arXiv:2306.13649).
+    """
+
+    needs = (("prompt", "response"), ("messages",), ("text",))
+    metrics = {
+        "loss": "mean loss of a token",
+        "divergence": "mean divergence of a token from the teacher, in nats",
+        "cross_entropy": "mean loss of a token on the data itself, in nats",
+        "retention": "the student's share of the teacher's score, for the first of the evals",
+    }
+
+    teacher: ModelRef = result("Who is to be matched.", "teacher = large")
+    divergence: Annotated[SerializeAsAny[Divergence], types.Of("divergence")] = result(
+        "How far the student is from the teacher at a token.",
+        "divergence = reverse_kl()",
+        ForwardKl.fixed(),
+    )
+    temperature: Positive = result(
+        "Softens both distributions; the divergence is scaled by its square.",
+        "temperature = 2.0",
+        1.0,
+    )
+    hard: Share = result(
+        "Share of the loss that is on the data itself, as in supervised tuning.",
+        "hard = 10%",
+        0.0,
+    )
+    top_k: MaybeCount = result(
+        "Compare only the teacher's likeliest tokens, and all others as one.", "top_k = 64", None
+    )
+    teacher_log_probs: Annotated[str, types.Choice(("live", "ahead"))] = placement(
+        "Whether the teacher runs beside the student, or once over all examples before the first"
+        " step, which stores its `top_k`.",
+        "teacher_log_probs = ahead",
+        "live",
+    )
+    attention: Annotated[Maps | None, types.Of("attention")] = result(
+        "Match attention maps too.", "attention = maps(weight = 0.5)", None
+    )
+    features: Annotated[Hidden | None, types.Of("features")] = result(
+        "Match hidden states too.", "features = hidden(weight = 0.5)", None
+    )
+    on_policy: Share = result(
+        "Share of the steps whose answers the student samples itself.", "on_policy = 50%", 0.0
+    )
+    rollout: Annotated[Sampling, types.Of("sampling")] = result(
+        "How the student samples.", "rollout = sampling(max_tokens = 128)", Sampling.fixed()
+    )
+
+
 class Policy(Training):
     """Base of policy optimisation: each step samples groups of completions, scores them, and
     updates.
@@ -259,8 +456,134 @@ class Policy(Training):
     )
 
 
+class Ppo(Policy):
+    """Proximal policy optimisation with a learned critic (arXiv:1707.06347): the advantage of each
+    token is estimated from values (GAE, arXiv:1506.02438).
+    """
+
+    metrics = {
+        **Policy.metrics,
+        "value_loss": "mean squared error of the values, halved",
+        "explained_variance": "share of the variance of the returns that the values explain",
+    }
+
+    group: Annotated[int, types.Whole(low=1)] = result(
+        "Completions for each prompt.", "group = 4", 1
+    )
+    advantage: Annotated[str, types.Choice(("gae",))] = result(
+        "The discounted sum of how much better each step was than its value.",
+        "advantage = gae",
+        "gae",
+    )
+    discount: Annotated[float, types.Number(above=0, high=1)] = result(
+        "Worth of a reward one token later (gamma).", "discount = 0.99", 1.0
+    )
+    trace: Annotated[float, types.Number(low=0, high=1)] = result(
+        "How far advantages look ahead (lambda of GAE).", "trace = 0.95", 0.95
+    )
+    whiten: Flag = result(
+        "Whether the advantages of a step are made to have mean 0 and deviation 1.",
+        "whiten = false",
+        True,
+    )
+    kl_target: Annotated[float | None, types.Number(above=0)] = result(
+        "Adapt the coefficient of `kl` so that the divergence of a completion, in nats, stays near"
+        " this (arXiv:1909.08593).",
+        "kl_target = 6.0",
+        None,
+    )
+    critic: Annotated[Critic, types.Of("critic")] = result(
+        "The model of values.", "critic = critic(optimizer = adamw(lr = 1e-5))", Critic.fixed()
+    )
+    value_model: Annotated[Reference | None, types.Ref(("model", "stage"))] = result(
+        "What the critic starts from; without it, the model that the stage starts from.",
+        "value_model = judge",
+        None,
+    )
+    minibatches: Count = result(
+        "Updates that a step's completions are divided over.", "minibatches = 4", 1
+    )
+    passes: Count = result("How often a step's completions are gone through.", "passes = 2", 4)
+
+    reads = {"value_model": ("model", "scores")}
+
+
+class Sample(Stage):
+    """Completions of prompts, scored and chosen, as data for later stages: `sampled`."""
+
+    needs = (("prompt",), ("messages",))
+    yields = "rows"
+    metrics = {
+        "score": "mean score of all completions",
+        "kept": "share of completions that were kept",
+        "solved": "share of prompts with a completion that was kept",
+    }
+
+    from_: ModelRef = result("What to sample from.", "from = baseline", alias="from")
+    data: Data = result("The prompts; each is used once.", "data = math")
+    limit: MaybeCount = result("Use only the first few prompts.", "limit = 200", None)
+    samples: Count = result("Completions for each prompt.", "samples = 8", 1)
+    rollout: Annotated[Sampling, types.Of("sampling")] = result(
+        "How completions are sampled.", "rollout = sampling(max_tokens = 512)", Sampling.fixed()
+    )
+    score: MaybeReward = result("What scores a completion.", "score = correct", None)
+    keep: MaybeReward = result(
+        "Keep the completions for which this holds, or is above 0.", "keep = correct > 0.5", None
+    )
+    distinct: Flag = result(
+        "Keep one of several equal completions of a prompt.", "distinct = false", True
+    )
+    most: MaybeCount = result(
+        "Keep at most so many completions of a prompt, the best first.", "most = 2", None
+    )
+    seed: Annotated[int | None, types.Whole(low=0)] = result(
+        "A seed of its own; without it, one drawn from the run's.", "seed = 1", None
+    )
+    on: HardwareRef = placement("The hardware of this stage.", "on = pod", None)
+
+
+class Merge(Stage):
+    """One model from the weights of several that have a common origin."""
+
+    from_: ModelRef = result("The first model.", "from = math", alias="from")
+    others: Annotated[tuple[Reference, ...], types.ListOf(types.Ref(("model", "stage")), low=1)] = (
+        result("The other models.", "others = [code, chat]")
+    )
+    method: Annotated[SerializeAsAny[Merging], types.Of("merging")] = result(
+        "How weights are combined.", "method = ties(density = 20%)", Linear.fixed()
+    )
+    base: Annotated[Reference | None, types.Ref(("model", "stage"))] = result(
+        "Their common origin, from which differences are taken; without it, the model at the start"
+        " of `from`.",
+        "base = gemma",
+        None,
+    )
+    evals: Evals = result("What to measure of the merged model.", "evals = [accuracy]", ())
+    seed: Annotated[int | None, types.Whole(low=0)] = result(
+        "A seed of its own, for what is dropped at random.", "seed = 1", None
+    )
+    on: HardwareRef = placement("The hardware of this stage.", "on = pod", None)
+
+
+class Evaluate(Stage):
+    """Evals of several models, side by side."""
+
+    yields = "figures"
+    reads = {"models": ("model", "scores")}
+
+    models: Annotated[tuple[Reference, ...], types.ListOf(types.Ref(("model", "stage")), low=1)] = (
+        result("What to measure.", "models = [baseline, specialist]")
+    )
+    evals: Annotated[tuple[Reference, ...], types.ListOf(types.Ref(("eval",)), low=1)] = result(
+        "The evals.", "evals = [accuracy]"
+    )
+    on: HardwareRef = placement("The hardware of this stage.", "on = pod", None)
+
+
 class Export(Stage):
     """Write a model in the form that `transformers` loads: weights, configuration, tokenizer."""
+
+    yields = "files"
 
     from_: ModelRef = result("What to write.", "from = generalist", alias="from")
     path: Annotated[str, types.Path("output")] = result(
@@ -280,7 +603,47 @@ class Export(Stage):
     shard: Annotated[int, types.Memory()] = result("The largest file.", "shard = 2 GB", 5 * 10**9)
 
 
-SUPERVISED: dict[str, type[Stage]] = {"pretrain": Pretrain, "sft": Sft, "export": Export}
+STAGES: dict[str, type[Stage]] = {
+    "pretrain": Pretrain,
+    "sft": Sft,
+    "kto": Kto,
+    "reward_model": RewardModel,
+    "ppo": Ppo,
+    "distill": Distill,
+    "sample": Sample,
+    "merge": Merge,
+    "evaluate": Evaluate,
+    "export": Export,
+}
+
+PREFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpo": (
+        "Direct preference optimisation (arXiv:2305.18290): the log-ratio to the reference is the"
+        " reward.",
+        {},
+    ),
+    "simpo": (
+        "DPO without a reference, by the mean log-probability of a token and with a margin"
+        " (arXiv:2405.14734).",
+        {
+            "reference_free": True,
+            "length_normalised": True,
+            "beta": 2.0,
+            "target_margin": 1.0,
+        },
+    ),
+    "orpo": (
+        "Supervised tuning on the chosen answers with a penalty on the odds of the rejected ones;"
+        " no reference (arXiv:2403.07691).",
+        {
+            "loss": "odds_ratio",
+            "reference_free": True,
+            "length_normalised": True,
+            "supervised": 1.0,
+        },
+    ),
+}
+"""Kind -> documentation, and the attributes in which it differs from `Preference`'s defaults."""
 
 POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": (

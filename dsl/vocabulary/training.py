@@ -2,6 +2,8 @@
 
 from typing import Annotated, ClassVar
 
+from pydantic import SerializeAsAny
+
 from tunelang.dsl import types
 from tunelang.dsl.vocabulary.base import (
     Count,
@@ -261,6 +263,167 @@ class Masked(Function):
     limit: Positive = result("Largest weight.", "correction = masked(2.0)", 2.0, positional=True)
 
 
+Weights = Annotated[tuple[float, ...] | None, types.ListOf(types.Number(), low=2)]
+
+
+Part = Annotated[float, types.Share(above=0)]
+
+
+class Merging(Function):
+    """Base of the ways to combine the weights of models."""
+
+    family = "merging"
+    word = ""
+
+
+class Linear(Merging):
+    """The weighted mean (model soups, arXiv:2203.05482)."""
+
+    word = "linear"
+    weights: Weights = result(
+        "The weight of each model, the first that of `from`; they are made to add to 1. Without"
+        " them, all are equal.",
+        "linear(weights = [2, 1])",
+        None,
+    )
+
+
+class Slerp(Merging):
+    """A point on the arc between two models, tensor by tensor (Shoemake 1985); on the straight line
+    where they are nearly parallel.
+    """
+
+    word = "slerp"
+    share: Share = result(
+        "How far from the first model to the second.", "slerp(30%)", 0.5, positional=True
+    )
+
+
+class Ties(Merging):
+    """Of each model's difference from the base its largest entries, and of these those with the
+    sign that prevails (arXiv:2306.01708).
+    """
+
+    word = "ties"
+    density: Part = result("Share of the entries that is kept.", "ties(density = 20%)", 0.2)
+    weights: Weights = result(
+        "A factor of each model's difference, before signs are elected; without them, all are 1.",
+        "ties(weights = [1, 0.5])",
+        None,
+    )
+    scale: Positive = result("Factor of the merged difference.", "ties(scale = 1.0)", 1.0)
+
+
+class Dare(Merging):
+    """Of each model's difference from the base random entries, scaled up to the same mean
+    (arXiv:2311.03099).
+    """
+
+    word = "dare"
+    density: Part = result("Share of the entries that is kept.", "dare(density = 50%)", 0.5)
+    weights: Weights = result(
+        "The weight of each model's difference; without them, they share 1 equally.",
+        "dare(weights = [1, 0.5])",
+        None,
+    )
+
+
+class Divergence(Function):
+    """Base of the distances between the distributions of teacher and student."""
+
+    family = "divergence"
+    word = ""
+
+
+class ForwardKl(Divergence):
+    """KL(teacher || student): the student covers all that the teacher does (arXiv:1503.02531)."""
+
+    word = "forward_kl"
+
+
+class ReverseKl(Divergence):
+    """KL(student || teacher): the student keeps to what the teacher does (arXiv:2306.08543)."""
+
+    word = "reverse_kl"
+
+
+class JensenShannon(Divergence):
+    """The generalised Jensen-Shannon divergence (arXiv:2306.13649): with the mixture
+    `share * teacher + (1 - share) * student`, `share * KL(teacher || mixture) + (1 - share) *
+    KL(student || mixture)`.
+    """
+
+    word = "jensen_shannon"
+    share: Annotated[float, types.Share(above=0, below=1)] = result(
+        "Share of the teacher in the mixture.", "jensen_shannon(0.5)", 0.5, positional=True
+    )
+
+
+LayerMap = Annotated[tuple[int, ...] | None, types.ListOf(types.Whole(low=0), low=1)]
+
+
+class Maps(Function):
+    """The attention maps of the teacher, averaged over heads (arXiv:1612.03928)."""
+
+    family = "attention"
+    word = "maps"
+    weight: Positive = result("Weight beside the other losses.", "maps(weight = 0.5)", 1.0)
+    distance: Annotated[str, types.Choice(("squared", "kl"))] = result(
+        "The squared difference, or the KL divergence of each row.", "maps(distance = kl)", "kl"
+    )
+    layers: LayerMap = result(
+        "The teacher's layer for each of the student's, from 0; without it, evenly spread.",
+        "maps(layers = [1, 3])",
+        None,
+    )
+
+
+class Hidden(Function):
+    """The hidden states of the teacher, to which the student's are projected (arXiv:1412.6550)."""
+
+    family = "features"
+    word = "hidden"
+    weight: Positive = result("Weight beside the other losses.", "hidden(weight = 0.5)", 1.0)
+    distance: Annotated[str, types.Choice(("squared", "cosine"))] = result(
+        "The squared difference, or one less the cosine.", "hidden(distance = cosine)", "squared"
+    )
+    pooling: Annotated[str, types.Choice(("token", "mean", "last"))] = result(
+        "Whether each token is compared, the mean of a sequence or its last token.",
+        "hidden(pooling = mean)",
+        "token",
+    )
+    layers: LayerMap = result(
+        "The teacher's layer for each of the student's, from 0; without it, evenly spread.",
+        "hidden(layers = [1, 3])",
+        None,
+    )
+
+
+class Critic(Function):
+    """The model of values that a PPO stage trains beside its policy."""
+
+    family = "critic"
+    word = "critic"
+    trunk: Annotated[str, types.Choice(("separate", "shared"))] = result(
+        "Whether it has weights of its own, or is one more head on the policy.",
+        "critic(trunk = shared)",
+        "separate",
+    )
+    optimizer: Annotated[SerializeAsAny[Optimizer], types.Of("optimizer")] = result(
+        "Its own optimizer; with a shared trunk, that of its head.",
+        "critic(optimizer = adamw(lr = 1e-5))",
+        AdamW.fixed(lr=1e-5),
+    )
+    clip: Annotated[float | None, types.Number(above=0)] = result(
+        "How far a value may move from the one before the step; without it, any distance.",
+        "critic(clip = 0.2)",
+        0.2,
+    )
+    weight: Positive = result(
+        "Weight of its loss, where it shares the policy's trunk.", "critic(weight = 0.5)", 0.5
+    )
+
+
 class Axes(Function):
     """Sizes of the mesh axes; their product is the number of devices."""
 
@@ -275,30 +438,34 @@ class Axes(Function):
     context: Count = placement("Sequences split.", "axes(fsdp = 4, context = 2)", 1)
 
 
-class Best(Function):
-    """The branch with the highest value of a metric."""
+class Winner(Function):
+    """Base of the ways to choose among the branches of a sweep."""
 
     family = "winner"
+    word = ""
+
+
+class Best(Winner):
+    """The branch with the highest value of a metric."""
+
     word = "best"
     metric: Annotated[str, types.Metric()] = result(
         "What to compare.", "keep = best(accuracy)", positional=True
     )
 
 
-class Lowest(Function):
+class Lowest(Winner):
     """The branch with the lowest value of a metric."""
 
-    family = "winner"
     word = "lowest"
     metric: Annotated[str, types.Metric()] = result(
         "What to compare.", "keep = lowest(loss)", positional=True
     )
 
 
-class All(Function):
+class All(Winner):
     """Every branch: each stage that uses this one fans out too."""
 
-    family = "winner"
     word = "all"
     bare: ClassVar[bool] = True
 
@@ -323,5 +490,6 @@ class Wandb(Function):
 
 FUNCTIONS: tuple[type[Function], ...] = (
     AdamW, Muon, Sgd, Lion, Lora, Dora, Continued, Sampling, Clip, ClipWeights, K1, K2, K3,
-    Truncated, Masked, Axes, Best, Lowest, All, TensorBoard, Wandb,
+    Truncated, Masked, Linear, Slerp, Ties, Dare, ForwardKl, ReverseKl, JensenShannon, Maps, Hidden,
+    Critic, Axes, Best, Lowest, All, TensorBoard, Wandb,
 )  # fmt: skip

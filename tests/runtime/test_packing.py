@@ -61,7 +61,7 @@ def segments(batch: Batch) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
 
 def whole(corpus: Corpus, positions: int) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
     pairs = corpus.tokens(np.arange(positions))
-    return [(tuple(ids.tolist()), tuple(mask.tolist())) for ids, mask in pairs]
+    return [(tuple(ids.tolist()), tuple(mask.tolist())) for ((ids, mask),) in pairs]
 
 
 @settings(max_examples=80, deadline=None)
@@ -209,7 +209,7 @@ def test_plain_text_is_cut_into_pieces_that_predict_every_token_once(tmp_path: P
     renderer = bytes_renderer()
     made = tokenise(stream, renderer, context=32, cache=tmp_path)
     predicted = {}
-    for ids, mask in made.tokens(np.arange(made.order.epoch)):
+    for ((ids, mask),) in made.tokens(np.arange(made.order.epoch)):
         assert len(ids) <= 32
         assert not mask[0]
         assert mask[1:].all()

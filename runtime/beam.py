@@ -1,0 +1,309 @@
+"""Beam search: of each prompt the completions of highest score, without drawing anything.
+
+A score is the sum of a completion's log-probabilities over its length to the power of the length
+penalty. The search is that of `transformers` 5 (`do_sample=False, early_stopping=False`):
+
+- of all continuations of a prompt's beams, as many are looked at as are needed to go on with
+  `beams` of them whatever number stops;
+- one that stops counts only if it is among the `beams` likeliest of its turn;
+- the search ends when the likeliest beam, at its present length, scores no more than the worst
+  of `beams` finished completions.
+
+A prompt is prefilled once and its cache copied into the slots of its beams. Every turn gathers the
+cache of the beams that go on, so it moves the whole cache once beside what attention reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from numpy.typing import NDArray
+
+from tunelang.compiler.architecture import Architecture
+from tunelang.runtime.attention import Kernel
+from tunelang.runtime.decode_loop import Given
+from tunelang.runtime.decoder import KEYS, VALUES, Cache, Decoder, Unstacked, empty_cache, insert
+from tunelang.runtime.rollout import SHORTEST, Floats, Prompt, Rollouts, Work
+from tunelang.runtime.sharding import Layout, constrain
+from tunelang.runtime.train import abstract_decoder
+
+Tree = TypeVar("Tree")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Paths:
+    """Completions of each prompt, the best first."""
+
+    tokens: Array
+    """`[prompts, paths, capacity]` int32; 0 behind the last."""
+    log_probs: Array
+    """`[prompts, paths, capacity]` float32: of each token, in nats."""
+    lengths: Array
+    """`[prompts, paths]` int32."""
+    stopped: Array
+    """`[prompts, paths]` bool: whether the last token is a stop token."""
+    scores: Array
+    """`[prompts, paths]` float32: the sum of the log-probabilities, over the length to the power of
+    the penalty once the path is finished; `-inf` where there is no path."""
+
+
+class Request(NamedTuple):
+    """What a search is told, as arrays: to change a value compiles nothing."""
+
+    stop_ids: Given
+    """`[stops]` int32."""
+    max_tokens: Given
+    """int32 scalar."""
+    length_penalty: Given
+    """float32 scalar."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """The compiled program for one architecture, and the sizes it is made for."""
+
+    prompts: int
+    """How many are searched at once."""
+    beams: int
+    capacity: int
+    """Tokens of a slot: prompt and completion."""
+    run: Callable[[Any, Given, Given, Request], tuple[Paths, Array]]
+    """`(params, tokens [prompts, length], lengths [prompts], request) -> paths, turns`. A length of
+    0 is a row without a prompt."""
+
+
+@dataclass(frozen=True)
+class Beams(Rollouts):
+    """The best completions of each prompt, the best first.
+
+    Where a prompt has fewer (`beams` is more than there are sequences), the length of the last is 0
+    and their score `-inf`.
+    """
+
+    scores: Floats
+    """`[completions]`."""
+
+
+class _State(NamedTuple):
+    cache: Cache
+    """A slot for each beam, those of a prompt side by side."""
+    hidden: Array
+    """`[prompts * beams, width]`: of each beam's last token."""
+    beams: Paths
+    finished: Paths
+    going: Array
+    """`[prompts]` bool: whether a beam may still beat what is finished."""
+    turn: Array
+    """int32 scalar: the tokens of each beam so far."""
+
+
+def make_search(
+    architecture: Architecture,
+    *,
+    prompts: int,
+    beams: int,
+    capacity: int,
+    dtype: Any = jnp.float32,
+    layout: Layout | None = None,
+    kernel: Kernel = "xla",
+) -> Search:
+    """Make the program; it compiles once for each length that prompts are padded to.
+
+    `capacity`, `dtype` and `layout` are as for `decode_loop.make_engine`. Raises `ValueError` where
+    a size is out of range.
+    """
+    if not 1 <= capacity <= architecture.context:
+        raise ValueError(
+            f"slots of {capacity} tokens for a context of {architecture.context} tokens"
+        )
+    if prompts < 1 or beams < 1:
+        raise ValueError(f"{beams} beams of {prompts} prompts")
+    graph, _ = abstract_decoder(architecture, dtype)
+    # As in `make_engine`: what every turn would copy is copied once, unless that costs memory only.
+    quantised = architecture.storage in ("nf4", "int8")
+    ahead = not quantised and (dtype != jnp.float32 or jax.default_backend() == "cpu")
+
+    def run(params: Any, tokens: Array, lengths: Array, request: Request) -> tuple[Paths, Array]:
+        decoder: Decoder = nnx.merge(graph, params)
+        if ahead and architecture.adapters:
+            decoder = decoder.merged()
+        hidden, prefilled = decoder.prefill(
+            tokens, jnp.maximum(lengths, 1), layout=layout, kernel=kernel
+        )
+        rows, slots = jnp.repeat(jnp.arange(prompts), beams), jnp.arange(prompts * beams)
+        cache = empty_cache(architecture, prompts * beams, capacity, dtype)
+        first = _no_paths(prompts, beams, capacity)
+        state = _State(
+            insert(cache, prefilled, rows, slots),
+            hidden[rows],
+            # One beam of each prompt, or all would be the same.
+            replace(first, scores=first.scores.at[:, 0].set(0)),
+            first,
+            lengths > 0,
+            jnp.zeros((), jnp.int32),
+        )
+        values = nnx.split(decoder)
+        copied = decoder.unstacked() if ahead else None
+
+        def turn(state: _State) -> _State:
+            decoder: Decoder = nnx.merge(*values)
+            weights = decoder.unstacked() if copied is None else copied
+            return _turn(decoder, weights, state, request, layout)
+
+        state = jax.lax.while_loop(lambda state: jnp.any(state.going), turn, _placed(layout, state))
+        return state.finished, state.turn
+
+    return Search(prompts, beams, capacity, jax.jit(run))
+
+
+def beam_search(
+    search: Search,
+    params: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int,
+    stop_ids: Sequence[int],
+    pad: int,
+    length_penalty: float = 1.0,
+    returned: int = 1,
+) -> Beams:
+    """Find the `returned` best completions of each prompt, in groups of as many.
+
+    `params` are the decoder's, as they are trained. `stop_ids` end a completion and belong to it.
+    With `length_penalty` 0 a score is the log-probability of the completion, with 1 the mean of its
+    tokens; beyond, long ones are favoured. Nothing depends on which prompts are searched together.
+
+    Raises `ValueError` for no prompt, one that is empty or too long for a slot, and more
+    completions than beams.
+    """
+    if not 1 <= returned <= search.beams:
+        raise ValueError(f"{returned} completions of {search.beams} beams")
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    if not lengths or min(lengths) < 1 or max_tokens < 1:
+        raise ValueError("a completion of no token, or no prompt for it")
+    if max(lengths) + max_tokens > search.capacity:
+        raise ValueError(
+            f"a prompt of {max(lengths)} tokens and a completion of {max_tokens}"
+            f" for a slot of {search.capacity}"
+        )
+    request = Request(
+        np.array(stop_ids, np.int32), np.int32(max_tokens), np.float32(length_penalty)
+    )
+    parts, turns = [], 0
+    for start in range(0, len(prompts), search.prompts):
+        part = prompts[start : start + search.prompts]
+        longest = max(lengths[start : start + search.prompts])
+        length = min(max(SHORTEST, 1 << (longest - 1).bit_length()), search.capacity)
+        tokens = np.full((search.prompts, length), pad, np.int32)
+        for row, prompt in enumerate(part):
+            tokens[row, : len(prompt.tokens)] = prompt.tokens
+        given = np.zeros(search.prompts, np.int32)
+        given[: len(part)] = lengths[start : start + search.prompts]
+        paths, taken = jax.device_get(search.run(params, tokens, given, request))
+        parts.append(paths)
+        turns += int(taken)
+
+    def rows(*each: NDArray[Any]) -> NDArray[Any]:
+        every: NDArray[Any] = np.concatenate(each)[: len(prompts), :returned]
+        return every.reshape(-1, *every.shape[2:])
+
+    found = jax.tree.map(rows, *parts)
+    inside = np.arange(max_tokens) < found.lengths[:, None]
+    return Beams(
+        prompts=tuple(tuple(prompt.tokens) for prompt in prompts),
+        group=returned,
+        tokens=np.where(inside, found.tokens[:, :max_tokens], np.int32(pad)),
+        lengths=found.lengths,
+        log_probs=found.log_probs[:, :max_tokens],
+        truncated=~found.stopped,
+        pad=pad,
+        work=Work(len(prompts), turns, len(parts)),
+        scores=found.scores,
+    )
+
+
+def _no_paths(prompts: int, paths: int, capacity: int) -> Paths:
+    shape = prompts, paths
+    return Paths(
+        tokens=jnp.zeros((*shape, capacity), jnp.int32),
+        log_probs=jnp.zeros((*shape, capacity), jnp.float32),
+        lengths=jnp.zeros(shape, jnp.int32),
+        stopped=jnp.zeros(shape, bool),
+        scores=jnp.full(shape, -jnp.inf),
+    )
+
+
+def _turn(
+    decoder: Decoder, weights: Unstacked, state: _State, request: Request, layout: Layout | None
+) -> _State:
+    """Lengthen the beams of every prompt by a token."""
+    prompts, beams = state.beams.scores.shape
+    log_probs = jax.nn.log_softmax(decoder.logits(state.hidden, weights))
+    vocab = log_probs.shape[-1]
+    log_probs = log_probs.reshape(prompts, beams, vocab)
+    sums = (state.beams.scores[..., None] + log_probs).reshape(prompts, -1)
+    most = min(1 + jnp.size(request.stop_ids), vocab) * beams
+    sums, place = jax.lax.top_k(sums, most)
+    parent, token = place // vocab, place % vocab
+    length, penalty = state.turn + 1, jnp.asarray(request.length_penalty)
+    stopped = jnp.any(token[..., None] == jnp.asarray(request.stop_ids), axis=-1)
+    ended = stopped | (length == request.max_tokens)
+    before = _chosen(state.beams, parent)
+    own = jnp.take_along_axis(log_probs.reshape(prompts, -1), place, axis=1)
+    grown = Paths(
+        tokens=before.tokens.at[:, :, state.turn].set(token),
+        log_probs=before.log_probs.at[:, :, state.turn].set(own),
+        lengths=jnp.full_like(token, length),
+        stopped=stopped,
+        scores=jnp.where(ended, -jnp.inf, sums),
+    )
+    goes_on, beam = jax.lax.top_k(grown.scores, beams)
+
+    divisor = length.astype(jnp.float32) ** penalty
+    counts = ended & (jnp.arange(most) < beams) & state.going[:, None]
+    ends = replace(grown, scores=jnp.where(counts, sums / divisor, -jnp.inf))
+    every = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), state.finished, ends)
+    finished = _chosen(every, jax.lax.top_k(every.scores, beams)[1])
+
+    apart = jax.tree.map(lambda each: each.reshape(prompts, beams, *each.shape[1:]), state.cache)
+    slots = _chosen(apart, _chosen(parent, beam))
+    cache = jax.tree.map(lambda each: each.reshape(-1, *each.shape[2:]), slots)
+    hidden, cache = decoder.step(_chosen(token, beam).reshape(-1), cache, weights, layout=layout)
+    going = state.going & (goes_on[:, 0] / divisor > finished.scores[:, -1])
+    return _placed(layout, _State(cache, hidden, _chosen(grown, beam), finished, going, length))
+
+
+def _chosen(tree: Tree, at: Array) -> Tree:
+    """Take some of each prompt's: arrays `[prompts, n, ...]` at `[prompts, m]`."""
+
+    def own(each: Array, at: Array) -> Array:
+        # Any other mode looks at every element that is taken, and the cache is large.
+        return each.at[at].get(mode="promise_in_bounds")
+
+    chosen: Tree = jax.tree.map(lambda each: jax.vmap(own)(each, at), tree)
+    return chosen
+
+
+def _placed(layout: Layout | None, state: _State) -> _State:
+    """Say where the state lies."""
+
+    def whole(array: Array) -> Array:
+        return constrain(layout, array, (None,) * array.ndim)
+
+    return _State(
+        Cache(
+            tuple(constrain(layout, each, KEYS) for each in state.cache.keys),
+            tuple(constrain(layout, each, VALUES) for each in state.cache.values),
+            whole(state.cache.lengths),
+        ),
+        constrain(layout, state.hidden, ("batch", None)),
+        *jax.tree.map(whole, state[2:]),
+    )

@@ -1,0 +1,148 @@
+"""Losses of learning from preferences: log-probabilities of whole answers, or scores, to a loss.
+
+All arrays are float32 of one same shape, an element for each pair or answer, and so are the
+losses and the metrics beside them; the caller takes the means. Metrics carry no gradient. Where a
+pair does not exist an array may hold zeros: loss and gradient are finite there, to be masked.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tunelang.dsl.vocabulary.stages import Kto, Preference
+
+# That of the largest probability below 1 in float32.
+_LARGEST_LOG_PROB = -(2.0**-24)
+
+
+class Pairs(NamedTuple):
+    """Answers to the same prompts, one better than the other.
+
+    Log-probabilities are summed over the tokens of an answer, in nats, at temperature 1.
+    """
+
+    chosen: Array
+    """Of the better answer, by the parameters that are trained; a gradient flows through it."""
+    rejected: Array
+    """Of the worse one; a gradient flows through it too."""
+    chosen_tokens: Array
+    """Number of tokens of the better answer, the stop token included."""
+    rejected_tokens: Array
+    reference_chosen: Array | None = None
+    """Of the better answer, by the reference model."""
+    reference_rejected: Array | None = None
+
+
+def pair_losses(stage: Preference, pairs: Pairs) -> tuple[Array, dict[str, Array]]:
+    """Compute the loss of each pair, without the supervised part, and the metrics of each.
+
+    With `m` the chosen answer's reward less the rejected one's and `target_margin`, and `e` the
+    `label_smoothing`, which the other losses do not look at:
+
+    - `sigmoid`: `-(1 - e) log sigmoid(m) - e log sigmoid(-m)` (DPO, arXiv:2305.18290, equation 7;
+      SimPO, arXiv:2405.14734, equation 6; `e` as in conservative DPO, Mitchell 2023).
+    - `robust`: `(-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e)` (arXiv:2403.00409).
+    - `hinge`: `max(0, 1 - m)` (SLiC, arXiv:2305.10425).
+    - `ipo`: `(m / beta - 1 / (2 beta))^2` (arXiv:2310.12036, equation 17), as TRL has it with
+      rewards of means over tokens, `length_normalised` or not.
+    - `odds_ratio`: `-beta log sigmoid(m)` (ORPO, arXiv:2403.07691, equation 7), where rewards are
+      log-odds, never measured from a reference.
+
+    Metrics: `accuracy` (1 or 0, a half for a tie), `chosen_reward`, `rejected_reward`, `margin`
+    (between these two), and with a reference `drift` (the mean over both answers of `log pi -
+    log pi_ref`, in nats). Raises `ValueError` where a reference is needed and missing.
+    """
+    chosen = _rewards(stage, pairs.chosen, pairs.chosen_tokens, pairs.reference_chosen)
+    rejected = _rewards(stage, pairs.rejected, pairs.rejected_tokens, pairs.reference_rejected)
+    margin = chosen - rejected - stage.target_margin
+    right, wrong = -jax.nn.log_sigmoid(margin), -jax.nn.log_sigmoid(-margin)
+    share = stage.label_smoothing
+    match stage.loss:
+        case "sigmoid":
+            loss = (1 - share) * right + share * wrong
+        case "robust":
+            loss = ((1 - share) * right - share * wrong) / (1 - 2 * share)
+        case "hinge":
+            loss = jax.nn.relu(1 - margin)
+        case "ipo":
+            loss = jnp.square((margin - 0.5) / stage.beta)
+        case "odds_ratio":
+            loss = stage.beta * right
+        case _:
+            raise ValueError(f"unknown loss {stage.loss!r}")
+    found = _compared(chosen, rejected)
+    if pairs.reference_chosen is not None and pairs.reference_rejected is not None:
+        drift = pairs.chosen - pairs.reference_chosen + pairs.rejected - pairs.reference_rejected
+        found["drift"] = lax.stop_gradient(drift / 2)
+    return loss, found
+
+
+def kto_losses(
+    stage: Kto, log_prob: Array, reference: Array, desirable: Array, kl: Array
+) -> tuple[Array, dict[str, Array]]:
+    """Compute the loss of each answer (KTO, arXiv:2402.01306, section 4), and its reward.
+
+    That is `weight * (1 - sigmoid(s (r - beta kl)))` with `r = beta log(pi / pi_ref)`, `s` 1 for
+    a desirable answer and -1 for another. `log_prob` and `reference` are summed over the tokens
+    of an answer, in nats; `desirable` is bool; the scalar `kl` is at least 0, in nats, and like
+    `reference` carries no gradient. Metrics: `chosen_reward` of the desirable answers and
+    `rejected_reward` of the others, each 0 on the rest: sums to divide by the number of either.
+    """
+    reward = stage.beta * (log_prob - lax.stop_gradient(reference))
+    above = reward - stage.beta * lax.stop_gradient(kl)
+    weight = jnp.where(desirable, stage.desirable, stage.undesirable)
+    loss = weight * jax.nn.sigmoid(jnp.where(desirable, -above, above))
+    reward = lax.stop_gradient(reward)
+    return loss, {
+        "chosen_reward": jnp.where(desirable, reward, 0.0),
+        "rejected_reward": jnp.where(desirable, 0.0, reward),
+    }
+
+
+def bradley_terry(
+    chosen: Array, rejected: Array, margin: Array | None = None, centring: float = 0.0
+) -> tuple[Array, dict[str, Array]]:
+    """Compute the loss of each pair from the scores of its answers, and the metrics of each.
+
+    That is `-log sigmoid(chosen - rejected - margin)` (arXiv:2203.02155, equation 1; the margin
+    of the labels as in Llama 2, arXiv:2307.09288, equation 2), and `centring` times the square of
+    the sum of both scores (arXiv:2312.09244). Metrics as of `pair_losses`.
+    """
+    ahead = chosen - rejected
+    loss = -jax.nn.log_sigmoid(ahead if margin is None else ahead - margin)
+    return loss + centring * jnp.square(chosen + rejected), _compared(chosen, rejected)
+
+
+def log_odds(log_prob: Array) -> Array:
+    """Compute `log(p / (1 - p))` from `log p`, in nats, up to 16.6 where `p` is 1 to float32.
+
+    `log(1 - p)` is taken as `log(-expm1(log p))`, which near `p = 1` keeps the difference that
+    `log1p(-exp(log p))` loses, and far from it loses only what adding `log p` does anyway.
+    """
+    log_prob = jnp.minimum(log_prob, _LARGEST_LOG_PROB)
+    return log_prob - jnp.log(-jnp.expm1(log_prob))
+
+
+def _rewards(stage: Preference, log_prob: Array, tokens: Array, reference: Array | None) -> Array:
+    odds = stage.loss == "odds_ratio"
+    if not stage.reference_free and not odds:
+        if reference is None:
+            raise ValueError("these rewards need the reference's log-probabilities")
+        log_prob = log_prob - lax.stop_gradient(reference)
+    if stage.length_normalised or stage.loss == "ipo":
+        log_prob = log_prob / jnp.maximum(tokens, 1)
+    return log_odds(log_prob) if odds else stage.beta * log_prob
+
+
+def _compared(chosen: Array, rejected: Array) -> dict[str, Array]:
+    chosen, rejected = lax.stop_gradient((chosen, rejected))
+    return {
+        "accuracy": (1 + jnp.sign(chosen - rejected)) / 2,
+        "margin": chosen - rejected,
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+    }

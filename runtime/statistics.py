@@ -1,0 +1,77 @@
+"""Statistics of scored samples: estimates over prompts, and how far they can be trusted.
+
+`groups` are scores `[prompts, samples]`; a completion passes with a score of at least 1. Prompts
+are independent draws, samples of one prompt are not. All is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scores = NDArray[Any]
+
+
+def ks(samples: int) -> tuple[int, ...]:
+    """Return the `k` for which pass@k is reported: 1, 2, 4, ... and `samples`."""
+    return (*(1 << power for power in range((samples - 1).bit_length())), samples)
+
+
+def pass_at_k(groups: Scores, k: int) -> float:
+    """Estimate the chance that one of `k` samples of a prompt passes, without bias.
+
+    `1 - C(n - c, k) / C(n, k)` for `c` of `n` samples, averaged over prompts (arXiv:2107.03374,
+    equation 1). Raises `ValueError` unless `1 <= k <= samples`.
+    """
+    samples = groups.shape[1]
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} of {samples} samples")
+    failed = samples - (groups >= 1).sum(1, keepdims=True)
+    drawn = np.arange(k)
+    # The chance that each draw fails after those before it; 0 once all that failed are drawn.
+    return float(1 - ((failed - drawn) / (samples - drawn)).prod(1).mean())
+
+
+def majority(answers: Sequence[Sequence[Hashable]], groups: Scores) -> float:
+    """Return the share of prompts whose most common answer passes (arXiv:2203.11171).
+
+    `answers` are `[prompts, samples]`. Of equally common answers the first counts, and of its
+    samples the first is the one whose score is read.
+    """
+    right = 0
+    for given, scores in zip(answers, groups, strict=True):
+        [(most, _)] = Counter(given).most_common(1)
+        right += bool(scores[given.index(most)] >= 1)
+    return right / len(groups)
+
+
+def interval(groups: Scores, level: float = 0.95) -> tuple[float, float]:
+    """Return the confidence interval of the mean score, at a confidence `level` from 0 to 1.
+
+    The error is that of the mean over prompts, each a cluster of samples (arXiv:2411.00640), and
+    the interval is normal. Where every score is 0 or 1, it is Wilson's (1927) with an effective
+    number of samples (Korn and Graubard 1998): as many independent ones as have that error, at most
+    all, and at least one a prompt, which is taken if none pass or all; so 0 of n has a bound above
+    0. One prompt says nothing of others: it counts as one sample, or its interval is infinite.
+    """
+    scores = np.asarray(groups, np.float64)
+    count, samples = scores.shape
+    quantile = NormalDist().inv_cdf((1 + level) / 2)
+    mean = float(scores.mean())
+    variance = float(scores.mean(1).var(ddof=1)) if count > 1 else math.inf
+    if not np.isin(scores, (0, 1)).all():
+        error = quantile * math.sqrt(variance / count)
+        return mean - error, mean + error
+    of_sample = mean * (1 - mean)
+    of_prompt = min(max(variance, of_sample / samples), of_sample)
+    effective = count * of_sample / of_prompt if of_prompt else count
+    spread = quantile**2 / effective
+    centre = (mean + spread / 2) / (1 + spread)
+    error = math.sqrt(spread * (of_sample + spread / 4)) / (1 + spread)
+    return max(0.0, centre - error), min(1.0, centre + error)

@@ -1,0 +1,93 @@
+"""`tune generate` with a beam search, and with the best of several samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline import tiny
+from tests.pipeline.test_run import tune
+from tunelang.dsl.vocabulary.training import Sampling
+from tunelang.runtime.speaker import UnscoredError
+from tunelang.runtime.talk import open_ranked
+
+PROMPTS = ("line 7 of", "the")
+SAMPLING = Sampling(max_tokens=6, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = tiny.workspace(tmp_path_factory.mktemp("best"))
+    plain = 'reward plain = 1 - contains("{completion}", "e") - contains("{prompt}", "7")'
+    spec.write_text(f"{spec.read_text()}\n{plain}\n")
+    tiny.run(spec, until=["base"])
+    return spec
+
+
+def opened(spec: Path, by: str | None):
+    prepared, store = tiny.planned(spec)
+    return open_ranked(prepared.program, store, "base", by, SAMPLING.max_tokens)
+
+
+def test_the_best_of_several_samples(spec: Path) -> None:
+    speaker, reward = opened(spec, "plain")
+    with reward:
+        every = list(speaker.complete(PROMPTS, SAMPLING, 8, 0, True))
+        found = list(speaker.best(PROMPTS, SAMPLING, 8, 0, True, returned=8, reward=reward))
+        first = list(speaker.best(PROMPTS, SAMPLING, 8, 0, True, reward=reward))
+    for at in (0, 8):
+        # Equally good ones stay in their order.
+        assert found[at : at + 8] == sorted(every[at : at + 8], key=lambda text: "e" in text)
+    assert {"e" in text for text in every} == {True, False}
+    assert first == found[::8]
+    likeliest = list(speaker.best(PROMPTS, SAMPLING, 8, 0, True, returned=8))
+    assert sorted(likeliest[:8]) == sorted(every[:8])
+
+
+def test_a_reward_without_its_fields(spec: Path) -> None:
+    speaker, reward = opened(spec, "correct")
+    with reward, pytest.raises(UnscoredError, match="no field `target`"):
+        list(speaker.best(PROMPTS, SAMPLING, 2, 0, True, reward=reward))
+
+
+def test_beams(spec: Path) -> None:
+    speaker, _ = opened(spec, None)
+    greedy = list(speaker.complete(PROMPTS, Sampling(max_tokens=6, temperature=0.0), 1, 0, True))
+    assert list(speaker.search(PROMPTS, 6, True, beams=1)) == greedy
+    several = list(speaker.search(PROMPTS, 6, True, beams=5, returned=3))
+    assert len(several) == 6
+    assert len(set(several[:3])) == 3
+
+
+def test_the_command(spec: Path) -> None:
+    def generate(*arguments: str) -> tuple[int, list[str], str]:
+        found = tune("generate", spec, "base", "1+1=", "--max-tokens", "3", *arguments)
+        return found.returncode, found.stdout.splitlines(), found.stderr
+
+    code, lines, _ = generate("--beams", "4", "--samples", "2", "--length-penalty", "0")
+    assert code == 0
+    assert len(lines) >= 2
+    assert generate("--best-of", "4", "--by", "short")[0] == 0
+    code, _, said = generate("--best-of", "4", "--by", "broad")
+    assert code == 2
+    assert "`broad` scores no completion here: correct: no field `target`" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--beams", "4", "--temperature", "1"), "draws nothing"),
+        (("--beams", "4", "--best-of", "2"), "not with --best-of"),
+        (("--beams", "4", "-n", "5"), "more than it is chosen from"),
+        (("--best-of", "1"), "--best-of"),
+        (("--best-of", "4", "--temperature", "0"), "all are the same"),
+        (("--best-of", "4", "--by", "nobody"), "no reward is called `nobody`"),
+        (("--by", "short"), "only with --best-of"),
+        (("--length-penalty", "0"), "only with --beams"),
+    ],
+)
+def test_what_does_not_go_together(spec: Path, arguments: tuple[str, ...], message: str) -> None:
+    found = tune("generate", spec, "base", "1+1=", *arguments)
+    assert found.returncode == 2
+    assert message in found.stderr

@@ -1,0 +1,354 @@
+"""Distillation against whole logits in float64, and what its programs hold and exchange."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.runtime.test_losses import loop_bodies
+from tunelang.runtime.distillation import (
+    attention_transfer,
+    divergence,
+    feature_transfer,
+    layer_map,
+    top_k,
+    top_k_divergence,
+)
+from tunelang.runtime.losses import cross_entropy
+from tunelang.runtime.sharding import make_layout
+
+BATCH, LENGTH, WIDTH, TEACHER_WIDTH, VOCAB = 8, 10, 6, 4, 24
+KINDS = ["forward_kl", "reverse_kl", "jensen_shannon"]
+PAIRS = [("forward_kl", 5), ("reverse_kl", None), ("jensen_shannon", 5)]
+PLAIN = {"beta": 0.3, "temperature": 1.0, "hard": 0.0, "chunk": 4}
+
+
+@pytest.fixture(scope="module")
+def given():
+    keys = jax.random.split(jax.random.key(0), 6)
+    return (
+        jax.random.normal(keys[0], (BATCH, LENGTH, WIDTH)),
+        jax.random.normal(keys[1], (VOCAB, WIDTH)),
+        jax.random.normal(keys[2], (BATCH, LENGTH, TEACHER_WIDTH)),
+        jax.random.normal(keys[3], (VOCAB, TEACHER_WIDTH)),
+        jax.random.randint(keys[4], (BATCH, LENGTH), 0, VOCAB),
+        jax.random.uniform(keys[5], (BATCH, LENGTH)),
+    )
+
+
+def whole_logits(hidden, head, cap):
+    logits = hidden @ head.T
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def kl(p, q):
+    return jnp.sum(p * jnp.log(p / q), -1)
+
+
+def whole(given, *, kind, beta, temperature, hard, k=None, student_cap=None, teacher_cap=None):
+    """The loss and its parts, and the student's gradients, in float64."""
+    with jax.enable_x64(True):
+        hidden, head, *teacher, targets, weights = (
+            jnp.asarray(array, None if array.dtype == np.int32 else np.float64)
+            for array in map(np.asarray, given)
+        )
+        p = jax.nn.softmax(whole_logits(*teacher, teacher_cap) / temperature)
+        ids = jnp.argsort(-p)[..., :k]
+
+        def outcomes(p):
+            if k is None:
+                return p
+            chosen = jnp.take_along_axis(p, ids, -1)
+            rest = 1 - jnp.sum(chosen, -1, keepdims=True)
+            return chosen if k == VOCAB else jnp.concatenate([chosen, rest], -1)
+
+        def loss(hidden, head):
+            logits = whole_logits(hidden, head, student_cap)
+            t, s = outcomes(p), outcomes(jax.nn.softmax(logits / temperature))
+            m = beta * t + (1 - beta) * s
+            soft = {
+                "forward_kl": kl(t, s),
+                "reverse_kl": kl(s, t),
+                "jensen_shannon": beta * kl(t, m) + (1 - beta) * kl(s, m),
+            }[kind]
+            logp = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+            parts = jnp.sum(weights * soft), -jnp.sum(weights * logp)
+            return (1 - hard) * temperature**2 * parts[0] + hard * parts[1], parts
+
+        found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
+        return jax.tree.map(np.asarray, found)
+
+
+def chunked(given, *, k=None, layout=None, teacher_cap=None, **settings):
+    """What `whole` gives, of the functions under test; with `k`, the teacher is stored ahead."""
+    *_, teacher_hidden, teacher_head, targets, weights = given
+
+    def loss(hidden, head):
+        if k is None:
+            return divergence(
+                hidden, head, teacher_hidden, teacher_head, targets, weights,
+                teacher_cap=teacher_cap, layout=layout, **settings,
+            )  # fmt: skip
+        ids, log_probs = top_k(
+            teacher_hidden, teacher_head, k=k, temperature=settings["temperature"],
+            chunk=3, cap=teacher_cap, layout=layout,
+        )  # fmt: skip
+        return top_k_divergence(
+            hidden, head, ids, log_probs, targets, weights, layout=layout, **settings
+        )
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*given[:2])
+
+
+def close(found, expected, tolerance=2e-5):
+    found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("k", "chunk", "mesh", "temperature", "hard", "caps"),
+    [
+        (None, 4, {}, 1.0, 0.0, (None, None)),
+        (None, 3, {"fsdp": 8}, 0.7, 0.3, (3.0, 2.0)),
+        (None, 1, {"data": 2, "tensor": 2}, 2.0, 0.3, (None, 2.0)),
+        (5, 64, {}, 2.0, 0.3, (3.0, 2.0)),
+        (5, 3, {"fsdp": 8}, 0.7, 0.3, (None, None)),
+        (5, 4, {"data": 2, "tensor": 2}, 1.0, 0.3, (3.0, None)),
+        (VOCAB, 4, {}, 2.0, 0.0, (None, 2.0)),
+    ],
+)
+def test_divergence_equals_whole(given, kind, k, chunk, mesh, temperature, hard, caps):
+    settings = {
+        "kind": kind, "beta": 0.3, "temperature": temperature, "hard": hard,
+        "student_cap": caps[0], "teacher_cap": caps[1], "k": k,
+    }  # fmt: skip
+    layout = make_layout(**mesh) if mesh else None
+    found = chunked(given, chunk=chunk, layout=layout, **settings)
+    # The rest is 1 less what is known, to the precision of 1.
+    close(found, whole(given, **settings), 2e-4 if k == 5 else 2e-5)
+
+
+@pytest.mark.parametrize("k", [None, 5])
+def test_without_gradients_the_loss_is_the_same(given, k):
+    hidden, head, *teacher, targets, weights = given
+    settings = {**PLAIN, "kind": "jensen_shannon"}
+    if k is None:
+        found = divergence(*given, **settings)
+    else:
+        stored = top_k(*teacher, k=k, temperature=1.0, chunk=4)
+        found = top_k_divergence(hidden, head, *stored, targets, weights, **settings)
+    close(found, chunked(given, k=k, **settings)[0], 1e-6)
+
+
+def test_hard_is_the_cross_entropy(given):
+    hidden, head, _, _, targets, weights = given
+    settings = {**PLAIN, "hard": 1.0, "temperature": 3.0}
+    (total, parts), gradients = chunked(given, kind="forward_kl", **settings)
+
+    def loss(hidden, head):
+        return cross_entropy(hidden, head, targets, weights, chunk=4)[0]
+
+    expected = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
+    close((total, gradients), expected)
+    assert parts.cross_entropy == total
+
+
+@pytest.mark.parametrize(("kind", "k"), PAIRS)
+def test_a_teacher_is_at_no_distance_from_itself(given, kind, k):
+    hidden, head, _, _, targets, weights = given
+    same = hidden, head, hidden, head, targets, weights
+    (total, parts), gradients = chunked(same, kind=kind, k=k, **PLAIN)
+    close((total, parts.divergence, gradients), (0.0, 0.0, (0.0 * hidden, 0.0 * head)), 5e-6)
+
+
+@pytest.mark.parametrize(("kind", "k"), PAIRS)
+def test_what_has_no_weight_spreads_nothing(given, kind, k):
+    hidden, head, teacher_hidden, teacher_head, targets, weights = given
+    kept = jnp.arange(LENGTH) < jnp.arange(1, BATCH + 1)[:, None]
+    weights = jnp.where(kept, weights, 0.0)
+    settings = {**PLAIN, "kind": kind, "hard": 0.3, "k": k}
+    broken = (
+        jnp.where(kept[..., None], hidden, jnp.nan), head,
+        jnp.where(kept[..., None], teacher_hidden, jnp.nan), teacher_head,
+        jnp.where(kept, targets, -100), weights,
+    )  # fmt: skip
+    sums, (of_hidden, of_head) = chunked(broken, **settings)
+    del settings["chunk"]
+    expected = whole((hidden, head, teacher_hidden, teacher_head, targets, weights), **settings)
+    close((sums, (of_hidden, of_head)), expected)
+    assert not jnp.any(of_hidden[~kept])
+
+
+@pytest.mark.parametrize(("kind", "k"), PAIRS)
+def test_a_certain_teacher_and_a_student_that_is_certain_of_another(given, kind, k):
+    """Masses that float32 rounds to 0 and 1 leave the loss and its gradients finite."""
+    hidden, head, *_, targets, weights = given
+    opposite = 100 * hidden, head, -100 * hidden, head, targets, weights
+    found = chunked(opposite, kind=kind, k=k, **PLAIN)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(found))
+
+
+def test_bfloat16_gives_gradients_of_its_own_type(given):
+    half = tuple(
+        array if array.dtype == jnp.int32 else array.astype(jnp.bfloat16) for array in given
+    )
+    found = chunked(half, kind="jensen_shannon", **PLAIN)
+    assert [gradient.dtype for gradient in found[1]] == [jnp.bfloat16] * 2
+    found = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
+    close(found, whole(half, kind="jensen_shannon", beta=0.3, temperature=1.0, hard=0.0), 2e-2)
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 8}, {"data": 2, "tensor": 2}])
+def test_top_k_equals_whole(given, mesh):
+    hidden, head = given[2:4]
+    layout = make_layout(**mesh) if mesh else None
+    found = jax.jit(
+        lambda hidden, head: top_k(
+            hidden, head, k=5, temperature=0.7, chunk=4, cap=2.0, layout=layout
+        )
+    )(hidden, head)
+    logp = jax.nn.log_softmax(whole_logits(hidden, head, 2.0) / 0.7)
+    expected = jnp.argsort(-logp)[..., :5]
+    assert found[0].dtype == jnp.int32
+    np.testing.assert_array_equal(found[0], expected)
+    close(found[1], jnp.take_along_axis(logp, expected, -1))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_no_program_holds_whole_logits(stored):
+    """Nor does the program of the loss alone compute gradients."""
+    batch, length, vocab, k, chunk = 2, 256, 4096, 4, 4
+    shapes = [(batch, length, 8), (vocab, 8)]
+    teacher = [(batch, length, k)] * 2 if stored else [(batch, length, 16), (vocab, 16)]
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (*shapes, *teacher)]
+    flat = [jax.ShapeDtypeStruct((batch, length), t) for t in (jnp.int32, jnp.float32)]
+    if stored:
+        shapes[2] = jax.ShapeDtypeStruct((batch, length, k), jnp.int32)
+
+    def loss(*arrays):
+        of = top_k_divergence if stored else divergence
+        return of(*arrays, kind="jensen_shannon", **{**PLAIN, "hard": 0.3, "chunk": chunk})[0]
+
+    logits = 4 * batch * length * vocab
+    programs = [
+        jax.jit(of).lower(*shapes, *flat).compile() for of in (loss, jax.grad(loss, argnums=(0, 1)))
+    ]
+    memory = [program.memory_analysis().temp_size_in_bytes for program in programs]
+    assert max(memory) < logits / 4
+    products = [len(re.findall(r" dot\(", program.as_text())) for program in programs]
+    assert products == ([1, 3] if stored else [2, 4])
+
+
+@pytest.mark.parametrize("of", [divergence, top_k_divergence, top_k])
+def test_no_device_talks_to_another_inside_the_scan(given, of):
+    layout = make_layout(fsdp=8)
+    settings = {**PLAIN, "kind": "forward_kl", "layout": layout}
+    hidden, head, teacher_hidden, teacher_head, *flat = given
+    head, teacher_head = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % 8))) for a in (head, teacher_head))
+    hidden, teacher_hidden = (
+        jnp.pad(a, ((0, 0), (0, 0), (0, -a.shape[2] % 8))) for a in (hidden, teacher_hidden)
+    )
+    if of is top_k:
+        given, settings = (hidden, head), {"k": 5, "temperature": 1.0, "chunk": 4, "layout": layout}
+    elif of is divergence:
+        given = (hidden, head, teacher_hidden, teacher_head, *flat)
+    else:
+        stored = top_k(teacher_hidden, teacher_head, k=5, temperature=1.0, chunk=4)
+        given = (hidden, head, *stored, *flat)
+
+    def place(array):
+        axes = ("vocab", "embed") if array.shape[0] == VOCAB else ("batch", None, None)
+        return layout.sharding(axes[: array.ndim], array.shape)
+
+    def found(*arrays):
+        return of(*arrays, **settings)
+
+    places = tuple(map(place, given))
+    program = jax.jit(
+        found if of is top_k else jax.grad(found, argnums=(0, 1), has_aux=True),
+        in_shardings=places, out_shardings=None if of is top_k else (places[:2], None),
+    ).lower(*given).compile().as_text()  # fmt: skip
+    talk = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    assert re.search(talk, program)
+    bodies = loop_bodies(program)
+    assert bodies
+    assert not any(re.search(talk, body) for body in bodies)
+
+
+def test_layer_map():
+    assert layer_map(4, 12) == (2, 5, 8, 11)
+    assert layer_map(3, 4) == (1, 2, 3)
+    assert layer_map(3, 2) == (0, 1, 1)
+    assert layer_map(2, 12, given=[0, 11]) == (0, 11)
+    for wrong in ([0], [0, 12], [-1, 3]):
+        with pytest.raises(ValueError, match="of 12 layers"):
+            layer_map(2, 12, given=wrong)
+
+
+@pytest.mark.parametrize("distance", ["squared", "kl"])
+def test_attention_transfer_equals_numpy(distance):
+    layers, batch, length = 2, 3, 5
+    keys = jax.random.split(jax.random.key(1), 2)
+    real = np.arange(length) < np.array([5, 3, 1])[:, None]
+    mask = np.tril(np.ones((length, length), bool)) & real[:, None] & real[:, :, None]
+
+    def maps(key, heads):
+        logits = jax.random.normal(key, (layers, batch, heads, length, length))
+        return jax.nn.softmax(jnp.where(mask[None, :, None], logits, -jnp.inf))
+
+    student, teacher = maps(keys[0], 4), maps(keys[1], 2)
+    s, t = (np.asarray(x, np.float64).mean(2) for x in (student, teacher))
+    if distance == "squared":
+        each, slope = np.square(s - t), 2 * (s - t)
+    else:
+        ratio = np.where(mask, t, 1) / np.where(mask, s, 1)
+        each, slope = t * np.log(ratio), -ratio
+
+    found, gradient = jax.value_and_grad(attention_transfer)(
+        student, jnp.where(mask[None, :, None], teacher, jnp.nan), mask, distance=distance
+    )
+    np.testing.assert_allclose(found, each[:, mask].sum(), rtol=1e-5)
+    expected = np.where(mask[None, :, None], slope[:, :, None] / 4, 0)
+    close(gradient, np.broadcast_to(expected, student.shape))
+
+
+@pytest.mark.parametrize("pooling", ["token", "mean", "last"])
+@pytest.mark.parametrize("distance", ["squared", "cosine"])
+def test_feature_transfer_equals_a_loop(given, pooling, distance):
+    hidden, _, teacher_hidden, *_ = given
+    projection = jax.random.normal(jax.random.key(2), (WIDTH, TEACHER_WIDTH))
+    lengths = np.array([0, 1, 4, LENGTH, 3, 2, 0, 7])
+    mask = np.arange(LENGTH) < lengths[:, None]
+    student, teacher = (
+        jnp.where(mask[..., None], array, jnp.nan) for array in (hidden, teacher_hidden)
+    )
+
+    def expected(hidden, projection):
+        total = 0.0
+        for s, t, length in zip(hidden, teacher_hidden, lengths, strict=True):
+            s, t = s[:length] @ projection, t[:length]
+            if pooling == "mean" and length:
+                s, t = s.mean(0, keepdims=True), t.mean(0, keepdims=True)
+            if pooling == "last":
+                s, t = s[length - 1 : length], t[length - 1 : length]
+            if distance == "squared":
+                total += jnp.sum(jnp.mean((s - t) ** 2, -1))
+            else:
+                sizes = jnp.linalg.norm(s, axis=-1) * jnp.linalg.norm(t, axis=-1)
+                total += jnp.sum(1 - jnp.sum(s * t, -1) / sizes)
+        return total
+
+    def found(student, projection):
+        return feature_transfer(
+            student, teacher, projection, mask, pooling=pooling, distance=distance
+        )
+
+    both = {"argnums": (0, 1)}
+    close(
+        jax.jit(jax.value_and_grad(found, **both))(student, projection),
+        jax.jit(jax.value_and_grad(expected, **both))(hidden, projection),
+    )

@@ -1,0 +1,258 @@
+"""Merging against the papers' equations in float64, and against PEFT."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.runtime.architectures import FAMILIES
+from tunelang.dsl.vocabulary.training import Dare, Linear, Slerp, Ties
+from tunelang.runtime.checkpoints import flat
+from tunelang.runtime.merging import merged
+from tunelang.runtime.sharding import make_layout, shardings
+from tunelang.runtime.train import abstract_decoder
+
+METHODS = {
+    "linear": Linear.fixed(weights=(2.0, 1.0)),
+    "slerp": Slerp.fixed(share=0.3),
+    "ties": Ties.fixed(density=0.4, weights=(1.0, 0.5), scale=0.7),
+    "dare": Dare.fixed(density=0.4),
+}
+
+
+def tree(seed: int, dtype=jnp.float32):
+    """A small model: what is below `blocks` has three layers, of unlike sizes."""
+    random = np.random.default_rng(seed)
+    layers = random.normal(0, 1, (3, 8, 2, 6)) * np.array([1, 10, 0.1]).reshape(3, 1, 1, 1)
+    table = random.normal(0, 1, (10, 8))
+    return {
+        "blocks": {"weight": jnp.asarray(layers, dtype)},
+        "embedding": jnp.asarray(table, dtype),
+    }
+
+
+BASE, ONE, OTHER, THIRD = (tree(seed) for seed in range(4))
+
+
+def apart(model) -> dict[str, np.ndarray]:
+    """The tensors of a model in float64, each layer's of its own."""
+    found = {}
+    for name, leaf in flat(model).items():
+        array = np.asarray(leaf, np.float64)
+        if name.startswith("blocks."):
+            found |= {f"{name}.{layer}": each for layer, each in enumerate(array)}
+        else:
+            found[name] = array
+    return found
+
+
+def same(found, expected: dict[str, np.ndarray], tolerance: float = 2e-6) -> None:
+    found = apart(found)
+    assert found.keys() == expected.keys()
+    for name, each in expected.items():
+        bound = tolerance * np.abs(each).max()
+        np.testing.assert_allclose(found[name], each, rtol=0, atol=bound, err_msg=name)
+
+
+def by(combine, *models) -> dict[str, np.ndarray]:
+    each = [apart(model) for model in models]
+    return {name: combine(*(model[name] for model in each)) for name in each[0]}
+
+
+@pytest.mark.parametrize("weights", [None, (2.0, 1.0, -0.5)])
+def test_linear(weights):
+    found = merged(Linear.fixed(weights=weights), [ONE, OTHER, THIRD], None, 0)
+    same(found, by(lambda *all: np.average(all, 0, weights), ONE, OTHER, THIRD))
+
+
+def arc(one, other, share=0.3):
+    """Shoemake 1985, section 3.3, of the directions; the lengths of the ends stay as they are."""
+    cosine = (one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other)
+    angle = np.arccos(cosine)
+    return (np.sin((1 - share) * angle) * one + np.sin(share * angle) * other) / np.sin(angle)
+
+
+def test_slerp():
+    same(merged(METHODS["slerp"], [ONE, OTHER], None, 0), by(arc, ONE, OTHER))
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.0, -3.0])
+def test_slerp_without_an_arc_is_linear(factor):
+    other = jax.tree.map(lambda leaf: factor * leaf, ONE)
+    found = merged(METHODS["slerp"], [ONE, other], None, 0)
+    same(found, by(lambda one: (0.7 + 0.3 * factor) * one, ONE))
+
+
+def ties(base, *models, density, weights, scale):
+    """Section 3 of the paper; the differences are weighted before signs are elected."""
+    values = []
+    for model, weight in zip(models, weights, strict=True):
+        difference = model - base
+        kept = np.argsort(-np.abs(difference), axis=None)[: int(density * base.size)]
+        trimmed = np.zeros(base.size)
+        trimmed[kept] = difference.flat[kept]
+        values.append(weight * trimmed.reshape(base.shape))
+    sign = np.where(np.sum(values, 0) >= 0, 1, -1)
+    agree = np.sign(values) == sign
+    return base + scale * np.sum(values, 0, where=agree) / np.maximum(agree.sum(0), 1)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("weights", [None, (1.0, 0.5, -2.0)])
+def test_ties(density, weights):
+    method = Ties.fixed(density=density, weights=weights, scale=0.7)
+    found = merged(method, [ONE, OTHER, THIRD], BASE, 0)
+    given = {"density": density, "weights": weights or (1, 1, 1), "scale": 0.7}
+    same(found, by(lambda *all: ties(*all, **given), BASE, ONE, OTHER, THIRD))
+
+
+def test_ties_keeps_equal_magnitudes():
+    base = {"norm": jnp.zeros(6)}
+    model = {"norm": jnp.asarray([1.0, -3.0, 2.0, 0.5, -2.0, 0.0])}
+    found = merged(Ties.fixed(density=0.34), [model], base, 0)
+    np.testing.assert_array_equal(found["norm"], [0, -3, 2, 0, -2, 0])
+
+
+def test_a_model_of_weight_0_has_no_vote():
+    two = merged(Ties.fixed(), [ONE, OTHER], BASE, 0)
+    three = merged(Ties.fixed(weights=(1.0, 0.0, 1.0)), [ONE, THIRD, OTHER], BASE, 0)
+    same(three, apart(two))
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 0.5, -2.0)])
+def test_dare_that_drops_nothing(weights):
+    found = merged(Dare.fixed(density=1.0, weights=weights), [ONE, OTHER, THIRD], BASE, 0)
+    factors = weights or (1 / 3,) * 3
+
+    def combine(base, *all):
+        return base + sum(w * (each - base) for w, each in zip(factors, all, strict=True))
+
+    same(found, by(combine, BASE, ONE, OTHER, THIRD))
+
+
+def test_dare_drops_at_random():
+    base = {"blocks": {"a": jnp.zeros((2, 300, 100))}, "b": jnp.zeros((300, 100))}
+    models = [jax.tree.map(lambda leaf, at=at: leaf + at, base) for at in (1.0, 100.0)]
+    method = Dare.fixed(density=0.2, weights=(1.0, 1.0))
+    found = merged(method, models, base, 3)
+    # Each entry tells what was kept of both models: 5 of the first, 500 of the second.
+    kept = [value % 500 == 5 for value in apart(found).values()]
+    kept += [value >= 500 for value in apart(found).values()]
+    assert {float(value) for value in np.unique(found["b"])} == {0, 5, 500, 505}
+    # Shares of 30000 entries, alone and of two together: five standard deviations.
+    for at, mask in enumerate(kept):
+        assert mask.mean() == pytest.approx(0.2, abs=0.012)
+        for other in kept[:at]:
+            assert (mask & other).mean() == pytest.approx(0.04, abs=0.006)
+    assert np.array_equal(found["b"], merged(method, models, base, 3)["b"])
+    assert not np.array_equal(found["b"], merged(method, models, base, 4)["b"])
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
+def test_peft(density):
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("peft.utils.merge_utils")
+    weights = torch.tensor([1.0, 1.5, 0.7])
+
+    def combine(merge, base, *all, weights=weights):
+        differences = [torch.from_numpy(each - base) for each in all]
+        return base + merge(differences, weights, density).numpy()
+
+    def elected(differences, weights, density):
+        # PEFT elects signs before it weights.
+        given = [w * each for w, each in zip(weights, differences, strict=True)]
+        return theirs.ties(given, torch.ones(3), density)
+
+    models = [ONE, OTHER, THIRD]
+    chosen = tuple(weights.tolist())
+    found = merged(Ties.fixed(density=density), models, BASE, 0)
+    plain = by(lambda *all: combine(theirs.ties, *all, weights=torch.ones(3)), BASE, *models)
+    same(found, plain)
+    found = merged(Ties.fixed(density=density, weights=chosen), models, BASE, 0)
+    same(found, by(lambda *all: combine(elected, *all), BASE, *models))
+    if density == 1:
+        found = merged(Dare.fixed(density=density, weights=chosen), models, BASE, 0)
+        same(found, by(lambda *all: combine(theirs.dare_linear, *all), BASE, *models))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Linear.fixed(), Slerp.fixed(), Ties.fixed(density=1.0), Dare.fixed(density=1.0)],
+    ids=lambda method: method.word,
+)
+def test_a_model_with_itself_is_itself(method):
+    same(merged(method, [ONE, ONE], BASE, 0), apart(ONE), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("method", [Linear.fixed(weights=(1.0, 0.0)), Slerp.fixed(share=0.0)])
+def test_all_of_the_first(method):
+    same(merged(method, [ONE, OTHER], None, 0), apart(ONE), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_the_dtype_is_that_of_the_first_model(method):
+    models = [tree(1, jnp.bfloat16), OTHER]
+    found = merged(method, models, BASE, 0)
+    assert {leaf.dtype for leaf in flat(found).values()} == {jnp.dtype(jnp.bfloat16)}
+    in_float32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), models[0])
+    same(found, apart(merged(method, [in_float32, OTHER], BASE, 0)), tolerance=2**-8)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_the_mesh_does_not_matter(method):
+    layout = make_layout(fsdp=4, tensor=2)
+    axes = {"blocks": {"weight": (None, "embed", "heads", None)}, "embedding": ("vocab", "embed")}
+    places = jax.tree.map(lambda leaf, names: layout.sharding(names, leaf.shape), BASE, axes)
+    one, other, base = (jax.device_put(model, places) for model in (ONE, OTHER, BASE))
+    found = merged(method, [one, other], base, 5)
+    assert jax.tree.map(lambda leaf: leaf.sharding, found) == places
+    same(found, apart(merged(method, [ONE, OTHER], BASE, 5)), tolerance=1e-6)
+
+
+def test_a_decoder():
+    _, abstract = abstract_decoder(FAMILIES["moe"], jnp.float32)
+    places = shardings(abstract, make_layout(fsdp=2, tensor=2, expert=2))
+
+    def filled(value: float):
+        return jax.device_put(
+            jax.tree.map(lambda leaf: jnp.full(leaf.shape, value, leaf.dtype), abstract), places
+        )
+
+    models = [filled(1.0), filled(4.0)]
+    found = merged(Linear.fixed(weights=(2.0, 1.0)), models, None, 0)
+    assert jax.tree.structure(found) == jax.tree.structure(models[0])
+    for name, leaf in flat(found).items():
+        assert leaf.sharding == flat(models[0])[name].sharding, name
+        np.testing.assert_allclose(leaf, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "message"),
+    [
+        (Linear.fixed(weights=(1.0, 2.0)), 3, "2 weights for 3 models"),
+        (Linear.fixed(weights=(0.1, 0.2, -0.3)), 3, "weights that add to 0"),
+        (Slerp.fixed(), 3, "slerp is between two models, not 3"),
+        (Ties.fixed(), 2, "ties takes differences from a base, and there is none"),
+        (Dare.fixed(), 2, "dare takes differences from a base, and there is none"),
+    ],
+)
+def test_errors(method, count, message):
+    with pytest.raises(ValueError, match=message):
+        merged(method, [ONE, OTHER, THIRD][:count], None, 0)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"norm": jnp.zeros((1, 8))}, r"`norm` is \(8,\) in one model and \(1, 8\) in another"),
+        ({"a": jnp.zeros(2), "norm": jnp.zeros(8)}, "`a` is not in every model"),
+        ({"norm": jnp.zeros(8, jnp.uint8)}, "`norm` is uint8"),
+    ],
+)
+def test_models_that_do_not_match(other, message):
+    with pytest.raises(ValueError, match=message):
+        merged(Linear.fixed(), [{"norm": jnp.ones(8)}, other], None, 0)
