@@ -99,8 +99,10 @@ def lay_out(
     dtype_bytes: int,
     devices: Devices,
     attention: str = "auto",
+    teacher: Architecture | None = None,
 ) -> StageLayout:
-    """Return the best layout of a training stage; `attention` is the kernel that its model wants.
+    """Return the best layout of a training stage; `attention` is the kernel that its model wants,
+    `teacher` what it is distilled from.
 
     Raises `DoesNotFitError` and `NoLayoutError`.
     """
@@ -121,7 +123,9 @@ def lay_out(
             continue
         if experts % mesh["expert"]:
             continue
-        found = _fitting(stage, architecture, dtype_bytes, devices, mesh, rows, length, kernel)
+        found = _fitting(
+            stage, architecture, dtype_bytes, devices, mesh, rows, length, kernel, teacher
+        )
         for layout, fits in found:
             if nearest is None or layout.total < nearest.total:
                 nearest = layout
@@ -237,6 +241,7 @@ def _fitting(
     rows: int,
     length: int,
     kernel: str,
+    teacher: Architecture | None,
 ) -> Iterator[tuple[StageLayout, bool]]:
     """Give the layouts of a mesh from the fastest on, and whether each fits."""
     local = rows // _shards(mesh)
@@ -264,6 +269,7 @@ def _fitting(
             architecture,
             dtype_bytes,
             devices.chip,
+            teacher,
         )
         for parts in counts
         for remat in remats
@@ -273,7 +279,12 @@ def _fitting(
 
 
 def _estimated(
-    layout: StageLayout, stage: Training, a: Architecture, dtype_bytes: int, chip: Chip
+    layout: StageLayout,
+    stage: Training,
+    a: Architecture,
+    dtype_bytes: int,
+    chip: Chip,
+    teacher: Architecture | None,
 ) -> StageLayout:
     """Fill in memory, FLOPs and seconds."""
     devices = math.prod(layout.mesh.values())
@@ -311,6 +322,9 @@ def _estimated(
     if chip.cache is not None and memory["activations"] > chip.cache:
         work *= _CACHE_MISSES
     slots = None
+    if teacher is not None:
+        work += forward_flops(teacher, layout.length) * step_tokens
+        memory["teacher"] = 4 * parameter_count(teacher) // split
     if isinstance(stage, Compared) and stage.needs_reference:
         work += forward_flops(a, layout.length) * step_tokens
         if stage.reference_log_probs == "live" and (not a.adapters or stage.reference is not None):

@@ -134,7 +134,7 @@ def _data(book: Book, declared: Declared, source: data.DataKind) -> None:
         _procedural(book, declared, source)
         fields: dict[str, Any] = {"question": "", "answer": "", "metadata": {}}
     elif isinstance(source, data.Sampled):
-        known = _sampled_fields(book, declared, source)
+        known = _sampled_fields(book, source)
         if known is None:
             return
         fields = dict.fromkeys(known)
@@ -150,7 +150,7 @@ def _data(book: Book, declared: Declared, source: data.DataKind) -> None:
     for role in data.ROLES:
         template = getattr(source, role)
         if template is not None:
-            if role != "system" and not any(
+            if role not in ("system", "label", "margin") and not any(
                 True for _ in _template_places(book, template, _NOWHERE)
             ):
                 book.add(messages.constant_template(book.span(declared, role), role))
@@ -158,14 +158,11 @@ def _data(book: Book, declared: Declared, source: data.DataKind) -> None:
                 _known_field(book, name, span, fields, declared)
 
 
-def _sampled_fields(book: Book, declared: Declared, source: data.Sampled) -> set[str] | None:
+def _sampled_fields(book: Book, source: data.Sampled) -> set[str] | None:
     """The fields of what a stage samples; None where they are not known."""
     stage = book.declared(source.from_.name)
     values = [branch.value for branch in stage.branches] if stage is not None else []
-    if stage is None or not values:
-        return None
-    if not isinstance(values[0], stages.Sample):
-        book.add(messages.yields_no_rows(book.span(declared, "from"), stage))
+    if not values or not isinstance(values[0], stages.Sample):  # reported where stages are read
         return None
     found = {"prompt", "target", "reward"}
     found |= (

@@ -73,6 +73,12 @@ def apply(program: Program, places: dict[int, Place], diagnostics: Diagnostics) 
                     _training(book, declared, value)
                     if isinstance(value, stages.Policy):
                         _policy(book, declared, value)
+                case stages.Evaluate():
+                    for reference in value.models:
+                        _measured(book, declared, reference, value.evals)
+            for contradiction in _contradictions(value):
+                path, *words = contradiction
+                book.add(messages.contradiction(book.span(declared, path), *words))
         _yields(book, declared, values)
         if declared.noun == "stage":
             _sweep(book, declared)
@@ -203,6 +209,7 @@ def _training(book: Book, declared: Declared, stage: stages.Training) -> None:
     _division(book, declared, stage)
     _roles(book, declared, stage)
     _evals(book, declared, stage)
+    _measured(book, declared, Reference.fixed(noun="stage", name=declared.name), stage.evals)
 
 
 def _start(book: Book, declared: Declared, stage: stages.Training) -> None:
@@ -233,6 +240,128 @@ def _yields(book: Book, declared: Declared, values: list[Any]) -> None:
             if stage.branches[0].value.yields not in wanted and (path, stage.name) not in seen:
                 seen.add((path, stage.name))
                 book.add(messages.yields_other(book.span(declared, path), stage, wanted))
+
+
+def _contradictions(value: Any) -> Iterator[tuple[str, str, str, str]]:
+    """Attributes that cannot both be: where, the title, the label, the help."""
+    match value:
+        case stages.Distill():
+            if value.teacher_log_probs == "ahead":
+                where = "teacher_log_probs"
+                if value.top_k is None:
+                    yield (
+                        where,
+                        "all log-probabilities of a teacher are too many to store",
+                        ("needs `top_k`"),
+                        "store those of its likeliest tokens: `top_k = 64`",
+                    )
+                if value.on_policy:
+                    yield (
+                        where,
+                        "the teacher cannot know answers that are sampled later",
+                        ("with `on_policy`"),
+                        "let it run beside the student: `teacher_log_probs = live`",
+                    )
+                if value.attention is not None or value.features is not None:
+                    yield (
+                        where,
+                        "only log-probabilities are stored ahead",
+                        ("with `attention` or `features`"),
+                        "let the teacher run beside the student: `teacher_log_probs = live`",
+                    )
+            pooled = value.features is not None and value.features.pooling != "token"
+            if value.packing and (value.on_policy or pooled):
+                yield (
+                    ("on_policy" if value.on_policy else "features"),
+                    ("one example has to be a whole sequence here"),
+                    "examples share sequences",
+                    "`packing = false`",
+                )
+        case stages.Preference():
+            if value.label_smoothing and value.loss not in ("sigmoid", "robust"):
+                yield (
+                    "label_smoothing",
+                    f"the loss `{value.loss}` does not read it",
+                    ("has no effect"),
+                    "`loss = sigmoid` or `loss = robust`",
+                )
+            if value.label_smoothing >= 0.5:
+                yield (
+                    "label_smoothing",
+                    "more than half of the labels would be wrong",
+                    ("below 50%"),
+                    "exchange `chosen` and `rejected`",
+                )
+        case stages.Ppo():
+            if value.kl_target is not None and (value.kl is None or value.kl.at != "reward"):
+                yield (
+                    "kl_target",
+                    "there is no divergence in the reward whose coefficient could adapt",
+                    "has no effect",
+                    "take it off the reward: `kl = k1(0.05, at = reward)`",
+                )
+            if value.value_model is not None and value.critic.trunk == "shared":
+                yield (
+                    "value_model",
+                    "a critic with a shared trunk starts from the policy",
+                    "has no effect",
+                    "`critic = critic(trunk = separate)`, or take it out",
+                )
+        case stages.Merge():
+            count, method = 1 + len(value.others), value.method
+            weights = getattr(method, "weights", None)
+            if weights is not None and len(weights) != count:
+                yield (
+                    "method",
+                    f"{len(weights)} weights for {count} models",
+                    ("a weight for each"),
+                    "the first is of `from`, the others in the order of `others`",
+                )
+            if isinstance(method, training.Slerp) and count != 2:
+                yield (
+                    "method",
+                    f"an arc leads from one model to another, and these are {count}",
+                    ("of two models"),
+                    "`linear()`, or one merge after another",
+                )
+        case rewards.Generate():
+            if value.beams is not None and (value.temperature or value.top_k or value.top_p):
+                yield (
+                    "beams",
+                    "a beam search does not sample",
+                    ("with `temperature`, `top_k` or `top_p`"),
+                    "leave out either",
+                )
+            if value.beams is not None and value.samples > value.beams:
+                yield (
+                    "samples",
+                    f"{value.beams} beams find no {value.samples} completions",
+                    ("more than there are beams"),
+                    f"`beams = {value.samples}`",
+                )
+            if value.rank is not None and value.samples < 2:
+                yield (
+                    "rank",
+                    "there is nothing to choose from",
+                    ("one completion for each prompt"),
+                    "`samples = 4, temperature = 1.0`",
+                )
+
+
+def _measured(
+    book: Book, declared: Declared, model: Reference, evals: tuple[Reference, ...]
+) -> None:
+    """A reward model answers nothing: only its preferences can be measured."""
+    found = book.declared(model.name)
+    if found is None or not found.branches or found.branches[0].value.yields != "scores":
+        return
+    for reference in evals:
+        measured = book.declared(reference.name)
+        if measured is not None and not isinstance(measured.value, rewards.Preference):
+            title = f"`{model.name}` scores answers, and `{reference.name}` asks for some"
+            help = "measure it with a `preference` eval"
+            span = book.span(declared, "evals")
+            book.add(messages.contradiction(span, title, "not of a reward model", help))
 
 
 def _warmup(book: Book, declared: Declared, stage: stages.Training) -> None:
@@ -332,7 +461,7 @@ def _rows(book: Book, expression: DataExpression, selection: str = "") -> set[tu
 
 
 def _policy(book: Book, declared: Declared, stage: stages.Policy) -> None:
-    if stage.group < 2:
+    if stage.group < 2 and (stage.advantage != "gae" or stage.refill):
         book.add(messages.group_too_small(book.span(declared, "group"), declared))
     if stage.rollout.temperature == 0:
         book.add(messages.greedy(book.span(declared, "rollout.temperature"), declared))
@@ -404,7 +533,7 @@ def _nodes(value: Any, program: Program) -> Iterator[Node]:
 
 
 def _generate(book: Book, declared: Declared, value: rewards.Generate) -> None:
-    if value.samples > 1 and value.temperature == 0:
+    if value.samples > 1 and value.temperature == 0 and value.beams is None:
         span = book.span(declared, "samples")
         book.add(messages.greedy_samples(span, value.samples))
 
@@ -435,7 +564,7 @@ def _metric(
         found = book.declared(reference.name)
         if found is None:
             return
-        for at, (metric, doc) in enumerate(found.value.metrics.items()):
+        for at, (metric, doc) in enumerate(found.value.measures.items()):
             known[f"{found.name}.{metric}"] = doc
             if at == 0:
                 known[found.name] = doc

@@ -68,6 +68,31 @@ def plain_attention(
     return found.transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
+def attention_maps(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    segments: jax.Array | None,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+) -> jax.Array:
+    """Return the weights that `self_attention` gives to its values, averaged over heads, `[batch,
+    queries, keys]` float32; they exist as a whole.
+    """
+    group = query.shape[2] // key.shape[2]
+    key = jnp.repeat(key, group, axis=2)
+    logits = scale * jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    order = jnp.arange(query.shape[1])
+    mask = visible(order, order, window)[None]
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    logits = jnp.where(mask[:, None], logits, _MASKED)
+    return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=1)
+
+
 def self_attention(
     query: jax.Array,
     key: jax.Array,

@@ -22,6 +22,7 @@ from tunelang.runtime.preferences import Pairs, bradley_terry, kto_losses, pair_
 from tunelang.runtime.train import (
     Batch,
     Models,
+    Objective,
     Program,
     abstract_decoder,
     balance,
@@ -120,7 +121,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class PairObjective:
+class PairObjective(Objective):
     """The mean loss of a pair; see `train.Objective`."""
 
     stage: Preference
@@ -167,7 +168,7 @@ class PairObjective:
 
 
 @dataclass(frozen=True)
-class KtoObjective:
+class KtoObjective(Objective):
     """The mean loss of an answer; see `train.Objective`."""
 
     stage: Kto
@@ -221,7 +222,7 @@ class KtoObjective:
 
 
 @dataclass(frozen=True)
-class ScoreObjective:
+class ScoreObjective(Objective):
     """The mean Bradley-Terry loss of a pair of scores; see `train.Objective`."""
 
     stage: RewardModel

@@ -21,7 +21,13 @@ from flax import nnx
 
 from tunelang.compiler.architecture import Architecture, Span, plain
 from tunelang.runtime import rope
-from tunelang.runtime.attention import Kernel, cached_attention, prefixed_attention, self_attention
+from tunelang.runtime.attention import (
+    Kernel,
+    attention_maps,
+    cached_attention,
+    prefixed_attention,
+    self_attention,
+)
 from tunelang.runtime.layers import (
     DTYPES,
     Block,
@@ -140,6 +146,25 @@ class Decoder(nnx.Module):
             tokens, segments, positions, dropout_keys, layout, remat, kernel, keep=False
         )
         return hidden, routed
+
+    def traced(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array | None,
+        positions: jax.Array | None,
+        dropout_keys: jax.Array | None = None,
+        *,
+        layout: Layout | None = None,
+        remat: Remat = "none",
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, jax.Array, jax.Array]:
+        """`routed`, and of each layer what distillation matches: maps of attention averaged over
+        heads `[layers, batch, length, length]` float32, and hidden states `[layers, batch, length,
+        width]`.
+        """
+        hidden, (kept, routed) = self._sequence(
+            tokens, segments, positions, dropout_keys, layout, remat, "xla", keep=True, maps=True
+        )
+        return hidden, routed, *kept
 
     def prefill(
         self,
@@ -300,8 +325,7 @@ class Decoder(nnx.Module):
     def scores(self, hidden: jax.Array) -> jax.Array:
         """One number for each hidden state `[..., width]`, float32."""
         assert self.score is not None
-        weight = self.score[...].astype(jnp.float32)
-        return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), weight)
+        return scored(hidden, self.score[...])
 
     def merged(self) -> Decoder:
         """Return the decoder whose weights, float32, are these with the adapters in them."""
@@ -395,9 +419,10 @@ class Decoder(nnx.Module):
         kernel: Kernel,
         *,
         keep: bool,
+        maps: bool = False,
     ) -> tuple[jax.Array, Any]:
-        """Hidden states of whole sequences; with `keep`, the keys and values of all layers, and
-        what the routers of experts say.
+        """Hidden states of whole sequences; with `keep`, the keys and values of all layers, or with
+        `maps` their maps of attention and hidden states; and what the routers of experts say.
         """
         a = self.architecture
         places = jnp.arange(tokens.shape[1])[None] if positions is None else positions
@@ -418,11 +443,21 @@ class Decoder(nnx.Module):
                     kernel=kernel,
                     layout=layout,
                 )
+                if maps:
+                    return attended, attention_maps(
+                        query,
+                        key,
+                        segments=segments,
+                        window=a.window if span == "local" else None,
+                        scale=self._query_scale,
+                        cap=a.attention_cap,
+                    )
                 return attended, (key, value) if keep else None
 
             keys = None if dropout_keys is None else _fold(dropout_keys, index)
             x, kept, routed = block(x, turns.get(span), attend, keys, layout)
-            return constrain(layout, x, RESIDUAL), (kept, routed)
+            x = constrain(layout, x, RESIDUAL)
+            return x, ((kept, x) if maps else kept, routed)
 
         x = self._embed(tokens, places, dropout_keys, layout)
         x, extra = self._layers(x, layer, remat)
@@ -477,6 +512,11 @@ class Decoder(nnx.Module):
             carry, extra = apply(carry, own, a.spans[index], jnp.asarray(index), False)
             extras.append(jax.tree.map(lambda array: array[None], extra))
         return carry, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *extras)
+
+
+def scored(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """Products `[...]` of hidden states `[..., width]` with a head `[width]`, float32."""
+    return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), head.astype(jnp.float32))
 
 
 def _updated(table: Parameter, adapters: nnx.Dict[LowRank]) -> jax.Array:

@@ -13,8 +13,9 @@ import numpy as np
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity, Preference
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime import numeric, train
+from tunelang.runtime import numeric, statistics, train
 from tunelang.runtime.answers import epoch, score_answers
+from tunelang.runtime.beam import beam_search, make_search
 from tunelang.runtime.corpus import Corpus, tokenise
 from tunelang.runtime.decode_loop import Engine, make_engine
 from tunelang.runtime.examples import Example
@@ -180,44 +181,35 @@ def _generate(
     workshop: Workshop, name: str, kind: Generate, model: Model, params: Params, layout: Layout
 ) -> Evaluation:
     asked = _asked(workshop, name, kind, model)
-    sampling = Sampling.fixed(
-        max_tokens=kind.max_tokens,
-        temperature=kind.temperature,
-        top_p=kind.top_p,
-        top_k=kind.top_k,
-    )
-    count = len(asked.prompts) * kind.samples
-    slots = min(MOST_SLOTS, 1 << (count - 1).bit_length())
-    engine = engine_of(
-        workshop, model, slots, capacity_of(model, asked.longest, kind.max_tokens), layout
-    )
-    found = rollout(
-        engine,
-        params,
-        asked.prompts,
-        sampling,
-        group=kind.samples,
-        stop_ids=model.renderer.stops,
-        seed=_SEED,
-        step=0,
-        pad=model.renderer.tokenizer.pad,
-        tokenizer=model.renderer.tokenizer,
-    )
+    capacity = capacity_of(model, asked.longest, kind.max_tokens)
+    found = _completions(workshop, kind, model, params, layout, asked.prompts, capacity)
     texts = texts_of(model, found)
-    reward = workshop.once(
-        ("eval reward", name),
-        lambda: Reward(kind.score, workshop.surroundings(kind.max_tokens)),
+    rewards = [kind.score, *kind.also, *([] if kind.rank is None else [kind.rank])]
+    around = workshop.surroundings(kind.max_tokens)
+    opened = workshop.once(
+        ("eval rewards", name), lambda: [Reward(each, around) for each in rewards]
     )
-    scores = reward.score(rows_of(asked.examples, found, texts))
+    rows = rows_of(asked.examples, found, texts)
+    scores, *others = [reward.score(rows) for reward in opened]
     groups = scores.values.reshape(-1, kind.samples)
+    low, high = statistics.interval(groups)
     metrics = {
         "score": float(groups.mean()),
+        "score_low": low,
+        "score_high": high,
         "length": float(found.lengths.mean()),
         "truncated": float(found.truncated.mean()),
     }
+    for expression, other in zip(kind.also, others, strict=False):
+        metrics[kind.called(expression)] = float(other.values.mean())
     if kind.samples > 1:
-        metrics["pass_at_k"] = float((groups >= 1).any(1).mean())
-        metrics["majority"] = _majority(texts, groups)
+        metrics |= {f"pass_at_{k}": statistics.pass_at_k(groups, k) for k in kind.ks}
+        answers = [_answer(text) for text in texts]
+        each = [answers[at : at + kind.samples] for at in range(0, len(answers), kind.samples)]
+        metrics["majority"] = statistics.majority(each, groups)
+    if kind.rank is not None:
+        chosen = others[-1].values.reshape(groups.shape).argmax(1)
+        metrics["best_of_n"] = float(groups[np.arange(len(groups)), chosen].mean())
     by_source = _by_source(asked.examples, groups)
     if len(by_source) > 1:
         metrics |= {f"score/{source}": value for source, value in by_source.items()}
@@ -225,21 +217,49 @@ def _generate(
     return Evaluation(metrics, tuple(every[: kind.show * kind.samples : kind.samples]))
 
 
-def _majority(texts: Sequence[str], groups: np.ndarray[Any, Any]) -> float:
-    """Share of prompts whose most common answer scores 1; the first of equally common ones.
+def _completions(
+    workshop: Workshop,
+    kind: Generate,
+    model: Model,
+    params: Params,
+    layout: Layout,
+    prompts: Sequence[Prompt],
+    capacity: int,
+) -> Rollouts:
+    """Sample, or search for, `samples` completions of each prompt."""
+    stops, pad = model.renderer.stops, model.renderer.tokenizer.pad
+    a, dtype = model.architecture, model.dtype
+    if kind.beams is not None:
+        beams = kind.beams
+        size = max(1, min(MOST_SLOTS // beams, 1 << (len(prompts) - 1).bit_length()))
+        search = workshop.once(
+            ("search", a, str(dtype), size, beams, capacity, layout),
+            lambda: make_search(
+                a, prompts=size, beams=beams, capacity=capacity, dtype=dtype, layout=layout
+            ),
+        )
+        return beam_search(
+            search, params, prompts, max_tokens=kind.max_tokens, stop_ids=stops, pad=pad,
+            returned=kind.samples,
+        )  # fmt: skip
+    sampling = Sampling.fixed(
+        max_tokens=kind.max_tokens,
+        temperature=kind.temperature,
+        top_p=kind.top_p,
+        top_k=kind.top_k,
+    )
+    slots = min(MOST_SLOTS, 1 << (len(prompts) * kind.samples - 1).bit_length())
+    engine = engine_of(workshop, model, slots, capacity, layout)
+    return rollout(
+        engine, params, prompts, sampling, group=kind.samples, stop_ids=stops, seed=_SEED, step=0,
+        pad=pad, tokenizer=model.renderer.tokenizer,
+    )  # fmt: skip
 
-    An answer is the last number of a completion, or its text where it has none.
-    """
-    right = 0
-    samples = groups.shape[1]
-    for at, values in enumerate(groups):
-        answers: list[Any] = []
-        for text in texts[at * samples : (at + 1) * samples]:
-            number = numeric.last_number(text)
-            answers.append(text.strip() if number is None else number)
-        most = max(answers, key=answers.count)
-        right += bool(values[answers.index(most)] >= 1)
-    return right / len(groups)
+
+def _answer(text: str) -> Any:
+    """Return the answer that a completion votes for: its last number, or its text."""
+    number = numeric.last_number(text)
+    return text.strip() if number is None else number
 
 
 def _by_source(examples: Sequence[Example], groups: np.ndarray[Any, Any]) -> dict[str, float]:

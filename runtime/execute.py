@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax import nnx
 
 from tunelang.compiler.architecture import Architecture, plain
 from tunelang.compiler.graph import Input, StageNode
@@ -23,19 +23,22 @@ from tunelang.dsl.rules import references_in
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.data import Sampled
 from tunelang.dsl.vocabulary.stages import (
+    Distill,
     Evaluate,
     Export,
     Merge,
     Policy,
+    Ppo,
     Sample,
     Supervised,
     Training,
 )
-from tunelang.dsl.vocabulary.training import Dare, Ties
+from tunelang.dsl.vocabulary.training import Continued, Dare, Ties
 from tunelang.runtime import train
 from tunelang.runtime.answers import learned
 from tunelang.runtime.bad_rows import BadRows
 from tunelang.runtime.checkpoints import Checkpoints, load_params
+from tunelang.runtime.distilling import compared
 from tunelang.runtime.evaluate import Evaluation, evaluate, named
 from tunelang.runtime.export import export
 from tunelang.runtime.judges import Ask
@@ -43,7 +46,7 @@ from tunelang.runtime.locks import Holder
 from tunelang.runtime.loop import Interrupted, Loop, Reporter, Trainer
 from tunelang.runtime.manifest import export_folder
 from tunelang.runtime.merging import merged
-from tunelang.runtime.origins import Origin, Origins, loaded, starting
+from tunelang.runtime.origins import Origin, Origins, loaded, score_head, scoring, starting
 from tunelang.runtime.permutation import derive
 from tunelang.runtime.policy import policy_trainer
 from tunelang.runtime.prepare import Prepared
@@ -51,7 +54,7 @@ from tunelang.runtime.recorder import Recorder, check_trackers, open_trackers
 from tunelang.runtime.rewards import Reward
 from tunelang.runtime.sample import FILES, sample
 from tunelang.runtime.scorers import Scorer
-from tunelang.runtime.sharding import Layout, make_layout
+from tunelang.runtime.sharding import Layout, make_layout, shardings
 from tunelang.runtime.speaker import Speaker
 from tunelang.runtime.store import StageFolder, Store
 from tunelang.runtime.supervised import supervised_trainer
@@ -88,6 +91,15 @@ class HardwareMissingError(Exception):
         super().__init__(wanted, there)
         self.wanted = wanted
         self.there = there
+
+
+class OtherTokenizerError(Exception):
+    """What an `attribute` names has another tokenizer than the model that is trained: its `name`."""
+
+    def __init__(self, attribute: str, name: str) -> None:
+        super().__init__(attribute, name)
+        self.attribute = attribute
+        self.name = name
 
 
 class NotAlikeError(Exception):
@@ -302,7 +314,7 @@ class _Run:
         self.reporter.doing("merging")
         models = [first, *(params for _, _, params, _ in others)]
         params = merged(kind.method, models, base, self.seed(kind.seed))
-        evals, metrics = self._measured(planned, kind.evals, model, params, layout, {})
+        evals, metrics = self.measured(planned, kind.evals, model, params, layout, {})
         checkpoints = Checkpoints(folder)
         try:
             checkpoints.finish(0, params)
@@ -316,7 +328,7 @@ class _Run:
         table: dict[str, dict[str, float]] = {}
         for reference in kind.models:
             origin, model, params, layout = self._weights(node, reference)
-            _, found = self._measured(planned, kind.evals, model, params, layout, origin.evals)
+            _, found = self.measured(planned, kind.evals, model, params, layout, origin.evals)
             table[reference.name] = found
             metrics |= {f"{reference.name}/{name}": value for name, value in found.items()}
         return {"metrics": metrics, "table": table}
@@ -334,7 +346,7 @@ class _Run:
         layout = make_layout(fsdp=len(self.workshop.devices))
         return origin, model, loaded(origin, model, layout, self.seed(None) % 2**31), layout
 
-    def _measured(
+    def measured(
         self,
         planned: StagePlan,
         evals: Sequence[Reference],
@@ -413,13 +425,8 @@ class _Job:
         try:
             if 0 < start < trainer.steps:
                 state = trainer.state
-                params, moments, progress = checkpoints.restore(
-                    start, state.params, state.optimizer
-                )
-                count = self.updates(start)
-                where = state.step.sharding
-                step = jax.device_put(np.int32(count), where)
-                restored = replace(state, params=params, optimizer=moments, step=step)
+                params, moments, progress = checkpoints.restore(start, state.params, state.moments)
+                restored = state.restored(params, moments, self.updates(start))
                 trainer.resume(restored, progress["trainer"])
             trackers = open_trackers(
                 run.prepared.program.run.track, self.folder, self.planned.node, start
@@ -441,6 +448,10 @@ class _Job:
                     save_at=marks,
                 )
                 metrics = loop.run(start)
+                if isinstance(self.stage, Distill):
+                    metrics |= self._compared(
+                        self.stage, recorder, model, trainer.state, layout, trainer.steps
+                    )
         finally:
             checkpoints.close()
         return {
@@ -483,19 +494,50 @@ class _Job:
         )
         model = replace(model, architecture=architecture)
 
-        def begin(optimizer: Any, program: train.Program) -> train.TrainState:
-            return train.state_of(architecture, params, optimizer, program, scale)
+        def begin(
+            optimizer: Any,
+            program: train.Program,
+            extra: Any = nnx.State({}),  # noqa: B008
+        ) -> train.TrainState:
+            extra = jax.device_put(extra, shardings(extra, layout))
+            whole = train.whole(params, extra)
+            return train.state_of(architecture, whole, optimizer, program, scale)
 
         def reference() -> tuple[Architecture, Any]:
+            if isinstance(stage, Distill):
+                teacher, weights_of = self._teacher(stage, layout)
+                if teacher.renderer.tokenizer.digest != model.renderer.tokenizer.digest:
+                    raise OtherTokenizerError("teacher", stage.teacher.name)
+                return teacher.architecture, weights_of
             stated = getattr(stage, "reference", None)
             if stated is not None:
                 origin = run.origins.of(self.node, stated)
                 return plain(model.architecture), loaded(origin, model, layout, weights)
-            if stage.adapter is None:
-                return architecture, jax.tree.map(jnp.copy, params)
+            return beginning()
+
+        def beginning() -> tuple[Architecture, Any]:
             # What an adapter leaves frozen and its beginning are the model that it starts from.
             own, frozen = train.divided(architecture, params)
             return architecture, train.whole(jax.tree.map(jnp.copy, own), frozen)
+
+        def critic() -> tuple[Architecture, Any]:
+            assert isinstance(stage, Ppo)
+            if stage.critic.trunk == "shared":
+                own: tuple[Architecture, Any] = architecture, nnx.State({})
+            elif stage.value_model is None:
+                own = beginning()
+            else:
+                origin = run.origins.of(self.node, stage.value_model)
+                other = workshop.model(origin.model)
+                if other.renderer.tokenizer.digest != model.renderer.tokenizer.digest:
+                    raise OtherTokenizerError("value_model", stage.value_model.name)
+                continued = isinstance(stage.adapter, Continued)
+                adapter = source.adapters[-1][0] if continued else stage.adapter
+                own = starting(origin, adapter, other, layout, weights)
+            if own[0].scores:
+                return own
+            # Zeros: what is not learned yet is no opinion.
+            return scoring(*own, score_head(own[0], jnp.zeros(own[0].width), layout))
 
         if isinstance(stage, Supervised):
             trainer: Any = supervised_trainer(
@@ -509,7 +551,7 @@ class _Job:
             try:
                 trainer = policy_trainer(
                     workshop, stage, model, planned, layout, seed, begin,
-                    reference, reward, self.marks(),
+                    reference, critic, reward, self.marks(),
                 )  # fmt: skip
             except BaseException:
                 close()
@@ -520,8 +562,36 @@ class _Job:
             self.folder.forget_evals(start)
             state = trainer.state
             path = self.folder.checkpoints / str(start)
-            trainer.state = replace(state, params=load_params(path, state.params))
+            trainer.state = replace(state, params=load_params(path, state.yielded))
         return trainer, model, close
+
+    def _teacher(self, stage: Distill, layout: Layout) -> tuple[Model, Any]:
+        run = self.run_
+        origin = run.origins.of(self.node, stage.teacher)
+        model = run.workshop.model(origin.model)
+        model = replace(model, architecture=plain(model.architecture))
+        weights = derive(run.seed(stage.seed), "weights") % 2**31
+        return model, loaded(origin, model, layout, weights)
+
+    def _compared(
+        self,
+        stage: Distill,
+        recorder: Recorder,
+        model: Model,
+        state: train.TrainState,
+        layout: Layout,
+        step: int,
+    ) -> dict[str, float]:
+        """Measure the teacher as the student was, and say how the two compare."""
+        run = self.run_
+        run.reporter.doing("comparing with the teacher")
+        teacher, params = self._teacher(stage, layout)
+        _, known = run.measured(self.planned, stage.evals, teacher, params, layout, {})
+        student = model, state.weights
+        found = compared(run.workshop, student, (teacher, params), layout, recorder.last, known)
+        found |= {f"teacher/{name}": value for name, value in known.items()}
+        recorder.evaluated(step, found)
+        return found
 
     def evaluate(
         self, recorder: Recorder, model: Model, params: Any, layout: Layout, step: int

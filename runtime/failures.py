@@ -26,6 +26,7 @@ from tunelang.runtime.durable import StoreError
 from tunelang.runtime.execute import (
     HardwareMissingError,
     NotAlikeError,
+    OtherTokenizerError,
     StageFailed,
 )
 from tunelang.runtime.export import ForeignFileError, NotApartError
@@ -62,6 +63,9 @@ def diagnose(error: Exception, program: Program) -> tuple[Diagnostic, int]:
         case NotAlikeError():
             what = f"`{error.first}` and `{error.other}` are not of one architecture"
             return message("not-alike", what, place.attribute("others")), WRONG_SPEC
+        case OtherTokenizerError():
+            what = f"`{error.name}` has another tokenizer than the model that is trained"
+            return message("other-tokenizer", what, place.attribute(error.attribute)), WRONG_SPEC
         case NoTargetError():
             return _no_target(error, place), WRONG_SPEC
         case NotBuiltError():

@@ -140,7 +140,7 @@ class Loop:
         self._collect()
         self._evaluate(steps)
         self.reporter.doing("saving")
-        self.checkpoints.finish(steps, trainer.state.params)
+        self.checkpoints.finish(steps, trainer.state.yielded)
         return dict(self.recorder.last)
 
     def _collect(self) -> None:
@@ -196,7 +196,7 @@ class Loop:
     def _save(self, step: int) -> None:
         progress = {"trainer": self.trainer.progress(), "recorder": self.recorder.begun()}
         state = self.trainer.state
-        self.checkpoints.save(step, state.params, state.optimizer, progress)
+        self.checkpoints.save(step, state.params, state.moments, progress)
         self._saved = step, time.monotonic()
 
     def _evaluate(self, step: int) -> None:

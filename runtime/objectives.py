@@ -42,7 +42,7 @@ class Completions(NamedTuple):
     mask: Array
     """True on the tokens of the completion, the stop token included."""
     advantages: Array
-    """From `Advantages.values`, as a rule the same on all tokens of a completion."""
+    """From `Advantages.values`, the same on all tokens of a completion; or from `values.gae`."""
     old: Array | None = None
     """By the trainer's program with the parameters that sampled; without it, these are `now`'s."""
     sampler: Array | None = None
@@ -117,8 +117,13 @@ def penalised(rewards: Array, kl: KlTerm, old: Array, reference: Array, mask: Ar
     This is `kl = k1(..., at = reward)`: `r - beta log(pi(y|x) / pi_ref(y|x))` (as in RLOO,
     arXiv:2402.14740, with k1). `old`, `reference` and `mask` are `[sequences, length]`.
     """
+    return rewards - kl.coefficient * divergences(kl, old, reference, mask).sum(-1)
+
+
+def divergences(kl: KlTerm, old: Array, reference: Array, mask: Array) -> Array:
+    """Estimate the divergence from the reference on each token, in nats; 0 off the mask."""
     log_ratio = _bounded(_where(mask, old) - _where(mask, reference))
-    return rewards - kl.coefficient * _where(mask, _estimate(kl, log_ratio)).sum(-1)
+    return _where(mask, _estimate(kl, log_ratio))
 
 
 # The loss.
@@ -163,7 +168,15 @@ def objective(policy: Policy, batch: Completions) -> tuple[Array, Totals]:
     sums["entropy"] = -now if batch.entropy is None else _where(mask, batch.entropy)
     if policy.entropy:
         term = term - policy.entropy * sums["entropy"]
+    return summed(policy, mask, term, sums, maxima)
 
+
+def summed(
+    policy: Policy, mask: Array, term: Array, sums: dict[str, Array], maxima: dict[str, Array]
+) -> tuple[Array, Totals]:
+    """Add up the terms of tokens, weighted as `aggregate` says, and what metrics are made of; all
+    arrays are `[sequences, length]`.
+    """
     totals = Totals(
         denominator(policy, mask),
         mask.sum(dtype=jnp.float32),

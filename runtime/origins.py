@@ -243,14 +243,23 @@ def starting(
         params = _begun(params, architecture, layout, model.dtype, seed)
     if not scores or origin.scores:
         return architecture, params
-    architecture = replace(architecture, scores=True)
-    _, abstract = train.abstract_decoder(architecture, model.dtype)
+    drawn = architecture.width**-0.5 * jax.random.normal(
+        jax.random.key(seed), (architecture.width,)
+    )
+    return scoring(architecture, params, score_head(architecture, drawn, layout))
+
+
+def score_head(architecture: Architecture, weight: jax.Array, layout: Layout) -> Any:
+    """Return a head of one number as parameters; `weight` is `[width]` float32."""
+    _, abstract = train.abstract_decoder(replace(architecture, scores=True), weight.dtype)
     place = shardings(abstract, layout)["score"].get_value()
-    deviation = architecture.width**-0.5
-    drawn = deviation * jax.random.normal(jax.random.key(seed), (architecture.width,))
-    head = abstract["score"].replace(jax.device_put(drawn, place))
-    own = nnx.from_flat_state([(("score",), head)])
-    return architecture, train.whole(_headless(params), own)
+    head = abstract["score"].replace(jax.device_put(weight, place))
+    return nnx.from_flat_state([(("score",), head)])
+
+
+def scoring(architecture: Architecture, params: Any, head: Any) -> tuple[Architecture, Any]:
+    """Put a head of one number in place of the one that gives logits."""
+    return replace(architecture, scores=True), train.whole(_headless(params), head)
 
 
 def _headless(params: Any) -> Any:

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from tunelang.compiler.architecture import Architecture, forward_flops, train_flops
 from tunelang.compiler.layout import CHUNK, StageLayout
-from tunelang.dsl.vocabulary.stages import Policy
+from tunelang.dsl.vocabulary.stages import Policy, Ppo
 from tunelang.runtime import objectives, train
+from tunelang.runtime.critic import Critic, at_unit_rates, learner_of, with_critic
 from tunelang.runtime.decode_loop import Engine
 from tunelang.runtime.evaluate import (
     Completed,
@@ -97,6 +98,8 @@ class PolicyTrainer:
     """The longest prompt, in tokens."""
     part: int
     """Completions of a group that are trained on beside one copy of its prompt."""
+    critic: Critic | None = None
+    """Estimates advantages; without it, a group is its own baseline."""
     cursor: int = 0
     """Prompts that were read."""
     ahead: bool = False  # the next call begins with sampling, which waits for the update
@@ -128,12 +131,16 @@ class PolicyTrainer:
 
     def progress(self) -> dict[str, Any]:
         """See `loop.Trainer`."""
-        return {"cursor": self.cursor}
+        return {"cursor": self.cursor} | (
+            {} if self.critic is None else {"coefficient": self.critic.coefficient}
+        )
 
     def resume(self, state: train.TrainState, progress: Mapping[str, Any]) -> None:
         """See `loop.Trainer`."""
         self.state = state
         self.cursor = int(progress["cursor"])
+        if self.critic is not None:
+            self.critic.coefficient = float(progress["coefficient"])
 
     # Sampling.
 
@@ -187,14 +194,19 @@ class PolicyTrainer:
         texts = texts_of(self.model, rollouts)
         scoring = self.reward.submit(rows_of(examples, rollouts, texts))
         batch = batch_of(rollouts, self.prompt_length, self._padded(rollouts))
-        old = reference = None
+        old = reference = valued = None
         if self._needs_old:
             old = self._scored(self.score, self.state.weights, batch)
         if self.reference is not None:
             reference = self._scored(*self.reference, batch)
+        if self.critic is not None:
+            valued = self._scored(self.critic.score, self.critic.weights(self.state), batch)
+        batch = replace(batch, old=old, reference=reference)
         scores = scoring.result()
         rewards = scores.values
-        if stage.kl is not None and stage.kl.at == "reward":
+        if self.critic is not None:
+            batch = self.critic.estimated(batch, valued, rewards)
+        elif stage.kl is not None and stage.kl.at == "reward":
             length = batch.tokens.shape[2]
             rewards = np.asarray(
                 objectives.penalised(
@@ -207,8 +219,7 @@ class PolicyTrainer:
                 np.float64,
             )
         if stage.passes * stage.minibatches == 1:
-            old = None
-        batch = replace(batch, old=old, reference=reference)
+            batch = replace(batch, old=None)
         rewards = rewards.reshape(-1, stage.group)
         return _Sampled(examples, rollouts, texts, scores, batch, rewards)
 
@@ -237,10 +248,13 @@ class PolicyTrainer:
         """Put the groups of a step together; returns also the metrics that the host has."""
         stage = self.stage
         rewards = np.concatenate([sampled.rewards[prompts] for sampled, prompts in kept])
-        found = _advantages(jnp.asarray(rewards, jnp.float32), how=stage.advantage)
-        values, flat = np.asarray(found.values), np.asarray(found.flat)
         batch = joined([chosen(sampled.batch, prompts) for sampled, prompts in kept])
-        mask = batch.mask & ~flat[:, None, None]
+        mask, flat = batch.mask, np.zeros(len(rewards), bool)
+        if self.critic is None:
+            found = _advantages(jnp.asarray(rewards, jnp.float32), how=stage.advantage)
+            batch = replace(batch, advantages=np.asarray(found.values))
+            flat = np.asarray(found.flat)
+            mask = mask & ~flat[:, None, None]
         if stage.overlong == "mask":
             # Their rewards still count in the baseline of their group (DAPO, arXiv:2503.14476,
             # section 3.4).
@@ -248,14 +262,21 @@ class PolicyTrainer:
                 [s.rollouts.truncated.reshape(-1, stage.group)[prompts] for s, prompts in kept]
             )
             mask = mask & ~truncated[..., None]
-        batch = replace(batch, mask=mask, advantages=values.astype(np.float32))
+        batch = replace(batch, mask=mask)
+        advantages, valued = batch.advantages, {}
+        if self.critic is not None:
+            advantages = advantages[mask]
+            batch, valued = self.critic.whitened(batch)
         batch = in_parts(batch, self.part)
         if stage.minibatches == 1:
             batch = useful_first(batch, self.program)
         self._show(kept[0][0])
         counted = batch.mask.any(2)
         trained = float(batch.mask.sum() + batch.prompt_lengths[counted.any(1)].sum())
-        return batch, self._metrics(kept, values, flat, trained)
+        row = self._metrics(kept, advantages, flat, trained) | valued
+        if self.critic is not None:
+            row["flops"] += self.critic.flops(trained, self.engine.capacity)
+        return batch, row
 
     def _show(self, sampled: _Sampled) -> None:
         every = completed(sampled.examples, sampled.rollouts, sampled.texts, sampled.scores)
@@ -324,13 +345,15 @@ def policy_trainer(
     seed: int,
     begin: Callable[[Any, train.Program], train.TrainState],
     reference: Callable[[], tuple[Architecture, Any]],
+    critic: Callable[[], tuple[Architecture, Any]],
     reward: Reward,
     marks: frozenset[int],
 ) -> PolicyTrainer:
     """Open the prompts and compile the programs of a stage.
 
     `begin` makes the first state from the optimizer and the program, `reference` the architecture
-    and the parameters of the reference model. Raises what opening data raises.
+    and the parameters of the reference model, `critic` those of the values: with a shared trunk
+    the head alone. Raises what opening data raises.
     """
     a, sampling = model.architecture, stage.rollout
     renderer = model.renderer
@@ -371,12 +394,18 @@ def policy_trainer(
         )
     )  # fmt: skip
 
+    valued = critic() if isinstance(stage, Ppo) else None
+    if isinstance(stage, Ppo) and valued is not None:
+        settings = at_unit_rates(stage.critic)
+        key += settings, valued[0]
+
     def compiled() -> Any:
         optimizer = build_optimizer(unit, updates)
         schedule = learning_rate(unit, updates)
-        return optimizer, policy_step(a, optimizer, schedule, plain, program)
+        learner = None if valued is None else learner_of(settings, valued[0], updates)
+        return optimizer, learner, policy_step(a, optimizer, schedule, plain, program, learner)
 
-    optimizer, step_program = workshop.once(("policy", a, program, updates, key), compiled)
+    optimizer, learner, step_program = workshop.once(("policy", a, program, updates, key), compiled)
 
     def score(architecture: Architecture) -> ScoreProgram:
         return workshop.once(
@@ -385,12 +414,18 @@ def policy_trainer(
         )
 
     measured = reference() if stage.kl is not None else None
+    state = begin(optimizer, program)
+    estimator: Critic | None = None
+    if isinstance(stage, Ppo) and valued is not None:
+        state = with_critic(state, valued, learner, program, stage.critic.optimizer.lr)
+        coefficient = 0.0 if stage.kl is None else stage.kl.coefficient
+        estimator = Critic(stage, valued[0], score(valued[0]), coefficient)
     return PolicyTrainer(
         stage=stage,
         model=model,
         layout=layout,
         seed=derive(seed, "rollout"),
-        state=begin(optimizer, program),
+        state=state,
         steps=steps,
         marks=marks,
         stream=stream,
@@ -402,4 +437,5 @@ def policy_trainer(
         reference=None if measured is None else (score(measured[0]), measured[1]),
         prompt_length=longest,
         part=math.gcd(stage.group, rows // layout.batch_shards // program.micro_batches),
+        critic=estimator,
     )

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from tunelang.compiler.architecture import Architecture
 from tunelang.dsl.vocabulary.stages import Policy
-from tunelang.runtime import objectives
-from tunelang.runtime.decoder import RESIDUAL, Decoder
+from tunelang.dsl.vocabulary.training import Critic
+from tunelang.runtime import objectives, values
+from tunelang.runtime.decoder import RESIDUAL, Decoder, scored
 from tunelang.runtime.losses import token_logprobs, token_scores
 from tunelang.runtime.objectives import Completions, Totals
 from tunelang.runtime.optimizers import Schedule
@@ -64,12 +65,27 @@ class PolicyBatch:
     sampler: AnyArray
     """`[prompts, group, length]`: as the sampler reported them."""
     advantages: AnyArray = None
-    """`[prompts, group]` float32."""
+    """`[prompts, group]` float32; from values `[prompts, group, length]`."""
     old: AnyArray = None
     """`[prompts, group, length]`: by this program before the step's first update; needed where a
     step makes several."""
     reference: AnyArray = None
     """`[prompts, group, length]`: by the reference model."""
+    values: AnyArray = None
+    """`[prompts, group, length]` float32: by the critic before the step's first update."""
+    returns: AnyArray = None
+    """`[prompts, group, length]` float32: what values are to be."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What updates the critic of a policy."""
+
+    settings: Critic
+    architecture: Architecture | None
+    """With `scores`; None where one more head on the policy gives the values."""
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
 
 
 def batch_of(rollouts: Rollouts, prompt_length: int, length: int) -> PolicyBatch:
@@ -146,21 +162,26 @@ def policy_step(
     schedule: Schedule,
     policy: Policy,
     program: Program,
+    critic: Learner | None = None,
 ) -> StateProgram:
     """Return the program `(state, batch) -> (state, metrics)`.
 
-    Makes `passes * minibatches` updates. Metrics are scalars: those of `objectives.metrics` over
-    all updates, the mean `grad_norm` and the `learning_rate` of the last.
+    Makes `passes * minibatches` updates, of the critic too. Metrics are scalars: those of
+    `objectives.metrics` over all updates, the mean `grad_norm` and the `learning_rate` of the last.
     """
     graph, _ = abstract_decoder(architecture, program.dtype)
     layout = program.layout
     temperature = policy.rollout.temperature or 1.0
+    apart = None if critic is None else critic.architecture
+    critic_graph = None if apart is None else abstract_decoder(apart, program.dtype)[0]
 
     def loss(
-        frozen: Any, params: Any, part: tuple[PolicyBatch, jax.Array]
-    ) -> tuple[jax.Array, Any]:
+        frozen: Any, params: tuple[Any, Any], part: tuple[PolicyBatch, jax.Array]
+    ) -> tuple[jax.Array, Totals]:
+        """Of the policy, and of the values that its own trunk gives."""
         batch, denominator = part[0], part[1][0]
-        decoder = nnx.merge(graph, whole(params, frozen))
+        own, head = params
+        decoder = nnx.merge(graph, whole(own, frozen))
         hidden, tokens = _continued(
             decoder, program, batch.prompts, batch.prompt_lengths, batch.tokens
         )
@@ -180,38 +201,64 @@ def policy_step(
         completions = Completions(
             now=now,
             mask=rows(batch.mask),
-            advantages=jnp.broadcast_to(batch.advantages.reshape(-1, 1), now.shape),
+            advantages=jnp.broadcast_to(batch.advantages.reshape(len(now), -1), now.shape),
             old=rows(batch.old),
             sampler=rows(batch.sampler),
             reference=rows(batch.reference),
             entropy=entropy,
         )
         total, totals = objectives.objective(policy, completions)
+        if head is not None:
+            assert critic is not None
+            found = scored(hidden, head["score"][...])
+            more, valued = _value_loss(policy, critic.settings, found, batch)
+            total += critic.settings.weight * more
+            totals = _beside(totals, valued)
         return total / jnp.maximum(denominator, 1.0), totals
 
-    def update(frozen: Any, state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Any]:
+    def value_loss(
+        frozen: Any, params: Any, part: tuple[PolicyBatch, jax.Array]
+    ) -> tuple[jax.Array, Totals]:
+        assert critic is not None
+        batch, denominator = part[0], part[1][0]
+        decoder = nnx.merge(critic_graph, whole(params, frozen))
+        hidden, _ = _continued(decoder, program, batch.prompts, batch.prompt_lengths, batch.tokens)
+        total, totals = _value_loss(policy, critic.settings, decoder.scores(hidden), batch)
+        return total / jnp.maximum(denominator, 1.0), totals
+
+    def update(kept: Kept, state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Any]:
         denominator = objectives.denominator(policy, batch.mask)
         # One for each prompt, so that micro-batches are cut out of it as of all else.
         rows = jnp.broadcast_to(denominator, batch.prompt_lengths.shape)
-        value, totals, gradient = accumulate(
-            partial(loss, frozen),
-            state.params,
-            (batch, rows),
-            program,
-            objectives.add,
-            lambda part: jnp.any(part[0].mask),
-        )
-        state, norm, rate = updated(state, gradient, optimizer, schedule)
-        return state, (value * denominator, totals, norm, rate)
+
+        def added(loss: Any, params: Any) -> Any:
+            return accumulate(
+                loss, params, (batch, rows), program, objectives.add,
+                lambda part: jnp.any(part[0].mask),
+            )  # fmt: skip
+
+        held = state.critic
+        head = None if held is None or apart is not None else held.params
+        value, totals, (gradient, slope) = added(partial(loss, kept.frozen), (state.params, head))
+        new, norm, rate = updated(state, gradient, optimizer, schedule)
+        norms = {"grad_norm": norm}
+        if critic is not None:
+            assert held is not None
+            if apart is not None:
+                _, found, slope = added(partial(value_loss, kept.beside), held.params)
+                totals = _beside(totals, found)
+            held, norms["critic_grad_norm"], _ = updated(
+                held, slope, critic.optimizer, critic.schedule
+            )
+        return replace(new, critic=held), (value * denominator, totals, norms, rate)
 
     def step(
         state: TrainState, kept: Kept, batch: PolicyBatch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        frozen = kept.frozen
         if policy.passes * policy.minibatches == 1:
-            state, (value, totals, norm, rate) = update(frozen, state, batch)
+            state, (value, totals, norms, rate) = update(kept, state, batch)
             found = objectives.metrics(value, totals)
-            return state, {**found, "grad_norm": norm, "learning_rate": rate}
+            return state, {**found, **norms, "learning_rate": rate}
 
         def one_pass(state: TrainState, _: None) -> tuple[TrainState, Any]:
             key = jax.random.fold_in(jax.random.key(program.seed), state.step)
@@ -220,29 +267,48 @@ def policy_step(
             parts = jax.tree.map(
                 lambda array: array.reshape(policy.minibatches, -1, *array.shape[1:]), mixed
             )
-            return jax.lax.scan(partial(update, frozen), state, parts)
+            return jax.lax.scan(partial(update, kept), state, parts)
 
         state, made = jax.lax.scan(one_pass, state, length=policy.passes)
-        value, totals, norm, rate = made
+        value, totals, norms, rate = made
         summed = jax.tree.map(jnp.sum, totals)
         summed = Totals(
             summed.denominator, summed.tokens, summed.sums, jax.tree.map(jnp.max, totals.maxima)
         )
         found = objectives.metrics(jnp.sum(value), summed)
-        return state, {**found, "grad_norm": jnp.mean(norm), "learning_rate": rate[-1, -1]}
+        return state, {**found, **jax.tree.map(jnp.mean, norms), "learning_rate": rate[-1, -1]}
 
     return StateProgram(jax.jit(step, donate_argnums=0))
 
 
+def _value_loss(
+    policy: Policy, settings: Critic, found: jax.Array, batch: PolicyBatch
+) -> tuple[jax.Array, Totals]:
+    """Sum the losses of values `[completions, length]`, weighted as those of the policy are."""
+    old, returns, mask = (
+        array.reshape(found.shape) for array in (batch.values, batch.returns, batch.mask)
+    )
+    losses, held = values.value_losses(found, old, returns, settings.clip)
+    return objectives.summed(policy, mask, losses, {"value_loss": losses, "value_clip": held}, {})
+
+
+def _beside(one: Totals, other: Totals) -> Totals:
+    """Put the metrics of the same tokens together."""
+    return one._replace(sums=one.sums | other.sums)
+
+
 def score_program(architecture: Architecture, program: Program, temperature: float) -> ScoreProgram:
     """Return the jitted `(params, prompts, prompt_lengths, tokens) -> log-probabilities`, which are
-    `[prompts, group, length]`: of each token of the completions at a temperature, in nats.
+    `[prompts, group, length]`: of each token of the completions at a temperature, in nats; or where
+    the architecture has `scores` the values before each token.
     """
     graph, _ = abstract_decoder(architecture, program.dtype)
 
     def part(params: Any, given: tuple[jax.Array, ...]) -> jax.Array:
         decoder: Decoder = nnx.merge(graph, params)
         hidden, tokens = _continued(decoder, program, *given)
+        if architecture.scores:
+            return decoder.scores(hidden).reshape(given[2].shape)
         found = token_logprobs(
             hidden,
             decoder.head_weight(),

@@ -16,6 +16,7 @@ from tunelang.compiler import graph as graphs
 from tunelang.compiler.adapters import NoTargetError, adapted, storage_of
 from tunelang.compiler.architecture import Architecture, from_transformer
 from tunelang.compiler.content import Contents
+from tunelang.compiler.graph import StageGraph
 from tunelang.compiler.hardware import Chip, Devices, chip_of, declared
 from tunelang.compiler.layout import StageLayout, lay_out, plain
 from tunelang.compiler.plan import Plan, State
@@ -24,7 +25,7 @@ from tunelang.compiler.presets import PRESETS
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure, Reference
-from tunelang.dsl.vocabulary.stages import Export, Training
+from tunelang.dsl.vocabulary.stages import Distill, Export, Training
 from tunelang.runtime import weights
 from tunelang.runtime.durable import StoreError, read_json, write_json
 from tunelang.runtime.manifest import export_folder, is_written
@@ -111,7 +112,13 @@ def prepare(
         key = (stage.stage, architecture, devices, sizes)
         try:
             asked = program.declarations[name].value.attention
-            layout = laid_out.get(key) or lay_out(value, architecture, dtype_bytes, devices, asked)
+            teacher = None
+            if isinstance(value, Distill):
+                whose = _model_of(graph, stage.node, value.teacher)
+                teacher = known.setdefault(whose, _architecture(program, whose))[0]
+            layout = laid_out.get(key) or lay_out(
+                value, architecture, dtype_bytes, devices, asked, teacher
+            )
         except Exception as error:
             raise LayoutError(stage.stage, error) from error
         laid_out[key] = layout
@@ -126,6 +133,14 @@ def prepare(
         shown = {**plain(layout), "devices": str(devices), "here": devices.here}
         stages.append(replace(stage, layout=shown, memory=dict(layout.memory), cost=cost))
     return Prepared(program, replace(made, stages=tuple(stages)), graph, layouts, chosen)
+
+
+def _model_of(graph: StageGraph, node: str, reference: Reference) -> str:
+    """Return the declared model that a reference of a node descends from."""
+    for read in graph.nodes[node].inputs:
+        if read.stage == reference.name:
+            return graphs.models_of(graph, read.nodes[0])[0]
+    return reference.name
 
 
 def _steps(value: Training) -> int | None:

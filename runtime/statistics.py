@@ -18,11 +18,6 @@ from numpy.typing import NDArray
 Scores = NDArray[Any]
 
 
-def ks(samples: int) -> tuple[int, ...]:
-    """Return the `k` for which pass@k is reported: 1, 2, 4, ... and `samples`."""
-    return (*(1 << power for power in range((samples - 1).bit_length())), samples)
-
-
 def pass_at_k(groups: Scores, k: int) -> float:
     """Estimate the chance that one of `k` samples of a prompt passes, without bias.
 

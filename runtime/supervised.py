@@ -14,11 +14,25 @@ from numpy.typing import NDArray
 
 from tunelang.compiler.architecture import Architecture, train_flops
 from tunelang.compiler.layout import CHUNK, StageLayout
-from tunelang.dsl.vocabulary.stages import Compared, Kto, Preference, RewardModel, Supervised
+from tunelang.dsl.vocabulary.stages import (
+    Compared,
+    Distill,
+    Kto,
+    Preference,
+    RewardModel,
+    Supervised,
+)
 from tunelang.runtime import packing, train
 from tunelang.runtime.answers import label_of, margin_of, score_answers
 from tunelang.runtime.comparing import KtoObjective, PairObjective, Reference, ScoreObjective
 from tunelang.runtime.corpus import Corpus, Valued, tokenise, unvalued
+from tunelang.runtime.distilling import (
+    DistillObjective,
+    OwnAnswers,
+    Stored,
+    own_answers,
+    store_teacher,
+)
 from tunelang.runtime.durable import written_whole
 from tunelang.runtime.evaluate import Completed
 from tunelang.runtime.loop import Row
@@ -60,6 +74,8 @@ class SupervisedTrainer:
     """`[items, pieces]`: log-probabilities of the reference, in nats."""
     rotated: bool = False
     """Whether batches also hold mismatched answers."""
+    teacher: Stored | None = None
+    own: OwnAnswers | None = None
     ahead: bool = True
 
     def until(self, step: int) -> int:
@@ -79,7 +95,9 @@ class SupervisedTrainer:
     def _batch(self, step: int) -> train.Batch:
         found = packing.batch_of(self.table, self.corpus, step)
         batch = train.Batch(found.tokens, found.mask, found.segments, found.positions)
-        if self.values is None and self.reference is None and not self.rotated:
+        if self.own is not None and self.own.drawn(step):
+            return self.own.of(self.state.weights, batch, step)
+        if all(e is None for e in (self.values, self.reference, self.teacher)) and not self.rotated:
             return batch
         items = packing.items_of(self.table, self.corpus, step)
 
@@ -91,6 +109,8 @@ class SupervisedTrainer:
             batch = replace(batch, values=of(self.values))
         if self.reference is not None:
             batch = replace(batch, reference=of(self.reference))
+        if self.teacher is not None:
+            batch = replace(batch, teacher=self.teacher.of(items, self.table.length))
         if self.rotated:
             batch = replace(
                 batch, mismatched=mismatched(batch, self.corpus.pad, self.corpus.pieces)
@@ -136,15 +156,16 @@ def supervised_trainer(
     planned: StageLayout,
     layout: Layout,
     seed: int,
-    begin: Callable[[Any, train.Program], train.TrainState],
+    begin: Callable[[Any, train.Program, Any], train.TrainState],
     reference: Callable[[], tuple[Architecture, Any]],
     marks: frozenset[int],
     kept: Path,
 ) -> SupervisedTrainer:
     """Open the data and compile the program of a stage.
 
-    `begin` makes the first state from the optimizer and the program, `reference` the architecture
-    and the parameters of the reference model. `kept` is a folder for what is computed ahead.
+    `begin` makes the first state from the optimizer, the program and what the objective trains
+    beside the decoder; `reference` the architecture and the parameters of the reference, or of the
+    teacher. `kept` is a folder for what is computed ahead.
     Raises what opening data raises.
     """
     a = model.architecture
@@ -159,6 +180,8 @@ def supervised_trainer(
         valued=valued,
     )
     longest = _longest(corpus, stage.packing)
+    if isinstance(stage, Distill) and stage.on_policy:
+        longest = min(a.context, max(longest, stage.rollout.max_tokens + _ROUND))
     table = packing.plan(
         corpus,
         stage.length,
@@ -187,21 +210,34 @@ def supervised_trainer(
             live, beside = reference()
         else:
             stored = _ahead(workshop, corpus, model, reference, layout, kept)
-    objective = _objective(stage, count, live, corpus.values is not None)
+    teacher: Stored | None = None
+    own: OwnAnswers | None = None
+    if isinstance(stage, Distill):
+        live, beside = reference()
+        if stage.teacher_log_probs == "ahead":
+            teacher = store_teacher(stage, corpus, live, beside, a.vocabulary, program, kept)
+            beside = None
+        if stage.on_policy:
+            own = own_answers(workshop, stage, model, table.batch, longest, layout, seed)
     # Built for a rate of 1, which the state's scale makes the stage's own: a sweep over rates
     # shares the program.
     unit = at_unit_rate(stage.optimizer)
+    plain = stage.model_copy(update={"optimizer": unit, "seed": None})
+    objective = _objective(plain, count, a, live, corpus.values is not None)
     optimizer, make = workshop.once(
         ("train", a, program, unit, table.steps, repr(objective)),
         lambda: _compiled(model, unit, table.steps, program, objective),
     )
-    state = replace(begin(optimizer, program), beside=beside)
+    state = replace(begin(optimizer, program, objective.extra()), beside=beside)
     token_flops = train_flops(a, longest)
     call = max(1, min(MOST_STEPS, int(SHORT_STEP / (token_flops * table.batch * longest))))
+    if own is not None:
+        call = 1  # the parameters that sample are those of the step
     ends = tuple(n for n in (stage.evals and stage.eval_every, stage.checkpoint_every) if n)
     return SupervisedTrainer(
         state, table.steps, token_flops, call, ends, marks, corpus, table, make,
         isinstance(objective, train.Likelihood), corpus.values, stored, isinstance(stage, Kto),
+        teacher, own, own is None,
     )  # fmt: skip
 
 
@@ -221,9 +257,12 @@ def _read(stage: Supervised, stream: Stream) -> tuple[tuple[str, ...], Valued]:
 
 
 def _objective(
-    stage: Supervised, count: int, live: Architecture | None, valued: bool
+    stage: Supervised, count: int, own: Architecture, live: Architecture | None, valued: bool
 ) -> train.Objective:
     match stage:
+        case Distill():
+            assert live is not None
+            return DistillObjective(stage, own, live)
         case Preference():
             reference = Reference(live) if stage.needs_reference else None
             return PairObjective(stage, count, reference)

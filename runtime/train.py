@@ -51,6 +51,8 @@ class Batch:
     """
     mismatched: Batch | None = None
     """Prompts with answers to other prompts."""
+    teacher: Any = None
+    """The ids `[batch, length, k]` and log-probabilities of a teacher's likeliest tokens."""
 
 
 @jax.tree_util.register_dataclass
@@ -71,12 +73,37 @@ class TrainState:
     frozen: nnx.State[Any, Any] = field(default_factory=lambda: nnx.State({}))
     """The decoder's other parameters, where an adapter is trained."""
     beside: Any = None
-    """Parameters of other models that the objective reads: a reference, a teacher."""
+    """Parameters of other models that the objective reads: a reference, a teacher; or what is
+    frozen of the critic."""
+    critic: TrainState | None = None
+    """Of the values, beside a policy; without what is frozen."""
+
+    @property
+    def moments(self) -> Any:
+        """What a checkpoint has to hold beside the parameters."""
+        if self.critic is None:
+            return self.optimizer
+        critic = {"params": self.critic.params, "optimizer": self.critic.optimizer}
+        return {"optimizer": self.optimizer, "critic": critic}
+
+    def restored(self, params: Any, moments: Any, step: int) -> TrainState:
+        """Return the state that had these parameters and `moments` after so many updates."""
+        critic = self.critic
+        if critic is not None:
+            held, moments = moments["critic"], moments["optimizer"]
+            critic = critic.restored(held["params"], held["optimizer"], step)
+        count = jax.device_put(jnp.int32(step), self.step.sharding)
+        return replace(self, params=params, optimizer=moments, step=count, critic=critic)
+
+    @property
+    def yielded(self) -> nnx.State[Any, Any]:
+        """What was trained of the decoder."""
+        return parted(self.params)[0]
 
     @property
     def weights(self) -> nnx.State[Any, Any]:
         """All parameters of the decoder."""
-        return whole(self.params, self.frozen)
+        return whole(self.yielded, self.frozen)
 
 
 @jax.tree_util.register_dataclass
@@ -150,12 +177,18 @@ class Models:
 
     decoder: Decoder
     """With the parameters that are trained."""
+    extra: nnx.State[Any, Any]
+    """What is trained beside it."""
     beside: Any
     program: Program
 
 
 class Objective(Protocol):
     """What a step makes smaller: a sum over the parts of a batch."""
+
+    def extra(self) -> nnx.State[Any, Any]:
+        """Return parameters below `EXTRA` that are trained beside the decoder's, as they begin."""
+        return nnx.State({})
 
     def whole(self, models: Models, batch: Batch) -> Any:
         """Return what each part has to know of the whole batch: scalars to divide by."""
@@ -174,6 +207,16 @@ def whole(*parts: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
     return nnx.merge_state(*parts)
 
 
+EXTRA = "objective"
+"""Under this name stand parameters that are trained beside the decoder's."""
+
+
+def parted(params: nnx.State[Any, Any]) -> tuple[nnx.State[Any, Any], nnx.State[Any, Any]]:
+    """Return the decoder's parameters, and those of the objective."""
+    extra, own = nnx.split_state(params, lambda path, _: path[0] == EXTRA, ...)
+    return own, extra
+
+
 def divided(
     architecture: Architecture, params: nnx.State[Any, Any]
 ) -> tuple[nnx.State[Any, Any], nnx.State[Any, Any]]:
@@ -186,7 +229,7 @@ def divided(
         names = [str(name) for name in path]
         # `blocks.attention.q.adapters.0.a`, `embedding_adapters.0.a`
         adapter = len(names) > 2 and names[-3].endswith("adapters") and names[-2] == last
-        return adapter or names == ["score"]
+        return adapter or names[0] in ("score", EXTRA)
 
     chosen, rest = nnx.split_state(params, trained, ...)
     return chosen, rest
@@ -215,10 +258,13 @@ def abstract_decoder(architecture: Architecture, dtype: Any) -> tuple[Any, Any]:
 
 
 def abstract_state(
-    architecture: Architecture, optimizer: optax.GradientTransformation, program: Program
+    architecture: Architecture,
+    optimizer: optax.GradientTransformation,
+    program: Program,
+    extra: Callable[[], Any] = lambda: nnx.State({}),
 ) -> TrainState:
     """Return the state as shapes and shardings, which `train_step(...).lower` takes for arrays."""
-    state = jax.eval_shape(lambda: _fresh(architecture, optimizer, program, 0))
+    state = jax.eval_shape(lambda: _fresh(architecture, optimizer, program, 0, extra()))
     shaped: TrainState = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         state,
@@ -266,10 +312,12 @@ def _fresh(
     optimizer: optax.GradientTransformation,
     program: Program,
     seed: Any,
+    extra: Any = nnx.State({}),  # noqa: B008 - it is empty and stays so
 ) -> TrainState:
     decoder = Decoder(architecture, nnx.Rngs(jax.random.key(seed)), program.dtype)
     decoder.measure()
     params, frozen = divided(architecture, nnx.state(decoder, nnx.Param))
+    params = whole(params, extra)
     zero, one = jnp.zeros((), jnp.int32), jnp.float32(1.0)
     return TrainState(params, optimizer.init(params), zero, one, frozen)
 
@@ -318,7 +366,9 @@ def train_step(
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
 
         def models(params: Any) -> Models:
-            return Models(nnx.merge(graph, whole(params, kept.frozen)), kept.beside, program)
+            own, extra = parted(params)
+            decoder = nnx.merge(graph, whole(own, kept.frozen))
+            return Models(decoder, extra, kept.beside, program)
 
         tokens = jnp.sum(shift(batch)[1])
         known = objective.whole(models(jax.lax.stop_gradient(state.params)), batch)
@@ -335,7 +385,7 @@ def train_step(
     def steps(state: TrainState, kept: Kept, batches: Batch) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(lambda state, batch: one_step(state, kept, batch), state, batches)
 
-    abstract = abstract_state(architecture, optimizer, program)
+    abstract = abstract_state(architecture, optimizer, program, objective.extra)
     places = _state_shardings(abstract, layout)
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     batch_place = NamedSharding(
@@ -353,7 +403,7 @@ def train_step(
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class Likelihood(Objective):
     """The mean of `-log p` over the trained tokens of the batch; see `Objective`."""
 
     def whole(self, models: Models, batch: Batch) -> jax.Array:

@@ -254,17 +254,21 @@ def missing_role(
     needs: Sequence[Sequence[str]],
 ) -> Diagnostic:
     """Data without what the stage trains on."""
-    wanted = ", or ".join(listed(need) for need in needs)
-    missing = [role for role in needs[0] if role not in roles]
+    need = max(needs, key=lambda need: len(roles.intersection(need)))
+    others = ", or ".join(listed(other) for other in needs if other != need)
+    missing = [role for role in need if role not in roles]
     example = {
         "text": 'text = "{text}"',
         "prompt": 'prompt = "{question}"',
         "response": 'response = "{answer}"',
+        "chosen": 'chosen = "{good}"',
+        "rejected": 'rejected = "{bad}"',
+        "label": 'label = "{is_good}"',
     }
     has = f"`{source.name}` has {listed(sorted(roles)) or 'no role'}"
     return error(
         "missing-role",
-        f"{article(stage.kind or '')} stage needs data with {wanted}",
+        f"{article(stage.kind or '')} stage needs data with {listed(need)}",
         span,
         has,
         seconds=[
@@ -272,6 +276,7 @@ def missing_role(
         ]
         if source.span
         else [],
+        help=f"or with {others}" if others else None,
     )
 
 
@@ -316,6 +321,11 @@ def quantized_without_adapter(span: Span, stage: Declared, weights: str) -> Diag
         span,
         help="train an adapter: `adapter = lora(rank = 16)`",
     )
+
+
+def contradiction(span: Span, title: str, label: str, help: str) -> Diagnostic:
+    """Two attributes that cannot both be."""
+    return error("contradiction", title, span, label, help=help)
 
 
 def yields_other(span: Span, stage: Declared, wanted: Sequence[str]) -> Diagnostic:

@@ -266,6 +266,11 @@ class EvalKind(Kind):
     metrics: ClassVar[dict[str, str]] = {}
     """Metric -> what it is; the first is what the eval's bare name stands for."""
 
+    @property
+    def measures(self) -> dict[str, str]:
+        """The metrics that this eval yields, with their documentation."""
+        return self.metrics
+
     data: Data = result("The examples.", "data = math_test")
     limit: MaybeCount = result("Use only the first few examples.", "limit = 200", None)
 
@@ -277,9 +282,6 @@ class Generate(EvalKind):
         "score": "mean score of all completions",
         "score_low": "lower bound of its 95% confidence interval",
         "score_high": "upper bound",
-        "pass_at_k": "chance that one of `samples` completions scores 1 (arXiv:2107.03374)",
-        "best_of_n": "mean score of the completion that `rank` likes best",
-        "majority": "share of prompts whose most common answer scores 1",
         "length": "mean number of tokens of a completion",
         "truncated": "share of completions that reached `max_tokens`",
     }
@@ -313,6 +315,31 @@ class Generate(EvalKind):
     show: Annotated[int, types.Whole(low=0)] = observe(
         "How many completions to keep for reading.", "show = 10", 4
     )
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The `k` for which pass@k is reported: 1, 2, 4, ... and `samples`."""
+        powers = (1 << power for power in range((self.samples - 1).bit_length()))
+        return (*powers, self.samples)
+
+    @staticmethod
+    def called(reward: RewardExpression) -> str:
+        """The metric of a further reward."""
+        return reward.name if isinstance(reward, RewardRef) else reward.word or "reward"
+
+    @property
+    def measures(self) -> dict[str, str]:
+        """The metrics that this eval yields, with their documentation."""
+        found = dict(self.metrics)
+        if self.samples > 1:
+            found |= {
+                f"pass_at_{k}": f"chance that one of {k} completions scores 1 (arXiv:2107.03374)"
+                for k in self.ks
+            }
+            found["majority"] = "share of prompts whose most common answer scores 1"
+        if self.rank is not None:
+            found["best_of_n"] = "mean score of the completion that `rank` likes best"
+        return found | {self.called(each): "mean of this reward" for each in self.also}
 
 
 class Perplexity(EvalKind):

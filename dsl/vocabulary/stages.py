@@ -463,6 +463,7 @@ class Ppo(Policy):
 
     metrics = {
         **Policy.metrics,
+        "loss": "policy loss, with a shared trunk that of the values too",
         "value_loss": "mean squared error of the values, halved",
         "explained_variance": "share of the variance of the returns that the values explain",
     }
@@ -492,11 +493,17 @@ class Ppo(Policy):
         "kl_target = 6.0",
         None,
     )
+    kl_horizon: Annotated[int, types.Whole(low=1)] = result(
+        "Completions over which the coefficient of `kl` moves by a fifth at most.",
+        "kl_horizon = 2000",
+        10_000,
+    )
     critic: Annotated[Critic, types.Of("critic")] = result(
         "The model of values.", "critic = critic(optimizer = adamw(lr = 1e-5))", Critic.fixed()
     )
     value_model: Annotated[Reference | None, types.Ref(("model", "stage"))] = result(
-        "What the critic starts from; without it, the model that the stage starts from.",
+        "What a critic with a trunk of its own starts from; without it, the model that the stage"
+        " starts from.",
         "value_model = judge",
         None,
     )

@@ -49,9 +49,9 @@ CASES = [
     ("reward    = mixed", "reward    = right", TUNED, ["`reward`: mixed → right"]),
     (
         "best(accuracy)",
-        "best(accuracy.pass_at_k)",
+        "best(accuracy.length)",
         "polished",
-        ["`keep` of `stage tuned`: best(accuracy) → best(accuracy.pass_at_k)"],
+        ["`keep` of `stage tuned`: best(accuracy) → best(accuracy.length)"],
     ),
     ("evals     = [accuracy]\n  keep      = best(accuracy)", "keep      = best(reward)", TUNED,
      ["`evals`: [accuracy] → []"]),

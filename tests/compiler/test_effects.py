@@ -50,6 +50,24 @@ stage c : sft { from = fresh, data = table, length = 9 steps, batch = 8 sequence
 stage d : grpo { from = hub, data = blend, reward = mixed, length = 9 steps, batch = 8 prompts, rollout = sampling(stop = ["x"]), kl = k1(0.1), reference = tiny, correction = truncated(), mesh = axes() }
 stage e : dapo { from = a, data = logic, reward = solved, length = 9 steps, batch = 8 prompts, kl = k2(0.1), correction = masked(), clip = clip_weights() }
 stage f : gspo { from = b, data = square, reward = exact("{completion}", "{response}"), length = 9 steps, batch = 8 prompts, kl = k3(0.1), adapter = dora() }
+data pairs : jsonl { path = "data/spare.jsonl", prompt = "{question}", chosen = "{answer}", rejected = "{question}" }
+data marked : jsonl { path = "data/sums.jsonl", prompt = "{question}", response = "{answer}", label = "true" }
+eval likes : preference { data = square.map(chosen = "{answer}", rejected = "{question}") }
+stage early : sample { from = small, data = spare, rollout = sampling(max_tokens = 9) }
+stage later : sample { from = hub, data = sums, score = spare_reward }
+data tried : sampled { from = later }
+stage g : dpo { from = b, data = pairs, length = 9 steps, batch = 8 sequences, evals = [likes] }
+stage h : kto { from = b, data = marked, length = 9 steps, batch = 8 sequences }
+stage i : reward_model { from = b, data = pairs, length = 9 steps, batch = 8 sequences }
+reward scored : learned { from = i }
+stage j : ppo { from = tiny, data = tried, reward = scored, length = 9 steps, batch = 8 prompts, value_model = i }
+stage k : distill { from = small, teacher = hub, data = tried, length = 9 steps, batch = 8 sequences, divergence = jensen_shannon(), attention = maps(), features = hidden() }
+stage l : distill { from = small, teacher = hub, data = tried, length = 9 steps, batch = 8 sequences, divergence = reverse_kl() }
+stage m : merge { from = a, others = [b], method = linear() }
+stage n : merge { from = a, others = [b], method = slerp() }
+stage o : merge { from = a, others = [b], method = ties() }
+stage p : merge { from = a, others = [b], method = dare() }
+stage q : evaluate { models = [a], evals = [likes] }
 stage z : export { from = b, path = "out" }
 """
 
@@ -72,6 +90,11 @@ SAMPLES: dict[str, list[Node]] = {
     "settings": [data.Settings.fixed(values={"n_people": 3})],
     "judge": [rewards.LocalJudge.fixed(model=Reference.fixed(noun="model", name="hub"))],
     "criterion": [rewards.Criterion.fixed(text="Other")],
+    "merging": [training.Linear.fixed(), training.Slerp.fixed()],
+    "divergence": [training.ForwardKl.fixed(), training.ReverseKl.fixed()],
+    "attention": [training.Maps.fixed()],
+    "features": [training.Hidden.fixed()],
+    "critic": [training.Critic.fixed(trunk="shared")],
     "tracker": [training.TensorBoard.fixed()],
 }
 REFERENCES = {
@@ -79,6 +102,7 @@ REFERENCES = {
     "model": ("hub", "small"),
     "eval": ("spare_eval", "accuracy"),
     "hardware": ("box", "box"),
+    "stage": ("early", "a"),
 }
 FIRST = ("box", "letters", "pieces", "fast", "hub", "small", "spare", "spare_reward", "spare_eval")
 """What a changed value may name; a Program has what is used before its users."""

@@ -8,19 +8,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tunelang.runtime.statistics import interval, ks, majority, pass_at_k
+from tunelang.runtime.statistics import interval, majority, pass_at_k
 
 
 def draws(*shape: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).random(shape)
-
-
-@pytest.mark.parametrize(
-    ("samples", "expected"),
-    [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3)), (6, (1, 2, 4, 6)), (16, (1, 2, 4, 8, 16))],
-)
-def test_ks(samples, expected):
-    assert ks(samples) == expected
 
 
 @pytest.mark.parametrize("k", range(1, 8))

@@ -1,0 +1,118 @@
+"""The critic of a PPO stage: values of tokens, and the advantages that are estimated from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tunelang.compiler.architecture import Architecture, forward_flops, train_flops
+from tunelang.dsl.vocabulary.stages import Ppo
+from tunelang.dsl.vocabulary.training import Critic as Settings
+from tunelang.runtime import objectives, train, values
+from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
+from tunelang.runtime.origins import scoring
+from tunelang.runtime.policy_step import Learner, PolicyBatch, ScoreProgram
+
+
+@dataclass
+class Critic:
+    """Estimates advantages in place of the groups of a policy stage."""
+
+    stage: Ppo
+    architecture: Architecture
+    """With `scores`."""
+    score: ScoreProgram
+    coefficient: float
+    """Of the divergence that is taken off the rewards."""
+    divergence: float = 0.0
+    """Of a completion from the reference, in nats: the mean of what was sampled last."""
+
+    def weights(self, state: train.TrainState) -> Any:
+        """Return what `score` reads."""
+        assert state.critic is not None
+        if self.stage.critic.trunk == "separate":
+            return train.whole(state.critic.params, state.beside)
+        return scoring(self.architecture, state.weights, state.critic.params)[1]
+
+    def estimated(self, batch: PolicyBatch, found: Any, rewards: Any) -> PolicyBatch:
+        """Add values, returns and advantages to a batch of numpy arrays.
+
+        `found` are the values `[prompts, group, length]`, `rewards` those of completions.
+        """
+        stage, penalty = self.stage, None
+        if self._penalised:
+            assert stage.kl is not None
+            given = (jnp.asarray(each) for each in (batch.old, batch.reference, batch.mask))
+            divergences = np.asarray(objectives.divergences(stage.kl, *given))
+            self.divergence = float(divergences.sum(-1).mean())
+            penalty = self.coefficient * divergences
+        rewards = values.token_rewards(rewards.reshape(batch.mask.shape[:-1]), batch.mask, penalty)
+        advantages, returns = values.gae(rewards, found, batch.mask, stage.discount, stage.trace)
+        return replace(
+            batch,
+            values=found,
+            advantages=advantages.astype(np.float32),
+            returns=returns.astype(np.float32),
+        )
+
+    def whitened(self, batch: PolicyBatch) -> tuple[PolicyBatch, dict[str, float]]:
+        """Return the batch of a step as it is trained on, and metrics; the coefficient of the
+        divergence then is the next step's.
+        """
+        mask, stage = batch.mask, self.stage
+        count = max(1, int(mask.sum()))
+        row = {
+            "value": float(np.sum(batch.values, where=mask)) / count,
+            "return": float(np.sum(batch.returns, where=mask)) / count,
+            "explained_variance": values.explained_variance(batch.values, batch.returns, mask),
+        }
+        if stage.whiten:
+            white = values.whiten(batch.advantages, mask).astype(np.float32)
+            batch = replace(batch, advantages=white)
+        if self._penalised:
+            row["kl_coefficient"] = self.coefficient
+            if stage.kl_target is not None:
+                share = stage.batch * stage.group / stage.kl_horizon
+                self.coefficient = values.adapted(
+                    self.coefficient, self.divergence, stage.kl_target, share
+                )
+        return batch, row
+
+    def flops(self, tokens: float, length: int) -> float:
+        """Count what a step has to compute for so many tokens that are trained on."""
+        found = tokens * forward_flops(self.architecture, length)
+        if self.stage.critic.trunk == "separate":
+            found += self.stage.passes * tokens * train_flops(self.architecture, length)
+        return found
+
+    @property
+    def _penalised(self) -> bool:
+        return self.stage.kl is not None and self.stage.kl.at == "reward"
+
+
+def at_unit_rates(settings: Settings) -> Settings:
+    """Return settings of which all learning rates share one program."""
+    return settings.model_copy(update={"optimizer": at_unit_rate(settings.optimizer)})
+
+
+def learner_of(settings: Settings, architecture: Architecture, updates: int) -> Learner:
+    """Return what updates a critic over a stage."""
+    return Learner(
+        settings,
+        architecture if settings.trunk == "separate" else None,
+        build_optimizer(settings.optimizer, updates),
+        learning_rate(settings.optimizer, updates),
+    )
+
+
+def with_critic(
+    state: train.TrainState, critic: tuple[Architecture, Any], learner: Learner,
+    program: train.Program, rate: float,
+) -> train.TrainState:  # fmt: skip
+    """Put a critic, its architecture and parameters, beside the state of a policy."""
+    made = train.state_of(*critic, learner.optimizer, program, rate)
+    return replace(state, critic=replace(made, frozen=nnx.State({})), beside=made.frozen)
