@@ -24,7 +24,7 @@ from tunelang.compiler.architecture import (
     trained_count,
 )
 from tunelang.compiler.hardware import Chip, Devices
-from tunelang.dsl.vocabulary.stages import PAIRS, Compared, Policy, Supervised, Training
+from tunelang.dsl.vocabulary.stages import PAIRS, Compared, Policy, Ppo, Supervised, Training
 from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
 
 CHUNK = 128
@@ -36,6 +36,8 @@ _REMAT_COST = {"none": 3.0, "dots": 3.2, "full": 4.0}
 """Forward passes that a training step is worth."""
 _REMAT_COST_CPU = {"none": 3.3, "dots": 3.2, "full": 3.4}
 """The same on a CPU, where to keep an activation costs as much as to compute it (measured)."""
+_MOMENTS = {AdamW: 2, Muon: 2, Lion: 1, Sgd: 1}
+"""Numbers that an optimizer keeps of each parameter."""
 _MICRO_OVERHEAD = 0.02
 """What one more micro-batch adds to the time of an update."""
 _FLAT = 0.25
@@ -295,16 +297,17 @@ def _estimated(
     parameters = parameter_count(a) - elsewhere
     trained = trained_count(a) - (0 if a.adapters else elsewhere)
     held = _held(a, dtype_bytes) - int(_table_bytes(a, dtype_bytes) * elsewhere)
-    moments = {AdamW: 2, Muon: 2, Lion: 1, Sgd: 1}.get(type(stage.optimizer), 2)
+    moments = _MOMENTS[type(stage.optimizer)]
     shards = _shards(layout.mesh)
     local = layout.rows // shards // layout.micro_batches
     micro, scored = _tokens(stage, layout, local)
     tokens = micro * layout.micro_batches
     chunk = local * min(CHUNK, scored)
+    gradients = 1 if layout.micro_batches == 1 else 2
     memory = {
         "parameters": held // split,
         "optimizer": 4 * moments * trained // split,
-        "gradients": 4 * trained // split * (1 if layout.micro_batches == 1 else 2),
+        "gradients": 4 * gradients * trained // split,
         "activations": _activations(a, layout, micro, dtype_bytes) // tensor,
         "logits": 2 * 4 * chunk * a.vocabulary // tensor,
     }
@@ -330,9 +333,17 @@ def _estimated(
         if stage.reference_log_probs == "live" and (not a.adapters or stage.reference is not None):
             memory["reference"] = 4 * parameters // split
     if isinstance(stage, Policy):
-        if not stage.refill and stage.minibatches == 1:  # see `policy_step.useful_first`
+        compared = stage.advantage != "gae" and not stage.refill
+        if compared and stage.minibatches == 1:  # see `policy_step.useful_first`
             parts = layout.micro_batches
             work *= math.ceil((1 - _FLAT) * parts) / parts
+        if isinstance(stage, Ppo) and stage.critic.trunk == "separate":
+            # Two decoders are trained; the second is taken to be as large as the first.
+            flops, work = 2 * flops, 2 * work
+            own = trained_count(replace(a, scores=True)) - (0 if a.adapters else elsewhere)
+            each = 1 + _MOMENTS[type(stage.critic.optimizer)] + gradients
+            below = held if a.adapters and stage.value_model is not None else 0
+            memory["critic"] = (4 * each * own + below) // split
         updates = stage.minibatches * stage.passes
         flops, work = flops * updates, work * updates
         slots = min(MOST_SLOTS * shards, _slots(stage))
@@ -341,6 +352,9 @@ def _estimated(
         sampled = step_tokens * stage.minibatches
         flops += forward_flops(a, layout.length) * sampled
         work += 2 * forward_flops(a, layout.length) * sampled
+        if isinstance(stage, Ppo):  # the values
+            flops += forward_flops(a, layout.length) * sampled
+            work += forward_flops(a, layout.length) * sampled
         quantised = a.storage in ("nf4", "int8")
         if not quantised and (
             chip.cache is not None or dtype_bytes < 4

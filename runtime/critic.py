@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,10 +26,13 @@ class Critic:
     architecture: Architecture
     """With `scores`."""
     score: ScoreProgram
-    coefficient: float
+    coefficient: float = field(init=False)
     """Of the divergence that is taken off the rewards."""
     divergence: float = 0.0
     """Of a completion from the reference, in nats: the mean of what was sampled last."""
+
+    def __post_init__(self) -> None:
+        self.coefficient = 0.0 if self.stage.kl is None else self.stage.kl.coefficient
 
     def weights(self, state: train.TrainState) -> Any:
         """Return what `score` reads."""
@@ -94,18 +97,14 @@ class Critic:
         return self.stage.kl is not None and self.stage.kl.at == "reward"
 
 
-def at_unit_rates(settings: Settings) -> Settings:
-    """Return settings of which all learning rates share one program."""
-    return settings.model_copy(update={"optimizer": at_unit_rate(settings.optimizer)})
-
-
 def learner_of(settings: Settings, architecture: Architecture, updates: int) -> Learner:
-    """Return what updates a critic over a stage."""
+    """Return what updates a critic over a stage, at a peak rate of 1."""
+    optimizer = at_unit_rate(settings.optimizer)
     return Learner(
-        settings,
+        settings.model_copy(update={"optimizer": optimizer}),
         architecture if settings.trunk == "separate" else None,
-        build_optimizer(settings.optimizer, updates),
-        learning_rate(settings.optimizer, updates),
+        build_optimizer(optimizer, updates),
+        learning_rate(optimizer, updates),
     )
 
 

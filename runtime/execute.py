@@ -94,7 +94,7 @@ class HardwareMissingError(Exception):
 
 
 class OtherTokenizerError(Exception):
-    """What an `attribute` names has another tokenizer than the model that is trained: its `name`."""
+    """What an `attribute` names, `name`, has another tokenizer than the model that is trained."""
 
     def __init__(self, attribute: str, name: str) -> None:
         super().__init__(attribute, name)

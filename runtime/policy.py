@@ -20,7 +20,7 @@ from tunelang.compiler.architecture import Architecture, forward_flops, train_fl
 from tunelang.compiler.layout import CHUNK, StageLayout
 from tunelang.dsl.vocabulary.stages import Policy, Ppo
 from tunelang.runtime import objectives, train
-from tunelang.runtime.critic import Critic, at_unit_rates, learner_of, with_critic
+from tunelang.runtime.critic import Critic, learner_of, with_critic
 from tunelang.runtime.decode_loop import Engine
 from tunelang.runtime.evaluate import (
     Completed,
@@ -36,6 +36,7 @@ from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_
 from tunelang.runtime.order import steps_of
 from tunelang.runtime.permutation import derive
 from tunelang.runtime.policy_step import (
+    Learner,
     PolicyBatch,
     ScoreProgram,
     batch_of,
@@ -263,9 +264,10 @@ class PolicyTrainer:
             )
             mask = mask & ~truncated[..., None]
         batch = replace(batch, mask=mask)
-        advantages, valued = batch.advantages, {}
+        advantages = batch.advantages
+        valued: dict[str, float] = {}
         if self.critic is not None:
-            advantages = advantages[mask]
+            advantages = advantages[mask] if mask.any() else np.zeros(1)
             batch, valued = self.critic.whitened(batch)
         batch = in_parts(batch, self.part)
         if stage.minibatches == 1:
@@ -393,19 +395,18 @@ def policy_trainer(
             "rollout", "optimizer",
         )
     )  # fmt: skip
-
-    valued = critic() if isinstance(stage, Ppo) else None
-    if isinstance(stage, Ppo) and valued is not None:
-        settings = at_unit_rates(stage.critic)
-        key += settings, valued[0]
+    learner: Learner | None = None
+    if isinstance(stage, Ppo):
+        valued = critic()
+        learner = learner_of(stage.critic, valued[0], updates)
+        key += learner.settings, valued[0]
 
     def compiled() -> Any:
         optimizer = build_optimizer(unit, updates)
         schedule = learning_rate(unit, updates)
-        learner = None if valued is None else learner_of(settings, valued[0], updates)
-        return optimizer, learner, policy_step(a, optimizer, schedule, plain, program, learner)
+        return optimizer, policy_step(a, optimizer, schedule, plain, program, learner)
 
-    optimizer, learner, step_program = workshop.once(("policy", a, program, updates, key), compiled)
+    optimizer, step_program = workshop.once(("policy", a, program, updates, key), compiled)
 
     def score(architecture: Architecture) -> ScoreProgram:
         return workshop.once(
@@ -416,10 +417,9 @@ def policy_trainer(
     measured = reference() if stage.kl is not None else None
     state = begin(optimizer, program)
     estimator: Critic | None = None
-    if isinstance(stage, Ppo) and valued is not None:
+    if isinstance(stage, Ppo) and learner is not None:
         state = with_critic(state, valued, learner, program, stage.critic.optimizer.lr)
-        coefficient = 0.0 if stage.kl is None else stage.kl.coefficient
-        estimator = Critic(stage, valued[0], score(valued[0]), coefficient)
+        estimator = Critic(stage, valued[0], score(valued[0]))
     return PolicyTrainer(
         stage=stage,
         model=model,

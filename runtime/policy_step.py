@@ -173,7 +173,7 @@ def policy_step(
     layout = program.layout
     temperature = policy.rollout.temperature or 1.0
     apart = None if critic is None else critic.architecture
-    critic_graph = None if apart is None else abstract_decoder(apart, program.dtype)[0]
+    critic_graph, _ = abstract_decoder(apart or architecture, program.dtype)
 
     def loss(
         frozen: Any, params: tuple[Any, Any], part: tuple[PolicyBatch, jax.Array]

@@ -108,7 +108,7 @@ def prepare(
         except (NoTargetError, ValueError) as error:
             raise LayoutError(stage.stage, error) from error
         # Branches that differ in what no layout depends on share one.
-        sizes = str(getattr(value, "batch", None)), getattr(value, "group", None)
+        sizes = tuple(str(getattr(value, each, None)) for each in ("batch", "group", "critic"))
         key = (stage.stage, architecture, devices, sizes)
         try:
             asked = program.declarations[name].value.attention

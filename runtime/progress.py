@@ -101,9 +101,10 @@ class Progress:
         if again:
             self._say(f"{planned.node}  up to date")
             return
-        steps, took = summary["steps"], duration(summary["seconds"])
-        made = f"written to {summary['path']}" if "path" in summary else f"done, {steps} steps"
-        self._say(f"{planned.node}  {made} in {took}")
+        took = duration(summary["seconds"])
+        self._say(f"{planned.node}  {_made(summary)} in {took}")
+        if "table" in summary:
+            self.console.print(_beside(summary["table"]))
 
     def selected(self, read: Input, node: str, value: float) -> None:
         """See `execute.RunReporter`."""
@@ -135,6 +136,44 @@ class Progress:
             Text(text, overflow="ellipsis", no_wrap=True),
         )
         self._live.update(table)
+
+
+def _made(summary: Mapping[str, Any]) -> str:
+    """Say what a stage yielded."""
+    metrics = summary["metrics"]
+    if "path" in summary:
+        return f"written to {summary['path']}"
+    if "table" in summary:
+        return f"{len(summary['table'])} models measured"
+    if "solved" in metrics:
+        rows, share = int(metrics["rows"]), number(metrics["solved"])
+        return f"{rows:,} rows kept, of {share} of the prompts,"
+    return f"done, {summary['steps']} steps" if summary["steps"] else "done"
+
+
+_UNSHOWN = ("_low", "_high", ".length", ".truncated")
+
+
+def _beside(found: Mapping[str, Mapping[str, float]]) -> Table:
+    """Show several models side by side, scores with half of their 95% confidence interval."""
+    names = dict.fromkeys(name for values in found.values() for name in values)
+    shown = [name for name in names if not name.endswith(_UNSHOWN)]
+
+    def cell(model: str, name: str) -> str:
+        values = found[model]
+        low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+        text = number(values[name]) if name in values else ""
+        return text if low is None or high is None else f"{text} ±{number((high - low) / 2)}"
+
+    rows = [["", *found], *([name, *(cell(each, name) for each in found)] for name in shown)]
+    if len(shown) < len(found):  # as few columns as there can be
+        rows = [list(row) for row in zip(*rows, strict=True)]
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
+    for at, head in enumerate(rows[0]):
+        table.add_column(head, justify="right" if at else "left", no_wrap=not at)
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
 
 
 def _values(values: Mapping[str, float]) -> str:

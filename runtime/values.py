@@ -63,7 +63,8 @@ def whiten(values: Floats, mask: NDArray[np.bool_]) -> Floats:
     count = max(1, int(mask.sum()))
     centred = np.where(mask, values - np.sum(values, where=mask) / count, 0.0)
     variance = np.sum(np.square(centred)) / max(1, count - 1)
-    return centred / np.sqrt(variance + 1e-8)
+    white: Floats = centred / np.sqrt(variance + 1e-8)
+    return white
 
 
 def explained_variance(values: Floats, returns: Floats, mask: NDArray[np.bool_]) -> float:

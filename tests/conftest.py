@@ -10,6 +10,8 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    # Programs run for milliseconds here: to compile them without LLVM's passes takes half the time.
+    " --xla_backend_optimization_level=0"
 )
 # A collective holds its thread until all devices have come to it, and XLA makes only a thread a
 # core: eight devices on two cores wait for each other for ever as soon as two collectives are

@@ -92,8 +92,8 @@ SAMPLES: dict[str, list[Node]] = {
     "criterion": [rewards.Criterion.fixed(text="Other")],
     "merging": [training.Linear.fixed(), training.Slerp.fixed()],
     "divergence": [training.ForwardKl.fixed(), training.ReverseKl.fixed()],
-    "attention": [training.Maps.fixed()],
-    "features": [training.Hidden.fixed()],
+    "attention": [training.Maps.fixed(), training.Maps.fixed(weight=0.5)],
+    "features": [training.Hidden.fixed(), training.Hidden.fixed(weight=0.5)],
     "critic": [training.Critic.fixed(trunk="shared")],
     "tracker": [training.TensorBoard.fixed()],
 }
@@ -129,7 +129,7 @@ def other(value: Any, want: types.Type) -> Any:
         case types.Either(options=options):
             return "x" if value is None else other(value, options[-1])
         case types.ListOf(item=item):
-            return (*value, other(value[0] if value else None, item))
+            return (*(value or ()), other(value[0] if value else None, item))
         case types.Of(family=family):
             return next(sample for sample in SAMPLES[family] if sample != value)
         case types.Ref(nouns=nouns):

@@ -35,11 +35,11 @@ stage s : sft {{ from = g, data = d, length = 1 epoch, {batch}{", " + more if mo
     return value
 
 
-def policy(folder: Path, more: str = "") -> Training:
+def policy(folder: Path, more: str = "", kind: str = "grpo") -> Training:
     text = f"""\
 model g : pretrained {{ path = "models/tiny" }}
 data d : jsonl {{ path = "data/sums.jsonl", prompt = "{{question}}", response = "{{answer}}" }}
-stage s : grpo {{ from = g, data = d, length = 1 epoch, batch = 32 prompts, group = 8, reward = exact("{{completion}}", "{{response}}"){", " + more if more else ""} }}
+stage s : {kind} {{ from = g, data = d, length = 1 epoch, batch = 32 prompts, group = 8, reward = exact("{{completion}}", "{{response}}"){", " + more if more else ""} }}
 """
     value = program(text, folder).declarations["s"].branches[0].value
     assert isinstance(value, Training)
@@ -117,6 +117,18 @@ def test_policies_have_slots_and_a_cache(folder: Path) -> None:
     assert layout.memory["kv cache"] > 0
     assert "reference" not in layout.memory
     assert "reference" in lay_out(policy(folder, "kl = k3(0.1)"), LLAMA, 2, devices).memory
+
+
+def test_a_critic_of_its_own_takes_as_much_again(folder: Path) -> None:
+    devices = Devices(CHIPS["v5p"], 8, False)
+    apart, shared = (
+        lay_out(policy(folder, f"critic = critic(trunk = {trunk})", "ppo"), LLAMA, 2, devices)
+        for trunk in ("separate", "shared")
+    )
+    held = sum(apart.memory[name] for name in ("parameters", "optimizer", "gradients"))
+    assert apart.memory["critic"] == pytest.approx(held, rel=0.2)
+    assert "critic" not in shared.memory
+    assert 1.5 < apart.flops / shared.flops < 2
 
 
 def test_a_prompt_counts_once_for_its_group(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ stage joint : ppo {{ from = baseline, {REST}
   reward = brief, length = 8 steps, checkpoint_every = 3 steps, optimizer = adamw(lr = 3e-3)
   critic = critic(trunk = shared, optimizer = adamw(lr = 1e-2)), kl = k3(0.01) }}
 
-data pairs : jsonl {{ path = "pairs.jsonl", prompt = "{{a}}+{{b}}=", chosen = "{{c}}", rejected = "{{a}}{{b}}{{c}}" }}
+data pairs : jsonl {{ path = "sums.jsonl", prompt = "{{a}}+{{b}}=", chosen = "{{c}}"
+  rejected = "{{a}}{{b}}{{c}}" }}
 stage judge : reward_model {{ from = baseline, data = pairs, length = 4 steps
   batch = 8 sequences, mesh = axes(data = 1) }}
 reward helpful : learned {{ from = judge }}
@@ -46,9 +47,6 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = tiny.workspace(tmp_path_factory.mktemp("ppo"))
     text = spec.read_text()
     spec.write_text(text[: text.index("stage specialist")] + STAGES.format(REST=REST))
-    rows = [{"a": a, "b": b, "c": a + b} for a in range(5) for b in range(4)]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (spec.parent / "pairs.jsonl").write_text(lines)
     tiny.run(spec)
     return spec
 
@@ -72,7 +70,7 @@ def test_it_learns(spec: Path, stage: str) -> None:
 def test_the_coefficient_of_the_divergence_adapts(spec: Path) -> None:
     found = [row["kl_coefficient"] for row in rows(spec, "apart")]
     assert found[1] == pytest.approx(0.02 * (1 - 0.2 * 16 / 100))  # nothing has moved yet
-    assert all(0.96 < b / a < 1.04 for a, b in zip(found, found[1:], strict=False))
+    assert all(0.96 < b / a < 1.04 for a, b in pairwise(found))
 
 
 @pytest.mark.parametrize("stage", ["apart", "joint"])

@@ -1,0 +1,222 @@
+"""Whole steps of DPO against TRL 1.16: loss, metrics, gradient norm and the updated weights of the
+same small random Llama on the same pairs, however they are laid out.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests.parity.test_transformers import made
+from tests.parity.test_trl import preference, trainer
+from tunelang.compiler.architecture import Architecture
+from tunelang.compiler.families import architecture_of
+from tunelang.dsl.vocabulary.training import AdamW, Optimizer, Sgd
+from tunelang.runtime import weights
+from tunelang.runtime.comparing import PairObjective, Reference, segment_program
+from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.sharding import make_layout, shardings
+from tunelang.runtime.train import Batch, Program, state_of, train_step
+
+torch = pytest.importorskip("torch")
+trl = pytest.importorskip("trl", minversion="1.16")
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+
+STEPS, PAIRS, LENGTH = 2, 6, 40
+STAGE = preference(beta=0.3)
+OPTIMIZERS: dict[str, Optimizer] = {
+    # Clips at each step. The large epsilon keeps differences of rounding small, see `test_train`.
+    "adamw": AdamW(lr=1e-2, b2=0.99, eps=1e-3, weight_decay=0.1, clip_norm=1.0),
+    "sgd": Sgd(lr=1e-2, momentum=0.9, clip_norm=None),
+}
+METRICS = {
+    "chosen_reward": "rewards/chosen",
+    "rejected_reward": "rewards/rejected",
+    "margin": "rewards/margins",
+    "accuracy": "rewards/accuracies",
+    "chosen_log_prob": "logps/chosen",
+    "rejected_log_prob": "logps/rejected",
+}
+
+Pair = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Case:
+    optimizer: str = "adamw"
+    rows: tuple[int, ...] = (1,) * PAIRS
+    """Pairs of each sequence."""
+    live: bool = False
+    micro_batches: int = 1
+    mesh: dict[str, int] = field(default_factory=dict)
+
+
+PACKED = (2, 1, 2, 1)
+CASES = {
+    "a pair a row": Case(),
+    "sgd, live": Case("sgd", live=True),
+    "packed": Case(rows=PACKED),
+    "packed, live, micro-batches": Case(rows=PACKED, live=True, micro_batches=2),
+    "packed, mesh": Case("sgd", PACKED, mesh={"fsdp": 2, "tensor": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[list[Pair]]:
+    """The pairs of each step; no two answers have to be of one length."""
+    random = np.random.default_rng(3)
+
+    def ids(low: int, high: int) -> list[int]:
+        return random.integers(3, 97, random.integers(low, high + 1)).tolist()
+
+    return [
+        [
+            {"prompt_ids": ids(1, 4), "chosen_ids": ids(1, 6), "rejected_ids": ids(1, 6)}
+            for _ in range(PAIRS)
+        ]
+        for _ in range(STEPS)
+    ]
+
+
+@dataclass(frozen=True)
+class Both:
+    """A policy and a reference near it: PyTorch's models, and what `load` makes of their files."""
+
+    config: dict[str, Any]
+    architecture: Architecture
+    theirs: tuple[Any, Any]
+    ours: tuple[Any, Any]
+    """Numpy."""
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
+    folders = [tmp_path_factory.mktemp(name) for name in ("policy", "reference")]
+    _, _, model = made("llama 3", folders[0])
+    reference = deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    reference.save_pretrained(folders[1])
+    config = weights.configuration(folders[0])
+    architecture = architecture_of(config)
+    policy, other = (
+        jax.device_get(weights.load(folder, architecture, make_layout())) for folder in folders
+    )
+    return Both(config, architecture, (model, reference), (policy, other))
+
+
+@pytest.fixture(scope="module")
+def taught(both, steps) -> dict[str, tuple[dict[str, list[float]], dict[str, np.ndarray]]]:
+    """What TRL makes of them: a row of metrics, and weights, by each optimizer."""
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+    from trl.trainer.utils import add_fused_lm_head
+
+    collate, found = DataCollatorForPreference(pad_token_id=0), {}
+    for name, spec in OPTIMIZERS.items():
+        model, reference = (deepcopy(each) for each in both.theirs)
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+        add_fused_lm_head(reference)
+        dpo = trainer(
+            trl.DPOTrainer, model=model.train(), ref_model=reference, beta=STAGE.beta,
+            loss_types=["sigmoid"], loss_weights=[1.0], ld_alpha=None, label_smoothing=0.0,
+            f_divergence_type="reverse_kl", use_weighting=False, precompute_ref_logps=False,
+            args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        )  # fmt: skip
+        update = optimizer_of(spec, model)
+        row: dict[str, list[float]] = {"loss": [], "grad_norm": []}
+        for pairs in steps:
+            update.zero_grad()
+            loss = dpo._compute_loss(model, collate(pairs), return_outputs=False)
+            loss.backward()
+            most = spec.clip_norm or np.inf
+            row["grad_norm"].append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), most)))
+            row["loss"].append(float(loss))
+            update.step()
+        logged = dpo._metrics["train"]
+        row |= {ours: logged[theirs] for ours, theirs in METRICS.items()}
+        found[name] = row, {n: p.detach().numpy() for n, p in model.named_parameters()}
+    return found
+
+
+def optimizer_of(spec: Optimizer, model: Any) -> Any:
+    if isinstance(spec, Sgd):
+        return torch.optim.SGD(model.parameters(), spec.lr, spec.momentum)
+    assert isinstance(spec, AdamW)
+    matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) is of] for of in (True, False))
+    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups, spec.lr, (spec.b1, spec.b2), spec.eps, weight_decay=spec.weight_decay
+    )
+
+
+def batch_of(steps: list[list[Pair]], rows: tuple[int, ...]) -> Batch:
+    """Lay pairs out in sequences, the chosen answer of each before the rejected one."""
+    shape = (len(steps), len(rows), LENGTH)
+    tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
+    trained = np.zeros(shape, bool)
+    for step, pairs in enumerate(steps):
+        rest = iter(pairs)
+        for row, count in enumerate(rows):
+            own = [next(rest) for _ in range(count)]
+            pieces = [(p["prompt_ids"], p[n]) for p in own for n in ("chosen_ids", "rejected_ids")]
+            at = 0
+            for number, (prompt, answer) in enumerate(pieces, 1):
+                end = at + len(prompt) + len(answer)
+                tokens[step, row, at:end] = prompt + answer
+                trained[step, row, at + len(prompt) : end] = True
+                segments[step, row, at:end] = number
+                positions[step, row, at:end] = np.arange(end - at)
+                at = end
+    return Batch(tokens, trained, segments, positions)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_are_trls(name, both, steps, taught):
+    case, architecture = CASES[name], both.architecture
+    expected, updated = taught[case.optimizer]
+    layout = make_layout(**case.mesh)
+    program = Program(layout=layout, micro_batches=case.micro_batches, chunk=16)
+    count = 2 * max(case.rows)
+    params, reference = (jax.device_put(each, shardings(each, layout)) for each in both.ours)
+    batch = batch_of(steps, case.rows)
+    spec = OPTIMIZERS[case.optimizer]
+    optimizer = build_optimizer(spec, STEPS)
+    state = state_of(architecture, params, optimizer, program)
+    if case.live:
+        state = replace(state, beside=reference)
+    else:
+        scored, tokens = segment_program(architecture, program, count)(reference, batch)
+        batch = replace(batch, reference=scored)
+        assert tokens.sum() == batch.trained.sum()
+    objective = PairObjective(STAGE, count, Reference(architecture if case.live else None))
+    step = train_step(architecture, optimizer, learning_rate(spec, STEPS), program, objective)
+    state, found = step(state, batch)
+
+    np.testing.assert_allclose(found.loss, expected["loss"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found.grad_norm, expected["grad_norm"], rtol=1e-4)
+    for ours in METRICS:
+        np.testing.assert_allclose(
+            found.more[ours], expected[ours], rtol=1e-5, atol=1e-4, err_msg=ours
+        )
+    after = dict(weights.tensors(jax.device_get(state.params), both.config))
+    assert after.keys() == updated.keys()
+    for tensor, array in after.items():
+        np.testing.assert_allclose(array, updated[tensor], rtol=0, atol=1e-5, err_msg=tensor)
+
+
+def test_the_steps_are_no_trifle(both, taught):
+    """Losses are away from saturation, gradients are clipped, weights move."""
+    for name, (row, updated) in taught.items():
+        assert all(0.05 < loss < 3 for loss in row["loss"])
+        assert all(0 < share < 1 for share in row["accuracy"])
+        assert name == "sgd" or min(row["grad_norm"]) > 1.0
+        for tensor, array in both.theirs[0].named_parameters():
+            assert np.abs(updated[tensor] - array.detach().numpy()).max() > 1e-4, tensor
