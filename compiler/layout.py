@@ -330,7 +330,8 @@ def _estimated(
         memory["teacher"] = 4 * parameter_count(teacher) // split
     if isinstance(stage, Compared) and stage.needs_reference:
         work += forward_flops(a, layout.length) * step_tokens
-        if stage.reference_log_probs == "live" and (not a.adapters or stage.reference is not None):
+        live = getattr(stage, "reference_log_probs", "live") == "live"
+        if live and (not a.adapters or stage.reference is not None):
             memory["reference"] = 4 * parameters // split
     if isinstance(stage, Policy):
         compared = stage.advantage != "gae" and not stage.refill

@@ -208,6 +208,12 @@ class Stored:
         return ids, log_probs
 
 
+def forget_teacher(folder: Path) -> None:
+    """Remove what was stored, which is large."""
+    for path in folder.glob("teacher.*"):
+        path.unlink()
+
+
 def store_teacher(
     stage: Distill,
     corpus: Corpus,

@@ -38,7 +38,7 @@ from tunelang.runtime import train
 from tunelang.runtime.answers import learned
 from tunelang.runtime.bad_rows import BadRows
 from tunelang.runtime.checkpoints import Checkpoints, load_params
-from tunelang.runtime.distilling import compared
+from tunelang.runtime.distilling import compared, forget_teacher
 from tunelang.runtime.evaluate import Evaluation, evaluate, named
 from tunelang.runtime.export import export
 from tunelang.runtime.judges import Ask
@@ -449,6 +449,7 @@ class _Job:
                 )
                 metrics = loop.run(start)
                 if isinstance(self.stage, Distill):
+                    forget_teacher(self.folder.path)
                     metrics |= self._compared(
                         self.stage, recorder, model, trainer.state, layout, trainer.steps
                     )

@@ -205,11 +205,10 @@ def supervised_trainer(
     stored: NDArray[np.float32] | None = None
     live: Architecture | None = None
     if isinstance(stage, Compared) and stage.needs_reference:
-        # Mismatched answers are not among those that could be scored ahead.
-        if stage.reference_log_probs == "live" or isinstance(stage, Kto):
-            live, beside = reference()
-        else:
+        if isinstance(stage, Preference) and stage.reference_log_probs == "ahead":
             stored = _ahead(workshop, corpus, model, reference, layout, kept)
+        else:
+            live, beside = reference()
     teacher: Stored | None = None
     own: OwnAnswers | None = None
     if isinstance(stage, Distill):

@@ -201,12 +201,6 @@ class Compared(Supervised):
         "reference = baseline",
         None,
     )
-    reference_log_probs: Annotated[str, types.Choice(("ahead", "live"))] = placement(
-        "Whether the reference scores all answers once before the first step, and is then let go,"
-        " or those of each step beside it.",
-        "reference_log_probs = live",
-        "ahead",
-    )
 
     @property
     def needs_reference(self) -> bool:
@@ -266,6 +260,13 @@ class Preference(Compared):
         False,
     )
 
+    reference_log_probs: Annotated[str, types.Choice(("ahead", "live"))] = placement(
+        "Whether the reference scores all answers once before the first step, and is then let go,"
+        " or those of each step beside it.",
+        "reference_log_probs = live",
+        "ahead",
+    )
+
     @property
     def needs_reference(self) -> bool:
         """Whether the loss reads the reference."""
@@ -274,7 +275,8 @@ class Preference(Compared):
 
 class Kto(Compared):
     """Learning from answers that are each good or bad (Kahneman-Tversky optimisation,
-    arXiv:2402.01306).
+    arXiv:2402.01306). The reference runs beside the policy, since each step matches prompts with
+    answers to others.
     """
 
     needs = (("prompt", "response", "label"), ("messages", "response", "label"), *PAIRS)

@@ -33,8 +33,6 @@ reward helpful : learned {{ from = judge }}
 stage adapted : ppo {{ from = baseline, {REST}
   reward = helpful, value_model = judge, length = 3 steps, group = 2, checkpoint_every = 1 step
   adapter = lora(rank = 4), optimizer = adamw(lr = 1e-2) }}
-stage after : sft {{ from = adapted, data = sums, length = 1 step, batch = 8 sequences
-  mesh = axes(data = 1) }}
 """
 REST = (
     "data = sums, batch = 16 prompts, passes = 2, minibatches = 2, log_every = 1 step,"

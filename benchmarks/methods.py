@@ -1,0 +1,275 @@
+"""Every kind of training against plain supervised tuning of the same model on the same rows.
+
+`python benchmarks/methods.py [--width 256 --layers 4 --batch 4 --length 256 --only dpo,kto]`. A row
+has four segments, each a prompt and an answer; for pairs, two beside each other are one. Steps of
+all methods alternate in one process; times are medians. The share in theory is by FLOPs: a token
+that is trained on takes three forward passes, and each model that is only run takes one; KTO runs
+both models on mismatched answers too. PPO's is the update alone, of rows that are cut into prompt
+and completion, where logits are of completions only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "/tmp/tune-benchmark-cache")
+
+import jax
+import numpy as np
+
+from tunelang.compiler.architecture import (
+    Architecture,
+    forward_flops,
+    parameter_count,
+    train_flops,
+)
+from tunelang.compiler.layout import CHUNK
+from tunelang.dsl.vocabulary.stages import Distill, Kto, Ppo, Preference, RewardModel
+from tunelang.dsl.vocabulary.training import AdamW, Critic, Sampling
+from tunelang.runtime.comparing import KtoObjective, PairObjective, Reference, ScoreObjective
+from tunelang.runtime.critic import learner_of, with_critic
+from tunelang.runtime.distilling import DistillObjective
+from tunelang.runtime.layers import DTYPES
+from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.origins import score_head
+from tunelang.runtime.policy_step import PolicyBatch, policy_step
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.supervised import mismatched
+from tunelang.runtime.train import Batch, Objective, Program, init_state, train_step
+
+SPEC = AdamW.fixed(lr=1e-4)
+STEPS = 1000
+SEGMENTS = 4
+"""Of a row; the first quarter of each is the prompt."""
+SFT = "sft"
+
+
+@dataclass
+class Method:
+    """A step to run again and again, and what it has to compute for a token, in FLOPs."""
+
+    step: Callable[[Any, Any], tuple[Any, Any]]
+    state: Any
+    batch: Any
+    flops: float
+    seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Make a step, and note what it took."""
+        start, busy = time.perf_counter(), time.process_time()
+        self.state, metrics = self.step(self.state, self.batch)
+        jax.block_until_ready((self.state, metrics))
+        self.seconds.append(time.perf_counter() - start)
+        self.cpu.append(time.process_time() - busy)
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Training of every kind against plain tuning.")
+    sizes = {
+        "width": 256, "layers": 4, "heads": 4, "kv-heads": 4, "mlp": 704, "vocabulary": 4096,
+        "length": 256, "batch": 4, "micro-batches": 1, "chunk": CHUNK, "calls": 10, "top-k": 32,
+        "teacher-width": 512, "teacher-layers": 4,
+    }  # fmt: skip
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="f32")
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
+    parser.add_argument("--only", help="methods, separated by commas")
+    return parser.parse_args()
+
+
+def architectures(given: argparse.Namespace) -> tuple[Architecture, Architecture]:
+    """Return the model, and the teacher: with heads as large, and an mlp in proportion."""
+    model = Architecture(
+        vocabulary=given.vocabulary, layers=given.layers, width=given.width, heads=given.heads,
+        kv_heads=given.kv_heads, head_dim=given.width // given.heads, mlp=given.mlp,
+        context=given.length,
+    )  # fmt: skip
+    heads = given.teacher_width // model.head_dim
+    teacher = replace(
+        model, layers=given.teacher_layers, width=given.teacher_width, heads=heads, kv_heads=heads,
+        mlp=given.mlp * given.teacher_width // given.width,
+    )  # fmt: skip
+    return model, teacher
+
+
+def make_batch(given: argparse.Namespace) -> Batch:
+    """Random tokens, every segment trained behind its prompt, with all that an objective reads."""
+    random = np.random.default_rng(0)
+    shape, count = (given.batch, given.length), (given.batch, SEGMENTS)
+    place, each = np.arange(given.length, dtype=np.int32), given.length // SEGMENTS
+    plain = Batch(
+        random.integers(0, given.vocabulary, shape, dtype=np.int32),
+        np.broadcast_to(place % each >= each // SEGMENTS, shape),
+        np.broadcast_to(place // each + 1, shape),
+        np.broadcast_to(place % each, shape),
+    )
+    batch = replace(
+        plain,
+        values=np.broadcast_to(np.arange(SEGMENTS, dtype=np.float32) % 2, count),
+        reference=random.normal(-600, 1, count).astype(np.float32),
+        mismatched=mismatched(plain, 0, 1),
+    )
+    return jax.tree.map(lambda array: array[None], batch)
+
+
+def top_k_of(given: argparse.Namespace) -> tuple[Any, Any]:
+    """Return ids that differ within a token, and their log-probabilities."""
+    shape = (1, given.batch, given.length, given.top_k)
+    random = np.random.default_rng(1)
+    first = random.integers(0, given.vocabulary, shape[:-1], dtype=np.int32)[..., None]
+    ids = (first + np.arange(given.top_k, dtype=np.int32)) % given.vocabulary
+    return ids, np.full(shape, -np.log(2.0 * given.top_k), np.float32)
+
+
+def supervised_methods(
+    given: argparse.Namespace, program: Program
+) -> dict[str, Callable[[], Method]]:
+    """Return what makes each method of given sequences."""
+    model, teacher = architectures(given)
+    scoring = replace(model, scores=True)
+    optimizer, schedule = build_optimizer(SPEC, STEPS), learning_rate(SPEC, STEPS)
+    batch, length = make_batch(given), given.length
+    trained, forward = (of(model, length) for of in (train_flops, forward_flops))
+    distill = Distill.fixed(hard=0.1)
+
+    def method(
+        objective: Objective | None,
+        flops: float,
+        own: Architecture = model,
+        beside: Architecture | None = None,
+        **more: Any,
+    ) -> Callable[[], Method]:
+        def make() -> Method:
+            state = init_state(own, optimizer, program, 0)
+            if beside is not None:
+                state = replace(state, beside=init_state(beside, optimizer, program, 1).params)
+            step = train_step(own, optimizer, schedule, program, objective)
+            return Method(step, state, replace(batch, **more), flops)
+
+        return make
+
+    def pairs(live: Architecture | None) -> Objective:
+        return PairObjective(Preference.fixed(), SEGMENTS, Reference(live))
+
+    return {
+        SFT: method(None, trained),
+        "dpo, ahead": method(pairs(None), trained),
+        "dpo, live": method(pairs(model), trained + forward, beside=model),
+        "reward_model": method(
+            ScoreObjective(RewardModel.fixed(), SEGMENTS, False),
+            train_flops(scoring, length),
+            scoring,
+        ),
+        "kto": method(
+            KtoObjective(Kto.fixed(), SEGMENTS, Reference(model)),
+            trained + 3 * forward,
+            beside=model,
+        ),
+        "distill, live": method(
+            DistillObjective(distill, model, teacher),
+            trained + forward_flops(teacher, length),
+            beside=teacher,
+        ),
+        "distill, top_k ahead": method(
+            DistillObjective(distill.model_copy(update={"top_k": given.top_k}), model, teacher),
+            trained,
+            teacher=top_k_of(given),
+        ),
+    }
+
+
+def ppo_methods(given: argparse.Namespace, program: Program) -> dict[str, Callable[[], Method]]:
+    """Return what makes each method of sampled completions."""
+    model, _ = architectures(given)
+    scoring = replace(model, scores=True)
+    optimizer, schedule = build_optimizer(SPEC, STEPS), learning_rate(SPEC, STEPS)
+    each = given.length // SEGMENTS
+    before, rows = each // SEGMENTS, given.batch * SEGMENTS
+    shape = rows, 1, each - before
+    random = np.random.default_rng(2)
+    near = random.normal(-8, 0.1, (5, *shape)).astype(np.float32)
+    batch = PolicyBatch(
+        prompts=random.integers(0, given.vocabulary, (rows, before), dtype=np.int32),
+        prompt_lengths=np.full(rows, before, np.int32),
+        tokens=random.integers(0, given.vocabulary, shape, dtype=np.int32),
+        mask=np.ones(shape, bool),
+        sampler=near[0], old=near[1], advantages=near[2], values=near[3], returns=near[4],
+    )  # fmt: skip
+    spared = 6.0 * model.vocabulary * model.width * before / each
+    trained = train_flops(model, each) - spared
+
+    def method(trunk: str, flops: float) -> Callable[[], Method]:
+        settings = Critic.fixed(trunk=trunk, optimizer=SPEC)
+        rollout = Sampling.fixed(max_tokens=shape[2])
+        stage = Ppo.fixed(rollout=rollout, critic=settings, passes=1, optimizer=SPEC)
+
+        def make() -> Method:
+            learner = learner_of(settings, scoring, STEPS)
+            if trunk == "separate":
+                critic = init_state(scoring, optimizer, program, 1).params
+            else:
+                critic = score_head(model, jax.numpy.ones(model.width), program.layout)
+            state = init_state(model, optimizer, program, 0)
+            state = with_critic(state, (scoring, critic), learner, program, SPEC.lr)
+            step = policy_step(model, optimizer, schedule, stage, program, learner)
+            return Method(step, state, batch, flops)
+
+        return make
+
+    return {
+        "ppo, separate critic": method("separate", trained + train_flops(scoring, each)),
+        "ppo, shared critic": method("shared", trained),
+    }
+
+
+def main() -> None:
+    """Print the table."""
+    given = arguments()
+    program = Program(
+        layout=make_layout(), dtype=DTYPES[given.dtype], micro_batches=given.micro_batches,
+        remat=given.remat, chunk=given.chunk,
+    )  # fmt: skip
+    makers = {**supervised_methods(given, program), **ppo_methods(given, program)}
+    wanted = [SFT, *given.only.split(",")] if given.only else list(makers)
+    methods = {name: makers[name]() for name in dict.fromkeys(wanted)}
+    for method in methods.values():
+        method.run()  # compiles
+        method.seconds.clear()
+        method.cpu.clear()
+    for _ in range(given.calls):
+        for method in methods.values():
+            method.run()
+    model, teacher = architectures(given)
+    print(
+        f"{parameter_count(model) / 1e6:.1f} M parameters, a teacher of"
+        f" {parameter_count(teacher) / 1e6:.1f} M, {given.batch} × {given.length} tokens\n"
+    )
+    print("| method | ms a step | tokens/s | of sft | of CPU seconds | in theory | of theory |")
+    print("|---|---|---|---|---|---|---|")
+    plain = methods[SFT]
+    for name, method in methods.items():
+        took = statistics.median(method.seconds)
+        share = statistics.median(
+            own / other for own, other in zip(plain.seconds, method.seconds, strict=True)
+        )
+        busy = statistics.median(
+            own / other for own, other in zip(plain.cpu, method.cpu, strict=True)
+        )
+        theory = plain.flops / method.flops
+        print(
+            f"| {name} | {1000 * took:.0f} | {given.batch * given.length / took:,.0f}"
+            f" | {share:.2f} | {busy:.2f} | {theory:.2f} | {share / theory:.0%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
