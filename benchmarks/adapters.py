@@ -8,12 +8,9 @@ arguments (weights, moments, batch) and temporaries (gradients, activations).
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from dataclasses import replace
-
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "/tmp/tune-benchmark-cache")
 
 import jax
 import numpy as np

@@ -11,14 +11,11 @@ and completion, where logits are of completions only.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
-
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "/tmp/tune-benchmark-cache")
 
 import jax
 import numpy as np

@@ -58,7 +58,7 @@ def equal(one, other):
     np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["llama", "moe"])
 def test_enough_beams_find_the_best_of_all_completions(name):
     vocabulary, depth, stops = 4, 3, (1, 2)
     architecture = replace(FAMILIES[name], vocabulary=vocabulary)
@@ -120,7 +120,7 @@ def test_one_beam_is_greedy(name):
     np.testing.assert_allclose(found.scores, scores, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["gemma2"])
 def test_a_batch_is_its_prompts_one_by_one(name):
     architecture = FAMILIES[name]
     _, params = moved(architecture)
@@ -158,7 +158,7 @@ def test_adapters_are_those_merged():
     equal(live, search(merged.architecture, nnx.split(merged)[1], returned=2))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["gemma2"])
 def test_a_mesh_changes_nothing(name):
     architecture = FAMILIES[name]
     _, params = moved(architecture)
