@@ -5,18 +5,25 @@ generators.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunelang.dsl import files, messages
+from tunelang.dsl import files, messages, types
 from tunelang.dsl.examples import Examples, examples
 from tunelang.dsl.messages.wording import nearest
 from tunelang.dsl.program import Declared
 from tunelang.dsl.source import Source, Span
 from tunelang.dsl.values import template_fields
-from tunelang.dsl.vocabulary import data, models, rewards, stages
-from tunelang.dsl.vocabulary.base import DataExpression, Node, RewardExpression
+from tunelang.dsl.vocabulary import custom, data, models, rewards, stages
+from tunelang.dsl.vocabulary.base import (
+    DataExpression,
+    Function,
+    Kind,
+    Node,
+    RewardExpression,
+    attributes,
+)
 
 if TYPE_CHECKING:
     from tunelang.dsl.rules import Book
@@ -44,6 +51,10 @@ def check(book: Book) -> None:
                 _expression(book, declared, declared.value)
         if isinstance(declared.value, rewards.EvalKind):
             _expression(book, declared, declared.value.data)
+        values: list[Any] = [branch.value for branch in declared.branches] or [declared.value]
+        for value in values:
+            if isinstance(value, Kind):
+                _custom(book, declared, value)
         if isinstance(declared.value, rewards.Generate):
             score, found = declared.value.score, declared.value.data
             _reward(
@@ -133,6 +144,11 @@ def _data(book: Book, declared: Declared, source: data.DataKind) -> None:
     if isinstance(source, data.Procedural):
         _procedural(book, declared, source)
         fields: dict[str, Any] = {"question": "", "answer": "", "metadata": {}}
+    elif isinstance(source, data.PythonData):
+        _rows_function(book, declared, source)
+        if source.fields is None:
+            return
+        fields = dict.fromkeys(source.fields)
     elif isinstance(source, data.Sampled):
         known = _sampled_fields(book, source)
         if known is None:
@@ -358,7 +374,7 @@ def _parts(
                     book.add(messages.needs_procedural(at, source.source, used))
                     break
             _templates(book, reward, sources, span, used)
-        case rewards.PythonReward():
+        case custom.Python():
             _python(book, reward, sources, span, used)
         case rewards.Rubric():
             pass
@@ -411,34 +427,43 @@ def _by_source(
 
 def _python(
     book: Book,
-    reward: rewards.PythonReward,
+    reward: custom.Python,
     sources: list[Examples],
     span: Span,
     used: tuple[Span, str],
 ) -> None:
     """The function exists, and each parameter without a default is a field that will be passed."""
     at = book.argument(reward, "reference", span)
-    found = _python_function(book, reward, at)
-    if found is None:
-        return
+    found = _reward_function(book, reward, at)
+    if found is not None:
+        _filled(book, found, reward.reference, at, ("completion",), sources, used)
+
+
+def _filled(
+    book: Book,
+    found: files.PythonFunction,
+    reference: str,
+    at: Span,
+    given: Collection[str],
+    sources: list[Examples],
+    used: tuple[Span, str],
+) -> None:
+    """Each parameter without a default is given, or a field of all sources."""
     for parameter in found.parameters:
         name = parameter.name
-        if not parameter.required or name == "completion":
+        if not parameter.required or name in given:
             continue
         for source in sources:
             known = set(source.fields or ()) | source.roles
             if source.fields is not None and name not in known:
-                known_names = ["completion", *sorted(known)]
-                book.add(
-                    messages.unknown_parameter_field(at, reward.reference, name, known_names, used)
-                )
+                known_names = list(dict.fromkeys([*given, *sorted(known)]))
+                book.add(messages.unknown_parameter_field(at, reference, name, known_names, used))
                 break
 
 
-def _python_function(
-    book: Book, reward: rewards.PythonReward, span: Span
-) -> files.PythonFunction | None:
-    file, _, function = reward.reference.rpartition(":")
+def _function(book: Book, span: Span, reference: str) -> files.PythonFunction | None:
+    """The function of a file; None after a report."""
+    file, _, function = reference.rpartition(":")
     path = _file(book, span, file)
     if path is None:
         return None
@@ -450,9 +475,21 @@ def _python_function(
     if function not in functions:
         book.add(messages.unknown_python_function(span, function, file, list(functions)))
         return None
-    found = functions[function]
-    if found.awaited:
-        book.add(messages.awaited_function(span, reward.reference))
+    return functions[function]
+
+
+def _called_function(book: Book, span: Span, reference: str) -> files.PythonFunction | None:
+    """A function that returns what it makes; None after a report."""
+    found = _function(book, span, reference)
+    if found is not None and found.awaited:
+        book.add(messages.awaited_function(span, reference))
+        return None
+    return found
+
+
+def _reward_function(book: Book, reward: custom.Python, span: Span) -> files.PythonFunction | None:
+    found = _called_function(book, span, reward.reference)
+    if found is None:
         return None
     if not found.takes_any and not any(p.name == "completion" for p in found.parameters):
         book.add(
@@ -464,13 +501,66 @@ def _python_function(
     return found
 
 
+def _rows_function(book: Book, declared: Declared, source: data.PythonData) -> None:
+    """The function exists, and the settings are its parameters."""
+    span = book.span(declared, "function")
+    found = _function(book, span, source.function)
+    if found is None:
+        return
+    settings = source.settings.values if source.settings is not None else {}
+    names = [parameter.name for parameter in found.parameters]
+    for name in settings:
+        if name not in names and not found.takes_any:
+            at = book.argument(source.settings, name, book.span(declared, "settings"))
+            book.add(messages.unknown_argument_of(at, name, source.function, names))
+    missing = [p.name for p in found.parameters if p.required and p.name not in settings]
+    if missing:
+        book.add(messages.unfilled_parameter(span, source.function, missing[0], list(settings)))
+
+
+def _custom(book: Book, declared: Declared, node: Node) -> None:
+    """Functions that stand for a loss, an advantage, a schedule or a metric."""
+    known = attributes(type(node))
+    for name, info in type(node).model_fields.items():
+        attribute = known.get(info.alias or name)
+        if attribute is None:
+            continue
+        value, want = getattr(node, name), attribute.type
+        want = want.item if isinstance(want, types.ListOf) else want
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(want, types.Code) and isinstance(each, custom.Python):
+                _code(book, declared, each, want)
+            elif isinstance(each, Function):
+                _custom(book, declared, each)
+
+
+def _code(book: Book, declared: Declared, value: custom.Python, want: types.Code) -> None:
+    span = book.span(declared)
+    at = book.argument(value, "reference", span)
+    found = _called_function(book, at, value.reference)
+    if found is None:
+        return
+    if want.fields:
+        sources = list(examples(declared.value.data, book.program, book.fields))
+        used = (book.span(declared, "data"), "the fields of this data are given too")
+        _filled(book, found, value.reference, at, want.takes, sources, used)
+        return
+    for name in ("timeout", "on_error"):
+        if getattr(value, name) != attributes(custom.Python)[name].default:
+            book.add(messages.only_of_rewards(book.argument(value, name, span), name))
+    for parameter in found.parameters:
+        if parameter.required and parameter.name not in want.takes:
+            given = list(want.takes)
+            book.add(messages.unfilled_parameter(at, value.reference, parameter.name, given))
+
+
 def _functions(book: Book, declared: Declared) -> None:
     """Python functions and rubrics of declared rewards, whether a stage uses them or not."""
     pending = [declared.value]
     while pending:
         node = pending.pop()
-        if isinstance(node, rewards.PythonReward):
-            _python_function(book, node, book.argument(node, "reference", book.span(declared)))
+        if isinstance(node, custom.Python):
+            _reward_function(book, node, book.argument(node, "reference", book.span(declared)))
         elif isinstance(node, rewards.RewardOperator):
             pending += node.operands
         elif isinstance(node, rewards.BySource):

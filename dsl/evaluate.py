@@ -182,7 +182,7 @@ class Evaluator:
                     return function.fixed()
         if node.text not in self.module.names and not self.module.excuses(node.text):
             for option in options:
-                if isinstance(option, types.Choice):
+                if isinstance(option, types.Choice) and option.words:
                     owner = self.site(node.span).owner
                     self.complain(
                         messages.unknown_choice(node.span, owner, node.text, option.words)

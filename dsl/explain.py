@@ -198,10 +198,13 @@ def attribute(a: Attribute, full: bool = False) -> str:
     if not full:
         return f"- `{a.name}`: {a.type.describe()}{default}. {a.doc}"
     none = " (or `none`)" if a.optional else ""
+    item = a.type.item if isinstance(a.type, types.ListOf) else a.type
+    own = [f"- a function is {item.signature()}"] if isinstance(item, types.Code) else []
     lines = [
         a.doc, "", f"- type: {a.type.describe()}{none}",
         f"- default: `{literal(a.default, a.type)}`" if not a.required else "- required",
-        f"- a change of it {EFFECTS[a.effect]}", f"- example: `{a.example}`",
+        f"- a change of it {EFFECTS[a.effect]}", *own,
+        f"- example: `{a.example}`",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 

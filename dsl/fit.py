@@ -25,6 +25,7 @@ from tunelang.dsl.vocabulary.base import (
     Reference,
     TextExpression,
 )
+from tunelang.dsl.vocabulary.custom import Python
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def fit(value: Any, want: types.Type, site: Site) -> Any:
             return _dimension(value, "per device_hour", want, site, "per device_hour")
         case types.Flag():
             return value if isinstance(value, bool) else site.wrong_type(value, want)
+        case types.Code():
+            return _code(value, want, site)
         case types.Choice():
             return _choice(value, want, site)
         case types.Text():
@@ -185,6 +188,14 @@ def _choice(value: Any, want: types.Choice, site: Site) -> Any:
     if isinstance(value, Word | str):
         site.complain(messages.unknown_choice(site.span, site.owner, str(word), want.words))
         return INVALID
+    return site.wrong_type(value, want)
+
+
+def _code(value: Any, want: types.Code, site: Site) -> Any:
+    if isinstance(value, Python):
+        return value
+    if isinstance(value, Word | str) and want.words:
+        return _choice(value, want, site)
     return site.wrong_type(value, want)
 
 

@@ -244,6 +244,13 @@ def _yields(book: Book, declared: Declared, values: list[Any]) -> None:
 
 def _contradictions(value: Any) -> Iterator[tuple[str, str, str, str]]:
     """Attributes that cannot both be: where, the title, the label, the help."""
+    if isinstance(value, stages.Policy) and value.loss is not None and value.clip is not None:
+        yield (
+            "loss",
+            "a loss of your own takes the place of the clipped one",
+            f"`{value.clip.word}` would have no effect",
+            "`clip = none`",
+        )
     match value:
         case stages.Distill():
             if value.teacher_log_probs == "ahead":
@@ -281,7 +288,7 @@ def _contradictions(value: Any) -> Iterator[tuple[str, str, str, str]]:
             if value.label_smoothing and value.loss not in ("sigmoid", "robust"):
                 yield (
                     "label_smoothing",
-                    f"the loss `{value.loss}` does not read it",
+                    f"the loss `{getattr(value.loss, 'name', value.loss)}` does not read it",
                     ("has no effect"),
                     "`loss = sigmoid` or `loss = robust`",
                 )

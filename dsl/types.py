@@ -7,7 +7,7 @@ Python value that a field holds is named in each docstring.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tunelang.dsl.units import COUNTED, show
@@ -250,6 +250,37 @@ class Choice(Type):
     def json(self) -> Json:
         """See `Type`."""
         return {"enum": list(self.words)}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Code(Choice):
+    """A Python function of the user's own (`Python`), or one of a few words (`str`)."""
+
+    takes: dict[str, str] = field(default_factory=dict)
+    """Parameter -> what it is given, with the shape. Each may be left out."""
+    gives: str = ""
+    """What the function returns."""
+    fields: bool = False
+    """Whether the parameters are fields of the data too."""
+
+    def describe(self) -> str:
+        """See `Type`."""
+        words = f"{super().describe()}, or " if self.words else ""
+        return f'{words}a Python function, `python("file.py:function")`'
+
+    def signature(self) -> str:
+        """How the function is called, as Markdown."""
+        given = "; ".join(f"`{name}`, {what}" for name, what in self.takes.items())
+        fields = "; and any field of the data" if self.fields else ""
+        return (
+            f"called with those of these that its parameters name: {given}{fields}. Returns"
+            f" {self.gives}"
+        )
+
+    def json(self) -> Json:
+        """See `Type`."""
+        words = [super().json()] if self.words else []
+        return {"anyOf": [*words, {"$ref": "#/$defs/family.reward"}]}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

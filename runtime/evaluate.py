@@ -17,12 +17,14 @@ from tunelang.runtime import numeric, statistics, train
 from tunelang.runtime.answers import epoch, score_answers
 from tunelang.runtime.beam import beam_search, make_search
 from tunelang.runtime.corpus import Corpus, tokenise
+from tunelang.runtime.custom import CustomError
 from tunelang.runtime.decode_loop import Engine, make_engine
 from tunelang.runtime.examples import Example
 from tunelang.runtime.rewards import Reward, Scores
 from tunelang.runtime.rollout import Prompt, Rollouts, rollout
-from tunelang.runtime.scorers import Row
+from tunelang.runtime.scorers import Row, function_of
 from tunelang.runtime.sharding import Layout
+from tunelang.runtime.workers import Workers
 from tunelang.runtime.workshop import Model, Workshop
 
 MOST_SLOTS = 256
@@ -207,6 +209,7 @@ def _generate(
         answers = [_answer(text) for text in texts]
         each = [answers[at : at + kind.samples] for at in range(0, len(answers), kind.samples)]
         metrics["majority"] = statistics.majority(each, groups)
+    metrics |= _measured(workshop, kind, rows, scores)
     if kind.rank is not None:
         chosen = others[-1].values.reshape(groups.shape).argmax(1)
         metrics["best_of_n"] = float(groups[np.arange(len(groups)), chosen].mean())
@@ -215,6 +218,25 @@ def _generate(
         metrics |= {f"score/{source}": value for source, value in by_source.items()}
     every = list(completed(asked.examples, found, texts, scores))
     return Evaluation(metrics, tuple(every[: kind.show * kind.samples : kind.samples]))
+
+
+def _measured(
+    workshop: Workshop, kind: Generate, rows: Sequence[Row], scores: Scores
+) -> dict[str, float]:
+    """Call the user's own metrics with a list of each field that all rows have."""
+    found: dict[str, float] = {}
+    for own in kind.measured:
+        shared = set.intersection(*(set(row.fields) for row in rows))
+        fields = {name: [row.fields[name] for row in rows] for name in shared}
+        pool = Workers(function_of(own, workshop.program.folder), own.timeout, 1)
+        try:
+            (value,) = pool.call_all([{**fields, "score": scores.values.tolist()}])
+        finally:
+            pool.close()
+        if isinstance(value, str):
+            raise CustomError(own.reference, value)
+        found[own.name] = value
+    return found
 
 
 def _completions(

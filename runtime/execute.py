@@ -38,6 +38,7 @@ from tunelang.runtime import train
 from tunelang.runtime.answers import learned
 from tunelang.runtime.bad_rows import BadRows
 from tunelang.runtime.checkpoints import Checkpoints, load_params
+from tunelang.runtime.custom import bound
 from tunelang.runtime.distilling import compared, forget_teacher
 from tunelang.runtime.evaluate import Evaluation, evaluate, named
 from tunelang.runtime.export import export
@@ -256,7 +257,8 @@ class _Run:
                 }
             )
         if isinstance(value, Training):
-            summary = _Job(self, planned, node, value, folder).run(start)
+            stage = bound(value, self.prepared.program.folder)
+            summary = _Job(self, planned, node, stage, folder).run(start)
         else:
             begun = time.time()
             self.reporter.stage(planned, None)

@@ -22,6 +22,7 @@ from tunelang.runtime.chat import (
 )
 from tunelang.runtime.chat_templates import TemplateFailedError
 from tunelang.runtime.checkpoints import CheckpointError
+from tunelang.runtime.custom import CustomError
 from tunelang.runtime.durable import StoreError
 from tunelang.runtime.execute import (
     HardwareMissingError,
@@ -121,6 +122,13 @@ class _Place:
                 return self.program.origins[f"model.{each.name}.path"].span
         return self.declared(self.stage)
 
+    def naming(self, text: str) -> Span:
+        """The first value that names something; or else the stage's name."""
+        for origin in self.program.origins.values():
+            if text in origin.span.text:
+                return origin.span
+        return self.declared(self.stage)
+
     def declared(self, name: str) -> Span:
         """The name of a declaration; the beginning of nothing where there is none."""
         found = self.program.declarations.get(name)
@@ -198,6 +206,10 @@ def _failed(error: Exception, place: _Place) -> Diagnostic:
         case LoadError():
             title = f"a reward cannot be loaded: {error.why.strip().splitlines()[-1]}"
             return message("reward-fails", title, place.attribute("reward"))
+        case CustomError():
+            title = f"{error.reference}: {error.why}"
+            fix = "`--traceback` shows where in the file"
+            return message("python-function", title, place.naming(error.reference), help=fix)
         case MissingExtraError():
             title = f"the package {error.extra} is not installed"
             fix = f"pip install 'tunelang[{error.extra}]'"

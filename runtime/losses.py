@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tunelang.runtime.custom import Custom
 from tunelang.runtime.sharding import Layout, constrain
 
 
@@ -43,6 +44,41 @@ def cross_entropy(
         split(weights.astype(jnp.float32)), cap,
     )  # fmt: skip
     return total, jnp.sum(weights, dtype=jnp.float32)
+
+
+def custom_loss(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    function: Custom,
+    *,
+    chunk: int,
+    cap: float | None = None,
+    layout: Layout | None = None,
+) -> jax.Array:
+    """Return the weighted sum of what a function of `logits` `[..., vocab]` and `targets` `[...]`
+    gives for each token.
+
+    Arguments as of `cross_entropy`. The backward pass computes each chunk's logits again.
+    """
+    split = _Split.of(hidden.shape, chunk, layout)
+    copies = _copies(head, hidden.dtype, split, layout)
+
+    @jax.checkpoint
+    def one(copies: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = _logits(hidden, copies, cap)
+        losses: jax.Array = function(targets.shape, logits=logits, targets=targets)
+        return losses
+
+    def body(_: None, part: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
+        *inputs, weights = part
+        # Padding behind a sequence may make a function NaN.
+        return None, jnp.sum(jnp.where(weights > 0, one(copies, *inputs) * weights, 0.0))
+
+    parts = (split(hidden), split(targets), split(weights.astype(jnp.float32)))
+    _, sums = jax.lax.scan(body, None, parts)
+    return jnp.sum(sums)
 
 
 def token_logprobs(

@@ -21,6 +21,7 @@ from jax import Array, lax
 
 from tunelang.dsl.vocabulary.stages import Policy
 from tunelang.dsl.vocabulary.training import K1, K2, Clip, ClipWeights, KlTerm, Masked, Truncated
+from tunelang.runtime.custom import Custom
 
 MISMATCH_BOUNDS = {"mismatch_error": 1.05, "mismatch_kl": 5e-4}
 """Bounds of a healthy run on two metrics: NeMo-RL's probability error and PRIME-RL's divergence."""
@@ -80,7 +81,7 @@ class Advantages(NamedTuple):
 # Before the loss.
 
 
-def advantages(rewards: Array, how: str) -> Advantages:
+def advantages(rewards: Array, how: str | Custom) -> Advantages:
     """How much better each completion is than its group; `rewards` is `[prompts, group]`.
 
     - `group_mean_std`: `(r - mean) / std` (GRPO, arXiv:2402.03300, section 4.1.2), with the sample
@@ -106,6 +107,9 @@ def advantages(rewards: Array, how: str) -> Advantages:
             values = centred
         case "leave_one_out":
             values = centred * (group / (group - 1))
+        case Custom():
+            values = how(rewards.shape, rewards=rewards)
+            return Advantages(values, jnp.all(values == 0, axis=-1))
         case _:
             raise ValueError(f"unknown advantage {how!r}")
     return Advantages(jnp.where(flat[..., None], 0.0, values), flat)
@@ -142,7 +146,11 @@ def objective(policy: Policy, batch: Completions) -> tuple[Array, Totals]:
     advantage = lax.stop_gradient(_where(mask, batch.advantages))
 
     ratio = ratios(now - old, mask, policy.ratio)
-    term, clipped = surrogate(ratio, now, advantage, policy.clip)
+    if isinstance(policy.loss, Custom):
+        term = policy.loss(ratio.shape, ratio=ratio, advantages=advantage, log_probs=now, mask=mask)
+        clipped: dict[str, Array] = {}
+    else:
+        term, clipped = surrogate(ratio, now, advantage, policy.clip)
     sums = {"ratio": ratio, **clipped}
     maxima = {"ratio_max": ratio}
     if batch.reference is not None:

@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Optimizer, Sgd
+from tunelang.runtime.custom import Custom
 from tunelang.runtime.sharding import Axes, is_variable, logical_axes
 
 STACKED = frozenset({"layers", "expert"})
@@ -71,6 +72,8 @@ def learning_rate(optimizer: Optimizer, steps: int, peak: float | None = None) -
                 left = 1 - progress
             case "cosine":
                 left = 0.5 * (1 + jnp.cos(jnp.pi * progress))
+            case Custom() as own:
+                left = own((), progress=progress, step=now, steps=jnp.float32(steps))
             case unknown:
                 raise ValueError(f"unknown decay {unknown!r}")
         fall = left + (1 - left) * optimizer.final

@@ -391,8 +391,8 @@ def policy_trainer(
     key = tuple(
         getattr(plain, name)
         for name in (
-            "ratio", "clip", "aggregate", "kl", "correction", "entropy", "minibatches", "passes",
-            "rollout", "optimizer",
+            "ratio", "clip", "loss", "aggregate", "kl", "correction", "entropy", "minibatches",
+            "passes", "rollout", "optimizer",
         )
     )  # fmt: skip
     learner: Learner | None = None

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tunelang.dsl.vocabulary.stages import Kto, Preference
+from tunelang.runtime.custom import Custom
 
 # That of the largest probability below 1 in float32.
 _LARGEST_LOG_PROB = -(2.0**-24)
@@ -72,6 +73,15 @@ def pair_losses(stage: Preference, pairs: Pairs) -> tuple[Array, dict[str, Array
             loss = jnp.square((margin - 0.5) / stage.beta)
         case "odds_ratio":
             loss = stage.beta * right
+        case Custom() as own:
+            loss = own(
+                chosen.shape,
+                chosen=chosen,
+                rejected=rejected,
+                chosen_tokens=pairs.chosen_tokens,
+                rejected_tokens=pairs.rejected_tokens,
+                beta=stage.beta,
+            )
         case _:
             raise ValueError(f"unknown loss {stage.loss!r}")
     found = _compared(chosen, rejected)

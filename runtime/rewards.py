@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunelang.dsl.vocabulary.base import RewardExpression
+from tunelang.dsl.vocabulary.custom import Python
 from tunelang.dsl.vocabulary.rewards import (
     BySource,
-    PythonReward,
     RewardConstant,
     RewardOperator,
     RewardRef,
@@ -161,7 +161,7 @@ class Reward:
                 evaluate = _by_source(parts, name or node.word)
             case _:
                 name = name or self._free_name(node)
-                stated = node.on_error if isinstance(node, PythonReward) else ON_ERROR
+                stated = node.on_error if isinstance(node, Python) else ON_ERROR
                 evaluate = _leaf(scorer(node, self._around, self._pools), name, stated)
         return evaluate if name is None else _logged(name, evaluate)
 
@@ -178,8 +178,8 @@ class Reward:
     def _free_name(self, node: RewardExpression) -> str:
         """`exact`, then `exact_2`; for a Python function its own name."""
         word = node.word
-        if isinstance(node, PythonReward):
-            word = node.reference.rpartition(":")[2]
+        if isinstance(node, Python):
+            word = node.name
         name, count = word, 1
         while name in self._names:
             count += 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunelang.dsl.vocabulary.base import RewardExpression, TextExpression
+from tunelang.dsl.vocabulary.custom import Python
 from tunelang.dsl.vocabulary.data import Procedural
 from tunelang.dsl.vocabulary.rewards import (
     Contains,
@@ -21,7 +22,6 @@ from tunelang.dsl.vocabulary.rewards import (
     Matches,
     NumericMatch,
     Overlong,
-    PythonReward,
     Verified,
 )
 from tunelang.runtime import numeric
@@ -111,7 +111,7 @@ def scorer(leaf: RewardExpression, around: Surroundings, pools: Pools) -> Scorer
             return _matches(leaf, pools)
         case Verified():
             return _verified(leaf, around.generators, pools)
-        case PythonReward():
+        case Python():
             return _python(leaf, around.folder, pools)
     raise TypeError(f"{type(leaf).__name__} is not a part of a reward")
 
@@ -165,12 +165,16 @@ def _matches(leaf: Matches, pools: Pools) -> Scorer:
     return lambda rows: _call(pools.get(("pattern", leaf.pattern), TIMEOUT), rows, arguments)
 
 
-def _python(leaf: PythonReward, folder: Path, pools: Pools) -> Scorer:
-    path, _, function = leaf.reference.rpartition(":")
-    target = ("function", str((folder / Path(path).expanduser()).resolve()), function)
-    pool = pools.get(target, leaf.timeout)
+def _python(leaf: Python, folder: Path, pools: Pools) -> Scorer:
+    pool = pools.get(function_of(leaf, folder), leaf.timeout)
     pool.start()  # a function that cannot be loaded is an error now, not at the first batch
     return lambda rows: _call(pool, rows, lambda row: row.fields)
+
+
+def function_of(leaf: Python, folder: Path) -> Target:
+    """Return what a worker loads for a function, whose path is relative to `folder`."""
+    path, _, function = leaf.reference.rpartition(":")
+    return ("function", str((folder / Path(path).expanduser()).resolve()), function)
 
 
 def _verified(leaf: Verified, generators: Mapping[str, Procedural], pools: Pools) -> Scorer:

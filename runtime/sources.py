@@ -22,8 +22,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from tunelang.dsl.vocabulary.data import Csv, DataKind, Jsonl, Parquet, Procedural, TextFiles
+from tunelang.dsl.vocabulary.data import (
+    Csv,
+    DataKind,
+    Jsonl,
+    Parquet,
+    Procedural,
+    PythonData,
+    TextFiles,
+)
 from tunelang.runtime.bad_rows import NotARowError, excerpt
+from tunelang.runtime.custom import made_rows
 from tunelang.runtime.durable import written_whole
 from tunelang.runtime.procedural import generate
 
@@ -67,6 +76,8 @@ def open_rows(kind: DataKind, folder: Path, *, cache: Path) -> Rows:
             return _joined([_Table(path, cache) for path in _paths(kind, folder)])
         case Procedural():
             return generate(kind, cache)
+        case PythonData():
+            return _Made(made_rows(kind, folder, cache), kind.function)
     raise TypeError(f"not a data source: {type(kind).__name__}")
 
 
@@ -161,6 +172,17 @@ class _Spans:
         # Absent if opening failed.
         if "_file" in self.__dict__:
             self._file.close()
+
+
+class _Made(_Spans):
+    """The rows that a function of the user's own made."""
+
+    def __init__(self, path: Path, function: str) -> None:
+        super().__init__(path, _lines(path), _object)
+        self._function = function
+
+    def place(self, row: int) -> str:
+        return f"{self._function}: row {row + 1}"
 
 
 def _line_number(path: Path, offset: int) -> int:

@@ -18,6 +18,7 @@ from tunelang.dsl.vocabulary.stages import (
     Compared,
     Distill,
     Kto,
+    Likelihood,
     Preference,
     RewardModel,
     Supervised,
@@ -26,6 +27,7 @@ from tunelang.runtime import packing, train
 from tunelang.runtime.answers import label_of, margin_of, score_answers
 from tunelang.runtime.comparing import KtoObjective, PairObjective, Reference, ScoreObjective
 from tunelang.runtime.corpus import Corpus, Valued, tokenise, unvalued
+from tunelang.runtime.custom import Custom
 from tunelang.runtime.distilling import (
     DistillObjective,
     OwnAnswers,
@@ -235,7 +237,7 @@ def supervised_trainer(
     ends = tuple(n for n in (stage.evals and stage.eval_every, stage.checkpoint_every) if n)
     return SupervisedTrainer(
         state, table.steps, token_flops, call, ends, marks, corpus, table, make,
-        isinstance(objective, train.Likelihood), corpus.values, stored, isinstance(stage, Kto),
+        objective == train.Likelihood(), corpus.values, stored, isinstance(stage, Kto),
         teacher, own, own is None,
     )  # fmt: skip
 
@@ -269,6 +271,9 @@ def _objective(
             return KtoObjective(stage, count, Reference(live))
         case RewardModel():
             return ScoreObjective(stage, count, valued)
+        case Likelihood():
+            assert stage.loss is None or isinstance(stage.loss, Custom)
+            return train.Likelihood(stage.loss)
     return train.Likelihood()
 
 

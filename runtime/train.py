@@ -19,9 +19,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tunelang.compiler.architecture import Architecture
 from tunelang.runtime.attention import Kernel
+from tunelang.runtime.custom import Custom
 from tunelang.runtime.decoder import Decoder, Remat
 from tunelang.runtime.layers import balance_loss
-from tunelang.runtime.losses import cross_entropy
+from tunelang.runtime.losses import cross_entropy, custom_loss
 from tunelang.runtime.optimizers import Schedule
 from tunelang.runtime.sharding import Layout, shardings
 
@@ -404,7 +405,11 @@ def train_step(
 
 @dataclass(frozen=True)
 class Likelihood(Objective):
-    """The mean of `-log p` over the trained tokens of the batch; see `Objective`."""
+    """The mean over the trained tokens of the batch of `-log p`, or of a loss of the user's own.
+    See `Objective`.
+    """
+
+    own: Custom | None = None
 
     def whole(self, models: Models, batch: Batch) -> jax.Array:
         """See `Objective`."""
@@ -415,7 +420,7 @@ class Likelihood(Objective):
         self, models: Models, batch: Batch, keys: jax.Array | None, whole: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `Objective`."""
-        return _summed_loss(models.decoder, batch, keys, models.program) / whole, {}
+        return _summed_loss(models.decoder, batch, keys, models.program, own=self.own) / whole, {}
 
 
 def _summed_loss(
@@ -425,18 +430,20 @@ def _summed_loss(
     program: Program,
     *,
     balanced: bool = True,
+    own: Custom | None = None,
 ) -> jax.Array:
     hidden, routed = hidden_states(decoder, batch, keys, program)
     targets, counted = shift(batch)
-    total, _ = cross_entropy(
-        hidden,
-        decoder.head_weight(),
-        targets,
-        counted,
-        chunk=program.chunk,
-        cap=decoder.architecture.logit_cap,
-        layout=program.layout,
-    )
+    inputs = hidden, decoder.head_weight(), targets, counted
+    more: Any = {
+        "chunk": program.chunk,
+        "cap": decoder.architecture.logit_cap,
+        "layout": program.layout,
+    }
+    if own is None:
+        total, _ = cross_entropy(*inputs, **more)
+    else:
+        total = custom_loss(*inputs, own, **more)
     if balanced:
         # The loss of a batch is the mean over its micro-batches, by their trained tokens.
         total += jnp.sum(counted) * balance(decoder, batch, routed)

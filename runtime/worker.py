@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,14 +24,21 @@ from typing import Any
 
 def load_function(path: str, name: str) -> Callable[..., Any]:
     """Load a function of a Python file, which can import its neighbours."""
-    sys.path.insert(0, os.path.dirname(path))
-    spec = importlib.util.spec_from_file_location("reward_function", path)
+    folder = os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    name_of_module = f"custom_{zlib.crc32(path.encode())}"
+    spec = importlib.util.spec_from_file_location(name_of_module, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"`{path}` is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look their module up there
     spec.loader.exec_module(module)
-    return getattr(module, name)  # type: ignore[no-any-return]
+    try:
+        return getattr(module, name)  # type: ignore[no-any-return]
+    except AttributeError:
+        file = os.path.basename(path)
+        raise AttributeError(f"`{file}` has no function `{name}`") from None
 
 
 def load_verifier(task: str, settings: Mapping[str, Any]) -> Callable[..., Any]:
@@ -80,7 +88,8 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _explain(error: BaseException) -> str:
+def explain(error: BaseException) -> str:
+    """Say in a line what was raised."""
     # Messages of our own need no type; others say little without it.
     if type(error) is ValueError and str(error).startswith("it returned"):
         return str(error)
@@ -113,7 +122,7 @@ def serve(connection: Connection) -> None:
         function = LOADERS[kind](*arguments)
         connection.send(("loaded", parameters(function)))
     except BaseException as error:
-        connection.send(("failed", _explain(error)))
+        connection.send(("failed", explain(error)))
         return
     while True:
         request = requests.get()
@@ -122,7 +131,7 @@ def serve(connection: Connection) -> None:
                 raise request
             reply: tuple[str, Any] = ("value", call(function, request))
         except BaseException as error:  # SystemExit too: `exit()` ends that call alone
-            reply = ("error", _explain(error))
+            reply = ("error", explain(error))
         connection.send(reply)
 
 

@@ -205,10 +205,11 @@ def awaited_function(span: Span, name: str) -> Diagnostic:
     """`async def`, or a generator."""
     return error(
         "python-function",
-        f"calling {quoted(name, 50)} gives no number",
+        f"calling {quoted(name, 50)} gives no value",
         span,
         "it is `async`, or it yields",
-        help="a reward is an ordinary function; calls run side by side in processes",
+        help="what stands here is an ordinary function that returns; rewards run side by side in"
+        " processes",
     )
 
 
@@ -236,6 +237,30 @@ def unknown_parameter_field(
         notes=[f"there is {listed(known)}"],
         help="give it a default, or name a field of the data",
     )
+
+
+def unfilled_parameter(span: Span, name: str, parameter: str, given: list[str]) -> Diagnostic:
+    """A parameter of a function that it is not given."""
+    return error(
+        "python-function",
+        f"nothing fills the parameter `{parameter}` of {quoted(name, 40)}",
+        span,
+        notes=[f"there is {listed(given)}"] if given else [],
+        help="give it a default" if given else f"`settings = settings({parameter} = ...)`",
+    )
+
+
+def unknown_argument_of(span: Span, name: str, function: str, known: list[str]) -> Diagnostic:
+    """A setting that a function does not take."""
+    title = f"{quoted(function, 40)} has no parameter `{name}`"
+    return error("python-function", title, span, help=choose(name, known, "it has"))
+
+
+def only_of_rewards(span: Span, name: str) -> Diagnostic:
+    """`timeout` of a function that is part of a compiled program."""
+    title = f"`{name}` has no meaning here"
+    label = "the function becomes part of the compiled step"
+    return error("python-function", title, span, label, help=f"leave `{name}` out")
 
 
 # Generators.

@@ -165,6 +165,27 @@ class Procedural(DataKind):
     )
 
 
+class PythonData(DataKind):
+    """Rows that a Python function of your own makes: `function` is called once, with `settings` by
+    name, and returns something to iterate over, of dicts with the same keys: fields of the rows.
+
+    The rows are kept in the store's cache, and are made anew where the file or the settings change;
+    what else the function reads is not looked at.
+    """
+
+    function: Annotated[str, types.Path("python")] = result(
+        "The file, relative to the spec, and the function.", 'function = "data/mine.py:rows"'
+    )
+    settings: Annotated[Settings | None, types.Of("settings")] = result(
+        "Arguments of the function.", "settings = settings(count = 2000)", None
+    )
+    fields: Annotated[tuple[str, ...] | None, types.ListOf(types.Text(), low=1)] = result(
+        "The fields, so that templates are checked before anything runs.",
+        'fields = ["question", "answer"]',
+        None,
+    )
+
+
 class Sampled(DataKind):
     """What a `sample` stage wrote.
 
@@ -382,6 +403,7 @@ KINDS: dict[str, type[DataKind]] = {
     "csv": Csv,
     "text": TextFiles,
     "procedural": Procedural,
+    "python": PythonData,
     "sampled": Sampled,
 }
 METHODS: dict[str, type[DataMethod]] = {

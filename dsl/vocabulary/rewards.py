@@ -26,6 +26,7 @@ from tunelang.dsl.vocabulary.base import (
     placement,
     result,
 )
+from tunelang.dsl.vocabulary.custom import Python
 from tunelang.dsl.vocabulary.data import TemplateText
 
 COMPLETION_FIELDS = ("completion", "prompt", "response", "target", "system", "text")
@@ -157,29 +158,6 @@ class BySource(RewardExpression):
     sources: dict[str, SerializeAsAny[RewardExpression]]
 
 
-class PythonReward(RewardExpression):
-    """A Python function of your own: `python("rewards/mine.py:score")`.
-
-    It is called once for each completion with the fields that its parameters name (`completion`,
-    `prompt`, `target`, or any field of the data) and returns a number.
-    """
-
-    word = "python"
-    reference: Annotated[str, types.Path("python")] = result(
-        "The file, relative to the spec, and the function.",
-        'python("rewards/mine.py:score")',
-        positional=True,
-    )
-    timeout: Annotated[float, types.Duration()] = placement(
-        "How long one call may take.", "timeout = 5s", 10.0
-    )
-    on_error: Annotated[float, types.Number()] = result(
-        "The value of a completion for which the function raises, hangs or returns no number.",
-        "on_error = -1",
-        0.0,
-    )
-
-
 class Criterion(Function):
     """One criterion of a rubric, in plain words."""
 
@@ -309,6 +287,25 @@ class Generate(EvalKind):
         "also = [strict]",
         (),
     )
+    measured: Annotated[
+        tuple[Python, ...],
+        types.ListOf(
+            types.Code(
+                (),
+                {
+                    "completion": "a list of texts, all of them",
+                    "score": "a list of numbers, their scores",
+                    "prompt": "`target` and the other roles: lists as long",
+                },
+                "a number. It runs in a process of its own, within its `timeout`.",
+                True,
+            )
+        ),
+    ] = result(
+        "Metrics of your own over all completions, each called as its function is.",
+        'measured = python("metrics.py:macro_f1")',
+        (),
+    )
     rank: MaybeReward = result(
         "What chooses the best of the `samples`; its score is `best_of_n`.", "rank = helpful", None
     )
@@ -339,7 +336,8 @@ class Generate(EvalKind):
             found["majority"] = "share of prompts whose most common answer scores 1"
         if self.rank is not None:
             found["best_of_n"] = "mean score of the completion that `rank` likes best"
-        return found | {self.called(each): "mean of this reward" for each in self.also}
+        found |= {self.called(each): "mean of this reward" for each in self.also}
+        return found | {each.name: "what your own function returns" for each in self.measured}
 
 
 class Perplexity(EvalKind):
@@ -374,6 +372,6 @@ EVALS: dict[str, type[EvalKind]] = {
     "generate": Generate, "perplexity": Perplexity, "preference": Preference,
 }  # fmt: skip
 FUNCTIONS: tuple[type[Function], ...] = (
-    NumericMatch, Exact, Contains, Matches, Verified, Length, Overlong, BySource, PythonReward,
+    NumericMatch, Exact, Contains, Matches, Verified, Length, Overlong, BySource, Python,
     Criterion, Endpoint, LocalJudge,
 )  # fmt: skip

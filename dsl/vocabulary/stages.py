@@ -156,7 +156,28 @@ class Supervised(Training):
     )
 
 
-class Pretrain(Supervised):
+class Likelihood(Supervised):
+    """Base of the stages whose loss is of single tokens."""
+
+    loss: Annotated[
+        SerializeAsAny[Function] | None,
+        types.Code(
+            (),
+            {
+                "logits": "float32 `[..., vocabulary]`",
+                "targets": "int32 `[...]`, the tokens to predict",
+            },
+            "the loss of each token, `[...]`: JAX operations, differentiated.",
+        ),
+    ] = result(
+        "A loss of your own in place of the cross entropy. It is called on chunks of the batch, and"
+        " the step's loss is the mean over the trained tokens.",
+        'loss = python("losses.py:focal")',
+        None,
+    )
+
+
+class Pretrain(Likelihood):
     """Next-token training on plain text, every token counted."""
 
     needs = (("text",),)
@@ -174,7 +195,7 @@ class Pretrain(Supervised):
     )
 
 
-class Sft(Supervised):
+class Sft(Likelihood):
     """Supervised tuning: the loss is on the responses only."""
 
     needs = (("prompt", "response"), ("messages",))
@@ -223,16 +244,28 @@ class Preference(Compared):
         "drift": "mean log-probability of an answer less the reference's, in nats",
     }
 
-    loss: Annotated[str, types.Choice(("sigmoid", "hinge", "ipo", "robust", "odds_ratio"))] = (
-        result(
-            "What becomes of the margin `m` between the two rewards: `-log sigmoid(m)`;"
-            " `max(0, 1 - m)`; the squared distance of `m / beta`, of answers' means over their"
-            " tokens, from `1 / (2 beta)` (IPO, arXiv:2310.12036); the sigmoid loss, unbiased"
-            " where a share `label_smoothing` of the labels is wrong (arXiv:2403.00409); or, with"
-            " log-odds for rewards, `-beta log sigmoid(m)` (ORPO, arXiv:2403.07691).",
-            "loss = hinge",
-            "sigmoid",
-        )
+    loss: Annotated[
+        str | SerializeAsAny[Function],
+        types.Code(
+            ("sigmoid", "hinge", "ipo", "robust", "odds_ratio"),
+            {
+                "chosen": "float32 `[...]`, the reward of each better answer: `beta` times its"
+                " log-ratio to the reference",
+                "rejected": "the same of the worse answer",
+                "chosen_tokens": "`[...]`, its number of tokens",
+                "rejected_tokens": "the same of the worse answer",
+                "beta": "the attribute",
+            },
+            "the loss of each pair, `[...]`: JAX operations, differentiated.",
+        ),
+    ] = result(
+        "What becomes of the margin `m` between the two rewards: `-log sigmoid(m)`;"
+        " `max(0, 1 - m)`; the squared distance of `m / beta`, of answers' means over their"
+        " tokens, from `1 / (2 beta)` (IPO, arXiv:2310.12036); the sigmoid loss, unbiased"
+        " where a share `label_smoothing` of the labels is wrong (arXiv:2403.00409); or, with"
+        " log-odds for rewards, `-beta log sigmoid(m)` (ORPO, arXiv:2403.07691).",
+        "loss = hinge",
+        "sigmoid",
     )
     label_smoothing: Annotated[float, types.Share()] = result(
         "Share of the labels that are taken to be wrong, below a half.",
@@ -398,14 +431,19 @@ class Policy(Training):
     rollout: Annotated[Sampling, types.Of("sampling")] = result(
         "How completions are sampled.", "rollout = sampling(max_tokens = 512)", Sampling.fixed()
     )
-    advantage: Annotated[str, types.Choice(("group_mean_std", "group_mean", "leave_one_out"))] = (
-        result(
-            "The reward less its group's mean, divided by the group's"
-            " deviation or not; or less the mean"
-            " of the others.",
-            "advantage = group_mean",
-            "group_mean_std",
-        )
+    advantage: Annotated[
+        str | SerializeAsAny[Function],
+        types.Code(
+            ("group_mean_std", "group_mean", "leave_one_out"),
+            {"rewards": "float32 `[prompts, group]`"},
+            "the advantage of each completion, `[prompts, group]`: JAX operations. A group whose"
+            " advantages are all 0 is left out.",
+        ),
+    ] = result(
+        "The reward less its group's mean, divided by the group's deviation or not; or less the"
+        " mean of the others.",
+        "advantage = group_mean",
+        "group_mean_std",
     )
     ratio: Annotated[str, types.Choice(("token", "sequence", "sequence_token"))] = result(
         "The probability ratio of each token, or of the sequence (its geometric mean); the last has"
@@ -417,6 +455,26 @@ class Policy(Training):
         "How far the policy may move in one step.",
         "clip = clip(low = 0.2, high = 0.28)",
         Clip.fixed(),
+    )
+    loss: Annotated[
+        SerializeAsAny[Function] | None,
+        types.Code(
+            (),
+            {
+                "ratio": "float32 `[completions, length]`, the probability ratio of each token as"
+                " `ratio` says",
+                "advantages": "`[completions, length]`, of each token",
+                "log_probs": "`[completions, length]`, by the policy, in nats",
+                "mask": "bool `[completions, length]`, where there are tokens",
+            },
+            "the term of each token, to be made smaller, `[completions, length]`: JAX operations,"
+            " differentiated.",
+        ),
+    ] = result(
+        "A term of your own in place of the clipped ratio times the advantage; `clip` has to be"
+        " `none`. `kl`, `entropy`, `correction` and `aggregate` apply as usual.",
+        'loss = python("losses.py:smooth")',
+        None,
     )
     aggregate: Annotated[str, types.Choice(("token_mean", "sequence_mean", "fixed_length"))] = (
         result(

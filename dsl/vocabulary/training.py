@@ -35,9 +35,18 @@ class Optimizer(Function):
         "warmup = 3%",
         Measure.fixed(value=0.0, unit="%"),
     )
-    decay: Annotated[str, types.Choice(("constant", "linear", "cosine"))] = result(
-        "How the rate falls after the warm-up.", "decay = cosine", "constant"
-    )
+    decay: Annotated[
+        str | SerializeAsAny[Function],
+        types.Code(
+            ("constant", "linear", "cosine"),
+            {
+                "progress": "how much of the steps after the warm-up is done, 0 to 1",
+                "step": "the step, from 0",
+                "steps": "the number of all steps",
+            },
+            "the share of the peak rate: JAX operations on scalars.",
+        ),
+    ] = result("How the rate falls after the warm-up.", "decay = cosine", "constant")
     final: Share = result("The rate at the end, as a share of the peak.", "final = 10%", 0.0)
     clip_norm: Annotated[float | None, types.Number(above=0)] = result(
         "Scale the gradient down to this global norm.", "clip_norm = 0.5", 1.0

@@ -23,7 +23,7 @@ from tunelang.dsl.vocabulary.rewards import (
     Matches,
     NumericMatch,
     Overlong,
-    PythonReward,
+    Python,
     RewardConstant,
     RewardOperator,
     RewardRef,
@@ -287,8 +287,8 @@ def folder(tmp_path, monkeypatch) -> Iterator[Path]:
     return tmp_path
 
 
-def python(name: str, **more) -> PythonReward:
-    return PythonReward(reference=f"mine.py:{name}", **more)
+def python(name: str, **more) -> Python:
+    return Python(reference=f"mine.py:{name}", **more)
 
 
 def test_functions_get_the_fields_that_they_name(folder):
@@ -328,10 +328,10 @@ def test_processes_end_with_the_trainer(folder):
     # As by `kill -9`: the trainer has no chance to clean up.
     script = """
         import os, time
-        from tunelang.dsl.vocabulary.rewards import PythonReward
+        from tunelang.dsl.vocabulary.custom import Python
         from tunelang.runtime.rewards import Reward
         from tunelang.runtime.scorers import Row, Surroundings
-        reward = Reward(PythonReward(reference="mine.py:moody"), Surroundings(workers=1))
+        reward = Reward(Python(reference="mine.py:moody"), Surroundings(workers=1))
         reward.submit([Row({"completion": "child"}, "math", 5)])
         while not (os.path.exists("pid") and open("pid").read()):
             time.sleep(0.05)
@@ -369,13 +369,13 @@ def test_a_hanging_expression_is_an_event(monkeypatch):
     ("reference", "why"),
     [
         ("broken.py:f", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("mine.py:nothing", "AttributeError: module 'reward_function' has no attribute 'nothing'"),
+        ("mine.py:nothing", "AttributeError: `mine.py` has no function `nothing`"),
         ("gone.py:f", "FileNotFoundError"),
     ],
 )
 def test_a_function_that_cannot_be_loaded_is_an_error_at_once(reference, why, folder):
     with pytest.raises(LoadError) as caught:
-        score(PythonReward(reference=reference), folder=folder)
+        score(Python(reference=reference), folder=folder)
     assert caught.value.why.startswith(why)
 
 

@@ -1,0 +1,37 @@
+"""Functions of the user's own."""
+
+from typing import Annotated
+
+from tunelang.dsl import types
+from tunelang.dsl.vocabulary.base import RewardExpression, placement, result
+
+
+class Python(RewardExpression):
+    """A Python function of your own: `python("rewards/mine.py:score")`.
+
+    As a reward it is called once for each completion, in a process of its own, with the fields that
+    its parameters name (`completion`, `prompt`, `target`, or any field of the data) and returns a
+    number. It may also stand for a loss, an advantage, a schedule or a metric: `tune explain` of
+    the attribute says what it is given there.
+    """
+
+    word = "python"
+    reference: Annotated[str, types.Path("python")] = result(
+        "The file, relative to the spec, and the function.",
+        'python("rewards/mine.py:score")',
+        positional=True,
+    )
+    timeout: Annotated[float, types.Duration()] = placement(
+        "How long one call may take; rewards and metrics only.", "timeout = 5s", 10.0
+    )
+    on_error: Annotated[float, types.Number()] = result(
+        "The value of a completion for which the function raises, hangs or returns no number;"
+        " rewards only.",
+        "on_error = -1",
+        0.0,
+    )
+
+    @property
+    def name(self) -> str:
+        """The name of the function."""
+        return self.reference.rpartition(":")[2]

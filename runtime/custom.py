@@ -1,0 +1,116 @@
+"""Functions of the user's own that become a part of compiled programs: losses, advantages,
+schedules; and those that make rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+
+from tunelang.dsl import types
+from tunelang.dsl.vocabulary.base import Function, Node, RewardExpression, attributes
+from tunelang.dsl.vocabulary.custom import Python
+from tunelang.dsl.vocabulary.data import PythonData
+from tunelang.runtime import worker
+from tunelang.runtime.durable import written_whole
+
+_Node = TypeVar("_Node", bound=Node)
+
+
+class CustomError(Exception):
+    """A function cannot be loaded, or returned what it must not: its `reference`, and `why`."""
+
+    def __init__(self, reference: str, why: str) -> None:
+        super().__init__(f"{reference}: {why}")
+        self.reference = reference
+        self.why = why
+
+
+@dataclass(frozen=True)
+class Custom:
+    """A function that stands in an attribute, in place of `Python`."""
+
+    reference: str
+    function: Callable[..., Any]
+
+    def __call__(self, shape: tuple[int, ...], **given: Any) -> Any:
+        """Call it with what its parameters name. Raises `CustomError` where the result has not the
+        shape, and where the function raises.
+        """
+        names = worker.parameters(self.function)
+        if names is not None:
+            given = {name: given[name] for name, _ in names if name in given}
+        try:
+            value = self.function(**given)
+        except Exception as error:
+            raise CustomError(self.reference, worker.explain(error)) from error
+        found = jnp.shape(value)
+        if found != shape:
+            raise CustomError(self.reference, f"it returned the shape {found}, not {shape}")
+        return value
+
+
+def bound(node: _Node, folder: Path) -> _Node:
+    """Return a stage whose functions are loaded; their paths are relative to `folder`.
+
+    Rewards stay as they are: they run elsewhere. Raises `CustomError`.
+    """
+    changed: dict[str, Any] = {}
+    known = attributes(type(node))
+    for name, value in node:
+        attribute = known.get(type(node).model_fields[name].alias or name)
+        if attribute is None:
+            continue
+        if isinstance(attribute.type, types.Code) and isinstance(value, Python):
+            changed[name] = _loaded(value.reference, folder)
+        elif isinstance(value, Function) and not isinstance(value, RewardExpression):
+            inner = bound(value, folder)
+            if inner is not value:
+                changed[name] = inner
+    return node.model_copy(update=changed) if changed else node
+
+
+def made_rows(kind: PythonData, folder: Path, cache: Path) -> Path:
+    """Return the file of the rows that a function makes, one JSON object a line; made once for the
+    function's file and its settings. Raises `CustomError`, and `OSError`.
+    """
+    source = _path(kind.function, folder)
+    settings = {} if kind.settings is None else dict(kind.settings.values)
+    key = json.dumps([kind.function.rpartition(":")[2], settings], sort_keys=True).encode()
+    digest = hashlib.blake2b(source.read_bytes() + key, digest_size=16).hexdigest()
+    path = cache / f"rows-{digest}.jsonl"
+    if not path.exists():
+        rows = _loaded(kind.function, folder).function
+        with written_whole(path) as whole, whole.open("w") as file:
+            try:
+                for row in rows(**settings):
+                    if not isinstance(row, dict):
+                        raise TypeError(f"a row has to be a dict, and one is {row!r:.80}")
+                    file.write(json.dumps(row, default=_plain) + "\n")
+            except Exception as error:
+                raise CustomError(kind.function, worker.explain(error)) from error
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a field cannot be written as JSON: {value!r:.80}")
+
+
+def _path(reference: str, folder: Path) -> Path:
+    return (folder / Path(reference.rpartition(":")[0]).expanduser()).resolve()
+
+
+def _loaded(reference: str, folder: Path) -> Custom:
+    path, name = str(_path(reference, folder)), reference.rpartition(":")[2]
+    try:
+        return Custom(reference, worker.load_function(path, name))
+    except Exception as error:
+        raise CustomError(reference, worker.explain(error)) from error

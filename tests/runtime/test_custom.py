@@ -1,0 +1,183 @@
+"""Functions of the user's own against what they repeat, and what is said of those that fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tunelang.dsl.vocabulary.custom import Python
+from tunelang.dsl.vocabulary.data import PythonData, Settings
+from tunelang.dsl.vocabulary.stages import Policy, Preference
+from tunelang.dsl.vocabulary.training import AdamW, Clip, Measure, Sampling
+from tunelang.runtime import objectives
+from tunelang.runtime.custom import Custom, CustomError, bound, made_rows
+from tunelang.runtime.losses import cross_entropy, custom_loss
+from tunelang.runtime.objectives import Completions
+from tunelang.runtime.optimizers import learning_rate
+from tunelang.runtime.preferences import Pairs, pair_losses
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.sources import open_rows
+
+SOURCE = """
+import math
+import jax.numpy as jnp
+import numpy as np
+from jax.nn import log_sigmoid, log_softmax
+from neighbour import centre
+
+def surprise(targets, logits):
+    found = jnp.take_along_axis(log_softmax(logits), targets[..., None], -1)
+    return -found[..., 0]
+
+def cosine(progress):
+    return 0.5 * (1 + jnp.cos(math.pi * progress))
+
+def sigmoid(chosen, rejected, **_):
+    return -log_sigmoid(chosen - rejected)
+
+def advantage(rewards):
+    return centre(rewards)
+
+def reinforce(ratio, advantages):
+    return -ratio * advantages
+
+def mean(rewards):
+    return rewards.mean(1)
+
+def broken(rewards):
+    return rewards.nothing
+
+def rows(count, of=("a", "b")):
+    print("made", count)
+    for n in range(count):
+        yield {"number": np.int64(n), "name": of[n % len(of)]}
+
+def odd():
+    return [{"a": 1}, 2]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(SOURCE)
+    (tmp_path / "neighbour.py").write_text("def centre(x): return x - x.mean(1, keepdims=True)\n")
+    return tmp_path
+
+
+def own(name: str) -> Python:
+    return Python(reference=f"mine.py:{name}")
+
+
+def loaded(name: str, folder: Path) -> Custom:
+    stage = bound(Policy.fixed(advantage=own(name)), folder)
+    assert isinstance(stage.advantage, Custom)
+    return stage.advantage
+
+
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4}])
+def test_a_loss_equals_the_cross_entropy_it_repeats(folder: Path, mesh: dict[str, int]) -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, head = jax.random.normal(keys[0], (4, 10, 6)), jax.random.normal(keys[1], (24, 6))
+    targets = jax.random.randint(keys[2], (4, 10), 0, 24)
+    weights = jax.random.uniform(keys[3], (4, 10))
+    layout = make_layout(**mesh) if mesh else None
+    function = loaded("surprise", folder)
+
+    def mine(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return custom_loss(
+            hidden, head, targets, weights, function, chunk=4, cap=2.0, layout=layout
+        )
+
+    def plain(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return cross_entropy(hidden, head, targets, weights, chunk=4, cap=2.0, layout=layout)[0]
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, head) for loss in (mine, plain)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected
+    )
+
+
+def test_a_schedule_equals_the_one_it_repeats(folder: Path) -> None:
+    plain = AdamW.fixed(lr=3e-4, warmup=Measure.fixed(value=0.1, unit="%"), decay="cosine")
+    mine = bound(plain.model_copy(update={"decay": own("cosine")}), folder)
+    for step in (0, 3, 10, 57, 99):
+        assert learning_rate(mine, 100)(step) == pytest.approx(learning_rate(plain, 100)(step))
+
+
+def test_a_loss_of_pairs_equals_the_one_it_repeats(folder: Path) -> None:
+    arrays = [jax.random.normal(key, (5,)) for key in jax.random.split(jax.random.key(1), 4)]
+    tokens = jnp.ones(5)
+    pairs = Pairs(arrays[0], arrays[1], tokens, tokens, arrays[2], arrays[3])
+    mine = bound(Preference.fixed(loss=own("sigmoid")), folder)
+    np.testing.assert_allclose(
+        pair_losses(mine, pairs)[0], pair_losses(Preference.fixed(), pairs)[0], rtol=1e-6
+    )
+
+
+def test_an_advantage_and_a_policy_loss_equal_those_they_repeat(folder: Path) -> None:
+    rewards = jnp.array([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]])
+    found = objectives.advantages(rewards, loaded("advantage", folder))
+    expected = objectives.advantages(rewards, "group_mean")
+    np.testing.assert_allclose(found.values, expected.values)
+    np.testing.assert_array_equal(found.flat, expected.flat)
+
+    keys = jax.random.split(jax.random.key(2), 3)
+    now, old, advantage = (jax.random.normal(key, (2, 4)) for key in keys)
+    batch = Completions(now, jnp.ones((2, 4), bool), advantage, old)
+    plain = Policy.fixed(clip=None, rollout=Sampling.fixed())
+    mine = bound(plain.model_copy(update={"loss": own("reinforce")}), folder)
+    np.testing.assert_allclose(
+        objectives.objective(mine, batch)[0], objectives.objective(plain, batch)[0], rtol=1e-6
+    )
+    clipped = plain.model_copy(update={"clip": Clip.fixed()})
+    assert objectives.objective(clipped, batch)[0] != objectives.objective(plain, batch)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("mean", "it returned the shape (2,), not (2, 3)"), ("broken", "AttributeError")],
+)
+def test_what_a_function_does_wrong_is_said(folder: Path, name: str, why: str) -> None:
+    with pytest.raises(CustomError) as caught:
+        objectives.advantages(jnp.ones((2, 3)), loaded(name, folder))
+    assert caught.value.reference == f"mine.py:{name}"
+    assert why in caught.value.why
+
+
+def test_what_cannot_be_loaded_is_said(folder: Path) -> None:
+    (folder / "bad.py").write_text("import nothing_like_this\ndef f(rewards): return rewards\n")
+    with pytest.raises(CustomError, match="nothing_like_this"):
+        bound(Policy.fixed(advantage=Python(reference="bad.py:f")), folder)
+
+
+def test_a_stage_without_functions_is_itself(folder: Path) -> None:
+    stage = Policy.fixed(reward=own("mean"), optimizer=AdamW.fixed(lr=1.0))
+    assert bound(stage, folder) is stage  # rewards run in processes of their own
+
+
+def test_rows_are_made_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = folder / "cache"
+    kind = PythonData.fixed(function="mine.py:rows", settings=Settings.fixed(values={"count": 3}))
+    for _ in range(2):
+        found = open_rows(kind, folder, cache=cache)
+        assert [found[row] for row in range(len(found))] == [
+            {"number": 0, "name": "a"}, {"number": 1, "name": "b"}, {"number": 2, "name": "a"},
+        ]  # fmt: skip
+    assert capsys.readouterr().out == "made 3\n"
+    assert found.place(1) == "mine.py:rows: row 2"
+    digest = found.digest
+    (folder / "mine.py").write_text(SOURCE.replace('of=("a", "b")', 'of=("c", "d")'))
+    assert open_rows(kind, folder, cache=cache).digest != digest
+
+
+def test_rows_that_are_none_are_said(folder: Path) -> None:
+    cache = folder / "cache"
+    with pytest.raises(CustomError, match="a row has to be a dict, and one is 2"):
+        made_rows(PythonData.fixed(function="mine.py:odd"), folder, cache)
+    assert not list(cache.glob("*.jsonl"))
