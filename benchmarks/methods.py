@@ -1,7 +1,7 @@
 """Every kind of training against plain supervised tuning of the same model on the same rows.
 
-`python benchmarks/methods.py [--width 256 --layers 4 --batch 4 --length 256 --only dpo,kto]`. A row
-has four segments, each a prompt and an answer; for pairs, two beside each other are one. Steps of
+`python benchmarks/methods.py [--width 256 --layers 4 --batch 4 --only 'dpo, live;kto']`. A row has
+four segments, each a prompt and an answer; for pairs, two beside each other are one. Steps of
 all methods alternate in one process; times are medians. The share in theory is by FLOPs: a token
 that is trained on takes three forward passes, and each model that is only run takes one; KTO runs
 both models on mismatched answers too. PPO's is the update alone, of rows that are cut into prompt
@@ -79,7 +79,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=list(DTYPES), default="f32")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
-    parser.add_argument("--only", help="methods, separated by commas")
+    parser.add_argument("--only", help="methods, separated by semicolons")
     return parser.parse_args()
 
 
@@ -236,7 +236,7 @@ def main() -> None:
         remat=given.remat, chunk=given.chunk,
     )  # fmt: skip
     makers = {**supervised_methods(given, program), **ppo_methods(given, program)}
-    wanted = [SFT, *given.only.split(",")] if given.only else list(makers)
+    wanted = [SFT, *given.only.split(";")] if given.only else list(makers)
     methods = {name: makers[name]() for name in dict.fromkeys(wanted)}
     for method in methods.values():
         method.run()  # compiles

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
-from tunelang.dsl.vocabulary.models import TOPOLOGIES, Gpu, HardwareKind, Tpu
+from tunelang.dsl.vocabulary.models import Gpu, HardwareKind, Tpu
 
 GIB = 2**30
 
@@ -23,7 +24,26 @@ class Chip:
     bandwidth: float
     """Bytes/s of its memory."""
     link: float
-    """Bytes/s to the other devices of the mesh, in one direction."""
+    """Bytes/s to one neighbour: along an axis of the torus, or into the switch; one direction."""
+    across: float = 0.0
+    """Bytes/s of a device to other slices or nodes, one direction."""
+    axes: int = 0
+    """Axes of the torus; 0 where a switch joins the devices of a node."""
+    wraps: int = 0
+    """An axis of so many chips, or a multiple of it, is a ring."""
+    per_chip: int = 1
+    """Devices of a chip."""
+    hosts: int = 8
+    """Devices of a host, at most."""
+    peak8: float = 0.0
+    """Operations/s on 8-bit numbers."""
+    host_link: float = 0.0
+    """Bytes/s to the memory of the host, one direction."""
+    efficiency: float = 0.5
+    """The share of the peak that a well laid out step reaches while it computes (fitted to
+    published runs, see `benchmarks/plan_accuracy.py`)."""
+    source: str = "measured here"
+    """Of the figures."""
     cache: int | None = None
     """Bytes of activations beyond which a CPU waits for its memory; None where none counts."""
 
@@ -32,23 +52,43 @@ class Chip:
         """`cpu`, `tpu` or `gpu`."""
         if self.name not in CHIPS:
             return "cpu"
-        return "tpu" if self.name in TOPOLOGIES else "gpu"
+        return "tpu" if self.axes else "gpu"
+
+
+_CLOUD = "Google Cloud's documentation; memory as libtpu reports it; links from the scaling book"
+_SHEET = "NVIDIA's data sheet; a tenth of the memory is left to the runtime and collectives"
+
+
+def _tpu(
+    name: str, peak: float, memory: float, bandwidth: float, link: float, axes: int, **more: Any
+) -> Chip:
+    wraps = 16 if axes == 2 else 4
+    return Chip(
+        name, peak, int(memory * GIB), bandwidth, link, axes=axes, wraps=wraps,
+        hosts=8 if axes == 2 else 4, source=_CLOUD, **more,
+    )  # fmt: skip
+
+
+def _gpu(name: str, peak: float, memory: float, bandwidth: float, link: float, **more: Any) -> Chip:
+    usable = int(0.9 * memory * GIB)
+    return Chip(name, peak, usable, bandwidth, link, across=50e9, source=_SHEET, **more)
 
 
 _CHIPS = (
-    # Google Cloud's documentation of each; usable memory as libtpu reports it; one direction of an
-    # axis of the torus (jax-ml.github.io/scaling-book/tpus).
-    Chip("v4", 275e12, int(30.75 * GIB), 1228e9, 45e9),
-    Chip("v5e", 197e12, int(15.75 * GIB), 819e9, 45e9),
-    Chip("v5p", 459e12, int(95.74 * GIB), 2765e9, 90e9),
-    Chip("v6e", 918e12, int(31.25 * GIB), 1638e9, 90e9),
-    Chip("tpu7x", 1153.5e12, int(94.75 * GIB), 3690e9, 90e9),  # a device is half a chip
-    # NVIDIA's data sheets; a tenth of the memory is left to the runtime and collectives.
-    Chip("a100", 312e12, int(0.9 * 79.3 * GIB), 2039e9, 300e9),
-    Chip("h100", 989.5e12, int(0.9 * 79.6 * GIB), 3350e9, 450e9),
-    Chip("h200", 989.5e12, int(0.9 * 140.4 * GIB), 4800e9, 450e9),
-    Chip("b200", 2250e12, int(0.9 * 178.0 * GIB), 8000e9, 900e9),
-)
+    _tpu("v4", 275e12, 30.75, 1228e9, 45e9, 3, peak8=275e12, across=3.1e9, host_link=15e9),
+    _tpu("v5e", 197e12, 15.75, 819e9, 45e9, 2, peak8=394e12, across=3.1e9, host_link=15e9),
+    _tpu("v5p", 459e12, 95.74, 2765e9, 90e9, 3, peak8=918e12, across=6.2e9, host_link=15e9),
+    _tpu("v6e", 918e12, 31.25, 1638e9, 90e9, 2, peak8=1836e12, across=12.5e9, host_link=32e9),
+    # A device is half a chip.
+    _tpu(
+        "tpu7x", 1153.5e12, 94.75, 3690e9, 45e9, 3, peak8=2307e12, across=6.2e9, host_link=16e9,
+        per_chip=2,
+    ),
+    _gpu("a100", 312e12, 79.3, 2039e9, 300e9, peak8=624e12, host_link=25e9),
+    _gpu("h100", 989.5e12, 79.6, 3350e9, 450e9, peak8=1979e12, host_link=55e9),
+    _gpu("h200", 989.5e12, 140.4, 4800e9, 450e9, peak8=1979e12, host_link=55e9),
+    _gpu("b200", 2250e12, 178.0, 8000e9, 900e9, peak8=4500e12, host_link=55e9),
+)  # fmt: skip
 CHIPS = MappingProxyType({chip.name: chip for chip in _CHIPS})
 
 _KINDS = {
@@ -65,9 +105,33 @@ class Devices:
     count: int
     here: bool
     """Whether they are the devices of this machine."""
+    shape: tuple[int, ...] = ()
+    """Chips along each axis of a slice; of GPUs and CPUs nothing."""
+    groups: int = 1
+    """Slices, or nodes."""
+    price: float | None = None
+    """Of a device for an hour."""
 
     def __str__(self) -> str:
         return f"{self.count} × {self.chip.name}"
+
+    def bandwidth(self, size: int, stride: int) -> float:
+        """Bytes/s at which a device takes part in a ring collective over a mesh axis of `size`,
+        whose neighbours are `stride` devices apart: what it sends and receives at once.
+
+        A ring of a torus sends both ways (the scaling book, chapter on sharding); an axis as long
+        as the whole slice has all of its links, another those of one axis. Beyond a slice or node
+        it is as fast as the network between them.
+        """
+        group = self.count // self.groups
+        if self.groups > 1 and size * stride > group:
+            return self.chip.across
+        if not self.chip.axes:
+            return self.chip.link
+        longest = max(self.shape, default=1)
+        dimensions = [d for d in self.shape if d > 1] or [1]
+        used = dimensions if size * stride >= group and stride == 1 else [longest]
+        return sum(self.chip.link * (2 if each % self.chip.wraps == 0 else 1) for each in used)
 
 
 def chip_of(device_kind: str) -> Chip | None:
@@ -81,12 +145,14 @@ def chip_of(device_kind: str) -> Chip | None:
 
 def declared(hardware: HardwareKind) -> Devices | None:
     """Return the devices that a declaration names; None for those of this machine."""
+    price = hardware.price
     match hardware:
         case Tpu():
             name, _, shape = hardware.topology.partition(":")
-            chips = math.prod(int(size) for size in shape.split("x"))
-            each = 2 if name == "tpu7x" else 1
-            return Devices(CHIPS[name], chips * each * hardware.slices, False)
+            sizes = tuple(int(size) for size in shape.split("x"))
+            count = math.prod(sizes) * CHIPS[name].per_chip * hardware.slices
+            return Devices(CHIPS[name], count, False, sizes, hardware.slices, price)
         case Gpu():
-            return Devices(CHIPS[hardware.kind], hardware.nodes * hardware.devices, False)
+            count = hardware.nodes * hardware.devices
+            return Devices(CHIPS[hardware.kind], count, False, (), hardware.nodes, price)
     return None

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 WRONG_SPEC = 1
 WRONG_COMMAND = 2
+DOES_NOT_FIT = 4
 
 app = typer.Typer(
     name="tune",
@@ -301,6 +302,12 @@ def plan_command(
     force: ForceOption = [],  # noqa: B006
     on: OnOption = None,
     store: StoreOption = None,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile the programs of every stage for the hardware, here or not."
+        ),
+    ] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="All there is to say.")] = False,
     as_json: AsJson = False,
     traceback: Traceback = False,
@@ -315,6 +322,17 @@ def plan_command(
             typer.echo(prepare.as_json(prepared))
         else:
             typer.echo(plan_view.show(prepared, verbose=verbose, width=_width()), nl=False)
+        if compile:
+            from tunelang.runtime import rehearse  # only this option needs it
+
+            cache = _store(spec, store).root / "cache"
+            fits = True
+            for node in prepared.layouts:
+                for found in rehearse.rehearse(prepared, node, cache):
+                    typer.echo(plan_view.rehearsed(prepared, node, found, _width()), nl=False)
+                    fits = fits and rehearse.fits(prepared, node, found)
+            if not fits:
+                raise typer.Exit(DOES_NOT_FIT)
 
 
 @app.command("run")

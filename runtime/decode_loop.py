@@ -30,7 +30,7 @@ from tunelang.compiler.architecture import Architecture
 from tunelang.runtime.attention import Kernel
 from tunelang.runtime.decoder import KEYS, VALUES, Cache, Decoder, Unstacked, empty_cache, insert
 from tunelang.runtime.sampling import SlotSettings, sample, token_keys
-from tunelang.runtime.sharding import Layout, constrain
+from tunelang.runtime.sharding import Axes, Layout, constrain
 from tunelang.runtime.train import abstract_decoder
 
 Given = Array | NDArray[Any] | np.generic
@@ -312,19 +312,43 @@ def _turn(
     )
 
 
+def abstract_slots(
+    architecture: Architecture,
+    slots: int,
+    capacity: int,
+    dtype: Any,
+    rows: int,
+    max_tokens: int,
+    layout: Layout,
+) -> Slots:
+    """Return the slots as shapes and shardings, which `decode.lower` takes for arrays."""
+    state = jax.eval_shape(
+        lambda: _empty(architecture, slots, capacity, dtype, rows, max_tokens, False)
+    )
+
+    def place(array: Any, axes: Axes) -> Any:
+        where = layout.sharding(axes, array.shape)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+
+    return _each_placed(place, state)
+
+
 def _placed(layout: Layout | None, state: Slots) -> Slots:
     """Say where the slots lie: the same for every program, or they would be copied in between."""
+    return _each_placed(lambda array, axes: constrain(layout, array, axes), state)
 
-    def whole(array: Array) -> Array:
-        return constrain(layout, array, (None,) * array.ndim)
 
-    def rows(array: Array) -> Array:
-        return constrain(layout, array, ("batch", None))
+def _each_placed(place: Callable[[Any, Axes], Any], state: Slots) -> Slots:
+    def whole(array: Any) -> Any:
+        return place(array, (None,) * array.ndim)
+
+    def rows(array: Any) -> Any:
+        return place(array, ("batch", None))
 
     return Slots(
         cache=Cache(
-            tuple(constrain(layout, each, KEYS) for each in state.cache.keys),
-            tuple(constrain(layout, each, VALUES) for each in state.cache.values),
+            tuple(place(each, KEYS) for each in state.cache.keys),
+            tuple(place(each, VALUES) for each in state.cache.values),
             whole(state.cache.lengths),
         ),
         hidden=rows(state.hidden),

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from tunelang.runtime.losses import _copies, _logits, _pick, _Split
+from tunelang.runtime.losses import Split, chunk_logits, head_copies, pick
 from tunelang.runtime.sharding import Layout
 
 Kind = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
@@ -79,11 +79,11 @@ def divergence(
     Differentiable once, in the student's hidden states and head; the teacher and the weights get
     no gradient.
     """
-    split = _Split.of(student_hidden.shape, chunk, layout)
+    split = Split.of(student_hidden.shape, chunk, layout)
     return _chunked(
         _Settings(kind, beta, temperature, hard, student_cap, teacher_cap),
-        split(student_hidden), _copies(student_head, student_hidden.dtype, split, layout),
-        (split(teacher_hidden),), _copies(teacher_head, teacher_hidden.dtype, split, layout),
+        split(student_hidden), head_copies(student_head, student_hidden.dtype, split, layout),
+        (split(teacher_hidden),), head_copies(teacher_head, teacher_hidden.dtype, split, layout),
         split(targets), split(weights.astype(jnp.float32)),
     )  # fmt: skip
 
@@ -111,10 +111,10 @@ def top_k_divergence(
     so it is at most the divergence over the whole vocabulary, and equal to it where `k` is `vocab`.
     The teacher's mass on the rest is at least float32's epsilon.
     """
-    split = _Split.of(student_hidden.shape, chunk, layout)
+    split = Split.of(student_hidden.shape, chunk, layout)
     return _chunked(
         _Settings(kind, beta, temperature, hard, student_cap, None),
-        split(student_hidden), _copies(student_head, student_hidden.dtype, split, layout),
+        split(student_hidden), head_copies(student_head, student_hidden.dtype, split, layout),
         (split(teacher_ids), split(teacher_log_probs.astype(jnp.float32))), None,
         split(targets), split(weights.astype(jnp.float32)),
     )  # fmt: skip
@@ -135,11 +135,11 @@ def top_k(
     Likeliest first; log-probabilities are of the whole vocabulary, in nats, of the logits over the
     temperature. Arguments as of `divergence`. Without gradients.
     """
-    split = _Split.of(hidden.shape, chunk, layout)
-    copies = _copies(jax.lax.stop_gradient(head), hidden.dtype, split, layout)
+    split = Split.of(hidden.shape, chunk, layout)
+    copies = head_copies(jax.lax.stop_gradient(head), hidden.dtype, split, layout)
 
     def body(_: None, hidden: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        logits = _logits(hidden, copies, cap) / temperature
+        logits = chunk_logits(hidden, copies, cap) / temperature
         return None, _likeliest(jax.nn.log_softmax(logits), k, layout)
 
     _, (log_probs, ids) = jax.lax.scan(body, None, split(jax.lax.stop_gradient(hidden)))
@@ -170,7 +170,9 @@ def _outcomes(
     """Log-probabilities of student and teacher, of each token or of the `k` and the rest."""
     logits = logits / settings.temperature
     if teacher_copies is not None:
-        known = _logits(teacher[0], teacher_copies, settings.teacher_cap) / settings.temperature
+        known = (
+            chunk_logits(teacher[0], teacher_copies, settings.teacher_cap) / settings.temperature
+        )
         return jax.nn.log_softmax(logits), jax.nn.log_softmax(known)
     ids, log_probs = teacher
     chosen = jnp.take_along_axis(logits, ids, axis=-1)
@@ -220,7 +222,7 @@ def _losses(
 ) -> tuple[jax.Array, Parts]:
     """Weighted sum over a chunk, of logits `[parts, batch / parts, chunk, vocab]`; by `[parts]`."""
     soft = _divergence(*_outcomes(logits, teacher, teacher_copies, settings), settings)
-    hard = jax.nn.logsumexp(logits, axis=-1) - _pick(logits, targets)
+    hard = jax.nn.logsumexp(logits, axis=-1) - pick(logits, targets)
     parts = Parts(*(jnp.sum(each * weights, axis=(1, 2)) for each in (soft, hard)))
     return _total(parts, settings), parts
 
@@ -266,7 +268,7 @@ def _forward(
         hidden, teacher = jax.tree.map(
             lambda array: jnp.where(weights[..., None] != 0, array, 0), (hidden, teacher)
         )
-        logits = _logits(hidden, copies, cap)
+        logits = chunk_logits(hidden, copies, cap)
         gradient, found = jax.grad(_losses, has_aux=True)(
             logits, teacher, teacher_copies, targets, weights, settings
         )

@@ -11,7 +11,7 @@ where the copy was made, is exchanged once, after the scan.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,9 @@ def cross_entropy(
     is computed beside the loss, so that the logits are computed once and not again in the backward
     pass (Liger Kernel, arXiv:2410.10989, section 3.2).
     """
-    split = _Split.of(hidden.shape, chunk, layout)
+    split = Split.of(hidden.shape, chunk, layout)
     total = _chunked_cross_entropy(
-        split(hidden), _copies(head, hidden.dtype, split, layout), split(targets),
+        split(hidden), head_copies(head, hidden.dtype, split, layout), split(targets),
         split(weights.astype(jnp.float32)), cap,
     )  # fmt: skip
     return total, jnp.sum(weights, dtype=jnp.float32)
@@ -62,19 +62,20 @@ def custom_loss(
 
     Arguments as of `cross_entropy`. The backward pass computes each chunk's logits again.
     """
-    split = _Split.of(hidden.shape, chunk, layout)
-    copies = _copies(head, hidden.dtype, split, layout)
+    split = Split.of(hidden.shape, chunk, layout)
+    copies = head_copies(head, hidden.dtype, split, layout)
 
     @jax.checkpoint
     def one(copies: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        logits = _logits(hidden, copies, cap)
+        logits = chunk_logits(hidden, copies, cap)
         losses: jax.Array = function(targets.shape, logits=logits, targets=targets)
         return losses
 
     def body(_: None, part: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
         *inputs, weights = part
         # Padding behind a sequence may make a function NaN.
-        return None, jnp.sum(jnp.where(weights > 0, one(copies, *inputs) * weights, 0.0))
+        losses = jnp.where(weights > 0, one(copies, *inputs) * weights, 0.0)
+        return None, jnp.sum(losses, axis=(1, 2))
 
     parts = (split(hidden), split(targets), split(weights.astype(jnp.float32)))
     _, sums = jax.lax.scan(body, None, parts)
@@ -96,7 +97,7 @@ def token_logprobs(
     Arguments as of `cross_entropy`; the logits are divided by `temperature`, which is above 0,
     after the cap. The backward pass computes each chunk's logits again.
     """
-    return _scores(hidden, head, targets, chunk, cap, temperature, layout, False)[0]
+    return _scores(hidden, head, targets, chunk, cap, temperature, layout, "none")[0]
 
 
 def token_scores(
@@ -108,11 +109,14 @@ def token_scores(
     cap: float | None = None,
     temperature: float = 1.0,
     layout: Layout | None = None,
+    flows: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """`token_logprobs`, and the entropy of the whole distribution at each token, in nats; both
-    `[batch, length]` float32.
+    `[batch, length]` float32. `flows` says whether the entropy has a gradient, which would be
+    computed even where nothing reads it.
     """
-    log_probs, entropy = _scores(hidden, head, targets, chunk, cap, temperature, layout, True)
+    how: Literal["flows", "measured"] = "flows" if flows else "measured"
+    log_probs, entropy = _scores(hidden, head, targets, chunk, cap, temperature, layout, how)
     assert entropy is not None
     return log_probs, entropy
 
@@ -125,20 +129,21 @@ def _scores(
     cap: float | None,
     temperature: float,
     layout: Layout | None,
-    with_entropy: bool,
+    entropies: Literal["none", "measured", "flows"],
 ) -> tuple[jax.Array, jax.Array | None]:
-    split = _Split.of(hidden.shape, chunk, layout)
-    copies = _copies(head, hidden.dtype, split, layout)
+    split = Split.of(hidden.shape, chunk, layout)
+    copies = head_copies(head, hidden.dtype, split, layout)
 
     @jax.checkpoint
     def one(copies: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
-        logits = _logits(hidden, copies, cap) / temperature
+        logits = chunk_logits(hidden, copies, cap) / temperature
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         entropy = None
-        if with_entropy:
-            mean = jnp.sum(jnp.exp(logits - normaliser[..., None]) * logits, axis=-1)
-            entropy = normaliser - mean
-        return _pick(logits, targets) - normaliser, entropy
+        if entropies != "none":
+            given = (logits, normaliser)
+            whole, log_sum = given if entropies == "flows" else jax.lax.stop_gradient(given)
+            entropy = log_sum - jnp.sum(jnp.exp(whole - log_sum[..., None]) * whole, axis=-1)
+        return pick(logits, targets) - normaliser, entropy
 
     def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
         return None, one(copies, *chunk)
@@ -148,7 +153,7 @@ def _scores(
     return log_probs, entropy
 
 
-class _Split:
+class Split:
     """How `[batch, length, ...]` becomes `[chunks, parts, batch / parts, chunk, ...]`."""
 
     def __init__(self, batch: int, length: int, chunk: int, parts: int) -> None:
@@ -157,7 +162,8 @@ class _Split:
         self.chunks = -(-length // self.chunk)
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], chunk: int, layout: Layout | None) -> _Split:
+    def of(cls, shape: tuple[int, ...], chunk: int, layout: Layout | None) -> Split:
+        """Return the split of arrays `shape` over the parts of the batch."""
         parts = 1 if layout is None else layout.batch_shards
         return cls(shape[0], shape[1], chunk, parts if shape[0] % parts == 0 else 1)
 
@@ -175,19 +181,20 @@ class _Split:
         return whole.reshape(self.batch, -1, *array.shape[4:])[:, : self.length]
 
 
-def _copies(head: jax.Array, dtype: Any, split: _Split, layout: Layout | None) -> jax.Array:
+def head_copies(head: jax.Array, dtype: Any, split: Split, layout: Layout | None) -> jax.Array:
     """Copy the head for each part of the batch, `[parts, vocab, width]`; a device has its own."""
     copies = jnp.broadcast_to(head.astype(dtype), (split.parts, *head.shape))
     axes = ("batch" if split.parts > 1 else None, "vocab", None)
     return constrain(layout, copies, axes)
 
 
-def _logits(hidden: jax.Array, copies: jax.Array, cap: float | None) -> jax.Array:
+def chunk_logits(hidden: jax.Array, copies: jax.Array, cap: float | None) -> jax.Array:
+    """Return the capped logits `[parts, batch / parts, chunk, vocab]` of a chunk, float32."""
     logits = jnp.einsum("pbcd,pvd->pbcv", hidden, copies, preferred_element_type=jnp.float32)
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
-def _pick(values: jax.Array, targets: jax.Array) -> jax.Array:
+def pick(values: jax.Array, targets: jax.Array) -> jax.Array:
     """`values[..., target]`, by comparison: it fuses and it shards, which a gather does not."""
     chosen = jnp.arange(values.shape[-1]) == targets[..., None]
     return jnp.sum(jnp.where(chosen, values, 0.0), axis=-1)
@@ -201,14 +208,15 @@ def _chunked_cross_entropy(
     weights: jax.Array,
     cap: float | None,
 ) -> jax.Array:
-    def body(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    def body(totals: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         hidden, targets, weights = chunk
-        logits = _logits(hidden, copies, cap)
-        losses = jax.nn.logsumexp(logits, axis=-1) - _pick(logits, targets)
-        return total + jnp.sum(losses * weights), None
+        logits = chunk_logits(hidden, copies, cap)
+        losses = jax.nn.logsumexp(logits, axis=-1) - pick(logits, targets)
+        return totals + jnp.sum(losses * weights, axis=(1, 2)), None
 
-    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), (hidden, targets, weights))
-    return total
+    start = jnp.zeros(copies.shape[0], jnp.float32)
+    totals, _ = jax.lax.scan(body, start, (hidden, targets, weights))
+    return jnp.sum(totals)
 
 
 Residuals = tuple[jax.Array, jax.Array, jax.Array]
@@ -226,11 +234,11 @@ def _forward(
     def body(
         carry: tuple[jax.Array, jax.Array], chunk: tuple[jax.Array, ...]
     ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-        total, head_gradient = carry
+        totals, head_gradient = carry
         hidden, targets, weights = chunk
-        logits = _logits(hidden, copies, cap)
+        logits = chunk_logits(hidden, copies, cap)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
-        losses = normaliser - _pick(logits, targets)
+        losses = normaliser - pick(logits, targets)
         chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
         gradient = (jnp.exp(logits - normaliser[..., None]) - chosen) * weights[..., None]
         if cap is not None:
@@ -240,13 +248,16 @@ def _forward(
         head_gradient += jnp.einsum(
             "pbcv,pbcd->pvd", gradient, hidden, preferred_element_type=jnp.float32
         )
-        return (total + jnp.sum(losses * weights), head_gradient), (hidden_gradient, losses)
+        totals += jnp.sum(losses * weights, axis=(1, 2))
+        return (totals, head_gradient), (hidden_gradient, losses)
 
-    start = (jnp.zeros((), jnp.float32), jnp.zeros_like(copies, dtype=jnp.float32))
-    (total, head_gradient), (hidden_gradient, losses) = jax.lax.scan(
+    # Sums of each part, so that no device waits for the others within a chunk.
+    zeros = jnp.zeros(copies.shape[0], jnp.float32)
+    start = (zeros, jnp.zeros_like(copies, dtype=jnp.float32))
+    (totals, head_gradient), (hidden_gradient, losses) = jax.lax.scan(
         body, start, (hidden, targets, weights)
     )
-    return total, (hidden_gradient, head_gradient.astype(copies.dtype), losses)
+    return jnp.sum(totals), (hidden_gradient, head_gradient.astype(copies.dtype), losses)
 
 
 def _backward(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from tunelang.compiler.draw import picture, tree
 from tunelang.compiler.plan import StagePlan, describe
 from tunelang.runtime.prepare import Prepared
+from tunelang.runtime.rehearse import Rehearsed
 from tunelang.runtime.words import count_text, duration, size_text
 
 
@@ -26,6 +27,24 @@ def show(prepared: Prepared, *, verbose: bool = False, width: int = 100) -> str:
             lines += [f"{'':<{column}}  {line}" for line in _details(stage, width - column - 2)]
     lines += ["", _summary(prepared)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def rehearsed(prepared: Prepared, node: str, found: Rehearsed, width: int) -> str:
+    """Return what the compiler says of a program of a stage."""
+    chip = prepared.devices[node].chip
+    facts = [f"{size_text(found.peak)} of {size_text(chip.memory)} in a device"]
+    if found.refused:
+        facts = [f"does not fit: {found.refused}"]
+    elif found.peak > chip.memory:
+        facts[0] += ": does not fit"
+    facts += [
+        f"{count} {kind} of {size_text(size)}" for kind, (count, size) in found.exchanged.items()
+    ]
+    facts.append(f"compiled in {duration(found.seconds)}")
+    facts += found.findings
+    name = f"{node} {found.name}"
+    first, *rest = _wrapped(facts, width - len(name) - 2)
+    return "\n".join([f"{name}  {first}", *(f"    {line}" for line in rest)]) + "\n"
 
 
 def _summary(prepared: Prepared) -> str:

@@ -193,6 +193,7 @@ def policy_step(
             cap=architecture.logit_cap,
             temperature=temperature,
             layout=layout,
+            flows=policy.entropy > 0,
         )
 
         def rows(array: Any) -> Any:

@@ -43,6 +43,17 @@ _CPU_BANDWIDTH = 20e9
 
 
 @dataclass(frozen=True)
+class Shapes:
+    """The models that a stage works with, as far as their sizes go."""
+
+    architecture: Architecture
+    """With the adapter that the stage trains."""
+    dtype: str
+    """Of activations, as the spec writes it."""
+    teacher: Architecture | None = None
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A plan with what it was made from."""
 
@@ -53,6 +64,8 @@ class Prepared:
     """Node -> its layout; training stages only."""
     devices: dict[str, Devices]
     """Node -> what it runs on."""
+    shapes: dict[str, Shapes]
+    """Node -> the models of its programs."""
 
 
 class LayoutError(Exception):
@@ -84,6 +97,7 @@ def prepare(
     graph = graphs.build(program)
     layouts: dict[str, StageLayout] = {}
     chosen: dict[str, Devices] = {}
+    shapes: dict[str, Shapes] = {}
     known: dict[str, tuple[Architecture, int]] = {}
     laid_out: dict[object, StageLayout] = {}
     here: dict[int | None, Devices] = {}
@@ -123,6 +137,8 @@ def prepare(
             raise LayoutError(stage.stage, error) from error
         laid_out[key] = layout
         layouts[stage.node], chosen[stage.node] = layout, devices
+        dtype = program.declarations[name].value.dtype
+        shapes[stage.node] = Shapes(architecture, dtype, teacher)
         steps = _steps(value)
         cost = {
             "flops": layout.flops,
@@ -132,7 +148,7 @@ def prepare(
         }
         shown = {**plain(layout), "devices": str(devices), "here": devices.here}
         stages.append(replace(stage, layout=shown, memory=dict(layout.memory), cost=cost))
-    return Prepared(program, replace(made, stages=tuple(stages)), graph, layouts, chosen)
+    return Prepared(program, replace(made, stages=tuple(stages)), graph, layouts, chosen, shapes)
 
 
 def _model_of(graph: StageGraph, node: str, reference: Reference) -> str:

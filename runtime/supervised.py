@@ -224,10 +224,10 @@ def supervised_trainer(
     # shares the program.
     unit = at_unit_rate(stage.optimizer)
     plain = stage.model_copy(update={"optimizer": unit, "seed": None})
-    objective = _objective(plain, count, a, live, corpus.values is not None)
+    objective = objective_of(plain, count, a, live, corpus.values is not None)
     optimizer, make = workshop.once(
         ("train", a, program, unit, table.steps, repr(objective)),
-        lambda: _compiled(model, unit, table.steps, program, objective),
+        lambda: compiled(a, unit, table.steps, program, objective),
     )
     state = replace(begin(optimizer, program, objective.extra()), beside=beside)
     token_flops = train_flops(a, longest)
@@ -257,9 +257,14 @@ def _read(stage: Supervised, stream: Stream) -> tuple[tuple[str, ...], Valued]:
     return ("response",), unvalued
 
 
-def _objective(
+def objective_of(
     stage: Supervised, count: int, own: Architecture, live: Architecture | None, valued: bool
 ) -> train.Objective:
+    """Return what a stage makes smaller, for sequences of at most `count` segments.
+
+    `live` is the reference or the teacher where it runs beside the model; `valued` says whether
+    the data states margins.
+    """
     match stage:
         case Distill():
             assert live is not None
@@ -299,12 +304,13 @@ def _ahead(
     return found.values
 
 
-def _compiled(
-    model: Model, unit: Any, steps: int, program: train.Program, objective: train.Objective
-) -> Any:
+def compiled(
+    a: Architecture, unit: Any, steps: int, program: train.Program, objective: train.Objective
+) -> tuple[Any, train.StateProgram]:
+    """Return the optimizer and the program of a stage whose optimizer has the rate `unit`."""
     optimizer = build_optimizer(unit, steps)
     schedule = learning_rate(unit, steps)
-    return optimizer, train.train_step(model.architecture, optimizer, schedule, program, objective)
+    return optimizer, train.train_step(a, optimizer, schedule, program, objective)
 
 
 def _longest(corpus: Corpus, packed: bool) -> int:

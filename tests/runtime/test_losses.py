@@ -108,8 +108,8 @@ def test_no_device_talks_to_another_inside_the_scan(given):
     flat = layout.sharding(("batch", None), targets.shape)
     columns = layout.sharding(("vocab", "embed"), head.shape)
     program = jax.jit(
-        jax.grad(loss, argnums=(0, 1)),
-        in_shardings=(rows, columns, flat, flat), out_shardings=(rows, columns),
+        jax.value_and_grad(loss, argnums=(0, 1)),
+        in_shardings=(rows, columns, flat, flat), out_shardings=(None, (rows, columns)),
     ).lower(hidden, head, targets, weights).compile()  # fmt: skip
     hlo = program.as_text()
     assert re.search("all-gather|all-reduce|reduce-scatter", hlo)

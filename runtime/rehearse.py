@@ -1,0 +1,360 @@
+"""Rehearsal: a stage's own programs, compiled for hardware that need not be here.
+
+What is compiled is what `execute.py` would run: the same builders, the same layout. The compiler
+says what memory a program takes, and refuses what cannot be; nothing runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import ShapeDtypeStruct
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tunelang.compiler.architecture import Architecture, plain
+from tunelang.compiler.hardware import Devices
+from tunelang.compiler.layout import CHUNK, StageLayout
+from tunelang.dsl.vocabulary.stages import (
+    Compared,
+    Distill,
+    Kto,
+    Policy,
+    Ppo,
+    Preference,
+    RewardModel,
+    Supervised,
+    Training,
+)
+from tunelang.runtime import collectives, train
+from tunelang.runtime.comparing import segment_program
+from tunelang.runtime.critic import learner_of
+from tunelang.runtime.custom import bound
+from tunelang.runtime.decode_loop import Request, abstract_slots, make_engine
+from tunelang.runtime.durable import read_json, write_json
+from tunelang.runtime.layers import DTYPES
+from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
+from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program
+from tunelang.runtime.prepare import Prepared, Shapes
+from tunelang.runtime.rollout import PREFILL
+from tunelang.runtime.sampling import slot_settings
+from tunelang.runtime.sharding import Layout, is_variable, make_layout
+from tunelang.runtime.supervised import compiled, objective_of
+from tunelang.runtime.topologies import compilable
+
+_STEPS = 1000
+"""Of a schedule; the program is the same for any."""
+_SEGMENT = 64
+"""Tokens of an example, at least, where the data is not looked at."""
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What the compiler says of one program."""
+
+    name: str
+    """`train`, `score`, `prefill`, `decode`, `reference`."""
+    peak: int
+    """Bytes in a device while it runs, with what else the stage holds there."""
+    seconds: float
+    """Compiling took."""
+    exchanged: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Collective -> how many there are in a call, and their bytes in each device."""
+    findings: tuple[str, ...] = ()
+    """What should not be."""
+    refused: str = ""
+    """Why the compiler would not: the program needs more memory than there is."""
+
+
+@dataclass(frozen=True)
+class _Program:
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    beside: int = 0
+    """Bytes in each device that the stage holds and the program does not read."""
+    donated: int = 0
+    """Bytes in each device that have to be reused."""
+
+
+def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
+    """Compile the programs of a training stage, one after another.
+
+    What was compiled before is read from `cache`. Raises `MissingExtraError` where the compiler
+    for the hardware is not installed, and `CustomError`.
+    """
+    stage = prepared.graph.nodes[node].value
+    assert isinstance(stage, Training)
+    stage = bound(stage, prepared.program.folder)
+    devices, planned = prepared.devices[node], prepared.layouts[node]
+    layout = make_layout(**planned.mesh, devices=compilable(devices))
+    for program in programs(stage, prepared.shapes[node], planned, layout):
+        yield _compiled(program, devices, cache)
+
+
+def fits(prepared: Prepared, node: str, found: Rehearsed) -> bool:
+    """Whether a program of a stage fits into the memory of a device."""
+    return not found.refused and found.peak <= prepared.devices[node].chip.memory
+
+
+def programs(
+    stage: Training, shapes: Shapes, planned: StageLayout, layout: Layout
+) -> Iterator[_Program]:
+    """Give the programs of a stage, to be lowered."""
+    if isinstance(stage, Policy):
+        return _policy(stage, shapes, planned, layout)
+    assert isinstance(stage, Supervised)
+    return _supervised(stage, shapes, planned, layout)
+
+
+def _program_of(shapes: Shapes, planned: StageLayout, layout: Layout) -> train.Program:
+    return train.Program(
+        layout=layout,
+        dtype=DTYPES[shapes.dtype],
+        micro_batches=planned.micro_batches,
+        remat=planned.remat,  # type: ignore[arg-type]
+        kernel=planned.kernel,  # type: ignore[arg-type]
+        chunk=CHUNK,
+    )
+
+
+def _params(architecture: Architecture, program: train.Program) -> Any:
+    """Return a model's parameters as shapes and shardings."""
+    return train.abstract_state(architecture, optax.identity(), program).weights
+
+
+def _supervised(
+    stage: Supervised, shapes: Shapes, planned: StageLayout, layout: Layout
+) -> Iterator[_Program]:
+    a, program = shapes.architecture, _program_of(shapes, planned, layout)
+    pieces = 2 if isinstance(stage, Preference | RewardModel | Kto) else 1
+    count = pieces
+    if stage.packing:
+        count *= max(1, planned.length // (pieces * _SEGMENT))
+    ahead = isinstance(stage, Preference) and stage.reference_log_probs == "ahead"
+    live: Architecture | None = None
+    if isinstance(stage, Distill):
+        live = shapes.teacher
+    elif isinstance(stage, Compared) and stage.needs_reference and not ahead:
+        live = a if stage.reference is None else plain(a)
+    beside = None if live is None else _params(live, program)
+    if isinstance(stage, Distill) and stage.teacher_log_probs == "ahead":
+        beside = None
+    objective = objective_of(stage, count, a, live, isinstance(stage, RewardModel))
+    optimizer, step = compiled(a, at_unit_rate(stage.optimizer), _STEPS, program, objective)
+    state = train.abstract_state(a, optimizer, program, objective.extra)
+    batch = _batch(stage, planned, count, layout)
+    yield _Program(
+        "train",
+        lambda: step.lower(replace(state, beside=beside), batch),
+        donated=_bytes(replace(state, frozen=nnx.State({}))),
+    )
+    if isinstance(stage, Compared) and stage.needs_reference and ahead:
+        score = segment_program(plain(a), program, count)
+        params = _params(plain(a), program)
+        yield _Program("reference", lambda: score.lower(params, batch))  # type: ignore[attr-defined]
+
+
+def _batch(stage: Supervised, planned: StageLayout, count: int, layout: Layout) -> train.Batch:
+    rows, length = planned.rows, planned.length
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        spec = PartitionSpec(None, *layout.spec(("batch",), (rows,)))
+        return ShapeDtypeStruct((1, rows, *shape), dtype, sharding=NamedSharding(layout.mesh, spec))
+
+    def tokens() -> dict[str, Any]:
+        whole = array(length)
+        return {
+            "tokens": whole, "trained": array(length, dtype=bool), "segments": whole,
+            "positions": whole,
+        }  # fmt: skip
+
+    batch = train.Batch(**tokens())
+    numbers = array(count, dtype=jnp.float32)
+    if isinstance(stage, Kto | RewardModel):
+        batch = replace(batch, values=numbers)
+    if isinstance(stage, Kto):
+        batch = replace(batch, mismatched=train.Batch(**tokens()))
+    if isinstance(stage, Preference) and stage.needs_reference:
+        if stage.reference_log_probs == "ahead":
+            batch = replace(batch, reference=numbers)
+    if isinstance(stage, Distill) and stage.teacher_log_probs == "ahead":
+        k = stage.top_k or 1
+        batch = replace(batch, teacher=(array(length, k), array(length, k, dtype=jnp.float32)))
+    return batch
+
+
+def _policy(
+    stage: Policy, shapes: Shapes, planned: StageLayout, layout: Layout
+) -> Iterator[_Program]:
+    a, sampling = shapes.architecture, stage.rollout
+    program = replace(_program_of(shapes, planned, layout), kernel="xla")
+    unit = at_unit_rate(stage.optimizer)
+    optimizer, schedule = build_optimizer(unit, _STEPS), learning_rate(unit, _STEPS)
+    state = train.abstract_state(a, optimizer, program)
+    learner = None
+    if isinstance(stage, Ppo):
+        scores = replace(a, scores=True)
+        learner = learner_of(stage.critic, scores, _STEPS)
+        held = train.abstract_state(scores, learner.optimizer, program)
+        state = replace(state, critic=replace(held, frozen=nnx.State({})), beside=held.frozen)
+    step = policy_step(a, optimizer, schedule, stage, program, learner)
+    completion = min(sampling.max_tokens, planned.length)
+    prompt = max(1, planned.length - completion)
+    part = math.gcd(stage.group, planned.rows // layout.batch_shards // program.micro_batches)
+    rows = planned.rows * stage.minibatches // part
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        where = layout.sharding(("batch", *(None for _ in shape)), (rows, *shape))
+        return ShapeDtypeStruct((rows, *shape), dtype, sharding=where)
+
+    each = array(part, completion, dtype=jnp.float32)
+    several = stage.passes * stage.minibatches > 1
+    valued = isinstance(stage, Ppo)
+    batch = PolicyBatch(
+        prompts=array(prompt), prompt_lengths=array(), tokens=array(part, completion),
+        mask=array(part, completion, dtype=bool), sampler=each,
+        advantages=each if valued else array(part, dtype=jnp.float32),
+        old=each if several else None, reference=None if stage.kl is None else each,
+        values=each if valued else None, returns=each if valued else None,
+    )  # fmt: skip
+    reference = 0
+    if stage.kl is not None and (not a.adapters or stage.reference is not None):
+        reference = _bytes(_params(plain(a), program))
+    changing = _bytes(replace(state, frozen=nnx.State({}), beside=None))
+    yield _Program("train", lambda: step.lower(state, batch), reference, changing)
+
+    params = state.weights
+    beside = _bytes(state) - _bytes(params) + reference
+    given = params, batch.prompts, batch.prompt_lengths, batch.tokens
+    if several or stage.kl is not None:
+        score = score_program(a, program, sampling.temperature)
+        yield _Program("score", lambda: score.lower(*given), beside)  # type: ignore[attr-defined]
+
+    slots, capacity = planned.slots or 1, planned.length
+    engine: Any = make_engine(a, slots=slots, capacity=capacity, dtype=program.dtype, layout=layout)
+    count = stage.batch * stage.group
+    filled = abstract_slots(a, slots, capacity, program.dtype, count, completion, layout)
+    whole = NamedSharding(layout.mesh, PartitionSpec())
+
+    def ints(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    prompts = ints(PREFILL, prompt), ints(PREFILL)
+    kept = _bytes(filled)
+    yield _Program("prefill", lambda: engine.prefill.lower(params, *prompts), beside + kept)
+
+    def request() -> Request:
+        settings = jax.tree.map(
+            lambda array: ints(*jnp.shape(array), dtype=jnp.asarray(array).dtype),
+            slot_settings(sampling, slots),
+        )
+        return Request(settings, ints(4), ints(dtype=jnp.uint32), ints(), ints(), ints())
+
+    yield _Program(
+        "decode",
+        lambda: engine.decode.lower(params, filled, ints(slots, dtype=bool), request()),
+        beside,
+        kept,
+    )
+
+
+def _bytes(tree: Any) -> int:
+    """Count the bytes of abstract arrays in each device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total
+
+
+# Compiling.
+
+
+def _compiled(program: _Program, devices: Devices, cache: Path) -> Rehearsed:
+    lowered = program.lower()
+    text = lowered.as_text()
+    versions = [version("jax"), version("jaxlib")]
+    key = "\n".join([str(devices), str(devices.shape), *versions, text])
+    path = cache / f"rehearsal-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
+    found = read_json(path) if path.exists() else None
+    if found is None:
+        found = asdict(_measure(program.name, lowered, program.donated))
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+    held = Rehearsed(
+        **{
+            **found,
+            "findings": tuple(found["findings"]),
+            "exchanged": {name: tuple(each) for name, each in found["exchanged"].items()},
+        }
+    )
+    return replace(held, name=program.name, peak=held.peak + program.beside)
+
+
+def _measure(name: str, lowered: jax.stages.Lowered, donated: int) -> Rehearsed:
+    begun = time.monotonic()
+    try:
+        done = lowered.compile()
+    except Exception as error:
+        refused = _refusal(str(error))
+        if refused is None:
+            raise
+        needed, why = refused
+        return Rehearsed(name, needed, time.monotonic() - begun, refused=why)
+    seconds = time.monotonic() - begun
+    memory: Any = done.memory_analysis()
+    peak = int(getattr(memory, "peak_memory_in_bytes", 0) or 0)
+    peak = peak or int(memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+    findings = []
+    kept = donated - int(memory.alias_size_in_bytes)
+    if kept > max(2**20, donated // 50):
+        findings.append(f"{kept:,} bytes of state are not donated: they are there twice")
+    return Rehearsed(
+        name, peak, seconds, collectives.exchanged(done.as_text() or ""), tuple(findings)
+    )
+
+
+_NEEDED = re.compile(
+    r"(?:Used|total memory required[^(]*\(?|allocat\w* )\s*([\d.]+)\s*([KMGT]?)i?B?", re.IGNORECASE
+)
+
+
+def _refusal(text: str) -> tuple[int, str] | None:
+    """Return the bytes that a program needs by the compiler's own words, and these words; None
+    where it failed for another reason.
+    """
+    lower = text.lower()
+    if "resource_exhausted" not in lower and "out of memory" not in lower:
+        return None
+    line = next((each for each in text.splitlines() if "memory" in each.lower()), text)
+    found = _NEEDED.search(line)
+    needed = 0
+    if found is not None:
+        needed = int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+    return needed, line.strip()[:200]
+
+
+def unsplit(architecture: Architecture, layout: Layout) -> Sequence[str]:
+    """Name the axes of parameters that the mesh should split and does not divide."""
+    program = train.Program(layout=layout)
+    found: dict[str, None] = {}
+    for node in jax.tree.leaves(_params(architecture, program), is_leaf=is_variable):
+        if not is_variable(node):
+            continue
+        for name, size in zip(node.get_metadata("out_sharding"), node.shape, strict=True):
+            over = [x for x in layout.rules.get(name, ()) if layout.mesh.shape.get(x, 1) > 1]
+            ways = math.prod(layout.mesh.shape[axis] for axis in over)
+            if size % ways:
+                found[f"`{name}` of {size} is copied: {ways} do not divide it"] = None
+    return list(found)
