@@ -22,7 +22,7 @@ from tunelang.dsl.vocabulary.training import AdamW
 from tunelang.runtime.decoder import DTYPES
 from tunelang.runtime.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import Batch, Program, init_state, train_step
+from tunelang.runtime.train import Batch, Kept, Program, init_state, train_step
 
 MIB = 2**20
 
@@ -81,7 +81,7 @@ def main() -> None:
     times = []
     for _ in range(given.calls + 1):
         start = time.perf_counter()
-        state, metrics = step(state, state.frozen, batch)
+        state, metrics = step(state, Kept(state.frozen, None), batch)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
     rate = given.steps * given.batch * given.length / statistics.median(times[1:])

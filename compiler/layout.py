@@ -9,7 +9,7 @@ parts; it ranks and prunes, and promises nothing for small models (see the tests
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,15 +23,15 @@ from tunelang.compiler.architecture import (
     train_flops,
     trained_count,
 )
-from tunelang.compiler.hardware import Chip, Devices
+from tunelang.compiler.hardware import Devices
 from tunelang.dsl.vocabulary.stages import PAIRS, Compared, Policy, Ppo, Supervised, Training
 from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
 
 CHUNK = 128
 """Tokens of a sequence whose logits are in memory at once."""
 MOST_SLOTS = 256
-EFFICIENCY = 0.5
-"""The share of a chip's peak that a well laid out program reaches: for the estimate of time."""
+_LATENCY = 5e-6
+"""Seconds until a small exchange is through, at least."""
 _REMAT_COST = {"none": 3.0, "dots": 3.2, "full": 4.0}
 """Forward passes that a training step is worth."""
 _REMAT_COST_CPU = {"none": 3.3, "dots": 3.2, "full": 3.4}
@@ -44,6 +44,19 @@ _FLAT = 0.25
 """The share of groups that is assumed to have no advantage: their micro-batches are skipped."""
 _CACHE_MISSES = 1.15
 """Factor of the time of an update whose activations do not stay in a CPU's cache (measured)."""
+
+
+_HELD = ("parameters", "optimizer", "reference", "critic", "teacher")
+"""Parts of the memory that stay for the whole stage."""
+_ROLLOUT = ("kv cache", "decoding")
+"""Parts that are there while completions are sampled; all others are of the update."""
+
+
+def peak(memory: Mapping[str, int]) -> int:
+    """Return the most bytes in a device, from its parts: a rollout and an update come in turn."""
+    held = sum(memory.get(name, 0) for name in _HELD)
+    rollout = sum(memory.get(name, 0) for name in _ROLLOUT)
+    return held + max(rollout, sum(memory.values()) - held - rollout)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +78,23 @@ class StageLayout:
     """Bytes in each device, by part."""
     flops: float = 0.0
     """Of a step, over all devices: what has to be computed."""
+    decode: dict[str, int] | None = None
+    """Mesh of the rollout, over the same devices; None without a rollout."""
+    times: dict[str, float] = field(default_factory=dict)
+    """Seconds of a step that would be spent on each thing by itself: computing, reading the memory,
+    each exchange, and the rollout."""
     seconds: float = 0.0
-    """Estimate for a step."""
+    """Estimate for a step: exchanges that can be hidden behind computing are, the rest adds up."""
 
     @property
     def total(self) -> int:
-        """Bytes in each device."""
-        return sum(self.memory.values())
+        """Bytes in each device, at most."""
+        return peak(self.memory)
+
+    @property
+    def bound(self) -> str:
+        """What takes longest in a step."""
+        return max(self.times, key=self.times.__getitem__)
 
 
 class DoesNotFitError(Exception):
@@ -103,20 +126,29 @@ def lay_out(
     attention: str = "auto",
     teacher: Architecture | None = None,
 ) -> StageLayout:
-    """Return the best layout of a training stage; `attention` is the kernel that its model wants,
+    """Return the best layout of a training stage; see `ranked`."""
+    return ranked(stage, architecture, dtype_bytes, devices, attention, teacher)[0]
+
+
+def ranked(
+    stage: Training,
+    architecture: Architecture,
+    dtype_bytes: int,
+    devices: Devices,
+    attention: str = "auto",
+    teacher: Architecture | None = None,
+) -> list[StageLayout]:
+    """Return the layouts of a training stage that fit, best first: for each mesh the fastest one,
+    and of equally fast ones the simpler first. `attention` is the kernel that its model wants,
     `teacher` what it is distilled from.
 
     Raises `DoesNotFitError` and `NoLayoutError`.
     """
     rows, length = _batch(stage, architecture)
     kernel = attention_kernel(attention, architecture, length, dtype_bytes, devices)
-    pinned = tuple(
-        name
-        for name in ("mesh", "micro_batch", "remat")
-        if getattr(stage, name) not in (None, "auto")
-    )
+    pinned = pins(stage)
     nearest: StageLayout | None = None
-    best: tuple[tuple[float, int, int], StageLayout] | None = None
+    found: list[tuple[tuple[float, int, int], StageLayout]] = []
     experts = 1 if architecture.experts is None else architecture.experts.count
     for mesh in _meshes(stage, devices.count, experts):
         if rows % _shards(mesh) or any(
@@ -125,21 +157,19 @@ def lay_out(
             continue
         if experts % mesh["expert"]:
             continue
-        found = _fitting(
+        fitting = _fitting(
             stage, architecture, dtype_bytes, devices, mesh, rows, length, kernel, teacher
         )
-        for layout, fits in found:
+        for layout, fits in fitting:
             if nearest is None or layout.total < nearest.total:
                 nearest = layout
             if not fits:
                 continue
             axes = sum(size > 1 for size in mesh.values())
-            key = (round(layout.seconds, 12), axes, -mesh["data"])
-            if best is None or key < best[0]:
-                best = key, layout
+            found.append(((float(f"{layout.seconds:.6g}"), axes, -mesh["data"]), layout))
             break
-    if best is not None:
-        return best[1]
+    if found:
+        return [layout for _, layout in sorted(found, key=lambda each: each[0])]
     if nearest is None:
         size = math.prod(_mesh_of(stage).values()) if stage.mesh is not None else devices.count
         raise NoLayoutError(
@@ -147,6 +177,37 @@ def lay_out(
             f"{rows} sequences do not divide over {size} devices",
         )
     raise DoesNotFitError(nearest, devices, pinned)
+
+
+def pins(stage: Training) -> tuple[str, ...]:
+    """Return the parts of the layout that the spec decides itself."""
+    names = ("mesh", "micro_batch", "remat")
+    return tuple(name for name in names if getattr(stage, name) not in (None, "auto"))
+
+
+_DECIDING = (
+    "batch", "group", "minibatches", "passes", "refill", "rollout", "packing", "needs_reference",
+    "reference_log_probs", "reference", "value_model", "mesh", "decode_mesh", "micro_batch",
+    "remat",
+)  # fmt: skip
+
+
+def depends(stage: Training) -> tuple[Any, ...]:
+    """Return what of a stage its layout depends on."""
+    critic = getattr(stage, "critic", None)
+    return (
+        type(stage),
+        type(stage.optimizer),
+        getattr(stage, "kl", None) is None,
+        getattr(stage, "advantage", None) == "gae",
+        critic and (critic.trunk, type(critic.optimizer)),
+        *(str(getattr(stage, name, None)) for name in _DECIDING),
+    )
+
+
+def unpinned(stage: Training) -> Training:
+    """Return the stage with all of its layout left to the plan."""
+    return stage.model_copy(update={"mesh": None, "micro_batch": None, "remat": "auto"})
 
 
 def attention_kernel(
@@ -257,7 +318,7 @@ def _fitting(
         counts = [local // stage.micro_batch]
     remats = ("none", "dots", "full") if stage.remat == "auto" else (stage.remat,)
     layouts = [
-        _estimated(
+        estimated(
             StageLayout(
                 mesh=mesh,
                 rows=rows,
@@ -270,7 +331,7 @@ def _fitting(
             stage,
             architecture,
             dtype_bytes,
-            devices.chip,
+            devices,
             teacher,
         )
         for parts in counts
@@ -280,15 +341,16 @@ def _fitting(
         yield layout, layout.total <= devices.chip.memory
 
 
-def _estimated(
+def estimated(
     layout: StageLayout,
     stage: Training,
     a: Architecture,
     dtype_bytes: int,
-    chip: Chip,
+    there: Devices,
     teacher: Architecture | None,
 ) -> StageLayout:
     """Fill in memory, FLOPs and seconds."""
+    chip = there.chip
     devices = math.prod(layout.mesh.values())
     tensor = layout.mesh["tensor"]
     split = layout.mesh["fsdp"] * tensor
@@ -324,7 +386,6 @@ def _estimated(
     work *= 1 + _MICRO_OVERHEAD * (layout.micro_batches - 1)
     if chip.cache is not None and memory["activations"] > chip.cache:
         work *= _CACHE_MISSES
-    slots = None
     if teacher is not None:
         work += forward_flops(teacher, layout.length) * step_tokens
         memory["teacher"] = 4 * parameter_count(teacher) // split
@@ -333,6 +394,7 @@ def _estimated(
         live = getattr(stage, "reference_log_probs", "live") == "live"
         if live and (not a.adapters or stage.reference is not None):
             memory["reference"] = 4 * parameters // split
+    updates = 1
     if isinstance(stage, Policy):
         compared = stage.advantage != "gae" and not stage.refill
         if compared and stage.minibatches == 1:  # see `policy_step.useful_first`
@@ -346,29 +408,71 @@ def _estimated(
             below = held if a.adapters and stage.value_model is not None else 0
             memory["critic"] = (4 * each * own + below) // split
         updates = stage.minibatches * stage.passes
-        flops, work = flops * updates, work * updates
-        slots = min(MOST_SLOTS * shards, _slots(stage))
-        kv = kv_bytes_per_token(a, dtype_bytes) * layout.length
-        memory["kv cache"] = kv * slots // shards
         sampled = step_tokens * stage.minibatches
-        flops += forward_flops(a, layout.length) * sampled
-        work += 2 * forward_flops(a, layout.length) * sampled
-        if isinstance(stage, Ppo):  # the values
-            flops += forward_flops(a, layout.length) * sampled
-            work += forward_flops(a, layout.length) * sampled
-        quantised = a.storage in ("nf4", "int8")
-        if not quantised and (
-            chip.cache is not None or dtype_bytes < 4
-        ):  # copied ahead of the loop
-            memory["decoding"] = dtype_bytes * parameters // split
-        if stage.kl is not None:
-            if not a.adapters or stage.reference is not None:  # else the adapter's beginning
-                memory["reference"] = 4 * parameters // split
-            work += forward_flops(a, layout.length) * sampled
-    seconds = work / (devices * chip.peak * EFFICIENCY)
-    if devices > 1:
-        seconds += _communication(a, layout, parameters, trained, tokens, dtype_bytes) / chip.link
-    return replace(layout, memory=memory, flops=flops, seconds=seconds, slots=slots)
+        flops = flops * updates + forward_flops(a, layout.length) * sampled
+        # The passes that only score: the policy itself before its first update, values, reference.
+        scored_by = (updates > 1) + isinstance(stage, Ppo) + (stage.kl is not None)
+        flops += isinstance(stage, Ppo) * forward_flops(a, layout.length) * sampled
+        work = work * updates + scored_by * forward_flops(a, layout.length) * sampled
+        if stage.kl is not None and (not a.adapters or stage.reference is not None):
+            memory["reference"] = 4 * parameters // split  # else it is the adapter's beginning
+    hidden, exposed = _exchanges(a, layout, there, parameters, trained, tokens, dtype_bytes)
+    hidden, exposed = (
+        {name: updates * each for name, each in times.items()} for times in (hidden, exposed)
+    )
+    computing = work / (devices * chip.peak * chip.efficiency)
+    times = {"computing": computing, **hidden, **exposed}
+    seconds = max(computing, sum(hidden.values())) + sum(exposed.values())
+    layout = replace(layout, memory=memory, flops=flops, seconds=seconds, times=times)
+    if isinstance(stage, Policy):
+        return _with_rollout(layout, stage, a, dtype_bytes, there)
+    return layout
+
+
+def _with_rollout(
+    layout: StageLayout, stage: Policy, a: Architecture, dtype_bytes: int, there: Devices
+) -> StageLayout:
+    """Choose the mesh of the rollout, over the devices of the update, and add what it takes.
+
+    Weights are whole in each group of devices that sample together, so that no turn gathers them;
+    many small groups are faster than one large one, as long as they hold weights and cache.
+    """
+    count = math.prod(layout.mesh.values())
+    found: list[StageLayout] = []
+    for tensor in (n for n in (1, 2, 4, 8, 16) if count % n == 0 and a.heads % n == 0):
+        decode = {"data": count // tensor, "tensor": tensor}
+        if stage.decode_mesh is not None and decode != _decode_of(stage):
+            continue
+        slots = min(MOST_SLOTS * decode["data"], _slots(stage))
+        local = -(-slots // decode["data"])
+        cache = kv_bytes_per_token(a, dtype_bytes) * layout.length * local
+        memory = {**layout.memory, "kv cache": cache // math.gcd(tensor, a.kv_heads)}
+        stored = _held(a, dtype_bytes) // tensor
+        if count > 1:
+            memory["decoding"] = stored
+        if a.storage not in ("nf4", "int8") and (there.chip.cache is not None or dtype_bytes < 4):
+            # Copied ahead of the loop.
+            own = dtype_bytes * parameter_count(a) // tensor
+            memory["decoding"] = memory.get("decoding", 0) + own
+        seconds = _rollout(a, layout.length, decode, stage, there, slots, dtype_bytes)
+        times = {**layout.times, "rollout": seconds}
+        found.append(
+            replace(
+                layout, memory=memory, slots=slots, decode=decode, times=times,
+                seconds=layout.seconds + seconds,
+            )
+        )  # fmt: skip
+    if not found:
+        raise NoLayoutError("decode_mesh", f"it has to divide the {count} devices and the heads")
+    fitting = [each for each in found if each.total <= there.chip.memory]
+    if fitting:
+        return min(fitting, key=lambda each: each.seconds)
+    return min(found, key=lambda each: each.total)
+
+
+def _decode_of(stage: Policy) -> dict[str, int]:
+    assert stage.decode_mesh is not None
+    return {"data": stage.decode_mesh.data, "tensor": stage.decode_mesh.tensor}
 
 
 def _tokens(stage: Training, layout: StageLayout, local: int) -> tuple[int, int]:
@@ -416,27 +520,72 @@ def _activations(a: Architecture, layout: StageLayout, tokens: int, dtype_bytes:
     return tokens * dtype_bytes * (a.layers * layer + whole + scores)
 
 
-def _communication(
+Times = dict[str, float]
+
+
+def _exchanges(
     a: Architecture,
     layout: StageLayout,
+    there: Devices,
     parameters: int,
     trained: int,
     tokens: int,
     dtype_bytes: int,
-) -> float:
-    """Bytes that each device exchanges in a step: gradients summed over copies, parameters gathered
-    for each pass, activations summed over the tensor axis.
+) -> tuple[Times, Times]:
+    """Return the seconds of what devices exchange in an update: what can be hidden behind
+    computing, and what cannot. `tokens` are those of a device.
+
+    Gradients are summed over copies, parameters gathered for each pass of each micro-batch, and
+    activations summed over the tensor axis, twice in a block for each pass.
     """
-    data, fsdp, tensor = (layout.mesh[name] for name in ("data", "fsdp", "tensor"))
-    total = 0.0
-    if data > 1:
-        total += 2 * 4 * trained / (fsdp * tensor) * (data - 1) / data
+    mesh = layout.mesh
+    tensor, fsdp, data = mesh["tensor"], mesh["fsdp"], mesh["data"]
+    hidden: Times = {}
+    exposed: Times = {}
+    stride = tensor * mesh["expert"]
     if fsdp > 1:
-        gathered = 2 * min(dtype_bytes, STORED_BYTES[a.storage]) * layout.micro_batches * parameters
-        total += (gathered + 4 * trained) / tensor * (fsdp - 1) / fsdp
+        stored = min(dtype_bytes, STORED_BYTES[a.storage])
+        moved = layout.micro_batches * (2 * stored * parameters + 4 * trained) / tensor
+        name = "gathering parameters over `fsdp`"
+        hidden[name] = moved * (fsdp - 1) / fsdp / there.bandwidth(fsdp, stride)
+    if data > 1:
+        moved = 2 * 4 * trained / (fsdp * tensor) * (data - 1) / data
+        name = "summing gradients over `data`"
+        hidden[name] = moved / there.bandwidth(data, stride * fsdp)
     if tensor > 1:
-        total += 8 * a.layers * tokens * a.width * dtype_bytes * (tensor - 1) / tensor
-    return total
+        passes = 3 if layout.remat == "full" else 2
+        moved = passes * 2 * a.layers * tokens * a.width * dtype_bytes * 2 * (tensor - 1) / tensor
+        exposed["summing activations over `tensor`"] = moved / there.bandwidth(tensor, 1)
+    if mesh["expert"] > 1 and a.experts is not None:
+        moved = 4 * a.layers * tokens * a.experts.active * a.width * dtype_bytes
+        name = "sending tokens over `expert`"
+        exposed[name] = moved / there.bandwidth(mesh["expert"], tensor)
+    return hidden, exposed
+
+
+def _rollout(
+    a: Architecture,
+    length: int,
+    decode: dict[str, int],
+    stage: Policy,
+    there: Devices,
+    slots: int,
+    dtype_bytes: int,
+) -> float:
+    """Estimate the seconds of sampling: each turn reads the weights and half a full cache, or
+    computes a token in every slot, whichever takes longer; and sums activations over `tensor`.
+    """
+    chip, tensor = there.chip, decode["tensor"]
+    local = -(-slots // decode["data"])
+    turns = -(-stage.batch * stage.group // slots) * stage.rollout.max_tokens
+    computing = forward_flops(a, length) * local / (tensor * chip.peak * chip.efficiency)
+    cache = kv_bytes_per_token(a, dtype_bytes) * length / 2 * local
+    reading = (dtype_bytes * parameter_count(a) + cache) / tensor / chip.bandwidth
+    turn = max(computing, reading)
+    if tensor > 1:
+        moved = 2 * a.layers * local * a.width * dtype_bytes * 2 * (tensor - 1) / tensor
+        turn += moved / there.bandwidth(tensor, 1) + 2 * a.layers * _LATENCY
+    return turns * turn
 
 
 def plain(layout: StageLayout) -> dict[str, Any]:
@@ -449,4 +598,5 @@ def plain(layout: StageLayout) -> dict[str, Any]:
         "remat": layout.remat,
         "kernel": layout.kernel,
         "slots": layout.slots,
+        "decode": layout.decode,
     }

@@ -194,6 +194,14 @@ def adapters_on(
     return nnx.Dict(found)
 
 
+def _recomputed(function: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+    """Call an elementwise function of which the backward pass keeps the arguments alone: what is
+    inside is quick to compute again, and in float32 takes more memory than all else of a layer.
+    """
+    found: jax.Array = jax.checkpoint(function, prevent_cse=False)(*arguments)
+    return found
+
+
 class Norm(nnx.Module):
     """RMS normalisation (arXiv:1910.07467) or layer normalisation (arXiv:1607.06450)."""
 
@@ -209,12 +217,17 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise over the last axes, in float32; shape and dtype stay."""
         axes = tuple(range(-self.scale.ndim, 0))
-        y = x.astype(jnp.float32)
-        if self.centred:
-            y = y - jnp.mean(y, axis=axes, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + self.epsilon)
-        y = y * (self.scale[...] + self.offset)
-        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+        def normalised(x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+            y = x.astype(jnp.float32)
+            if self.centred:
+                y = y - jnp.mean(y, axis=axes, keepdims=True)
+            y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + self.epsilon)
+            y = y * (scale + self.offset)
+            return (y if bias is None else y + bias).astype(x.dtype)
+
+        bias = None if self.bias is None else self.bias[...]
+        return _recomputed(normalised, x, self.scale[...], bias)
 
 
 class Attention(nnx.Module):
@@ -279,7 +292,11 @@ class FeedForward(nnx.Module):
         """`[batch, length, width]` to the same."""
         activate = _ACTIVATIONS[self.activation]
         up = self.up(x, keys, 6)
-        hidden = activate(up) if self.gate is None else activate(self.gate(x, keys, 7)) * up
+        if self.gate is None:
+            hidden = _recomputed(activate, up)
+        else:
+            gate = self.gate(x, keys, 7)
+            hidden = _recomputed(lambda gate, up: activate(gate) * up, gate, up)
         return self.down(hidden, keys, 8)
 
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from tunelang.compiler.draw import picture, tree
-from tunelang.compiler.plan import StagePlan, describe
+from tunelang.compiler.layout import peak
+from tunelang.compiler.plan import Json, StagePlan, describe
 from tunelang.runtime.prepare import Prepared
 from tunelang.runtime.rehearse import Rehearsed
 from tunelang.runtime.words import count_text, duration, size_text
@@ -57,6 +58,12 @@ def _summary(prepared: Prepared) -> str:
         more = "" if len(some) == len(known) else ", and stages whose length their data decides"
         devices = sorted({str(devices) for devices in prepared.devices.values()})
         parts.append(f"{', '.join(devices)}; about {duration(sum(some))}{more}")
+        costs = [stage.cost for stage in plan.stages if stage.cost]
+        hours = sum(cost["device_hours"] or 0.0 for cost in costs)
+        if any(not devices.here for devices in prepared.devices.values()):
+            parts.append(f"{hours:,.1f} device-hours")
+        if any(cost["price"] for cost in costs):
+            parts.append(f"price {sum(cost['price'] or 0.0 for cost in costs):,.2f}")
     return "; ".join(parts)
 
 
@@ -64,16 +71,18 @@ def _facts(stage: StagePlan) -> Iterator[str]:
     """What fits behind the state: mesh, micro-batches, remat, memory, cost."""
     if stage.layout is None or stage.memory is None or stage.cost is None:
         return
-    mesh = [f"{axis} {size}" for axis, size in stage.layout["mesh"].items() if size > 1]
-    yield " × ".join(mesh) or "1 device"
+    yield _mesh(stage.layout["mesh"]) or "1 device"
     rows, parts = stage.layout["rows"], stage.layout["micro_batches"]
     yield f"{rows} × {stage.layout['length']} tokens" + (f" in {parts} parts" if parts > 1 else "")
     if stage.layout["remat"] != "none":
         yield f"remat {stage.layout['remat']}"
     if stage.layout["kernel"] != "xla":
         yield f"{stage.layout['kernel']} attention"
-    yield size_text(sum(stage.memory.values()))
+    yield size_text(peak(stage.memory))
     yield f"{count_text(stage.cost['flops'])}FLOP a step"
+    rollout = stage.cost["times"].get("rollout")
+    if rollout is not None:
+        yield f"rollout {rollout / stage.cost['seconds']:.0%} of the time"
     if stage.cost["stage_seconds"] is not None:
         yield f"{stage.cost['steps']} steps, about {duration(stage.cost['stage_seconds'])}"
 
@@ -87,8 +96,41 @@ def _details(stage: StagePlan, width: int) -> Iterator[str]:
     if stage.memory is not None:
         parts = [f"{name} {size_text(size)}" for name, size in stage.memory.items()]
         yield from _wrapped(["in each device: " + parts[0], *parts[1:]], width)
-    if stage.layout is not None and stage.layout["slots"] is not None:
-        yield f"{stage.layout['slots']} completions at once"
+    if stage.layout is None or stage.cost is None:
+        return
+    if stage.layout["slots"] is not None:
+        groups = _mesh(stage.layout["decode"]) or "1 device"
+        yield f"{stage.layout['slots']} completions at once, on {groups}"
+    for line in _reasons(stage.layout, stage.cost):
+        yield from _wrapped([line], width)
+
+
+def _reasons(layout: Json, cost: Json) -> Iterator[str]:
+    """Why the layout was chosen: what a step spends its time on, and what came next."""
+    longest = sorted(cost["times"].items(), key=lambda each: -each[1])
+    spent = [f"{name} {duration(seconds)}" for name, seconds in longest]
+    yield f"a step of {duration(cost['seconds'])}, bound by {', '.join(spent)}"
+    if layout["unpinned"] is not None:
+        best = layout["unpinned"]
+        times = cost["seconds"] / best["seconds"]
+        pinned = ", ".join(f"`{name}`" for name in layout["pinned"])
+        yield f"{pinned} pinned by the spec: {times:.2f} × the time of {_short(best)}"
+    others = [
+        f"{_short(other)}, {other['seconds'] / cost['seconds']:.2f} × the time"
+        for other in layout["others"]
+    ]
+    if others:
+        yield "next best: " + "; ".join(others)
+
+
+def _short(layout: Json) -> str:
+    parts = f" in {layout['micro_batches']} parts" if layout["micro_batches"] > 1 else ""
+    remat = f" with remat {layout['remat']}" if layout["remat"] != "none" else ""
+    return (_mesh(layout["mesh"]) or "1 device") + parts + remat
+
+
+def _mesh(mesh: dict[str, int]) -> str:
+    return " × ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
 
 
 def _wrapped(parts: list[str], width: int) -> list[str]:

@@ -50,7 +50,7 @@ from tunelang.runtime.policy_step import (
 )
 from tunelang.runtime.rewards import Reward, Scores
 from tunelang.runtime.rollout import Prompt, Rollouts, rollout
-from tunelang.runtime.sharding import Layout
+from tunelang.runtime.sharding import DECODE_RULES, Layout, make_layout, moved
 from tunelang.runtime.stream import Stream
 from tunelang.runtime.workshop import Model, Workshop
 
@@ -99,6 +99,8 @@ class PolicyTrainer:
     """The longest prompt, in tokens."""
     part: int
     """Completions of a group that are trained on beside one copy of its prompt."""
+    decode: Layout | None = None
+    """Of the rollout, where that is not the update's."""
     critic: Critic | None = None
     """Estimates advantages; without it, a group is its own baseline."""
     cursor: int = 0
@@ -182,7 +184,7 @@ class PolicyTrainer:
         ]
         rollouts = rollout(
             self.engine,
-            self.state.weights,
+            self.state.weights if self.decode is None else moved(self.state.weights, self.decode),
             prompts,
             stage.rollout,
             group=stage.group,
@@ -338,6 +340,14 @@ class PolicyTrainer:
         }
 
 
+def decode_layout(planned: StageLayout, layout: Layout) -> Layout | None:
+    """Return the layout of the rollout; None on one device, where there is nothing to choose."""
+    if planned.decode is None or layout.mesh.size == 1:
+        return None
+    devices = list(layout.mesh.devices.flat)
+    return Layout(make_layout(**planned.decode, devices=devices).mesh, DECODE_RULES)
+
+
 def policy_trainer(
     workshop: Workshop,
     stage: Policy,
@@ -414,6 +424,7 @@ def policy_trainer(
             lambda: score_program(architecture, program, sampling.temperature),
         )
 
+    decode = decode_layout(planned, layout)
     measured = reference() if stage.kl is not None else None
     state = begin(optimizer, program)
     estimator: Critic | None = None
@@ -429,7 +440,7 @@ def policy_trainer(
         steps=steps,
         marks=marks,
         stream=stream,
-        engine=engine_of(workshop, model, planned.slots, capacity, layout),
+        engine=engine_of(workshop, model, planned.slots, capacity, decode or layout),
         reward=reward,
         program=program,
         step_program=step_program,
@@ -437,5 +448,6 @@ def policy_trainer(
         reference=None if measured is None else (score(measured[0]), measured[1]),
         prompt_length=longest,
         part=math.gcd(stage.group, rows // layout.batch_shards // program.micro_batches),
+        decode=decode,
         critic=estimator,
     )

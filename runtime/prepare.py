@@ -6,8 +6,10 @@ import json
 import os
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,16 @@ from tunelang.compiler.architecture import Architecture, from_transformer
 from tunelang.compiler.content import Contents
 from tunelang.compiler.graph import StageGraph
 from tunelang.compiler.hardware import Chip, Devices, chip_of, declared
-from tunelang.compiler.layout import StageLayout, lay_out, plain
+from tunelang.compiler.layout import (
+    DoesNotFitError,
+    NoLayoutError,
+    StageLayout,
+    depends,
+    pins,
+    plain,
+    ranked,
+    unpinned,
+)
 from tunelang.compiler.plan import Plan, State
 from tunelang.compiler.planning import plan as plan_stages
 from tunelang.compiler.presets import PRESETS
@@ -32,6 +43,8 @@ from tunelang.runtime.manifest import export_folder, is_written
 from tunelang.runtime.open_tokenizer import open_renderer
 from tunelang.runtime.store import Store
 
+RUNNERS_UP = 3
+"""Layouts that a plan mentions beside the best."""
 DTYPE_BYTES = {"f32": 4, "bf16": 2}
 _MEASURED = 1024
 """Rows of the square matrices whose product measures a CPU."""
@@ -99,7 +112,7 @@ def prepare(
     chosen: dict[str, Devices] = {}
     shapes: dict[str, Shapes] = {}
     known: dict[str, tuple[Architecture, int]] = {}
-    laid_out: dict[object, StageLayout] = {}
+    laid_out: dict[object, _Found] = {}
     here: dict[int | None, Devices] = {}
     stages = []
     for stage in made.stages:
@@ -121,34 +134,85 @@ def prepare(
             architecture = adapted(architecture, loras, storage)
         except (NoTargetError, ValueError) as error:
             raise LayoutError(stage.stage, error) from error
-        # Branches that differ in what no layout depends on share one.
-        sizes = tuple(str(getattr(value, each, None)) for each in ("batch", "group", "critic"))
-        key = (stage.stage, architecture, devices, sizes)
+        dtype = program.declarations[name].value.dtype
+        asked = program.declarations[name].value.attention
+        teacher = None
+        if isinstance(value, Distill):
+            whose = _model_of(graph, stage.node, value.teacher)
+            teacher = known.setdefault(whose, _architecture(program, whose))[0]
+        # Stages and branches that differ in what no layout depends on share one.
+        key = (depends(value), architecture, dtype_bytes, devices, asked, teacher)
         try:
-            asked = program.declarations[name].value.attention
-            teacher = None
-            if isinstance(value, Distill):
-                whose = _model_of(graph, stage.node, value.teacher)
-                teacher = known.setdefault(whose, _architecture(program, whose))[0]
-            layout = laid_out.get(key) or lay_out(
-                value, architecture, dtype_bytes, devices, asked, teacher
-            )
+            if key not in laid_out:
+                laid_out[key] = _laid_out(value, architecture, dtype_bytes, devices, asked, teacher)
         except Exception as error:
             raise LayoutError(stage.stage, error) from error
-        laid_out[key] = layout
+        found = laid_out[key]
+        layout = found.layouts[0]
         layouts[stage.node], chosen[stage.node] = layout, devices
-        dtype = program.declarations[name].value.dtype
         shapes[stage.node] = Shapes(architecture, dtype, teacher)
         steps = _steps(value)
+        seconds = None if steps is None else steps * layout.seconds
+        hours = None if seconds is None else seconds / 3600 * devices.count
         cost = {
             "flops": layout.flops,
             "seconds": layout.seconds,
+            "times": layout.times,
             "steps": steps,
-            "stage_seconds": None if steps is None else steps * layout.seconds,
+            "stage_seconds": seconds,
+            "device_hours": hours,
+            "price": None if hours is None or devices.price is None else hours * devices.price,
         }
-        shown = {**plain(layout), "devices": str(devices), "here": devices.here}
+        shown = {
+            **plain(layout),
+            "devices": str(devices),
+            "here": devices.here,
+            "others": [_brief(each) for each in found.layouts[1 : 1 + RUNNERS_UP]],
+            "pinned": list(found.pinned),
+            "unpinned": None if found.unpinned is None else _brief(found.unpinned),
+        }
         stages.append(replace(stage, layout=shown, memory=dict(layout.memory), cost=cost))
     return Prepared(program, replace(made, stages=tuple(stages)), graph, layouts, chosen, shapes)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the search for a layout found."""
+
+    layouts: list[StageLayout]
+    """Those that fit, best first."""
+    pinned: tuple[str, ...]
+    """What the spec decides itself."""
+    unpinned: StageLayout | None
+    """The best layout if it did not."""
+
+
+def _laid_out(
+    value: Training,
+    architecture: Architecture,
+    dtype_bytes: int,
+    devices: Devices,
+    asked: str,
+    teacher: Architecture | None,
+) -> _Found:
+    rest = architecture, dtype_bytes, devices, asked, teacher
+    layouts, pinned = ranked(value, *rest), pins(value)
+    free: StageLayout | None = None
+    if pinned:
+        with suppress(NoLayoutError, DoesNotFitError):
+            free = ranked(unpinned(value), *rest)[0]
+    return _Found(layouts, pinned, free)
+
+
+def _brief(layout: StageLayout) -> dict[str, Any]:
+    return {
+        "mesh": layout.mesh,
+        "micro_batches": layout.micro_batches,
+        "remat": layout.remat,
+        "seconds": layout.seconds,
+        "bytes": layout.total,
+        "bound": layout.bound,
+    }
 
 
 def _model_of(graph: StageGraph, node: str, reference: Reference) -> str:

@@ -45,6 +45,7 @@ from tunelang.runtime.decode_loop import Request, abstract_slots, make_engine
 from tunelang.runtime.durable import read_json, write_json
 from tunelang.runtime.layers import DTYPES
 from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
+from tunelang.runtime.policy import decode_layout
 from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program
 from tunelang.runtime.prepare import Prepared, Shapes
 from tunelang.runtime.rollout import PREFILL
@@ -242,6 +243,11 @@ def _policy(
         yield _Program("score", lambda: score.lower(*given), beside)  # type: ignore[attr-defined]
 
     slots, capacity = planned.slots or 1, planned.length
+    apart = decode_layout(planned, layout)
+    if apart is not None:  # then the weights are there twice
+        params = _params(a, replace(program, layout=apart))
+        beside += _bytes(state.weights)
+        layout = apart
     engine: Any = make_engine(a, slots=slots, capacity=capacity, dtype=program.dtype, layout=layout)
     count = stage.batch * stage.group
     filled = abstract_slots(a, slots, capacity, program.dtype, count, completion, layout)
@@ -289,7 +295,7 @@ def _compiled(program: _Program, devices: Devices, cache: Path) -> Rehearsed:
     path = cache / f"rehearsal-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
     found = read_json(path) if path.exists() else None
     if found is None:
-        found = asdict(_measure(program.name, lowered, program.donated))
+        found = asdict(measure(program.name, lowered, program.donated))
         cache.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
     held = Rehearsed(
@@ -302,7 +308,8 @@ def _compiled(program: _Program, devices: Devices, cache: Path) -> Rehearsed:
     return replace(held, name=program.name, peak=held.peak + program.beside)
 
 
-def _measure(name: str, lowered: jax.stages.Lowered, donated: int) -> Rehearsed:
+def measure(name: str, lowered: jax.stages.Lowered, donated: int) -> Rehearsed:
+    """Compile a program and look at it."""
     begun = time.monotonic()
     try:
         done = lowered.compile()

@@ -39,6 +39,11 @@ residual stream names its last axis nothing, since `embed` belongs to parameters
 a row of the batch.
 """
 
+DECODE_RULES: Mapping[str, tuple[str, ...]] = MappingProxyType({**RULES, "embed": ()})
+"""Where completions are sampled: weights are whole in each tensor group, for a turn of the loop is
+too short to gather them.
+"""
+
 Axes = tuple[str | None, ...]
 
 
@@ -118,6 +123,11 @@ def logical_axes(variable: nnx.Variable[Any]) -> Axes:
     """Return the logical axes of a parameter, one name for each dimension."""
     axes: Axes = variable.get_metadata("out_sharding")
     return axes
+
+
+def moved(params: Any, layout: Layout) -> Any:
+    """Return parameters where another layout over the same devices has them."""
+    return jax.device_put(params, shardings(params, layout))
 
 
 def shardings(tree: Any, layout: Layout) -> Any:

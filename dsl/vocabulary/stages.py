@@ -508,6 +508,12 @@ class Policy(Training):
         "refill = true",
         False,
     )
+    decode_mesh: Annotated[Axes | None, types.Of("mesh")] = placement(
+        "The mesh of the rollout, over the devices of the update, in place of what the plan would"
+        " choose: groups of `tensor` devices that each hold all weights, `data` of them.",
+        "decode_mesh = axes(data = 4, tensor = 2)",
+        None,
+    )
     overlong: Annotated[str, types.Choice(("keep", "mask"))] = result(
         "Whether completions cut off at `max_tokens` are trained on.", "overlong = mask", "keep"
     )

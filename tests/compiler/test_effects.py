@@ -16,6 +16,7 @@ from tunelang.dsl import types
 from tunelang.dsl.program import Branch, Declared, Program
 from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, data, models, rewards, training
 from tunelang.dsl.vocabulary.base import Attribute, Measure, Node, Reference, attributes
+from tunelang.dsl.vocabulary.custom import Python
 
 from .workspace import program, write
 
@@ -67,6 +68,8 @@ stage m : merge { from = a, others = [b], method = linear() }
 stage n : merge { from = a, others = [b], method = slerp() }
 stage o : merge { from = a, others = [b], method = ties() }
 stage p : merge { from = a, others = [b], method = dare() }
+data own : python { function = "rewards/mine.py:score", settings = settings(completion = 1), prompt = "{a}", response = "{b}" }
+stage r : sft { from = b, data = own, length = 9 steps, batch = 8 sequences }
 stage q : evaluate { models = [a], evals = [likes] }
 stage z : export { from = b, path = "out" }
 """
@@ -114,6 +117,8 @@ def other(value: Any, want: types.Type) -> Any:
     match want:
         case types.Flag():
             return not value
+        case types.Code() if value is None or isinstance(value, Python):
+            return Python.fixed(reference="rewards/spare.py:score", on_error=0.0)
         case types.Choice(words=words):
             return next((word for word in words if word != value), "another")
         case types.Amount() if want.measured:

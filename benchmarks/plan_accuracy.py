@@ -1,0 +1,202 @@
+"""The plan's memory against what XLA's compilers say, for hardware that is not here.
+
+`python benchmarks/plan_accuracy.py --points 66 --out points.jsonl` draws stages and layouts by a
+fixed rule, compiles the training program of each (a minute a point on two cores) and appends what
+the compiler says. `python benchmarks/plan_accuracy.py --report points.jsonl` compares it with the
+plan: the model of memory was fitted to the points with an even number, the others are held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tunelang.compiler.adapters import adapted
+from tunelang.compiler.architecture import Architecture, parameter_count
+from tunelang.compiler.hardware import CHIPS, Devices
+from tunelang.compiler.layout import StageLayout, attention_kernel, estimated
+from tunelang.compiler.presets import PRESETS
+from tunelang.dsl.vocabulary.base import Measure
+from tunelang.dsl.vocabulary.stages import Sft
+from tunelang.dsl.vocabulary.training import AdamW, Lora
+
+SLICES = {
+    "v5e": ((4, 4), (8, 8)),
+    "v6e": ((4, 4), (8, 8)),
+    "v5p": ((2, 2, 2), (4, 4, 4)),
+    "tpu7x": ((2, 2, 1), (2, 2, 4)),
+    "h200": ((1,), (8,), (64,)),
+}
+MODELS = {
+    "tiny-0.3b": Architecture(
+        vocabulary=32_000, layers=16, width=1024, heads=16, kv_heads=16, head_dim=64, mlp=4096,
+        context=8192,
+    ),
+    **PRESETS,
+}  # fmt: skip
+FORMS = ("full", "full", "lora", "qlora")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A stage in a layout."""
+
+    model: str
+    form: str
+    chip: str
+    shape: tuple[int, ...]
+    mesh: dict[str, int]
+    rows: int
+    length: int
+    micro_batches: int
+    remat: str
+
+
+def architecture(point: Point) -> Architecture:
+    """Return the model with its adapter."""
+    a = replace(MODELS[point.model], context=point.length)
+    if point.form == "full":
+        return a
+    return adapted(a, (Lora.fixed(),), "nf4" if point.form == "qlora" else "bf16")
+
+
+def devices(point: Point) -> Devices:
+    """Return what a point is for."""
+    chip = CHIPS[point.chip]
+    if chip.platform == "gpu":
+        count = point.shape[0]
+        return Devices(chip, count, False, (), max(1, count // 8))
+    return Devices(chip, math.prod(point.shape) * chip.per_chip, False, point.shape)
+
+
+def planned(point: Point) -> tuple[Sft, StageLayout]:
+    """Return the stage, and its layout with what the plan says of it."""
+    a, there = architecture(point), devices(point)
+    stage = Sft.fixed(
+        batch=Measure.fixed(value=point.rows, unit="sequences"), optimizer=AdamW.fixed(lr=1e-4)
+    )
+    layout = StageLayout(
+        mesh=point.mesh, rows=point.rows, length=point.length, remat=point.remat, slots=None,
+        micro_batches=point.micro_batches,
+        kernel=attention_kernel("auto", a, point.length, 2, there),
+    )  # fmt: skip
+    return stage, estimated(layout, stage, a, 2, there, None)
+
+
+def points(count: int) -> Iterator[Point]:
+    """Draw points that take a good part of the memory."""
+    draw = random.Random(20_261_121)
+    chips = list(SLICES)
+    found = 0
+    while found < count:
+        chip = chips[found % len(chips)]
+        shape = draw.choice(SLICES[chip])
+        used = math.prod(shape) * CHIPS[chip].per_chip
+        tensor = draw.choice([n for n in (1, 1, 2, 4) if used % n == 0])
+        rest = used // tensor
+        data = draw.choice([n for n in (1, 1, 2, 4) if rest % n == 0])
+        mesh = {"data": data, "fsdp": rest // data, "expert": 1, "tensor": tensor}
+        length = draw.choice((2048, 4096, 8192))
+        local = draw.choice((1, 2, 4, 8))
+        point = Point(
+            draw.choice(list(MODELS)), draw.choice(FORMS), chip, shape, mesh, rest * local, length,
+            draw.choice([n for n in (1, 1, 2, 4) if local % n == 0]),
+            draw.choice(("none", "dots", "full", "full")),
+        )  # fmt: skip
+        a = architecture(point)
+        if any(size % tensor for size in (a.heads, a.mlp)):
+            continue
+        # Roughly: what is far too large, or small, says nothing.
+        kept = {"none": 16, "dots": 8, "full": 1}[point.remat] * a.layers * a.width * 2
+        size = 16 * parameter_count(a) / (mesh["fsdp"] * tensor)
+        size += kept * local * length / point.micro_batches / tensor
+        if 0.1 < size / CHIPS[chip].memory < 0.8:
+            found += 1
+            yield point
+
+
+def compiled(point: Point) -> dict[str, Any]:
+    """Return what the compiler says of a point's training program."""
+    # Compilers are needed here only: a report reads what is known.
+    from tunelang.runtime.prepare import Shapes
+    from tunelang.runtime.rehearse import measure, programs
+    from tunelang.runtime.sharding import make_layout
+    from tunelang.runtime.topologies import compilable
+
+    stage, layout = planned(point)
+    mesh = make_layout(**point.mesh, devices=compilable(devices(point)))
+    program = next(iter(programs(stage, Shapes(architecture(point), "bf16"), layout, mesh)))
+    begun = time.monotonic()
+    found = measure(program.name, program.lower(), program.donated)
+    return {
+        "peak": found.peak, "refused": found.refused, "seconds": time.monotonic() - begun,
+        "exchanged": found.exchanged, "findings": found.findings,
+    }  # fmt: skip
+
+
+def report(path: Path) -> None:
+    """Print each point, and the errors of both halves."""
+    print(
+        "| model | form | chip | mesh | rows × length | parts | remat"
+        " | plan GiB | XLA GiB | error |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    errors: tuple[list[float], list[float]] = ([], [])
+    wrong = 0
+    for line in path.read_text().splitlines():
+        held = json.loads(line)
+        at, said = held.pop("at"), held.pop("said")
+        point = Point(**{**held, "shape": tuple(held["shape"])})
+        _, layout = planned(point)
+        memory = CHIPS[point.chip].memory
+        refused = bool(said["refused"]) or said["peak"] > memory
+        wrong += refused and layout.total <= memory
+        error = layout.total / said["peak"] - 1 if said["peak"] else math.nan
+        if not said["refused"]:
+            errors[at % 2].append(abs(error))
+        mesh = " ".join(f"{axis} {size}" for axis, size in point.mesh.items() if size > 1)
+        gib = f"{said['peak'] / 2**30:.2f}" + (" refused" if refused else "")
+        print(
+            f"| {point.model} | {point.form} | {point.chip} {'x'.join(map(str, point.shape))} |"
+            f" {mesh or 'one'} | {point.rows} × {point.length} | {point.micro_batches} |"
+            f" {point.remat} | {layout.total / 2**30:.2f} | {gib} | {error:+.1%} |"
+        )
+    for name, half in zip(("fitted", "held out"), errors, strict=True):
+        if half:
+            print(
+                f"\n{name}: {len(half)} points, median {statistics.median(half):.1%},"
+                f" worst {max(half):.1%}"
+            )
+    print(f"\naccepted by the plan and refused by the compiler: {wrong}")
+
+
+def main() -> None:
+    """Compile points, or report what is known."""
+    parser = argparse.ArgumentParser(description="The plan against XLA's compilers.")
+    parser.add_argument("--points", type=int, default=66)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--report", type=Path)
+    given = parser.parse_args()
+    if given.out is not None:
+        done = len(given.out.read_text().splitlines()) if given.out.exists() else 0
+        for at, point in enumerate(points(given.points)):
+            if at < done:
+                continue
+            said = compiled(point)
+            with given.out.open("a") as file:
+                file.write(json.dumps({"at": at, **asdict(point), "said": said}) + "\n")
+            print(at, point, said, flush=True)
+    if given.report is not None:
+        report(given.report)
+
+
+if __name__ == "__main__":
+    main()
