@@ -11,8 +11,9 @@ _SIZES = {"pred": 1, "s8": 1, "u8": 1, "f8": 1, "bf16": 2, "f16": 2, "s32": 4, "
 _ARRAY = re.compile(r"(pred|s8|u8|f8\w*|bf16|f16|s32|u32|f32|s64|u64|f64)\[([\d,]*)\]")
 _BLOCK = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", re.S | re.M)
 _OPERATION = re.compile(
-    r"= (?P<type>\([^=]*?\)|\S+) (?P<kind>" + "|".join(_KINDS) + r")(?:-start)?\("
+    r"= (?P<type>\(.*?\)|\S+) (?P<kind>" + "|".join(_KINDS) + r")(?P<start>-start)?\("
 )
+_COMMENT = re.compile(r"/\*.*?\*/")
 _LOOP = re.compile(r"body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count["\\]*:\s*\{["\\]*n["\\]*:["\\]*(\d+)')
 _CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
@@ -42,10 +43,13 @@ def _walk(
     """Give kind, bytes and repetitions of each collective of a computation."""
     if depth > 20:
         return
-    for line in blocks.get(name, "").splitlines():
+    for written in blocks.get(name, "").splitlines():
+        line = _COMMENT.sub("", written)
         operation = _OPERATION.search(line)
         if operation is not None:
-            yield operation["kind"], _bytes(operation["type"]), times
+            # What starts an exchange, but for a sum, has operands and results for its type.
+            paired = operation["start"] is not None and operation["kind"] != "all-reduce"
+            yield operation["kind"], _bytes(operation["type"], paired), times
             continue
         loop = _LOOP.search(line)
         if loop is not None:
@@ -56,11 +60,17 @@ def _walk(
             yield from _walk(blocks, called, times, depth + 1)
 
 
-def _bytes(text: str) -> int:
-    """Count the bytes of the largest array of a type: of a tuple, the result."""
+def _bytes(text: str, paired: bool) -> int:
+    """Count the bytes of the arrays of a type: all of them, or where operands stand in front of
+    them, the results.
+    """
+    if paired and text.startswith("(("):
+        text = text[text.index(")") :]
     sizes = [
         math.prod(int(size) for size in shape.split(",") if size)
         * _SIZES.get("f8" if dtype.startswith("f8") else dtype, 8)
         for dtype, shape in _ARRAY.findall(text)
     ]
-    return max(sizes, default=0)
+    if paired and not text.startswith(")"):
+        return max(sizes, default=0)
+    return sum(sizes)

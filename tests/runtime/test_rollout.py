@@ -14,7 +14,7 @@ from tunelang.runtime.decode_loop import make_engine
 from tunelang.runtime.decoder import Decoder
 from tunelang.runtime.policy_step import batch_of, score_program
 from tunelang.runtime.rollout import Prompt, rollout
-from tunelang.runtime.sharding import make_layout, shardings
+from tunelang.runtime.sharding import DECODE_RULES, Layout, make_layout, moved, shardings
 from tunelang.runtime.tokenizers import Bytes
 from tunelang.runtime.train import Program
 
@@ -334,6 +334,19 @@ def test_a_mesh_changes_nothing(run, model, name):
     equal(run(name, own=own, given=FILTERED, params=params), run(name, given=FILTERED))
     # Slots that lie the same way in every program need one version of each.
     assert own.decode._cache_size() == 1
+
+
+def test_a_mesh_of_its_own_changes_nothing(run, model):
+    """Weights as training has them, gathered into small groups that sample."""
+    layout, params = make_layout(fsdp=8), model("llama")[1]
+    params = jax.device_put(params, shardings(params, layout))
+    apart = Layout(make_layout(data=4, tensor=2).mesh, DECODE_RULES)
+    gathered = moved(params, apart)
+    own = make_engine(FAMILIES["llama"], slots=4, capacity=CAPACITY, layout=apart)
+    equal(run("llama", own=own, given=FILTERED, params=gathered), run("llama", given=FILTERED))
+    largest = max(jax.tree.leaves(gathered), key=lambda array: array.size)
+    shard = largest.sharding.shard_shape(largest.shape)
+    assert np.prod(shard) * 2 == largest.size
 
 
 def test_bfloat16(run, engine, model):

@@ -1,0 +1,204 @@
+"""Programs of every kind of stage, compiled for devices that are simulated or not there."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunelang.compiler.adapters import adapted
+from tunelang.compiler.architecture import Architecture, parameter_count
+from tunelang.compiler.hardware import CHIPS, Devices, declared
+from tunelang.compiler.layout import StageLayout, lay_out
+from tunelang.dsl.vocabulary import models
+from tunelang.dsl.vocabulary.base import Measure
+from tunelang.dsl.vocabulary.stages import (
+    Distill,
+    Kto,
+    Policy,
+    Ppo,
+    Preference,
+    RewardModel,
+    Sft,
+    Training,
+)
+from tunelang.dsl.vocabulary.training import K3, AdamW, Axes, Lora, Sampling
+from tunelang.runtime import collectives
+from tunelang.runtime.prepare import Shapes
+from tunelang.runtime.rehearse import measure, programs, unsplit
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.topologies import compilable
+
+SMALL = Architecture(
+    vocabulary=128, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=64, context=64
+)
+REST: dict[str, Any] = {
+    "optimizer": AdamW.fixed(lr=1e-4), "length": Measure.fixed(value=10, unit="steps"),
+}  # fmt: skip
+BATCH = Measure.fixed(value=8, unit="sequences")
+ROLLOUT = Sampling.fixed(max_tokens=16, max_prompt=16)
+CHIP = replace(CHIPS["h200"], name="simulated")
+DEVICES = Devices(CHIP, 8, True)
+
+
+def found(
+    stage: Training, a: Architecture = SMALL, mesh: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """Rehearse a stage on simulated devices; by the programs' names."""
+    if mesh is not None:
+        stage = stage.model_copy(update={"mesh": Axes.fixed(**mesh)})
+    planned = lay_out(stage, a, 4, DEVICES, teacher=SMALL)
+    layout = make_layout(**planned.mesh)
+    shapes = Shapes(a, "f32", SMALL)
+    made = {p.name: p for p in programs(stage, shapes, planned, layout)}
+    return {name: measure(name, program.lower(), program.donated) for name, program in made.items()}
+
+
+SUPERVISED = [
+    Sft.fixed(batch=BATCH, **REST),
+    Preference.fixed(batch=BATCH, **REST),
+    Preference.fixed(batch=BATCH, reference_log_probs="live", **REST),
+    Kto.fixed(batch=BATCH, **REST),
+    RewardModel.fixed(batch=BATCH, **REST),
+    Distill.fixed(batch=BATCH, **REST),
+    Distill.fixed(batch=BATCH, top_k=4, teacher_log_probs="ahead", **REST),
+]
+
+
+@pytest.mark.parametrize("stage", SUPERVISED, ids=lambda s: type(s).__name__)
+def test_supervised_stages(stage: Training) -> None:
+    a = replace(SMALL, scores=isinstance(stage, RewardModel))
+    made = found(stage, a)
+    ahead = isinstance(stage, Preference) and stage.reference_log_probs == "ahead"
+    assert set(made) == ({"train", "reference"} if ahead else {"train"})
+    for each in made.values():
+        assert each.peak > 0
+        assert not each.findings
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (
+            Policy.fixed(batch=8, group=2, rollout=ROLLOUT, **REST),
+            {"train", "prefill", "decode"},
+        ),
+        (
+            Policy.fixed(
+                batch=8,
+                group=2,
+                rollout=ROLLOUT,
+                minibatches=2,
+                kl=K3.fixed(coefficient=0.1),
+                **REST,
+            ),
+            {"train", "score", "prefill", "decode"},
+        ),
+        (
+            Ppo.fixed(batch=8, rollout=ROLLOUT, passes=1, minibatches=1, **REST),
+            {"train", "prefill", "decode"},
+        ),
+    ],
+)
+def test_policy_stages(stage: Training, expected: set[str]) -> None:
+    made = found(stage)
+    assert set(made) == expected
+    for each in made.values():
+        assert each.peak > 0
+        assert not each.findings
+
+
+def test_an_adapter_takes_less(tmp_path: Path) -> None:
+    whole = found(Sft.fixed(batch=BATCH, **REST), mesh={"fsdp": 8})["train"]
+    lora = adapted(SMALL, (Lora.fixed(rank=2),), "f32")
+    assert found(Sft.fixed(batch=BATCH, **REST), lora, {"fsdp": 8})["train"].peak < whole.peak
+
+
+def test_exchanges_are_counted() -> None:
+    stage = Sft.fixed(batch=BATCH, packing=False, **REST)
+    alone = found(stage, mesh={})["train"]
+    assert not alone.exchanged
+    copies = found(stage, mesh={"data": 8})["train"].exchanged
+    # Gradients are summed over the copies: each once, and that of the table, which is the head
+    # too, once for either.
+    numbers = parameter_count(SMALL) + SMALL.vocabulary * SMALL.width
+    assert copies["all-reduce"][1] == pytest.approx(4 * numbers, rel=0.01)
+
+
+def test_loops_count_as_often_as_they_turn() -> None:
+    text = """HloModule m
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %g = f32[8,4]{1,0} all-gather(%x), dimensions={0}
+  ROOT %t = (s32[], f32[8,4]) tuple(%i, %g)
+}
+
+ENTRY %main (p: f32[2,4]) -> f32[8,4] {
+  %r = f32[16]{0} all-reduce(%p), to_apply=%add
+  %w = (s32[]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %o = f32[8,4] get-tuple-element(%w), index=1
+}
+"""
+    assert collectives.exchanged(text) == {"all-reduce": (1, 64), "all-gather": (5, 640)}
+
+
+def test_what_is_not_donated_is_found() -> None:
+    import jax
+
+    shapes = jax.ShapeDtypeStruct((1024, 1024), "float32")
+    kept = measure("p", jax.jit(lambda a: a + 1).lower(shapes), 4 * 2**20)
+    assert "not donated" in kept.findings[0]
+    given = measure("p", jax.jit(lambda a: a + 1, donate_argnums=0).lower(shapes), 4 * 2**20)
+    assert not given.findings
+
+
+def test_axes_that_do_not_divide_are_named() -> None:
+    said = unsplit(SMALL, make_layout(fsdp=1, tensor=4))
+    assert said == ["`kv_heads` of 2 is copied: 4 do not divide it"]
+    assert unsplit(SMALL, make_layout(fsdp=4, tensor=2)) == []
+
+
+def plan(architecture: Architecture, devices: Devices, **more: Any) -> tuple[Training, StageLayout]:
+    stage = Sft.fixed(batch=Measure.fixed(value=16, unit="sequences"), **{**REST, **more})
+    return stage, lay_out(stage, architecture, 2, devices)
+
+
+BIGGER = Architecture(
+    vocabulary=512, layers=2, width=256, heads=4, kv_heads=4, head_dim=64, mlp=512, context=256
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:4x4"])
+def test_tpus_that_are_not_here(topology: str) -> None:
+    devices = declared(models.Tpu.fixed(topology=topology, slices=1, price=None))
+    assert devices is not None
+    stage, planned = plan(BIGGER, devices)
+    layout = make_layout(**planned.mesh, devices=compilable(devices))
+    program = next(iter(programs(stage, Shapes(BIGGER, "bf16"), planned, layout)))
+    said = measure("train", program.lower(), program.donated)
+    assert 0 < said.peak < devices.chip.memory
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_what_does_not_fit_is_refused_by_the_compiler() -> None:
+    devices = Devices(CHIPS["v5e"], 4, False, (2, 2))
+    a = replace(BIGGER, layers=64, width=4096, mlp=16_384, heads=32, kv_heads=32, head_dim=128)
+    stage = Sft.fixed(batch=Measure.fixed(value=16, unit="sequences"), **REST)
+    planned = StageLayout(
+        mesh={"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}, rows=16, length=256,
+        micro_batches=1, remat="none", slots=None, kernel="splash",
+    )  # fmt: skip
+    layout = make_layout(**planned.mesh, devices=compilable(devices))
+    program = next(iter(programs(stage, Shapes(a, "bf16"), planned, layout)))
+    said = measure("train", program.lower(), program.donated)
+    assert "RESOURCE_EXHAUSTED" in said.refused
+    assert said.peak > devices.chip.memory
