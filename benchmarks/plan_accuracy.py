@@ -94,7 +94,7 @@ def planned(point: Point) -> tuple[Sft, StageLayout]:
 def points(count: int) -> Iterator[Point]:
     """Draw points that take a good part of the memory."""
     draw = random.Random(20_261_121)
-    chips = list(SLICES)
+    chips = ("v5e", "h200", "v6e", "h200", "v5p", "h200", "tpu7x", "h200")
     found = 0
     while found < count:
         chip = chips[found % len(chips)]
@@ -183,12 +183,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The plan against XLA's compilers.")
     parser.add_argument("--points", type=int, default=66)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--chips", default=",".join(SLICES), help="only these")
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
     if given.out is not None:
-        done = len(given.out.read_text().splitlines()) if given.out.exists() else 0
+        lines = given.out.read_text().splitlines() if given.out.exists() else []
+        done = {json.loads(line)["at"] for line in lines}
         for at, point in enumerate(points(given.points)):
-            if at < done:
+            if at in done or point.chip not in given.chips.split(","):
                 continue
             said = compiled(point)
             with given.out.open("a") as file:
