@@ -38,7 +38,8 @@ from rollout import skewed
 from tunix_side import Found, Given, Meter, examples_of, random_batches, report, reward_of
 
 from tunelang.compiler.architecture import Architecture, parameter_count
-from tunelang.compiler.layout import CHUNK, lay_out
+from tunelang.compiler.layout import CHUNK
+from tunelang.compiler.search import lay_out
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import Policy, Sft, Training
 from tunelang.dsl.vocabulary.training import K3, AdamW, Sampling

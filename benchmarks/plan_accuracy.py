@@ -21,9 +21,11 @@ from typing import Any
 
 from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, parameter_count
+from tunelang.compiler.costs import estimated
 from tunelang.compiler.hardware import CHIPS, Devices
-from tunelang.compiler.layout import StageLayout, attention_kernel, estimated
+from tunelang.compiler.layout import StageLayout
 from tunelang.compiler.presets import PRESETS
+from tunelang.compiler.search import attention_kernel
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import Sft
 from tunelang.dsl.vocabulary.training import AdamW, Lora

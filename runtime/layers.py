@@ -168,7 +168,7 @@ class Linear(nnx.Module):
         `keys` `[batch]` turn on the adapters' dropout; `place` sets it apart from that of others.
         """
         if self.scales is None:
-            y = product(x, self.weight[...].astype(x.dtype), self.contracted)
+            y = _converted_product(x, self.weight[...], self.contracted)
         else:
             y = frozen_product(x, self.weight[...], self.scales[...], self.contracted)
         for name, adapter in self.adapters.items():
@@ -199,6 +199,19 @@ def _recomputed(function: Callable[..., jax.Array], *arguments: Any) -> jax.Arra
     inside is quick to compute again, and in float32 takes more memory than all else of a layer.
     """
     found: jax.Array = jax.checkpoint(function, prevent_cse=False)(*arguments)
+    return found
+
+
+def _converted_product(x: jax.Array, weight: jax.Array, contracted: int) -> jax.Array:
+    """`product` with a weight of another dtype, of which the backward pass converts the original
+    again: the converted ones of all layers would be kept beside them.
+    """
+    if weight.dtype == x.dtype:
+        return product(x, weight, contracted)
+    convert = jax.checkpoint(
+        lambda x, weight: product(x, weight.astype(x.dtype), contracted), prevent_cse=False
+    )
+    found: jax.Array = convert(x, weight)
     return found
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tunelang.compiler.draw import picture, tree
 from tunelang.compiler.layout import peak
 from tunelang.compiler.plan import Json, StagePlan, describe
 from tunelang.runtime.prepare import Prepared
-from tunelang.runtime.rehearse import Rehearsed
 from tunelang.runtime.words import count_text, duration, size_text
+
+if TYPE_CHECKING:
+    from tunelang.runtime.rehearse import Rehearsed
 
 
 def show(prepared: Prepared, *, verbose: bool = False, width: int = 100) -> str:

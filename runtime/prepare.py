@@ -20,19 +20,11 @@ from tunelang.compiler.architecture import Architecture, from_transformer
 from tunelang.compiler.content import Contents
 from tunelang.compiler.graph import StageGraph
 from tunelang.compiler.hardware import Chip, Devices, chip_of, declared
-from tunelang.compiler.layout import (
-    DoesNotFitError,
-    NoLayoutError,
-    StageLayout,
-    depends,
-    pins,
-    plain,
-    ranked,
-    unpinned,
-)
+from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout, plain
 from tunelang.compiler.plan import Plan, State
 from tunelang.compiler.planning import plan as plan_stages
 from tunelang.compiler.presets import PRESETS
+from tunelang.compiler.search import depends, pins, ranked, unpinned
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure, Reference

@@ -12,8 +12,9 @@ import pytest
 from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, Mixture
 from tunelang.compiler.hardware import CHIPS, Devices, chip_of
-from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, lay_out
+from tunelang.compiler.layout import DoesNotFitError, NoLayoutError
 from tunelang.compiler.presets import PRESETS
+from tunelang.compiler.search import lay_out
 from tunelang.dsl.vocabulary.stages import Training
 from tunelang.dsl.vocabulary.training import Lora
 

@@ -12,7 +12,8 @@ import pytest
 from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, parameter_count
 from tunelang.compiler.hardware import CHIPS, Devices, declared
-from tunelang.compiler.layout import StageLayout, lay_out
+from tunelang.compiler.layout import StageLayout
+from tunelang.compiler.search import lay_out
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import (

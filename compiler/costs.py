@@ -1,0 +1,411 @@
+"""What a layout of a stage takes: memory by parts, FLOPs, and seconds by what they are spent on.
+
+Closed forms over counts: they rank layouts and leave out what cannot be. Whether one fits is for
+the compiler to say (`tune plan --compile`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from tunelang.compiler.adapters import STORED_BYTES, adapter_parameters
+from tunelang.compiler.architecture import (
+    Architecture,
+    expert_count,
+    forward_flops,
+    kv_bytes_per_token,
+    parameter_count,
+    train_flops,
+    trained_count,
+)
+from tunelang.compiler.hardware import Chip, Devices
+from tunelang.compiler.layout import CHUNK, NoLayoutError, StageLayout, held, shards_of
+from tunelang.dsl.vocabulary.stages import Compared, Policy, Ppo, Training
+from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
+
+MOST_SLOTS = 256
+_LATENCY = 5e-6
+"""Seconds until a small exchange is through, at least."""
+_REMAT_COST = {"none": 3.0, "dots": 3.2, "full": 4.0}
+"""Forward passes that a training step is worth."""
+_REMAT_COST_CPU = {"none": 3.3, "dots": 3.2, "full": 3.4}
+"""The same on a CPU, where to keep an activation costs as much as to compute it (measured)."""
+_MOMENTS = {AdamW: 2, Muon: 2, Lion: 1, Sgd: 1}
+"""Numbers that an optimizer keeps of each parameter."""
+_MICRO_OVERHEAD = 0.02
+"""What one more micro-batch adds to the time of an update."""
+_FLAT = 0.25
+"""The share of groups that is assumed to have no advantage: their micro-batches are skipped."""
+_CACHE_MISSES = 1.15
+"""Factor of the time of an update whose activations do not stay in a CPU's cache (measured)."""
+
+
+_FACTORS = {
+    "gpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 12.0, "hidden": 6.0, "scores": 4.0,
+            "kept scores": 1.0, "mask": 0.0, "logits": 3.0},
+    "tpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 12.0, "hidden": 6.0, "scores": 4.0,
+            "kept scores": 1.0, "mask": 0.0, "logits": 3.0},
+    "cpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 12.0, "hidden": 6.0, "scores": 4.0,
+            "kept scores": 1.0, "mask": 0.0, "logits": 3.0},
+}  # fmt: skip
+"""How often parts of the activations are there at the peak, by compiler: fitted to what it says,
+see `benchmarks/plan_accuracy.py`."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Counts of a model that its layouts share."""
+
+    parameters: int
+    trained: int
+    experts: int
+    """Numbers in the matrices of experts."""
+    held: int
+    """Bytes of all parameters."""
+    table_bytes: float
+    """Bytes of a number of the tables."""
+    forward: float
+    """FLOPs of a token's forward pass."""
+    train: float
+    cache: int
+    """Bytes of a token in the KV cache."""
+    narrow: bool
+    """Whether activations have two bytes."""
+
+
+@lru_cache(maxsize=256)
+def _sizes(a: Architecture, dtype_bytes: int, length: int) -> _Sizes:
+    return _Sizes(
+        parameter_count(a),
+        trained_count(a),
+        expert_count(a),
+        _held(a, dtype_bytes),
+        _table_bytes(a, dtype_bytes),
+        forward_flops(a, length),
+        train_flops(a, length),
+        kv_bytes_per_token(a, dtype_bytes),
+        dtype_bytes == 2,
+    )
+
+
+def estimated(
+    layout: StageLayout,
+    stage: Training,
+    a: Architecture,
+    dtype_bytes: int,
+    there: Devices,
+    teacher: Architecture | None,
+) -> StageLayout:
+    """Fill in what a layout of a stage takes: memory, FLOPs, seconds."""
+    chip = there.chip
+    sizes = _sizes(a, dtype_bytes, layout.length)
+    devices = math.prod(layout.mesh.values())
+    tensor = layout.mesh["tensor"]
+    split = layout.mesh["fsdp"] * tensor
+    # As if there were fewer experts, where they are split.
+    elsewhere = sizes.experts - sizes.experts // layout.mesh["expert"]
+    parameters = sizes.parameters - elsewhere
+    trained = sizes.trained - (0 if a.adapters else elsewhere)
+    stored = sizes.held - int(sizes.table_bytes * elsewhere)
+    moments = _MOMENTS[type(stage.optimizer)]
+    shards = shards_of(layout.mesh)
+    local = layout.rows // shards // layout.micro_batches
+    micro, scored = _tokens(stage, layout, local)
+    tokens = micro * layout.micro_batches
+    gradients = 1 if layout.micro_batches == 1 else 2
+    memory = {
+        "parameters": stored // split,
+        "optimizer": 4 * moments * trained // split,
+        "gradients": 4 * gradients * trained // split,
+        **_temporaries(a, sizes, layout, chip, micro, local, scored),
+    }
+    step_tokens = tokens * shards
+    flops = sizes.train * step_tokens
+    costs = _REMAT_COST if chip.cache is None else _REMAT_COST_CPU
+    work = sizes.forward * step_tokens * costs[layout.remat]
+    work *= sizes.train / (3 * sizes.forward)
+    work *= 1 + _MICRO_OVERHEAD * (layout.micro_batches - 1)
+    if chip.cache is not None and memory["activations"] > chip.cache:
+        work *= _CACHE_MISSES
+    if teacher is not None:
+        work += forward_flops(teacher, layout.length) * step_tokens
+        memory["teacher"] = 4 * parameter_count(teacher) // split
+    if isinstance(stage, Compared) and stage.needs_reference:
+        work += sizes.forward * step_tokens
+        live = getattr(stage, "reference_log_probs", "live") == "live"
+        if live and (not a.adapters or stage.reference is not None):
+            memory["reference"] = 4 * parameters // split
+    updates = 1
+    if isinstance(stage, Policy):
+        compared = stage.advantage != "gae" and not stage.refill
+        if compared and stage.minibatches == 1:  # see `policy_step.useful_first`
+            parts = layout.micro_batches
+            work *= math.ceil((1 - _FLAT) * parts) / parts
+        if isinstance(stage, Ppo) and stage.critic.trunk == "separate":
+            # Two decoders are trained; the second is taken to be as large as the first.
+            flops, work = 2 * flops, 2 * work
+            own = trained_count(replace(a, scores=True)) - (0 if a.adapters else elsewhere)
+            each = 1 + _MOMENTS[type(stage.critic.optimizer)] + gradients
+            below = stored if a.adapters and stage.value_model is not None else 0
+            memory["critic"] = (4 * each * own + below) // split
+        updates = stage.minibatches * stage.passes
+        sampled = step_tokens * stage.minibatches
+        flops = flops * updates + sizes.forward * sampled
+        # The passes that only score: the policy itself before its first update, values, reference.
+        scored_by = (updates > 1) + isinstance(stage, Ppo) + (stage.kl is not None)
+        flops += isinstance(stage, Ppo) * sizes.forward * sampled
+        work = work * updates + scored_by * sizes.forward * sampled
+        if stage.kl is not None and (not a.adapters or stage.reference is not None):
+            memory["reference"] = 4 * parameters // split  # else it is the adapter's beginning
+    hidden, exposed = _exchanges(a, layout, there, parameters, trained, tokens, dtype_bytes)
+    hidden, exposed = (
+        {name: updates * each for name, each in times.items()} for times in (hidden, exposed)
+    )
+    computing = work / (devices * chip.peak * chip.efficiency)
+    times = {"computing": computing, **hidden, **exposed}
+    seconds = max(computing, sum(hidden.values())) + sum(exposed.values())
+    layout = replace(layout, memory=memory, flops=flops, seconds=seconds, times=times)
+    if isinstance(stage, Policy):
+        return _with_rollout(layout, stage, a, sizes, dtype_bytes, there)
+    return layout
+
+
+def _temporaries(
+    a: Architecture,
+    sizes: _Sizes,
+    layout: StageLayout,
+    chip: Chip,
+    tokens: int,
+    local: int,
+    scored: int,
+) -> dict[str, int]:
+    """Return the bytes in a device of what an update makes and lets go again.
+
+    `tokens` are those of a micro-batch in a device, of `local` sequences with `scored` positions
+    that have logits.
+    """
+    dtype, tensor = 2 if sizes.narrow else 4, layout.mesh["tensor"]
+    factors = _FACTORS[chip.platform]
+    table = a.vocabulary * a.width
+    block = (sizes.parameters - table * (1 if a.tied else 2)) / a.layers
+    queries = a.heads * a.head_dim / tensor
+    # Heads of keys that the axis does not divide have copies.
+    keys = a.kv_heads * a.head_dim / math.gcd(tensor, a.kv_heads)
+    mlp: float = a.mlp / tensor
+    if a.experts is not None:  # the tokens of each expert, and what it makes of them
+        mlp = a.experts.active * (a.experts.width / tensor + a.width)
+    heads, hidden = queries + 2 * keys, mlp * (2 if a.gated else 1)
+    kept = {
+        "full": a.width,
+        "dots": heads + 2 * a.width + hidden,
+        "none": 4 * a.width + 2 * heads + queries + hidden + mlp,
+    }[layout.remat]
+    scores = 0.0
+    if layout.kernel == "xla":  # the only one that holds all logits of attention
+        scores = a.heads / tensor * layout.length
+    if layout.remat == "none":
+        kept += factors["kept scores"] * scores
+    at_work = (
+        factors["width"] * a.width
+        + factors["hidden"] * (heads + hidden)
+        + factors["scores"] * scores
+        + (factors["mask"] * layout.length if layout.kernel == "cudnn" else 0)
+    )
+    found = {
+        "activations": int(tokens * dtype * (factors[layout.remat] * a.layers * kept + at_work)),
+        "logits": int(factors["logits"] * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor),
+    }
+    # The head whole, with its gradient; and blocks as they come over the mesh, or out of storage.
+    gathered = table * dtype if sizes.narrow or layout.mesh["fsdp"] > 1 else 0
+    gathered += 0 if a.adapters else 4 * table
+    if layout.mesh["fsdp"] > 1 or a.storage in ("nf4", "int8"):
+        gathered += int(2 * dtype * block)
+    found["gathered"] = gathered // tensor
+    return found
+
+
+def _tokens(stage: Training, layout: StageLayout, local: int) -> tuple[int, int]:
+    """Return the tokens of a micro-batch of `local` sequences, and those of a sequence that have
+    logits. Completions that are trained on together share their prompt.
+    """
+    if not isinstance(stage, Policy):
+        return local * layout.length, layout.length
+    completion = min(stage.rollout.max_tokens, layout.length)
+    prompts = local // math.gcd(stage.group, local)
+    return prompts * (layout.length - completion) + local * completion, completion
+
+
+def _held(a: Architecture, dtype_bytes: int) -> int:
+    """Bytes of all parameters."""
+    tables = a.vocabulary * a.width * (1 if a.tied else 2)
+    per_table = _table_bytes(a, dtype_bytes)
+    tables += expert_count(a)
+    blocks = parameter_count(a) - tables
+    adapters = sum(adapter_parameters(a, each) for each in a.adapters)
+    return int(STORED_BYTES[a.storage] * blocks + per_table * tables + 4 * adapters)
+
+
+def _table_bytes(a: Architecture, dtype_bytes: int) -> float:
+    """Bytes of a parameter of what is not quantised: embeddings, experts."""
+    return dtype_bytes if a.storage in ("nf4", "int8") else STORED_BYTES[a.storage]
+
+
+class _Asked(NamedTuple):
+    """What a stage asks of its rollout."""
+
+    completions: int
+    max_tokens: int
+    tensor: int | None
+    """As the spec pins it."""
+    data: int | None
+
+
+class _Rollout(NamedTuple):
+    """How completions are sampled."""
+
+    decode: dict[str, int]
+    slots: int
+    memory: dict[str, int]
+    seconds: float
+
+
+def _with_rollout(
+    layout: StageLayout,
+    stage: Policy,
+    a: Architecture,
+    sizes: _Sizes,
+    dtype_bytes: int,
+    there: Devices,
+) -> StageLayout:
+    """Choose the mesh of the rollout, over the devices of the update, and add what it takes."""
+    pinned = stage.decode_mesh
+    asked = _Asked(
+        stage.batch * stage.group,
+        stage.rollout.max_tokens,
+        None if pinned is None else pinned.tensor,
+        None if pinned is None else pinned.data,
+    )
+    count = math.prod(layout.mesh.values())
+    free = there.chip.memory - held(layout.memory)
+    found = _best_rollout(a, sizes, dtype_bytes, there, asked, layout.length, count, free)
+    if found is None:
+        raise NoLayoutError("decode_mesh", f"it has to divide the {count} devices and the heads")
+    return replace(
+        layout,
+        memory=layout.memory | found.memory,
+        slots=found.slots,
+        decode=found.decode,
+        times={**layout.times, "rollout": found.seconds},
+        seconds=layout.seconds + found.seconds,
+    )
+
+
+@lru_cache(maxsize=4096)
+def _best_rollout(
+    a: Architecture,
+    sizes: _Sizes,
+    dtype_bytes: int,
+    there: Devices,
+    asked: _Asked,
+    length: int,
+    count: int,
+    free: int,
+) -> _Rollout | None:
+    """Return the fastest rollout on `count` devices with `free` bytes each, or the smallest.
+
+    Weights are whole in each group of devices that sample together, so that no turn gathers them;
+    many small groups are faster than one large one, as long as they hold weights and cache.
+    """
+    found: list[_Rollout] = []
+    for tensor in (n for n in (1, 2, 4, 8, 16) if count % n == 0 and a.heads % n == 0):
+        decode = {"data": count // tensor, "tensor": tensor}
+        if asked.tensor is not None and decode != {"data": asked.data, "tensor": asked.tensor}:
+            continue
+        slots = min(MOST_SLOTS * decode["data"], 1 << (asked.completions - 1).bit_length())
+        local = -(-slots // decode["data"])
+        cache = sizes.cache * length * local
+        memory = {"kv cache": cache // math.gcd(tensor, a.kv_heads)}
+        weights = sizes.held // tensor if count > 1 else 0
+        if a.storage not in ("nf4", "int8") and (there.chip.cache is not None or dtype_bytes < 4):
+            weights += dtype_bytes * sizes.parameters // tensor  # copied ahead of the loop
+        if weights:
+            memory["decoding"] = weights
+        seconds = _sampling(a, sizes, length, tensor, local, asked, slots, there, dtype_bytes)
+        found.append(_Rollout(decode, slots, memory, seconds))
+    fitting = [each for each in found if sum(each.memory.values()) <= free]
+    if fitting:
+        return min(fitting, key=lambda each: each.seconds)
+    return min(found, key=lambda each: sum(each.memory.values()), default=None)
+
+
+def _sampling(
+    a: Architecture,
+    sizes: _Sizes,
+    length: int,
+    tensor: int,
+    local: int,
+    asked: _Asked,
+    slots: int,
+    there: Devices,
+    dtype_bytes: int,
+) -> float:
+    """Estimate the seconds of sampling with `local` slots in a group of `tensor` devices: each turn
+    reads the weights and half a full cache, or computes a token in every slot, whichever takes
+    longer; and sums activations over the group.
+    """
+    chip = there.chip
+    turns = -(-asked.completions // slots) * asked.max_tokens
+    computing = sizes.forward * local / (tensor * chip.peak * chip.efficiency)
+    cache = sizes.cache * length / 2 * local
+    reading = (dtype_bytes * sizes.parameters + cache) / tensor / chip.bandwidth
+    turn = max(computing, reading)
+    if tensor > 1:
+        moved = 2 * a.layers * local * a.width * dtype_bytes * 2 * (tensor - 1) / tensor
+        turn += moved / there.bandwidth(tensor, 1) + 2 * a.layers * _LATENCY
+    return turns * turn
+
+
+Times = dict[str, float]
+
+
+def _exchanges(
+    a: Architecture,
+    layout: StageLayout,
+    there: Devices,
+    parameters: int,
+    trained: int,
+    tokens: int,
+    dtype_bytes: int,
+) -> tuple[Times, Times]:
+    """Return the seconds of what devices exchange in an update: what can be hidden behind
+    computing, and what cannot. `tokens` are those of a device.
+
+    Gradients are summed over copies, parameters gathered for each pass of each micro-batch, and
+    activations summed over the tensor axis, twice in a block for each pass.
+    """
+    mesh = layout.mesh
+    tensor, fsdp, data = mesh["tensor"], mesh["fsdp"], mesh["data"]
+    hidden: Times = {}
+    exposed: Times = {}
+    stride = tensor * mesh["expert"]
+    if fsdp > 1:
+        stored = min(dtype_bytes, STORED_BYTES[a.storage])
+        moved = layout.micro_batches * (2 * stored * parameters + 4 * trained) / tensor
+        name = "gathering parameters over `fsdp`"
+        hidden[name] = moved * (fsdp - 1) / fsdp / there.bandwidth(fsdp, stride)
+    if data > 1:
+        moved = 2 * 4 * trained / (fsdp * tensor) * (data - 1) / data
+        name = "summing gradients over `data`"
+        hidden[name] = moved / there.bandwidth(data, stride * fsdp)
+    if tensor > 1:
+        passes = 3 if layout.remat == "full" else 2
+        moved = passes * 2 * a.layers * tokens * a.width * dtype_bytes * 2 * (tensor - 1) / tensor
+        exposed["summing activations over `tensor`"] = moved / there.bandwidth(tensor, 1)
+    if mesh["expert"] > 1 and a.experts is not None:
+        moved = 4 * a.layers * tokens * a.experts.active * a.width * dtype_bytes
+        name = "sending tokens over `expert`"
+        exposed[name] = moved / there.bandwidth(mesh["expert"], tensor)
+    return hidden, exposed

@@ -1,0 +1,238 @@
+"""The search for a layout: every legal mesh, and for each the fewest micro-batches and the least
+rematerialisation that fit. What is left is ranked by the estimate of a step's time; ties go to the
+simpler layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from tunelang.compiler.architecture import Architecture
+from tunelang.compiler.costs import estimated
+from tunelang.compiler.hardware import Devices
+from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout, shards_of
+from tunelang.dsl.vocabulary.stages import PAIRS, Policy, Supervised, Training
+
+_MARGIN = 0.97
+"""Share of the memory that a plan may take by the estimate, which can be too low."""
+_FURTHER = 4
+"""Numbers of micro-batches to look at beyond the fewest that fit: more may be faster, where some
+of them can be skipped or stay in a cache."""
+
+
+def lay_out(
+    stage: Training,
+    architecture: Architecture,
+    dtype_bytes: int,
+    devices: Devices,
+    attention: str = "auto",
+    teacher: Architecture | None = None,
+) -> StageLayout:
+    """Return the best layout of a training stage; see `ranked`."""
+    return ranked(stage, architecture, dtype_bytes, devices, attention, teacher)[0]
+
+
+def ranked(
+    stage: Training,
+    architecture: Architecture,
+    dtype_bytes: int,
+    devices: Devices,
+    attention: str = "auto",
+    teacher: Architecture | None = None,
+) -> list[StageLayout]:
+    """Return the layouts of a training stage that fit, best first: for each mesh the fastest one,
+    and of equally fast ones the simpler first. `attention` is the kernel that its model wants,
+    `teacher` what it is distilled from.
+
+    Raises `DoesNotFitError` and `NoLayoutError`.
+    """
+    rows, length = _batch(stage, architecture)
+    kernel = attention_kernel(attention, architecture, length, dtype_bytes, devices)
+    pinned = pins(stage)
+    nearest: StageLayout | None = None
+    found: list[tuple[tuple[float, int, int], StageLayout]] = []
+    experts = 1 if architecture.experts is None else architecture.experts.count
+    for mesh in _meshes(stage, devices.count, experts):
+        if found and math.prod(mesh.values()) < math.prod(found[0][1].mesh.values()):
+            break
+        if rows % shards_of(mesh) or any(
+            size % mesh["tensor"] for size in (architecture.heads, architecture.mlp)
+        ):
+            continue
+        if experts % mesh["expert"]:
+            continue
+        layout, fits = _fitting(
+            stage, architecture, dtype_bytes, devices, mesh, rows, length, kernel, teacher
+        )
+        if nearest is None or layout.total < nearest.total:
+            nearest = layout
+        if fits:
+            axes = sum(size > 1 for size in mesh.values())
+            found.append(((float(f"{layout.seconds:.6g}"), axes, -mesh["data"]), layout))
+    if found:
+        return [layout for _, layout in sorted(found, key=lambda each: each[0])]
+    if nearest is None:
+        size = math.prod(_mesh_of(stage).values()) if stage.mesh is not None else devices.count
+        raise NoLayoutError(
+            "mesh" if stage.mesh is not None else "batch",
+            f"{rows} sequences do not divide over {size} devices",
+        )
+    raise DoesNotFitError(nearest, devices, pinned)
+
+
+def pins(stage: Training) -> tuple[str, ...]:
+    """Return the parts of the layout that the spec decides itself."""
+    names = ("mesh", "micro_batch", "remat")
+    return tuple(name for name in names if getattr(stage, name) not in (None, "auto"))
+
+
+_DECIDING = (
+    "batch", "group", "minibatches", "passes", "refill", "rollout", "packing", "needs_reference",
+    "reference_log_probs", "reference", "value_model", "mesh", "decode_mesh", "micro_batch",
+    "remat",
+)  # fmt: skip
+
+
+def depends(stage: Training) -> tuple[Any, ...]:
+    """Return what of a stage its layout depends on."""
+    critic = getattr(stage, "critic", None)
+    return (
+        type(stage),
+        type(stage.optimizer),
+        getattr(stage, "kl", None) is None,
+        getattr(stage, "advantage", None) == "gae",
+        critic and (critic.trunk, type(critic.optimizer)),
+        *(str(getattr(stage, name, None)) for name in _DECIDING),
+    )
+
+
+def unpinned(stage: Training) -> Training:
+    """Return the stage with all of its layout left to the plan."""
+    return stage.model_copy(update={"mesh": None, "micro_batch": None, "remat": "auto"})
+
+
+def attention_kernel(
+    asked: str, a: Architecture, length: int, dtype_bytes: int, devices: Devices
+) -> str:
+    """Return the kernel of attention: the one that is asked for, or for `auto` the fastest.
+
+    Raises `NoLayoutError` where the one that is asked for cannot be.
+    """
+    platform = devices.chip.platform
+    why = {"xla": ""}
+    why["cudnn"] = (
+        "it is for GPUs"
+        if platform != "gpu"
+        else "it is for bf16"
+        if dtype_bytes != 2
+        else "it has no capped logits"
+        if a.attention_cap is not None
+        else f"it has no head_dim of {a.head_dim}"
+        if a.head_dim % 8 or a.head_dim > 128
+        else ""
+    )
+    why["splash"] = (
+        "it is for TPUs"
+        if platform != "tpu"
+        else f"{length} tokens are no multiple of 128"
+        if length % 128
+        else ""
+    )
+    if asked != "auto":
+        if why[asked]:
+            raise NoLayoutError("attention", f"the kernel `{asked}`: {why[asked]}")
+        return asked
+    return next(name for name in ("splash", "cudnn", "xla") if not why[name])
+
+
+def _batch(stage: Training, architecture: Architecture) -> tuple[int, int]:
+    """Return the sequences of an update and the tokens of one."""
+    context = architecture.context
+    match stage:
+        case Supervised():
+            if stage.needs[-1:] == PAIRS[-1:]:  # both answers of a pair share a sequence
+                context *= 2
+            if stage.batch.unit == "tokens":
+                return max(1, int(stage.batch.value) // context), context
+            return int(stage.batch.value), context
+        case Policy():
+            longest = stage.rollout.max_prompt
+            length = context if longest is None else longest + stage.rollout.max_tokens
+            return stage.batch * stage.group // stage.minibatches, min(length, context)
+    raise TypeError(f"{type(stage).__name__} is not laid out")
+
+
+def _mesh_of(stage: Training) -> dict[str, int]:
+    assert stage.mesh is not None
+    return {name: getattr(stage.mesh, name) for name in ("data", "fsdp", "expert", "tensor")}
+
+
+def _meshes(stage: Training, count: int, experts: int) -> Iterator[dict[str, int]]:
+    if stage.mesh is not None:
+        if stage.mesh.context > 1:
+            raise NoLayoutError("mesh", "the axis `context` is not built yet")
+        if stage.mesh.expert > 1 and experts % stage.mesh.expert:
+            raise NoLayoutError(
+                "mesh", f"{stage.mesh.expert} do not divide the {experts} experts of the model"
+            )
+        mesh = _mesh_of(stage)
+        if math.prod(mesh.values()) > count:
+            need = " × ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
+            raise NoLayoutError("mesh", f"{need} need more than the {count} devices that there are")
+        yield mesh
+        return
+    # Fewer devices than there are, where the batch does not divide over all.
+    for used in (n for n in range(count, 0, -1) if count % n == 0):
+        for tensor in (n for n in (1, 2, 4, 8, 16) if used % n == 0):
+            rest = used // tensor
+            for expert in (n for n in range(1, min(rest, experts) + 1) if rest % n == 0):
+                left = rest // expert
+                for fsdp in (n for n in range(1, left + 1) if left % n == 0):
+                    yield {"data": left // fsdp, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+
+
+def _fitting(
+    stage: Training,
+    architecture: Architecture,
+    dtype_bytes: int,
+    devices: Devices,
+    mesh: dict[str, int],
+    rows: int,
+    length: int,
+    kernel: str,
+    teacher: Architecture | None,
+) -> tuple[StageLayout, bool]:
+    """Return the fastest layout of a mesh that fits, or the smallest, and whether it fits."""
+    local = rows // shards_of(mesh)
+    counts = [n for n in range(1, local + 1) if local % n == 0]
+    if stage.micro_batch is not None:
+        if local % stage.micro_batch:
+            raise NoLayoutError(
+                "micro_batch",
+                f"{stage.micro_batch} do not divide the {local} sequences of a device",
+            )
+        counts = [local // stage.micro_batch]
+    remats = ("none", "dots", "full") if stage.remat == "auto" else (stage.remat,)
+    fitting: list[StageLayout] = []
+    smallest: StageLayout | None = None
+    for remat in remats:
+        found = 0
+        for parts in counts:
+            plain = StageLayout(
+                mesh=mesh, rows=rows, length=length, micro_batches=parts, remat=remat,
+                kernel=kernel, slots=None,
+            )  # fmt: skip
+            layout = estimated(plain, stage, architecture, dtype_bytes, devices, teacher)
+            if smallest is None or layout.total < smallest.total:
+                smallest = layout
+            if layout.total <= _MARGIN * devices.chip.memory:
+                fitting.append(layout)
+                found += 1
+                if found > _FURTHER:
+                    break
+    assert smallest is not None
+    if fitting:
+        return min(fitting, key=lambda layout: layout.seconds), True
+    return smallest, False
