@@ -44,12 +44,12 @@ _CACHE_MISSES = 1.15
 
 
 _FACTORS = {
-    "gpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 12.0, "hidden": 6.0, "scores": 4.0,
-            "kept scores": 1.0, "mask": 0.0, "logits": 3.0},
-    "tpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 12.0, "hidden": 6.0, "scores": 4.0,
-            "kept scores": 1.0, "mask": 0.0, "logits": 3.0},
-    "cpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 12.0, "hidden": 6.0, "scores": 4.0,
-            "kept scores": 1.0, "mask": 0.0, "logits": 3.0},
+    "gpu": {"full": 1.0, "dots": 1.0, "none": 0.87, "width": 8.0, "hidden": 1.5, "scores": 4.5,
+            "kept scores": 3.3, "mask": 0.5, "logits": 3.0},
+    "tpu": {"full": 1.0, "dots": 1.0, "none": 0.87, "width": 8.0, "hidden": 1.5, "scores": 4.5,
+            "kept scores": 3.3, "mask": 0.5, "logits": 3.0},
+    "cpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 8.0, "hidden": 3.0, "scores": 4.5,
+            "kept scores": 3.3, "mask": 0.5, "logits": 3.0},
 }  # fmt: skip
 """How often parts of the activations are there at the peak, by compiler: fitted to what it says,
 see `benchmarks/plan_accuracy.py`."""
@@ -198,11 +198,13 @@ def _temporaries(
     if a.experts is not None:  # the tokens of each expert, and what it makes of them
         mlp = a.experts.active * (a.experts.width / tensor + a.width)
     heads, hidden = queries + 2 * keys, mlp * (2 if a.gated else 1)
-    kept = {
+    kept: float = {
         "full": a.width,
         "dots": heads + 2 * a.width + hidden,
         "none": 4 * a.width + 2 * heads + queries + hidden + mlp,
     }[layout.remat]
+    if layout.remat == "dots" and a.storage in ("nf4", "int8"):
+        kept = a.width  # products with what is quantised are computed again
     scores = 0.0
     if layout.kernel == "xla":  # the only one that holds all logits of attention
         scores = a.heads / tensor * layout.length
@@ -211,7 +213,7 @@ def _temporaries(
     at_work = (
         factors["width"] * a.width
         + factors["hidden"] * (heads + hidden)
-        + factors["scores"] * scores
+        + factors["scores"] * scores * (3 if len(a.pattern) > 1 else 1)
         + (factors["mask"] * layout.length if layout.kernel == "cudnn" else 0)
     )
     found = {
@@ -219,11 +221,17 @@ def _temporaries(
         "logits": int(factors["logits"] * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor),
     }
     # The head whole, with its gradient; and blocks as they come over the mesh, or out of storage.
-    gathered = table * dtype if sizes.narrow or layout.mesh["fsdp"] > 1 else 0
-    gathered += 0 if a.adapters else 4 * table
-    if layout.mesh["fsdp"] > 1 or a.storage in ("nf4", "int8"):
-        gathered += int(2 * dtype * block)
-    found["gathered"] = gathered // tensor
+    split = layout.mesh["fsdp"] > 1
+    gathered = 0.0
+    if split or (sizes.narrow and sizes.table_bytes > dtype):
+        gathered += table * dtype
+    if not a.adapters:
+        gathered += 4 * table * (1 if a.tied else 1.5)
+    if split or a.storage in ("nf4", "int8"):
+        gathered += 2 * dtype * block
+    if len(a.pattern) > 1:  # see `Decoder._layers`
+        gathered += dtype * block * a.layers / layout.mesh["fsdp"]
+    found["gathered"] = int(gathered / tensor)
     return found
 
 

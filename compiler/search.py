@@ -15,7 +15,7 @@ from tunelang.compiler.hardware import Devices
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout, shards_of
 from tunelang.dsl.vocabulary.stages import PAIRS, Policy, Supervised, Training
 
-_MARGIN = 0.97
+MARGIN = 0.9
 """Share of the memory that a plan may take by the estimate, which can be too low."""
 _FURTHER = 4
 """Numbers of micro-batches to look at beyond the fewest that fit: more may be faster, where some
@@ -227,7 +227,7 @@ def _fitting(
             layout = estimated(plain, stage, architecture, dtype_bytes, devices, teacher)
             if smallest is None or layout.total < smallest.total:
                 smallest = layout
-            if layout.total <= _MARGIN * devices.chip.memory:
+            if layout.total <= MARGIN * devices.chip.memory:
                 fitting.append(layout)
                 found += 1
                 if found > _FURTHER:

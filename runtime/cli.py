@@ -330,7 +330,12 @@ def plan_command(
             for node in prepared.layouts:
                 for found in rehearse.rehearse(prepared, node, cache):
                     typer.echo(plan_view.rehearsed(prepared, node, found, _width()), nl=False)
-                    fits = fits and rehearse.fits(prepared, node, found)
+                    if rehearse.fits(prepared, node, found):
+                        continue
+                    fits = False
+                    for remedy in rehearse.remedies(prepared, node, found, cache):
+                        typer.echo(f"    would fit: {remedy}")
+                    break
             if not fits:
                 raise typer.Exit(DOES_NOT_FIT)
 

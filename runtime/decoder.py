@@ -482,13 +482,9 @@ class Decoder(nnx.Module):
         whole = a.layers // period * period
 
         def apply(
-            carry: Any, own: Any, span: Span, index: jax.Array, in_scan: bool, place: int | None
+            carry: Any, own: Any, span: Span, index: jax.Array, in_scan: bool
         ) -> tuple[Any, Any]:
             def run(carry: Any, own: Any, index: jax.Array) -> tuple[Any, Any]:
-                # Taken out in here: what is given to the scan is kept for the backward pass as it
-                # is, but of a part of it there would be a copy for every layer.
-                if place is not None:
-                    own = jax.tree.map(lambda array: array[place], own)
                 weights, given = own
                 return layer(nnx.merge(graph, weights), carry, span, index, given)
 
@@ -499,13 +495,17 @@ class Decoder(nnx.Module):
             periods, first = inputs
             extras = []
             for place, span in enumerate(a.pattern):
-                part = None if period == 1 else place
-                carry, extra = apply(carry, periods, span, first + place, True, part)
+                own = periods
+                if period > 1:
+                    own = jax.tree.map(lambda array, place=place: array[place], periods)
+                carry, extra = apply(carry, own, span, first + place, True)
                 extras.append(extra)
             return carry, jax.tree.map(lambda *arrays: jnp.stack(arrays), *extras)
 
         extras = []
         if whole:
+            # What is given to the scan is kept for the backward pass as it is; of a part of it,
+            # there would be a copy for every layer.
             periods = inputs
             if period > 1:
                 periods = jax.tree.map(
@@ -515,7 +515,7 @@ class Decoder(nnx.Module):
             extras.append(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), stacked))
         for index in range(whole, a.layers):
             own = jax.tree.map(lambda array, index=index: array[index], inputs)
-            carry, extra = apply(carry, own, a.spans[index], jnp.asarray(index), False, None)
+            carry, extra = apply(carry, own, a.spans[index], jnp.asarray(index), False)
             extras.append(jax.tree.map(lambda array: array[None], extra))
         return carry, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *extras)
 

@@ -211,9 +211,11 @@ def _failed(error: Exception, place: _Place) -> Diagnostic:
             fix = "`--traceback` shows where in the file"
             return message("python-function", title, place.naming(error.reference), help=fix)
         case MissingExtraError():
-            title = f"the package {error.extra} is not installed"
+            compiler = {"tpu": "the compiler for TPUs", "cuda": "the compiler for NVIDIA's GPUs"}
+            title = f"{compiler.get(error.extra, f'the package {error.extra}')} is not installed"
             fix = f"pip install 'tunelang[{error.extra}]'"
-            return message("missing-package", title, place.attribute("track"), help=fix)
+            where = place.attribute("on" if error.extra in compiler else "track")
+            return message("missing-package", title, where, help=fix)
         case JudgeDownError():
             title = f"the judge of `{error.judge}` answers nothing any more: {error.why}"
             fix = "the same command goes on from the last checkpoint"

@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +24,17 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, plain
 from tunelang.compiler.hardware import Devices
-from tunelang.compiler.layout import CHUNK, StageLayout
+from tunelang.compiler.layout import (
+    CHUNK,
+    DoesNotFitError,
+    NoLayoutError,
+    StageLayout,
+    shards_of,
+)
+from tunelang.compiler.search import lay_out, unpinned
 from tunelang.dsl.vocabulary.stages import (
     Compared,
     Distill,
@@ -37,6 +46,7 @@ from tunelang.dsl.vocabulary.stages import (
     Supervised,
     Training,
 )
+from tunelang.dsl.vocabulary.training import Lora
 from tunelang.runtime import collectives, train
 from tunelang.runtime.comparing import segment_program
 from tunelang.runtime.critic import learner_of
@@ -53,9 +63,12 @@ from tunelang.runtime.sampling import slot_settings
 from tunelang.runtime.sharding import Layout, is_variable, make_layout
 from tunelang.runtime.supervised import compiled, objective_of
 from tunelang.runtime.topologies import compilable
+from tunelang.runtime.words import size_text
 
 _STEPS = 1000
 """Of a schedule; the program is the same for any."""
+_TRIES = 3
+"""Layouts that are compiled to find one that fits."""
 _SEGMENT = 64
 """Tokens of an example, at least, where the data is not looked at."""
 
@@ -106,6 +119,50 @@ def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
 def fits(prepared: Prepared, node: str, found: Rehearsed) -> bool:
     """Whether a program of a stage fits into the memory of a device."""
     return not found.refused and found.peak <= prepared.devices[node].chip.memory
+
+
+def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> Iterator[str]:
+    """Say what would make a stage fit of which a program does not: another layout, compiled as
+    well; or more devices, or frozen weights in four bits, by the estimate.
+    """
+    stage, shapes = prepared.graph.nodes[node].value, prepared.shapes[node]
+    assert isinstance(stage, Training)
+    stage = bound(unpinned(stage), prepared.program.folder)
+    devices, planned = prepared.devices[node], prepared.layouts[node]
+    a, width = shapes.architecture, 4 if shapes.dtype == "f32" else 2
+    budget = devices.chip.memory
+    worst = max(found.peak, budget + 1)
+    for _ in range(_TRIES):
+        budget = int(budget * min(0.95, planned.total / worst))
+        try:
+            smaller = replace(devices, chip=replace(devices.chip, memory=budget))
+            layout = lay_out(stage, a, width, smaller, teacher=shapes.teacher)
+        except DoesNotFitError:
+            break
+        mesh = make_layout(**layout.mesh, devices=compilable(devices))
+        made = [_compiled(p, devices, cache) for p in programs(stage, shapes, layout, mesh)]
+        worst = max(each.peak for each in made)
+        if all(not each.refused and each.peak <= devices.chip.memory for each in made):
+            yield f"{_pinned(layout)}: {size_text(worst)}, as the compiler says"
+            return
+    for times in (2, 4, 8, 16):
+        more = replace(devices, count=times * devices.count)
+        with suppress(DoesNotFitError, NoLayoutError):
+            layout = lay_out(stage, a, width, more, teacher=shapes.teacher)
+            yield f"{more}: {size_text(layout.total)}, by the estimate"
+            break
+    if not a.adapters:
+        with suppress(DoesNotFitError, NoLayoutError):
+            frozen = adapted(a, (Lora.fixed(),), "nf4")
+            layout = lay_out(stage, frozen, width, devices, teacher=shapes.teacher)
+            size = size_text(layout.total)
+            yield f"`adapter = lora()`, `weights = nf4` of the model: {size}, by the estimate"
+
+
+def _pinned(layout: StageLayout) -> str:
+    axes = ", ".join(f"{axis} = {size}" for axis, size in layout.mesh.items() if size > 1)
+    local = layout.rows // shards_of(layout.mesh) // layout.micro_batches
+    return f"`mesh = axes({axes})`, `micro_batch = {local} sequences`, `remat = {layout.remat}`"
 
 
 def programs(

@@ -63,7 +63,8 @@ def _tpu(devices: Devices) -> Sequence[Any]:
 
 
 def _gpu(devices: Devices) -> Sequence[Any]:
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+    needed = ("jax_cuda13_plugin", "nvidia", "nvidia.cudnn")
+    if any(importlib.util.find_spec(name) is None for name in needed):
         raise MissingExtraError("cuda")
     each = devices.count // devices.groups
     found = topologies.get_topology_desc(

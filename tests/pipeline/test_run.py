@@ -180,3 +180,25 @@ def test_wrong_words_of_the_command(spec: Path) -> None:
     assert found.returncode == 1
     assert "cannot-lay-out" in found.stderr
     assert "tiny.tune" in found.stderr
+
+
+def test_a_rollout_on_a_mesh_of_its_own_changes_nothing(spec: Path, tmp_path: Path) -> None:
+    other = tiny.copy(spec, tmp_path / "mesh")
+    text = other.read_text().replace("each(rates, 2 * rates)", "rates")
+    i = text.index("stage specialist")
+    head, tail = text[:i], text[i : text.index("stage generalist")]
+    found = []
+    for mesh in (
+        "mesh = axes(data = 1), evals = [fluency]",
+        "mesh = axes(fsdp = 4), decode_mesh = axes(data = 2, tensor = 2), evals = [accuracy]",
+    ):
+        tail_here = tail.replace("keep             = best(accuracy)\n", "")
+        tail_here = tail_here.replace("evals            = [accuracy]\n", "")
+        other.write_text(head + tail_here.replace("mesh             = axes(data = 1)", mesh))
+        tiny.run(other)
+        prepared, store = tiny.planned(other)
+        node = prepared.plan.by_node["specialist"]
+        found.append([row for row in store.folder(node.digest).metrics().rows if "loss" in row])
+    for one, two in zip(*found, strict=True):
+        for name in ("reward", "length", "grad_norm", "loss", "entropy"):
+            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-5), name
