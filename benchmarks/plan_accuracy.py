@@ -3,7 +3,7 @@
 `python benchmarks/plan_accuracy.py --points 66 --out points.jsonl` draws stages and layouts by a
 fixed rule, compiles the training program of each (a minute a point on two cores) and appends what
 the compiler says. `python benchmarks/plan_accuracy.py --report points.jsonl` compares it with the
-plan.
+plan. `python benchmarks/plan_accuracy.py --published` compares the plan's time with runs of others.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, parameter_count
 from tunelang.compiler.costs import estimated
 from tunelang.compiler.hardware import CHIPS, Devices
-from tunelang.compiler.layout import StageLayout
+from tunelang.compiler.layout import DoesNotFitError, StageLayout
 from tunelang.compiler.presets import PRESETS
-from tunelang.compiler.search import MARGIN, attention_kernel
+from tunelang.compiler.search import MARGIN, attention_kernel, lay_out
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import Sft
 from tunelang.dsl.vocabulary.training import AdamW, Lora
@@ -41,6 +41,42 @@ MODELS = {
     "tiny-0.3b": Architecture(
         vocabulary=32_000, layers=16, width=1024, heads=16, kv_heads=16, head_dim=64, mlp=4096,
         context=8192,
+    ),
+    **PRESETS,
+}  # fmt: skip
+PUBLISHED = (
+    # model, length, chip, shape or (devices, nodes), sequences of a device, tokens/s of a chip
+    ("llama-3.1-8b", 8192, "v6e", (2, 4), 3, 7_100, "MaxText, tpu-recipes"),
+    ("llama-3.1-8b", 8192, "v6e", (16, 16), 3, 7_000, "MaxText, tpu-recipes"),
+    ("llama-3.1-70b", 8192, "v6e", (4, 8), 2, 877, "MaxText, tpu-recipes"),
+    ("llama-3.1-70b", 8192, "v6e", (16, 16), 2, 960, "MaxText, tpu-recipes"),
+    ("llama-3.1-405b", 8192, "v6e", (16, 16), 1, 153, "MaxText, tpu-recipes"),
+    ("llama-2-70b", 4096, "v5p", (8, 8, 8), 4, 680, "MaxText, documentation"),
+    ("llama-3.1-405b", 8192, "v5p", (8, 8, 8), 1, 123, "MaxText, tpu-recipes"),
+    ("llama-3.1-70b", 8192, "tpu7x", (4, 4, 4), 4, 2_520, "MaxText, tpu-recipes"),
+    ("llama-3.1-405b", 8192, "tpu7x", (4, 8, 8), 1, 493, "MaxText, tpu-recipes"),
+    ("llama-3.1-70b", 8192, "h200", (256, 32), 2, 1_056, "MaxText, gpu-recipes"),
+    ("llama-3.1-70b", 8192, "h100", (128, 16), 1, 1_056, "MaxText, NGC"),
+    ("llama-2-70b", 4096, "h100", (64, 8), 2, 1_052, "MaxText, NGC"),
+    ("llama-2-7b", 4096, "h100", (8, 1), 2, 11_361, "MaxText, JAX-Toolbox"),
+    ("llama-2-7b", 4096, "h100", (256, 32), 4, 11_703, "AXLearn, paper"),
+    ("llama-2-70b", 4096, "h100", (512, 64), 2, 890, "AXLearn, paper"),
+    ("llama-2-7b", 4096, "v5p", (4, 8, 8), 4, 6_554, "AXLearn, paper"),
+    ("llama-2-70b", 4096, "v5p", (8, 8, 8), 2, 706, "AXLearn, paper"),
+)
+"""Runs that others published: in bfloat16, with adam, on plain text."""
+LARGER = {
+    "llama-2-7b": Architecture(
+        vocabulary=32_000, layers=32, width=4096, heads=32, kv_heads=32, head_dim=128, mlp=11_008,
+        context=4096, tied=False,
+    ),
+    "llama-2-70b": Architecture(
+        vocabulary=32_000, layers=80, width=8192, heads=64, kv_heads=8, head_dim=128, mlp=28_672,
+        context=4096, tied=False,
+    ),
+    "llama-3.1-405b": Architecture(
+        vocabulary=128_256, layers=126, width=16_384, heads=128, kv_heads=8, head_dim=128,
+        mlp=53_248, context=8192, tied=False,
     ),
     **PRESETS,
 }  # fmt: skip
@@ -179,6 +215,37 @@ def report(path: Path) -> None:
     print(f"\naccepted by the plan and refused by the compiler: {wrong}")
 
 
+def published() -> None:
+    """Print what the plan says of published runs, in the layout that it would choose itself."""
+    print("| model | length | hardware | published | plan | error | layout | bound by | source |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    errors = []
+    for name, length, kind, shape, local, rate, source in PUBLISHED:
+        chip = CHIPS[kind]
+        if chip.platform == "gpu":
+            there = Devices(chip, shape[0], False, (), shape[1])
+        else:
+            there = Devices(chip, math.prod(shape) * chip.per_chip, False, shape)
+        rows = local * there.count
+        stage = Sft.fixed(
+            batch=Measure.fixed(value=rows, unit="sequences"), optimizer=AdamW.fixed(lr=1e-4)
+        )
+        where = f"{there}"
+        try:
+            layout = lay_out(stage, replace(LARGER[name], context=length), 2, there)
+        except DoesNotFitError as error:
+            print(f"| {name} | {length} | {where} | {rate:,} | does not fit: {error} |")
+            continue
+        found = rows * length / layout.seconds / there.count * chip.per_chip
+        errors.append(found / rate - 1)
+        mesh = " ".join(f"{axis} {size}" for axis, size in layout.mesh.items() if size > 1)
+        print(
+            f"| {name} | {length} | {where} | {rate:,} | {found:,.0f} | {errors[-1]:+.0%} | {mesh},"
+            f" remat {layout.remat}, {layout.micro_batches} parts | {layout.bound} | {source} |"
+        )
+    print(f"\n{len(errors)} runs: median error {statistics.median(map(abs, errors)):.0%}")
+
+
 def main() -> None:
     """Compile points, or report what is known."""
     parser = argparse.ArgumentParser(description="The plan against XLA's compilers.")
@@ -186,6 +253,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--chips", default=",".join(SLICES), help="only these")
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--published", action="store_true", help="against runs of others")
     given = parser.parse_args()
     if given.out is not None:
         lines = given.out.read_text().splitlines() if given.out.exists() else []
@@ -197,6 +265,8 @@ def main() -> None:
             with given.out.open("a") as file:
                 file.write(json.dumps({"at": at, **asdict(point), "said": said}) + "\n")
             print(at, point, said, flush=True)
+    if given.published:
+        published()
     if given.report is not None:
         report(given.report)
 

@@ -46,7 +46,7 @@ _CACHE_MISSES = 1.15
 _FACTORS = {
     "gpu": {"full": 1.0, "dots": 1.0, "none": 0.87, "width": 8.0, "hidden": 1.5, "scores": 4.5,
             "kept scores": 3.3, "mask": 0.5, "logits": 3.0},
-    "tpu": {"full": 1.0, "dots": 1.0, "none": 0.87, "width": 8.0, "hidden": 1.5, "scores": 4.5,
+    "tpu": {"full": 1.0, "dots": 1.0, "none": 0.95, "width": 8.0, "hidden": 2.5, "scores": 4.5,
             "kept scores": 3.3, "mask": 0.5, "logits": 3.0},
     "cpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 8.0, "hidden": 3.0, "scores": 4.5,
             "kept scores": 3.3, "mask": 0.5, "logits": 3.0},

@@ -37,8 +37,6 @@ class Chip:
     """Devices of a host, at most."""
     peak8: float = 0.0
     """Operations/s on 8-bit numbers."""
-    host_link: float = 0.0
-    """Bytes/s to the memory of the host, one direction."""
     efficiency: float = 0.5
     """The share of the peak that a well laid out step reaches while it computes (fitted to
     published runs, see `benchmarks/plan_accuracy.py`)."""
@@ -75,19 +73,23 @@ def _gpu(name: str, peak: float, memory: float, bandwidth: float, link: float, *
 
 
 _CHIPS = (
-    _tpu("v4", 275e12, 30.75, 1228e9, 45e9, 3, peak8=275e12, across=3.1e9, host_link=15e9),
-    _tpu("v5e", 197e12, 15.75, 819e9, 45e9, 2, peak8=394e12, across=3.1e9, host_link=15e9),
-    _tpu("v5p", 459e12, 95.74, 2765e9, 90e9, 3, peak8=918e12, across=6.2e9, host_link=15e9),
-    _tpu("v6e", 918e12, 31.25, 1638e9, 90e9, 2, peak8=1836e12, across=12.5e9, host_link=32e9),
+    _tpu("v4", 275e12, 30.75, 1228e9, 45e9, 3,
+         peak8=275e12, across=3.1e9, efficiency=0.6),
+    _tpu("v5e", 197e12, 15.75, 819e9, 45e9, 2,
+         peak8=394e12, across=3.1e9, efficiency=0.6),
+    _tpu("v5p", 459e12, 95.74, 2765e9, 90e9, 3,
+         peak8=918e12, across=6.2e9, efficiency=0.7),
+    _tpu("v6e", 918e12, 31.25, 1638e9, 90e9, 2,
+         peak8=1836e12, across=12.5e9, efficiency=0.55),
     # A device is half a chip.
     _tpu(
-        "tpu7x", 1153.5e12, 94.75, 3690e9, 45e9, 3, peak8=2307e12, across=6.2e9, host_link=16e9,
-        per_chip=2,
+        "tpu7x", 1153.5e12, 94.75, 3690e9, 45e9, 3, peak8=2307e12, across=6.2e9,
+        per_chip=2, efficiency=0.68,
     ),
-    _gpu("a100", 312e12, 79.3, 2039e9, 300e9, peak8=624e12, host_link=25e9),
-    _gpu("h100", 989.5e12, 79.6, 3350e9, 450e9, peak8=1979e12, host_link=55e9),
-    _gpu("h200", 989.5e12, 140.4, 4800e9, 450e9, peak8=1979e12, host_link=55e9),
-    _gpu("b200", 2250e12, 178.0, 8000e9, 900e9, peak8=4500e12, host_link=55e9),
+    _gpu("a100", 312e12, 79.3, 2039e9, 300e9, peak8=624e12, efficiency=0.6),
+    _gpu("h100", 989.5e12, 79.6, 3350e9, 450e9, peak8=1979e12, efficiency=0.58),
+    _gpu("h200", 989.5e12, 140.4, 4800e9, 450e9, peak8=1979e12, efficiency=0.58),
+    _gpu("b200", 2250e12, 178.0, 8000e9, 900e9, peak8=4500e12, efficiency=0.5),
 )  # fmt: skip
 CHIPS = MappingProxyType({chip.name: chip for chip in _CHIPS})
 
