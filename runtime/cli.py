@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -334,7 +335,10 @@ def plan_command(
                         continue
                     fits = False
                     for remedy in rehearse.remedies(prepared, node, found, cache):
-                        typer.echo(f"    would fit: {remedy}")
+                        line = f"would fit: {remedy}"
+                        typer.echo(textwrap.fill(
+                            line, _width(), initial_indent="    ", subsequent_indent="      "
+                        ))  # fmt: skip
                     break
             if not fits:
                 raise typer.Exit(DOES_NOT_FIT)

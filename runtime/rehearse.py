@@ -60,7 +60,7 @@ from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program
 from tunelang.runtime.prepare import Prepared, Shapes
 from tunelang.runtime.rollout import PREFILL
 from tunelang.runtime.sampling import slot_settings
-from tunelang.runtime.sharding import Layout, is_variable, make_layout
+from tunelang.runtime.sharding import Layout, is_variable, make_layout, shardings
 from tunelang.runtime.supervised import compiled, objective_of
 from tunelang.runtime.topologies import compilable
 from tunelang.runtime.words import size_text
@@ -194,7 +194,8 @@ def _params(architecture: Architecture, program: train.Program) -> Any:
 def _supervised(
     stage: Supervised, shapes: Shapes, planned: StageLayout, layout: Layout
 ) -> Iterator[_Program]:
-    a, program = shapes.architecture, _program_of(shapes, planned, layout)
+    a = replace(shapes.architecture, scores=stage.yields == "scores")
+    program = _program_of(shapes, planned, layout)
     pieces = 2 if isinstance(stage, Preference | RewardModel | Kto) else 1
     count = pieces
     if stage.packing:
@@ -265,6 +266,8 @@ def _policy(
         scores = replace(a, scores=True)
         learner = learner_of(stage.critic, scores, _STEPS)
         held = train.abstract_state(scores, learner.optimizer, program)
+        if stage.critic.trunk == "shared":
+            held = _head_alone(held, learner.optimizer, layout)
         state = replace(state, critic=replace(held, frozen=nnx.State({})), beside=held.frozen)
     step = policy_step(a, optimizer, schedule, stage, program, learner)
     completion = min(sampling.max_tokens, planned.length)
@@ -330,6 +333,19 @@ def _policy(
         beside,
         kept,
     )
+
+
+def _head_alone(state: train.TrainState, optimizer: Any, layout: Layout) -> train.TrainState:
+    """Return the state of a critic that is one more head on the policy."""
+    head, _ = nnx.split_state(state.params, lambda path, _: path[0] == "score", ...)
+    moments = jax.eval_shape(optimizer.init, head)
+    places = shardings(moments, layout)
+    moments = jax.tree.map(
+        lambda leaf, place: ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        moments,
+        places,
+    )
+    return replace(state, params=head, optimizer=moments, frozen=nnx.State({}))
 
 
 def _bytes(tree: Any) -> int:

@@ -26,7 +26,7 @@ from tunelang.dsl.vocabulary.stages import (
     Sft,
     Training,
 )
-from tunelang.dsl.vocabulary.training import K3, AdamW, Axes, Lora, Sampling
+from tunelang.dsl.vocabulary.training import K3, AdamW, Axes, Critic, Lora, Sampling
 from tunelang.runtime import collectives
 from tunelang.runtime.prepare import Shapes
 from tunelang.runtime.rehearse import measure, programs, unsplit
@@ -71,8 +71,7 @@ SUPERVISED = [
 
 @pytest.mark.parametrize("stage", SUPERVISED, ids=lambda s: type(s).__name__)
 def test_supervised_stages(stage: Training) -> None:
-    a = replace(SMALL, scores=isinstance(stage, RewardModel))
-    made = found(stage, a)
+    made = found(stage)
     ahead = isinstance(stage, Preference) and stage.reference_log_probs == "ahead"
     assert set(made) == ({"train", "reference"} if ahead else {"train"})
     for each in made.values():
@@ -101,6 +100,10 @@ def test_supervised_stages(stage: Training) -> None:
         (
             Ppo.fixed(batch=8, rollout=ROLLOUT, passes=1, minibatches=1, **REST),
             {"train", "prefill", "decode"},
+        ),
+        (
+            Ppo.fixed(batch=8, rollout=ROLLOUT, critic=Critic.fixed(trunk="shared"), **REST),
+            {"train", "score", "prefill", "decode"},
         ),
     ],
 )
