@@ -50,6 +50,8 @@ def ranked(
     """
     rows, length = _batch(stage, architecture)
     kernel = attention_kernel(attention, architecture, length, dtype_bytes, devices)
+    if isinstance(stage, Policy):
+        kernel = "xla"  # completions attend to a prompt of any length that they share
     pinned = pins(stage)
     nearest: StageLayout | None = None
     found: list[tuple[tuple[float, int, int], StageLayout]] = []
