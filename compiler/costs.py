@@ -51,8 +51,8 @@ _FACTORS = {
     "cpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 8.0, "hidden": 3.0, "scores": 4.5,
             "kept scores": 3.3, "mask": 0.5, "logits": 3.0},
 }  # fmt: skip
-"""How often parts of the activations are there at the peak, by compiler: fitted to what it says,
-see `benchmarks/plan_accuracy.py`."""
+"""How often parts of the activations are there at the peak, by compiler. Those of GPUs and TPUs
+were fitted to what it says, see `benchmarks/plan_accuracy.py`; those of CPUs only rank."""
 
 
 @dataclass(frozen=True)

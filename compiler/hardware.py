@@ -38,8 +38,8 @@ class Chip:
     peak8: float = 0.0
     """Operations/s on 8-bit numbers."""
     efficiency: float = 0.5
-    """The share of the peak that a well laid out step reaches while it computes (fitted to
-    published runs, see `benchmarks/plan_accuracy.py`)."""
+    """The share of the peak that a well laid out step reaches while it computes: for v5p, v6e,
+    tpu7x, h100 and h200 fitted to published runs (`benchmarks/plan_accuracy.py`), else assumed."""
     source: str = "measured here"
     """Of the figures."""
     cache: int | None = None

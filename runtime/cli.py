@@ -319,6 +319,9 @@ def plan_command(
 
     with _failing(program, traceback):
         prepared = _prepared(program, spec, store, only, until, force, on)
+        if as_json and compile:
+            typer.echo("`--json` is of the plan alone, without `--compile`", err=True)
+            raise typer.Exit(WRONG_COMMAND)
         if as_json:
             typer.echo(prepare.as_json(prepared))
         else:

@@ -132,7 +132,7 @@ class _Wandb:
 
 
 class MissingExtraError(Exception):
-    """A tracker's package is not installed: the `extra` that brings it."""
+    """A tracker's package, or a compiler, is not installed: the `extra` that brings it."""
 
     def __init__(self, extra: str) -> None:
         super().__init__(extra)

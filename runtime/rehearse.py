@@ -112,8 +112,10 @@ def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
     stage = bound(stage, prepared.program.folder)
     devices, planned = prepared.devices[node], prepared.layouts[node]
     layout = make_layout(**planned.mesh, devices=compilable(devices))
+    copied = tuple(unsplit(prepared.shapes[node].architecture, layout))
     for program in programs(stage, prepared.shapes[node], planned, layout):
-        yield _compiled(program, devices, cache)
+        found = _compiled(program, devices, cache)
+        yield replace(found, findings=found.findings + copied) if program.name == "train" else found
 
 
 def fits(prepared: Prepared, node: str, found: Rehearsed) -> bool:
@@ -136,7 +138,7 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
         budget = int(budget * min(0.95, planned.total / worst))
         try:
             smaller = replace(devices, chip=replace(devices.chip, memory=budget))
-            layout = lay_out(stage, a, width, smaller, teacher=shapes.teacher)
+            layout = lay_out(stage, a, width, smaller, planned.kernel, shapes.teacher)
         except DoesNotFitError:
             break
         mesh = make_layout(**layout.mesh, devices=compilable(devices))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tunelang.dsl.check import check_file
 from tunelang.dsl.vocabulary.custom import Python
 from tunelang.dsl.vocabulary.data import PythonData, Settings
 from tunelang.dsl.vocabulary.stages import Policy, Preference
 from tunelang.dsl.vocabulary.training import AdamW, Clip, Measure, Sampling
-from tunelang.runtime import objectives
+from tunelang.runtime import objectives, worker
 from tunelang.runtime.custom import Custom, CustomError, bound, made_rows
 from tunelang.runtime.losses import cross_entropy, custom_loss
 from tunelang.runtime.objectives import Completions
@@ -181,3 +183,24 @@ def test_rows_that_are_none_are_said(folder: Path) -> None:
     with pytest.raises(CustomError, match="a row has to be a dict, and one is 2"):
         made_rows(PythonData.fixed(function="mine.py:odd"), folder, cache)
     assert not list(cache.glob("*.jsonl"))
+
+
+def test_the_functions_of_the_example() -> None:
+    folder = Path(__file__).parents[2] / "specs" / "custom"
+
+    def example(name: str) -> Any:
+        return worker.load_function(str(folder / "functions.py"), name)
+
+    rows = list(example("vowels")(count=5, seed=3))
+    assert len(rows) == 5
+    assert all(set(row["vowels"]) <= set("aeiou") for row in rows)
+    logits = jnp.array([[4.0, 0.0], [0.0, 0.0]])
+    sure, unsure = example("focal")(logits, jnp.array([0, 0]))
+    assert 0 < sure < 0.02
+    assert unsure == pytest.approx(0.5 * np.log(2))
+    assert example("square_root")(jnp.array([0.0, 0.75, 1.0])).tolist() == [1.0, 0.5, 0.0]
+    assert example("closeness")("evol", "evil") == 0.75
+    assert example("ranks")(jnp.array([[1.0, 3.0, 3.0]])).tolist() == [[-1.0, 0.5, 0.5]]
+    assert example("smooth")(jnp.array([1.0]), jnp.array([2.0])).tolist() == [0.0]
+    assert example("longest_right")(["ab", "abc", "a"], [1.0, 0.0, 1.0]) == 2
+    assert check_file(folder / "custom.tune").program is not None
