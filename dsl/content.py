@@ -436,7 +436,7 @@ def _python(
     at = book.argument(reward, "reference", span)
     found = _reward_function(book, reward, at)
     if found is not None:
-        _filled(book, found, reward.reference, at, ("completion",), sources, used)
+        _filled(book, found, reward.reference, at, ("completion", custom.PIECES), sources, used)
 
 
 def _filled(
@@ -491,7 +491,8 @@ def _reward_function(book: Book, reward: custom.Python, span: Span) -> files.Pyt
     found = _called_function(book, span, reward.reference)
     if found is None:
         return None
-    if not found.takes_any and not any(p.name == "completion" for p in found.parameters):
+    given = {"completion", custom.PIECES}
+    if not found.takes_any and not any(p.name in given for p in found.parameters):
         book.add(
             messages.no_completion_parameter(
                 span, reward.reference, [p.name for p in found.parameters]

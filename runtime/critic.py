@@ -16,6 +16,7 @@ from tunelang.runtime import objectives, train, values
 from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
 from tunelang.runtime.origins import scoring
 from tunelang.runtime.policy_step import Learner, PolicyBatch, ScoreProgram
+from tunelang.runtime.rewards import Scores
 
 
 @dataclass
@@ -41,20 +42,24 @@ class Critic:
             return train.whole(state.critic.params, state.beside)
         return scoring(self.architecture, state.weights, state.critic.params)[1]
 
-    def estimated(self, batch: PolicyBatch, found: Any, rewards: Any) -> PolicyBatch:
+    def estimated(self, batch: PolicyBatch, found: Any, scores: Scores) -> PolicyBatch:
         """Add values, returns and advantages to a batch of numpy arrays.
 
-        `found` are the values `[prompts, group, length]`, `rewards` those of completions.
+        `found` are the values `[prompts, group, length]`.
         """
-        stage, penalty = self.stage, None
+        stage, mask = self.stage, batch.mask
+        rewards, own = scores.values.copy(), np.zeros(mask.shape)
+        if scores.credit is not None:
+            rewards -= scores.credit.sum(1)
+            own[..., : scores.credit.shape[1]] = scores.credit.reshape(*mask.shape[:2], -1)
         if self._penalised:
             assert stage.kl is not None
             given = (jnp.asarray(each) for each in (batch.old, batch.reference, batch.mask))
             divergences = np.asarray(objectives.divergences(stage.kl, *given))
             self.divergence = float(divergences.sum(-1).mean())
-            penalty = self.coefficient * divergences
-        rewards = values.token_rewards(rewards.reshape(batch.mask.shape[:-1]), batch.mask, penalty)
-        advantages, returns = values.gae(rewards, found, batch.mask, stage.discount, stage.trace)
+            own -= self.coefficient * divergences
+        each = values.token_rewards(rewards.reshape(mask.shape[:-1]), own, mask)
+        advantages, returns = values.gae(each, found, mask, stage.discount, stage.trace)
         return replace(
             batch,
             values=found,

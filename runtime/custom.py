@@ -43,11 +43,8 @@ class Custom:
         """Call it with what its parameters name. Raises `CustomError` where the result has not the
         shape, and where the function raises.
         """
-        names = worker.parameters(self.function)
-        if names is not None:
-            given = {name: given[name] for name, _ in names if name in given}
         try:
-            value = self.function(**given)
+            value = self.function(**worker.taken(worker.parameters(self.function), given))
         except Exception as error:
             raise CustomError(self.reference, worker.explain(error)) from error
         found = jnp.shape(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -24,6 +25,7 @@ from tunelang.runtime.rewards import Reward, Scores
 from tunelang.runtime.rollout import Prompt, Rollouts, rollout
 from tunelang.runtime.scorers import Row, function_of
 from tunelang.runtime.sharding import Layout
+from tunelang.runtime.tokenizers import StreamDecoder
 from tunelang.runtime.workers import Workers
 from tunelang.runtime.workshop import Model, Workshop
 
@@ -119,7 +121,9 @@ def texts_of(model: Model, rollouts: Rollouts) -> list[str]:
     ]
 
 
-def rows_of(examples: Sequence[Example], rollouts: Rollouts, texts: Sequence[str]) -> list[Row]:
+def rows_of(
+    model: Model, examples: Sequence[Example], rollouts: Rollouts, texts: Sequence[str]
+) -> list[Row]:
     """Return what the reward reads: completion `i` belongs to example `i // group`."""
     rows = []
     for at, text in enumerate(texts):
@@ -134,8 +138,16 @@ def rows_of(examples: Sequence[Example], rollouts: Rollouts, texts: Sequence[str
                 {"role": each.role, "content": each.content} for each in example.messages
             ]
         fields = {**example.fields, **roles, "completion": text}
-        rows.append(Row(fields, example.source, int(rollouts.lengths[at])))
+        pieces = partial(_pieces, model, rollouts, at)
+        rows.append(Row(fields, example.source, int(rollouts.lengths[at]), pieces))
     return rows
+
+
+def _pieces(model: Model, rollouts: Rollouts, row: int) -> list[str]:
+    """Return the text of each token of a completion: a character is that of its last one."""
+    decoder = StreamDecoder(model.renderer.tokenizer, model.renderer.stops)
+    found = [decoder.push(int(token)) for token in rollouts.completion(row)]
+    return [*found[:-1], found[-1] + decoder.finish()]
 
 
 def completed(
@@ -191,7 +203,7 @@ def _generate(
     opened = workshop.once(
         ("eval rewards", name), lambda: [Reward(each, around) for each in rewards]
     )
-    rows = rows_of(asked.examples, found, texts)
+    rows = rows_of(model, asked.examples, found, texts)
     scores, *others = [reward.score(rows) for reward in opened]
     groups = scores.values.reshape(-1, kind.samples)
     low, high = statistics.interval(groups)
@@ -233,6 +245,8 @@ def _measured(
             (value,) = pool.call_all([{**fields, "score": scores.values.tolist()}])
         finally:
             pool.close()
+        if isinstance(value, list):
+            value = "it returned a list, not a number"
         if isinstance(value, str):
             raise CustomError(own.reference, value)
         found[own.name] = value

@@ -195,7 +195,7 @@ class PolicyTrainer:
             tokenizer=renderer.tokenizer,
         )
         texts = texts_of(self.model, rollouts)
-        scoring = self.reward.submit(rows_of(examples, rollouts, texts))
+        scoring = self.reward.submit(rows_of(self.model, examples, rollouts, texts))
         batch = batch_of(rollouts, self.prompt_length, self._padded(rollouts))
         old = reference = valued = None
         if self._needs_old:
@@ -208,7 +208,7 @@ class PolicyTrainer:
         scores = scoring.result()
         rewards = scores.values
         if self.critic is not None:
-            batch = self.critic.estimated(batch, valued, rewards)
+            batch = self.critic.estimated(batch, valued, scores)
         elif stage.kl is not None and stage.kl.at == "reward":
             length = batch.tokens.shape[2]
             rewards = np.asarray(

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from types import TracebackType
 from typing import Any, Self
 
@@ -57,6 +57,10 @@ class Scores:
     parts: Mapping[str, Values]
     """Part -> `[rows]`; NaN where it was not asked, which is for another source's completion."""
     events: tuple[Event, ...]
+    credit: Values | None = None
+    """`[rows, tokens]`, how much of the reward each token has, where a function says; the rest is
+    the last token's.
+    """
 
     def metrics(self) -> dict[str, float]:
         """Mean and standard deviation of the reward and of each part, and the number of events."""
@@ -75,6 +79,8 @@ class _Batch:
 
     rows: Sequence[Row]
     parts: dict[str, Values]
+    credit: dict[str, Values]
+    """Part -> `[rows, tokens]`, for parts that give each token its own."""
     events: list[Event]
 
     def stand_in(self, part: str, row: int, why: str, value: float) -> float:
@@ -82,8 +88,18 @@ class _Batch:
         return value
 
 
-_Evaluate = Callable[[_Batch, Positions], Values]
-"""The values of an expression for some rows of a batch."""
+@dataclass(frozen=True)
+class _Found:
+    """The values `[rows]` of an expression, and what of them is of single tokens
+    (`Scores.credit`).
+    """
+
+    values: Values
+    credit: Values | None = None
+
+
+_Evaluate = Callable[[_Batch, Positions], _Found]
+"""What an expression is worth for some rows of a batch."""
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "+": np.add,
@@ -132,9 +148,9 @@ class Reward:
 
     def score(self, rows: Sequence[Row]) -> Scores:
         """Score each completion. Raises for nothing that a completion brings about."""
-        batch = _Batch(rows, {}, [])
-        values = self._evaluate(batch, np.arange(len(rows)))
-        return Scores(values, batch.parts, tuple(batch.events))
+        batch = _Batch(rows, {}, {}, [])
+        found = self._evaluate(batch, np.arange(len(rows)))
+        return Scores(found.values, batch.parts, tuple(batch.events), found.credit)
 
     def submit(self, rows: Sequence[Row]) -> Future[Scores]:
         """`score` in a thread, so that the host scores while the devices sample."""
@@ -150,7 +166,7 @@ class Reward:
         """Make the function of an expression, which logs under `name` if it was declared."""
         match node:
             case RewardConstant():
-                evaluate: _Evaluate = lambda _, at: np.full(len(at), node.value)  # noqa: E731
+                evaluate: _Evaluate = lambda _, at: _Found(np.full(len(at), node.value))  # noqa: E731
             case RewardRef():
                 evaluate = self._reference(node.name)
             case RewardOperator():
@@ -191,56 +207,93 @@ class Reward:
 def _logged(name: str, evaluate: _Evaluate) -> _Evaluate:
     """Keep the values of a part in the batch; what was asked already is not asked again."""
 
-    def run(batch: _Batch, at: Positions) -> Values:
+    def run(batch: _Batch, at: Positions) -> _Found:
         values = batch.parts.setdefault(name, np.full(len(batch.rows), math.nan))
         new = at[np.isnan(values[at])]
         if new.size:
-            values[new] = evaluate(batch, new)
-        return values[at]
+            found = evaluate(batch, new)
+            values[new] = found.values
+            if found.credit is not None:
+                shape = len(batch.rows), found.credit.shape[1]
+                batch.credit.setdefault(name, np.zeros(shape))[new] = found.credit
+        credit = batch.credit.get(name)
+        return _Found(values[at], None if credit is None else credit[at])
 
     return run
 
 
 def _leaf(score: Scorer, name: str, stated: float) -> _Evaluate:
-    def run(batch: _Batch, at: Positions) -> Values:
+    def run(batch: _Batch, at: Positions) -> _Found:
         results = score([batch.rows[row] for row in at])
-        values = np.empty(len(at))
+        values, credit = np.empty(len(at)), None
         for index, (row, result) in enumerate(zip(at.tolist(), results, strict=True)):
-            if not isinstance(result, str) and not math.isfinite(result):
-                result = f"it returned {result}"
+            tokens = batch.rows[row].tokens
+            if isinstance(result, list) and len(result) != tokens:
+                result = f"it returned {len(result)} numbers for {tokens} tokens"
+            if not isinstance(result, str) and not math.isfinite(total := np.sum(result)):
+                result = f"it returned {total}"
             if isinstance(result, str):
                 result = batch.stand_in(name, row, result, stated)
-            values[index] = result
-        return values
+            if isinstance(result, list):
+                if credit is None:
+                    credit = np.zeros((len(at), max(each.tokens for each in batch.rows)))
+                credit[index, :tokens] = result
+            values[index] = np.sum(result)
+        return _Found(values, credit)
 
     return run
 
 
 def _operation(operator: str, operands: Sequence[_Evaluate], name: str) -> _Evaluate:
-    def run(batch: _Batch, at: Positions) -> Values:
+    def run(batch: _Batch, at: Positions) -> _Found:
+        given = [operand(batch, at) for operand in operands]
         with np.errstate(all="ignore"):
-            found = reduce(_OPERATORS[operator], [operand(batch, at) for operand in operands])
-        values: Values = np.asarray(found, np.float64)
+            found = reduce(partial(_combined, operator), given)
         why = "a division by zero" if operator == "/" else "the result is too large"
-        for index in np.flatnonzero(~np.isfinite(values)):
-            values[index] = batch.stand_in(name, int(at[index]), why, ON_ERROR)
-        return values
+        for index in np.flatnonzero(~np.isfinite(found.values)):
+            found.values[index] = batch.stand_in(name, int(at[index]), why, ON_ERROR)
+            if found.credit is not None:
+                found.credit[index] = 0
+        return found
 
     return run
 
 
+def _combined(operator: str, one: _Found, other: _Found) -> _Found:
+    """Combine two operands. What tokens have adds up, and is scaled by the value of a completion;
+    of the product of two such parts, or a comparison, nothing can be said for single tokens.
+    """
+    values = np.asarray(_OPERATORS[operator](one.values, other.values), np.float64)
+    first, second = (0.0 if each.credit is None else each.credit for each in (one, other))
+    credit: Any = None
+    if one.credit is None and other.credit is None:
+        pass
+    elif operator in ("+", "-"):
+        credit = _OPERATORS[operator](first, second)
+    elif operator == "*" and (one.credit is None or other.credit is None):
+        credit = first * other.values[:, None] + second * one.values[:, None]
+    elif operator == "/" and other.credit is None:
+        credit = first / other.values[:, None]
+    return _Found(values, credit)
+
+
 def _by_source(parts: Mapping[str, _Evaluate], name: str) -> _Evaluate:
-    def run(batch: _Batch, at: Positions) -> Values:
-        values = np.full(len(at), math.nan)
+    def run(batch: _Batch, at: Positions) -> _Found:
+        values, credit = np.full(len(at), math.nan), None
         sources = np.array([batch.rows[row].source for row in at], dtype=object)
         for source, evaluate in parts.items():
             of = np.flatnonzero(sources == source)
             if of.size:
-                values[of] = evaluate(batch, at[of])
+                found = evaluate(batch, at[of])
+                values[of] = found.values
+                if found.credit is not None:
+                    if credit is None:
+                        credit = np.zeros((len(at), found.credit.shape[1]))
+                    credit[of] = found.credit
         for index in np.flatnonzero(np.isnan(values)):
             why = f"no reward for the source `{sources[index]}`"
             values[index] = batch.stand_in(name, int(at[index]), why, ON_ERROR)
-        return values
+        return _Found(values, credit)
 
     return run
 

@@ -78,7 +78,7 @@ def sample(
                     tokenizer=renderer.tokenizer,
                 )  # fmt: skip
                 texts = texts_of(model, found)
-                rows = rows_of(examples[own], found, texts)
+                rows = rows_of(model, examples[own], found, texts)
                 scores, kept = score.score(rows).values, keep.score(rows).values > 0
                 for at, text in enumerate(texts):
                     place = own.start + at // stage.samples

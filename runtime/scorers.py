@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunelang.dsl.vocabulary.base import RewardExpression, TextExpression
-from tunelang.dsl.vocabulary.custom import Python
+from tunelang.dsl.vocabulary.custom import PIECES, Python
 from tunelang.dsl.vocabulary.data import Procedural
 from tunelang.dsl.vocabulary.rewards import (
     Contains,
@@ -42,10 +42,12 @@ class Row:
     """The name of the data that the prompt came from."""
     tokens: int
     """Number of tokens of the completion, the stop token included."""
+    pieces: Callable[[], list[str]] = list
+    """The texts of those tokens, which join to the completion."""
 
 
 Scorer = Callable[[Sequence[Row]], Sequence[Result]]
-"""For each row its value, or why it has none."""
+"""For each row its value, or those of its tokens, or why it has none."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,13 @@ def _matches(leaf: Matches, pools: Pools) -> Scorer:
 
 def _python(leaf: Python, folder: Path, pools: Pools) -> Scorer:
     pool = pools.get(function_of(leaf, folder), leaf.timeout)
-    pool.start()  # a function that cannot be loaded is an error now, not at the first batch
-    return lambda rows: _call(pool, rows, lambda row: row.fields)
+    # A function that cannot be loaded is an error now, not at the first batch.
+    asked = PIECES in pool.start()[0]
+
+    def arguments(row: Row) -> Mapping[str, Any]:
+        return {**row.fields, PIECES: row.pieces()} if asked else row.fields
+
+    return lambda rows: _call(pool, rows, arguments)
 
 
 def function_of(leaf: Python, folder: Path) -> Target:

@@ -70,7 +70,7 @@ class Speaker:
         texts = texts_of(self.model, found)
         values = found.log_probs.sum(1) / found.lengths
         if reward is not None:
-            scores = reward.score(rows_of(_examples(prompts), found, texts))
+            scores = reward.score(rows_of(self.model, _examples(prompts), found, texts))
             if len({event.row for event in scores.events}) == len(texts):
                 raise UnscoredError(scores.events[0].part, scores.events[0].why)
             values = scores.values

@@ -20,16 +20,11 @@ _LARGEST_ERROR = 0.2
 """Bound of the relative error that the KL coefficient is corrected for (arXiv:1909.08593)."""
 
 
-def token_rewards(
-    rewards: Floats, mask: NDArray[np.bool_], penalty: Floats | None = None
-) -> Floats:
-    """Compute the reward of each token: less its penalty, with the completion's on the last.
-
-    `rewards` are of completions, `[...]`, or of tokens, `[..., length]`.
+def token_rewards(rewards: Floats, own: Floats | float, mask: NDArray[np.bool_]) -> Floats:
+    """Compute the reward of each token: its own, `[..., length]`, with the completion's, `[...]`,
+    on the last; 0 off the mask.
     """
-    found = np.zeros(mask.shape) if penalty is None else -np.where(mask, penalty, 0.0)
-    if rewards.ndim == mask.ndim:
-        return found + np.where(mask, rewards, 0.0)
+    found = np.where(mask, own, 0.0)
     later = np.cumsum(mask[..., ::-1], axis=-1)[..., ::-1]
     return found + np.where(mask & (later == 1), rewards[..., None], 0.0)
 

@@ -65,19 +65,35 @@ LOADERS: dict[str, Callable[..., Callable[..., Any]]] = {
 }
 
 
-def parameters(function: Callable[..., Any]) -> tuple[tuple[str, bool], ...] | None:
-    """List the parameters with whether each is required; None where it takes any."""
+Parameters = tuple[dict[str, bool], bool]
+"""Named parameters with whether each is required, and whether others are taken as well."""
+
+
+def parameters(function: Callable[..., Any]) -> Parameters:
+    """Return what a function takes."""
     found = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in found):
-        return None
-    return tuple((parameter.name, parameter.default is parameter.empty) for parameter in found)
+    others = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    named = {each.name: each.default is each.empty for each in found if each.kind not in others}
+    return named, any(each.kind is each.VAR_KEYWORD for each in found)
 
 
-def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> float:
-    """Call the function; raises `ValueError` where its value is not a number."""
+def taken(parameters: Parameters, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return of what there is what a function takes."""
+    named, others = parameters
+    return {name: value for name, value in given.items() if others or name in named}
+
+
+def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> float | list[float]:
+    """Call the function; raises `ValueError` where its value is no number, nor a list of some."""
     value = function(**arguments)
     if inspect.iscoroutine(value):
         value = asyncio.run(value)
+    if hasattr(value, "tolist"):  # an array
+        value = value.tolist()
+    return [_number(each) for each in value] if isinstance(value, list) else _number(value)
+
+
+def _number(value: Any) -> float:
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise ValueError(f"it returned {_short(value)}, not a number")
     return float(value)

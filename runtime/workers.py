@@ -21,12 +21,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tunelang.runtime.worker import Parameters, taken
+
 _LOADING_SECONDS = 120.0  # importing torch from a cold network disk takes a minute
 _SCRIPT = str(Path(__file__).with_name("worker.py"))
 
 Target = tuple[Any, ...]
 """What a worker loads: a loader's name in `worker.LOADERS`, and its arguments."""
-Result = float | str
+Result = float | list[float] | str
 """The value of a call, or why there is none."""
 
 
@@ -64,17 +66,15 @@ class _Worker:
         if kind != "loaded":
             self.end()
             raise LoadError(target, loaded)
-        self.parameters: Sequence[tuple[str, bool]] | None = loaded
+        self.parameters: Parameters = loaded
 
     def call(self, fields: Mapping[str, Any], timeout: float) -> tuple[Result, bool]:
         """Return the result, and whether the worker is fit for another call."""
-        if self.parameters is not None:
-            for name, required in self.parameters:
-                if required and name not in fields:
-                    return f"it asks for `{name}`, which is not a field of the row", True
-            fields = {name: fields[name] for name, _ in self.parameters if name in fields}
+        for name, required in self.parameters[0].items():
+            if required and name not in fields:
+                return f"it asks for `{name}`, which is not a field of the row", True
         try:
-            self.connection.send(dict(fields))
+            self.connection.send(taken(self.parameters, fields))
         except (OSError, EOFError):
             return f"the process ended{self._exit()}", False
         except Exception as error:  # whatever pickling a field raises
@@ -122,13 +122,16 @@ class Workers:
         for _ in range(count):
             self._free.put(None)
 
-    def start(self) -> None:
-        """Start one process now; raises `LoadError` where the function cannot be loaded."""
+    def start(self) -> Parameters:
+        """Start one process now, and return what the function takes; raises `LoadError` where it
+        cannot be loaded.
+        """
         worker = self._free.get()
         try:
             worker = worker or self._new()
         finally:
             self._free.put(worker)
+        return worker.parameters
 
     def call_all(self, rows: Sequence[Mapping[str, Any]]) -> list[Result]:
         """Call with each row of arguments, in order; never raises for what the function does."""

@@ -5,14 +5,19 @@ from typing import Annotated
 from tunelang.dsl import types
 from tunelang.dsl.vocabulary.base import RewardExpression, placement, result
 
+PIECES = "completion_tokens"
+"""The parameter of a reward that takes the texts of a completion's tokens."""
+
 
 class Python(RewardExpression):
     """A Python function of your own: `python("rewards/mine.py:score")`.
 
     As a reward it is called once for each completion, in a process of its own, with the fields that
     its parameters name (`completion`, `prompt`, `target`, or any field of the data) and returns a
-    number. It may also stand for a loss, an advantage, a schedule or a metric: `tune explain` of
-    the attribute says what it is given there.
+    number; or a list of numbers, one for each of `completion_tokens`, the texts of its tokens. The
+    reward then is their sum, and PPO credits each token with its own. It may also stand for a loss,
+    an advantage, a schedule or a metric: `tune explain` of the attribute says what it is given
+    there.
     """
 
     word = "python"

@@ -39,6 +39,16 @@ def closeness(completion: str, target: str) -> float:
     return same / max(len(completion), len(target), 1)
 
 
+def letters(completion_tokens: list[str], target: str) -> list[float]:
+    """Reward of each token: 1 for the right letter at its place, and for ending there."""
+    found, at = [], 0
+    for piece in completion_tokens:  # the one that ends a completion has no text
+        right = target[at : at + len(piece)] == piece if piece else at == len(target)
+        found.append(float(right))
+        at += len(piece)
+    return found
+
+
 def ranks(rewards: jax.Array) -> jax.Array:
     """Advantage: the place within the group, from -1 to 1; equal rewards share theirs."""
     ahead = jnp.sign(rewards[:, :, None] - rewards[:, None, :])

@@ -38,7 +38,8 @@ from tunelang.runtime.workers import LoadError
 def row(
     completion: str, target: str = "42", *, source: str = "math", tokens: int = 5, **more
 ) -> Row:
-    return Row({"completion": completion, "target": target, **more}, source, tokens)
+    fields = {"completion": completion, "target": target, **more}
+    return Row(fields, source, tokens, lambda: list(completion))
 
 
 def score(expression: RewardExpression, *rows: Row, **around) -> Scores:
@@ -249,6 +250,9 @@ FUNCTIONS = """
     def anything(**fields):
         return len(fields)
 
+    def vowels(completion_tokens, **others):
+        return [float(letter in "aeiou") for letter in completion_tokens]
+
     async def later(completion):
         return len(completion)
 
@@ -299,6 +303,48 @@ def test_functions_get_the_fields_that_they_name(folder):
     assert score(python("later"), row("abc"), folder=folder).values.tolist() == [3]
     found = score(python("fields"), row("a"), folder=folder)
     assert found.events[0].why == "it asks for `n`, which is not a field of the row"
+
+
+def test_a_reward_of_each_token(folder):
+    rows = [row("bio", tokens=3, n=2.0), row("ox", tokens=2, n=3.0), row("b", tokens=2, n=1.0)]
+    vowels = python("vowels")
+    times = python("fields")  # 2 n
+
+    def found(expression: RewardExpression) -> Scores:
+        return score(expression, *rows, folder=folder)
+
+    alone = found(vowels)
+    assert alone.values.tolist() == [2, 1, 0]
+    assert alone.credit is not None
+    assert alone.credit.tolist() == [[0, 1, 1], [1, 0, 0], [0, 0, 0]]
+    assert alone.events[0].why == "it returned 1 numbers for 2 tokens"
+    assert alone.parts["vowels"].tolist() == [2, 1, 0]
+
+    # Sums keep what tokens have; a completion's own part is what remains, for its last token.
+    both = found(operator("-", times, operator("/", vowels, 2)))
+    assert both.values.tolist() == [3, 5.5, 2]
+    assert both.credit.tolist() == [[0, -0.5, -0.5], [-0.5, 0, 0], [0, 0, 0]]
+    scaled = found(operator("*", times, 0.5, vowels))
+    assert scaled.values.tolist() == [4, 3, 0]
+    assert scaled.credit.tolist() == [[0, 2, 2], [3, 0, 0], [0, 0, 0]]
+    of_source = found(BySource(sources={"math": vowels}))
+    assert of_source.credit.tolist() == alone.credit.tolist()
+    for expression in (
+        operator("*", vowels, vowels), operator(">", vowels, 1), operator("/", 1, vowels), times,
+    ):  # fmt: skip
+        assert found(expression).credit is None
+    lost = found(operator("/", vowels, operator("-", times, 6)))
+    assert lost.values.tolist() == [-1, 0, 0]
+    assert lost.credit.tolist() == [[0, -0.5, -0.5], [0, 0, 0], [0, 0, 0]]
+
+
+def test_a_declared_reward_of_each_token_is_asked_once(folder):
+    declared = {"spelt": python("vowels")}
+    expression = operator("+", RewardRef(name="spelt"), operator("*", 2, RewardRef(name="spelt")))
+    found = score(expression, row("bio", tokens=3), folder=folder, declared=declared)
+    assert found.values.tolist() == [6]
+    assert found.credit.tolist() == [[0, 3, 3]]
+    assert found.parts["spelt"].tolist() == [2]
 
 
 def test_what_a_function_may_do_is_an_event(folder):

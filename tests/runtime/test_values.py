@@ -21,10 +21,12 @@ from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.stages import Ppo
 from tunelang.dsl.vocabulary.training import Critic, Sampling, Sgd
 from tunelang.runtime import values
+from tunelang.runtime.critic import Critic as Estimator
 from tunelang.runtime.critic import learner_of, with_critic
 from tunelang.runtime.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.origins import score_head
-from tunelang.runtime.policy_step import policy_step, score_program
+from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program
+from tunelang.runtime.rewards import Scores
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.train import Program, init_state
 
@@ -66,7 +68,7 @@ def test_gae_is_the_sum_of_the_paper(given, discount, trace):
 def test_rewards_of_tokens(given):
     penalty, _, mask = given
     scores = np.arange(ROWS, dtype=float)
-    found = values.token_rewards(scores, mask, penalty)
+    found = values.token_rewards(scores, -penalty, mask)
     for row in range(ROWS):
         expected = np.zeros(WIDTH)
         for at in np.flatnonzero(mask[row]):
@@ -74,7 +76,23 @@ def test_rewards_of_tokens(given):
         if mask[row].any():
             expected[np.flatnonzero(mask[row])[-1]] += scores[row]
         np.testing.assert_allclose(found[row], expected)
-    np.testing.assert_allclose(values.token_rewards(penalty, mask), np.where(mask, penalty, 0.0))
+
+
+def test_each_token_is_credited_with_its_own_reward(given):
+    rewards, found, mask = map(np.nan_to_num, given)
+    lengths = np.maximum(mask.sum(1), 1)
+    mask = np.arange(WIDTH) < lengths[:, None]
+    own = np.where(mask, rewards, 0.0)[:, : lengths.max()]  # as wide as the longest completion
+    rest = np.arange(ROWS, dtype=float)
+    batch = PolicyBatch(*[None] * 3, *[mask.reshape(3, 3, WIDTH)] * 2)
+    stage = Ppo.fixed(discount=0.9, trace=0.8, kl=None)
+    scores = Scores(own.sum(1) + rest, {}, (), own)
+    estimated = Estimator(stage, LLAMA, None).estimated(batch, found.reshape(3, 3, WIDTH), scores)
+    each = np.pad(own, ((0, 0), (0, WIDTH - own.shape[1])))
+    each[np.arange(ROWS), lengths - 1] += rest
+    expected = values.gae(each, found, mask, 0.9, 0.8)
+    for one, other in zip((estimated.advantages, estimated.returns), expected, strict=True):
+        np.testing.assert_allclose(one.reshape(ROWS, WIDTH), other, rtol=1e-5, atol=1e-6)
 
 
 def test_whitened_it_has_mean_0_and_the_samples_deviation_1(given):
