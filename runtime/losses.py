@@ -142,7 +142,10 @@ def _scores(
         if entropies != "none":
             given = (logits, normaliser)
             whole, log_sum = given if entropies == "flows" else jax.lax.stop_gradient(given)
-            entropy = log_sum - jnp.sum(jnp.exp(whole - log_sum[..., None]) * whole, axis=-1)
+            # As a product: beside the sum of `pick`, XLA on CPUs takes four times as long over one.
+            entropy = log_sum - jnp.einsum(
+                "...v,...v->...", jnp.exp(whole - log_sum[..., None]), whole, precision="highest"
+            )
         return pick(logits, targets) - normaliser, entropy
 
     def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
