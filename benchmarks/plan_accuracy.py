@@ -141,7 +141,7 @@ def points(count: int) -> Iterator[Point]:
         tensor = draw.choice([n for n in (1, 1, 2, 4) if used % n == 0])
         rest = used // tensor
         data = draw.choice([n for n in (1, 1, 2, 4) if rest % n == 0])
-        mesh = {"data": data, "fsdp": rest // data, "expert": 1, "tensor": tensor}
+        mesh = {"data": data, "fsdp": rest // data, "expert": 1, "context": 1, "tensor": tensor}
         length = draw.choice((2048, 4096, 8192))
         local = draw.choice((1, 2, 4, 8))
         point = Point(

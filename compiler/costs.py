@@ -17,6 +17,7 @@ from tunelang.compiler.architecture import (
     expert_count,
     forward_flops,
     kv_bytes_per_token,
+    matmul_parameters,
     parameter_count,
     train_flops,
     trained_count,
@@ -104,7 +105,8 @@ def estimated(
     sizes = _sizes(a, dtype_bytes, layout.length)
     devices = math.prod(layout.mesh.values())
     tensor = layout.mesh["tensor"]
-    split = layout.mesh["fsdp"] * tensor
+    context = layout.mesh["context"]
+    split = layout.mesh["fsdp"] * context * tensor
     # As if there were fewer experts, where they are split.
     elsewhere = sizes.experts - sizes.experts // layout.mesh["expert"]
     parameters = sizes.parameters - elsewhere
@@ -113,7 +115,7 @@ def estimated(
     moments = _MOMENTS[type(stage.optimizer)]
     shards = shards_of(layout.mesh)
     local = layout.rows // shards // layout.micro_batches
-    micro, scored = _tokens(stage, layout, local)
+    micro, scored = (count // context for count in _tokens(stage, layout, local))
     tokens = micro * layout.micro_batches
     gradients = 1 if layout.micro_batches == 1 else 2
     memory = {
@@ -122,11 +124,14 @@ def estimated(
         "gradients": 4 * gradients * trained // split,
         **_temporaries(a, sizes, layout, chip, micro, local, scored),
     }
-    step_tokens = tokens * shards
+    step_tokens = tokens * shards * context
     flops = sizes.train * step_tokens
     costs = _REMAT_COST if chip.cache is None else _REMAT_COST_CPU
     work = sizes.forward * step_tokens * costs[layout.remat]
     work *= sizes.train / (3 * sizes.forward)
+    if context > 1:  # who has the last tokens of sequences attends to all the others
+        attention = 1 - 2 * matmul_parameters(a) / sizes.forward
+        work *= 1 + attention * (1 - 1 / context)
     work *= 1 + _MICRO_OVERHEAD * (layout.micro_batches - 1)
     if chip.cache is not None and memory["activations"] > chip.cache:
         work *= _CACHE_MISSES
@@ -197,6 +202,7 @@ def _temporaries(
     mlp: float = a.mlp / tensor
     if a.experts is not None:  # the tokens of each expert, and what it makes of them
         mlp = a.experts.active * (a.experts.width / tensor + a.width)
+    keys *= layout.mesh["context"]  # gathered
     heads, hidden = queries + 2 * keys, mlp * (2 if a.gated else 1)
     kept: float = {
         "full": a.width,
@@ -221,7 +227,7 @@ def _temporaries(
         "logits": int(factors["logits"] * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor),
     }
     # The head whole, with its gradient; and blocks as they come over the mesh, or out of storage.
-    split = layout.mesh["fsdp"] > 1
+    split = layout.mesh["fsdp"] * layout.mesh["context"] > 1
     gathered = 0.0
     if split or (sizes.narrow and sizes.table_bytes > dtype):
         gathered += table * dtype
@@ -230,7 +236,7 @@ def _temporaries(
     if split or a.storage in ("nf4", "int8"):
         gathered += 2 * dtype * block
     if len(a.pattern) > 1:  # see `Decoder._layers`
-        gathered += dtype * block * a.layers / layout.mesh["fsdp"]
+        gathered += dtype * block * a.layers / (layout.mesh["fsdp"] * layout.mesh["context"])
     found["gathered"] = int(gathered / tensor)
     return found
 
@@ -395,7 +401,8 @@ def _exchanges(
     activations summed over the tensor axis, twice in a block for each pass.
     """
     mesh = layout.mesh
-    tensor, fsdp, data = mesh["tensor"], mesh["fsdp"], mesh["data"]
+    tensor, data, context = mesh["tensor"], mesh["data"], mesh["context"]
+    fsdp = mesh["fsdp"] * context  # parameters are split over both
     hidden: Times = {}
     exposed: Times = {}
     stride = tensor * mesh["expert"]
@@ -408,10 +415,14 @@ def _exchanges(
         moved = 2 * 4 * trained / (fsdp * tensor) * (data - 1) / data
         name = "summing gradients over `data`"
         hidden[name] = moved / there.bandwidth(data, stride * fsdp)
+    passes = 3 if layout.remat == "full" else 2
     if tensor > 1:
-        passes = 3 if layout.remat == "full" else 2
         moved = passes * 2 * a.layers * tokens * a.width * dtype_bytes * 2 * (tensor - 1) / tensor
         exposed["summing activations over `tensor`"] = moved / there.bandwidth(tensor, 1)
+    if context > 1:
+        keys = 2 * a.kv_heads * a.head_dim / math.gcd(tensor, a.kv_heads)
+        moved = passes * a.layers * tokens * (context - 1) * keys * dtype_bytes
+        exposed["gathering keys over `context`"] = moved / there.bandwidth(context, tensor)
     if mesh["expert"] > 1 and a.experts is not None:
         moved = 4 * a.layers * tokens * a.experts.active * a.width * dtype_bytes
         name = "sending tokens over `expert`"

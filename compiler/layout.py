@@ -89,7 +89,7 @@ class NoLayoutError(Exception):
 
 
 def shards_of(mesh: Mapping[str, int]) -> int:
-    """Return how many parts the batch is split into."""
+    """Return how many parts the batch is split into; each may be split along the sequences too."""
     return math.prod(mesh[axis] for axis in ("data", "fsdp", "expert"))
 
 

@@ -17,6 +17,11 @@ from tunelang.dsl.vocabulary.stages import PAIRS, Policy, Supervised, Training
 
 MARGIN = 0.9
 """Share of the memory that a plan may take by the estimate, which can be too low."""
+AXES = ("data", "fsdp", "expert", "context", "tensor")
+SPLASH_UNIT = 128
+"""Tokens that the kernel for TPUs works on at once, at least."""
+SHORTEST = 1024
+"""Tokens of a part of a sequence, at least, where the plan decides to split sequences."""
 _FURTHER = 4
 """Numbers of micro-batches to look at beyond the fewest that fit: more may be faster, where some
 of them can be skipped or stay in a cache."""
@@ -52,18 +57,23 @@ def ranked(
     kernel = attention_kernel(attention, architecture, length, dtype_bytes, devices)
     if isinstance(stage, Policy):
         kernel = "xla"  # completions attend to a prompt of any length that they share
+    unit = SPLASH_UNIT if kernel == "splash" else 1
     pinned = pins(stage)
     nearest: StageLayout | None = None
     found: list[tuple[tuple[float, int, int], StageLayout]] = []
     experts = 1 if architecture.experts is None else architecture.experts.count
-    for mesh in _meshes(stage, devices.count, experts):
-        if found and math.prod(mesh.values()) < math.prod(found[0][1].mesh.values()):
+    for mesh in _meshes(stage, devices.count, experts, length // SHORTEST):
+        used = math.prod(mesh.values())
+        if found and used < math.prod(found[0][1].mesh.values()):
             break
+        # To split sequences costs more than to split the batch, where that can be.
+        if found and mesh["context"] > 1 and rows >= used:
+            continue
         if rows % shards_of(mesh) or any(
             size % mesh["tensor"] for size in (architecture.heads, architecture.mlp)
         ):
             continue
-        if experts % mesh["expert"]:
+        if experts % mesh["expert"] or length % (mesh["context"] * unit):
             continue
         layout, fits = _fitting(
             stage, architecture, dtype_bytes, devices, mesh, rows, length, kernel, teacher
@@ -76,6 +86,12 @@ def ranked(
     if found:
         return [layout for _, layout in sorted(found, key=lambda each: each[0])]
     if nearest is None:
+        if stage.mesh is not None and length % (stage.mesh.context * unit):
+            multiples = "" if unit == 1 else f" that are multiples of {unit}"
+            raise NoLayoutError(
+                "mesh",
+                f"{length} tokens do not divide into {stage.mesh.context} parts{multiples}",
+            )
         size = math.prod(_mesh_of(stage).values()) if stage.mesh is not None else devices.count
         raise NoLayoutError(
             "mesh" if stage.mesh is not None else "batch",
@@ -138,8 +154,8 @@ def attention_kernel(
     why["splash"] = (
         "it is for TPUs"
         if platform != "tpu"
-        else f"{length} tokens are no multiple of 128"
-        if length % 128
+        else f"{length} tokens are no multiple of {SPLASH_UNIT}"
+        if length % SPLASH_UNIT
         else ""
     )
     if asked != "auto":
@@ -168,13 +184,17 @@ def _batch(stage: Training, architecture: Architecture) -> tuple[int, int]:
 
 def _mesh_of(stage: Training) -> dict[str, int]:
     assert stage.mesh is not None
-    return {name: getattr(stage.mesh, name) for name in ("data", "fsdp", "expert", "tensor")}
+    return {name: getattr(stage.mesh, name) for name in AXES}
 
 
-def _meshes(stage: Training, count: int, experts: int) -> Iterator[dict[str, int]]:
+def _meshes(stage: Training, count: int, experts: int, longest: int) -> Iterator[dict[str, int]]:
+    """Give the meshes that are legal for some batch; of those that split sequences, into `longest`
+    parts at most, after the others of as many devices.
+    """
     if stage.mesh is not None:
-        if stage.mesh.context > 1:
-            raise NoLayoutError("mesh", "the axis `context` is not built yet")
+        if stage.mesh.context > 1 and (isinstance(stage, Policy) or experts > 1):
+            whose = "completions" if isinstance(stage, Policy) else "models with experts"
+            raise NoLayoutError("mesh", f"the axis `context` is not for {whose}")
         if stage.mesh.expert > 1 and experts % stage.mesh.expert:
             raise NoLayoutError(
                 "mesh", f"{stage.mesh.expert} do not divide the {experts} experts of the model"
@@ -192,7 +212,16 @@ def _meshes(stage: Training, count: int, experts: int) -> Iterator[dict[str, int
             for expert in (n for n in range(1, min(rest, experts) + 1) if rest % n == 0):
                 left = rest // expert
                 for fsdp in (n for n in range(1, left + 1) if left % n == 0):
-                    yield {"data": left // fsdp, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+                    sizes = left // fsdp, fsdp, expert, 1, tensor
+                    yield dict(zip(AXES, sizes, strict=True))
+        if isinstance(stage, Policy) or experts > 1:
+            continue
+        for context in (n for n in (2, 4, 8, 16, 32, 64) if used % n == 0 and n <= longest):
+            for tensor in (n for n in (1, 2, 4, 8) if used // context % n == 0):
+                left = used // context // tensor
+                for fsdp in (n for n in range(1, left + 1) if left % n == 0):
+                    sizes = left // fsdp, fsdp, 1, context, tensor
+                    yield dict(zip(AXES, sizes, strict=True))
 
 
 def _fitting(

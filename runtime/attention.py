@@ -7,13 +7,13 @@ splash attention for TPUs.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tunelang.runtime.products import product
 from tunelang.runtime.sharding import Layout
@@ -53,19 +53,20 @@ def plain_attention(
     """
     batch, queries, _, head_dim = query.shape
     kv_heads = key.shape[2]
-    # The heads of a group are rows of one product, so that each key is read once for all of them.
-    grouped = query.reshape(batch, queries, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+    # The heads of a group are rows of one product, so that each key is read once for all of them;
+    # behind the queries, which may be split over devices.
+    grouped = query.reshape(batch, queries, kv_heads, -1, head_dim).swapaxes(1, 2)
     rows = grouped.reshape(batch, kv_heads, -1, head_dim)
     logits = scale * product(rows, key.transpose(0, 2, 3, 1), 1, 2, jnp.float32)
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)
-    logits = logits.reshape(batch, kv_heads, -1, queries, key.shape[1])
-    logits = jnp.where(mask[:, None, None], logits, _MASKED)
+    logits = logits.reshape(batch, kv_heads, queries, -1, key.shape[1])
+    logits = jnp.where(mask[:, None, :, None], logits, _MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     weights = weights.reshape(batch, kv_heads, -1, key.shape[1])
     found = product(weights, value.swapaxes(1, 2), 1, 2)
-    found = found.reshape(batch, kv_heads, -1, queries, head_dim)
-    return found.transpose(0, 3, 1, 2, 4).reshape(query.shape)
+    found = found.reshape(batch, kv_heads, queries, -1, head_dim)
+    return found.swapaxes(1, 2).reshape(query.shape)
 
 
 def attention_maps(
@@ -112,10 +113,18 @@ def self_attention(
     within theirs; without it, a sequence is one example. A token attends to the last `window`
     tokens, itself included. Returns `[batch, length, heads, head_dim]`.
     """
+    if layout is not None and layout.length_shards(query.shape[1]) > 1:
+        # Queries are split, and all of them read all keys.
+        query = layout.constrain(query, ("batch", "length", "heads", None))
+        whole = ("batch", None, "kv_heads", None)
+        key, value = layout.constrain(key, whole), layout.constrain(value, whole)
     if kernel == "splash":
         if segments is None:
             segments = jnp.zeros(query.shape[:2], jnp.int32)
         return _splash(query * scale, key, value, segments, window, cap, layout)
+    if kernel == "cudnn" and cap is None and layout is not None:
+        if layout.length_shards(query.shape[1]) > 1:
+            return _split_cudnn(query, key, value, segments, window, scale, layout)
     same = None if segments is None else segments[:, :, None] == segments[:, None, :]
     if cap is not None or kernel == "xla":
         order = jnp.arange(query.shape[1])
@@ -134,6 +143,54 @@ def self_attention(
     )
 
 
+def _split_cudnn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segments: jax.Array | None,
+    window: int | None,
+    scale: float,
+    layout: Layout,
+) -> jax.Array:
+    """`self_attention` by cuDNN's kernel of sequences that are split over devices: each runs its
+    queries, with a mask, since these do not begin where the keys do.
+    """
+    queries, keys = _places(query, key, layout)
+    order = jnp.arange(query.shape[1])
+    mask = visible(order, order, window)[None]
+    if segments is not None:
+        mask = mask & (segments[:, :, None] == segments[:, None, :])
+    rows, length, *_ = queries
+    mask_place = PartitionSpec(None if segments is None else rows, None, length)
+
+    def own(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, scale=scale, implementation="cudnn"
+        )
+
+    found: jax.Array = jax.shard_map(
+        own,
+        mesh=layout.mesh,
+        in_specs=(queries, keys, keys, mask_place),
+        out_specs=queries,
+        check_vma=False,
+    )(query, key, value, mask[:, None])
+    return found
+
+
+def _places(
+    query: jax.Array, key: jax.Array, layout: Layout
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """Return where queries and where keys lie, of which a device reads its own.
+
+    Heads are split where keys are too, so that each device has those of its queries.
+    """
+    rows = layout.spec(("batch",), query.shape[:1])[0]
+    length = layout.spec(("length",), query.shape[1:2])[0]
+    tensor = layout.spec(("kv_heads",), (key.shape[2],))[0]
+    return PartitionSpec(rows, length, tensor), PartitionSpec(rows, None, tensor)
+
+
 def _splash(
     query: jax.Array,
     key: jax.Array,
@@ -145,10 +202,12 @@ def _splash(
 ) -> jax.Array:
     """`self_attention` by JAX's kernel for TPUs, of scaled queries; elsewhere it is interpreted.
 
-    The length has to be a multiple of 128. A device runs its own rows and heads.
+    The length, or of sequences that are split their part, has to be a multiple of 128. A device
+    runs its own rows, heads and queries.
     """
     length = query.shape[1]
-    block = next(size for size in (SPLASH_BLOCK, 256, 128) if length % size == 0)
+    across = 1 if layout is None else layout.length_shards(length)
+    block = next(size for size in (SPLASH_BLOCK, 256, 128) if length // across % size == 0)
     sizes = splash_attention.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
         block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
@@ -160,39 +219,50 @@ def _splash(
         else splash_attention.LocalMask(square, (window - 1, 0), 0)
     )
     devices = jax.devices() if layout is None else list(layout.mesh.devices.flat)
+    ways = 1
+    if layout is not None:
+        queries, keys = _places(query, key, layout)
+        rows, split, tensor = queries
+        ways = 1 if tensor is None else layout.mesh.shape["tensor"]
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([mask] * (query.shape[2] // ways)),
+        block_sizes=sizes,
+        attn_logits_soft_cap=cap,
+        head_shards=1,
+        q_seq_shards=across,
+        interpret=devices[0].platform != "tpu",
+    )
 
-    def own(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-        heads = splash_attention.MultiHeadMask([mask] * query.shape[2])
-        kernel = splash_attention.make_splash_mha_single_device(
-            heads,
-            block_sizes=sizes,
-            attn_logits_soft_cap=cap,
-            interpret=devices[0].platform != "tpu",
-        )
-
-        def row(
-            query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array
-        ) -> jax.Array:
-            ids = splash_attention.SegmentIds(segments, segments)
-            attended: jax.Array = kernel(query, key, value, segment_ids=ids)
+    def own(
+        kernel: Any,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        own_segments: jax.Array,
+        segments: jax.Array,
+    ) -> jax.Array:
+        def row(query: jax.Array, key: jax.Array, value: jax.Array, *ids: jax.Array) -> jax.Array:
+            attended: jax.Array = kernel(
+                query, key, value, segment_ids=splash_attention.SegmentIds(*ids)
+            )
             return attended
 
         query, key, value = (each.swapaxes(1, 2) for each in (query, key, value))
-        return jax.vmap(row)(query, key, value, segments).swapaxes(1, 2)
+        return jax.vmap(row)(query, key, value, own_segments, segments).swapaxes(1, 2)
 
     if layout is None:
-        return own(query, key, value, segments)
-    rows = layout.spec(("batch",), query.shape[:1])[0]
-    # Heads are split where keys are too, so that each device has those of its queries.
-    tensor = layout.spec(("kv_heads",), (key.shape[2],))[0]
-    each = PartitionSpec(rows, None, tensor)
+        return own(kernel, query, key, value, segments, segments)
+    mask_places = NamedSharding(layout.mesh, PartitionSpec(None, split))
     found: jax.Array = jax.shard_map(
         own,
         mesh=layout.mesh,
-        in_specs=(each, each, each, PartitionSpec(rows)),
-        out_specs=each,
+        in_specs=(
+            kernel.manual_sharding_spec(mask_places), queries, keys, keys,
+            PartitionSpec(rows, split), PartitionSpec(rows),
+        ),
+        out_specs=queries,
         check_vma=False,
-    )(query, key, value, segments)
+    )(kernel, query, key, value, segments, segments)  # fmt: skip
     return found
 
 

@@ -46,9 +46,9 @@ from tunelang.runtime.sharding import Layout, constrain
 Remat = Literal["none", "dots", "full"]
 RESIDUAL = ("batch", "length", None)
 """Logical axes of the residual stream."""
-KEYS = ("batch", "kv_heads", "head_dim", "length")
+KEYS = ("batch", "kv_heads", "head_dim", None)
 """Logical axes of a layer's cached keys."""
-VALUES = ("batch", "kv_heads", "length", "head_dim")
+VALUES = ("batch", "kv_heads", None, "head_dim")
 """Logical axes of a layer's cached values."""
 
 

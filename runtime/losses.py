@@ -157,42 +157,52 @@ def _scores(
 
 
 class Split:
-    """How `[batch, length, ...]` becomes `[chunks, parts, batch / parts, chunk, ...]`."""
+    """How `[batch, length, ...]` becomes `[chunks, parts, rows, chunk, ...]`: what a device has is
+    a part, and all parts go through their chunks at once.
+    """
 
-    def __init__(self, batch: int, length: int, chunk: int, parts: int) -> None:
-        self.batch, self.length = batch, length
-        self.chunk, self.parts = min(chunk, length), parts
-        self.chunks = -(-length // self.chunk)
+    def __init__(self, batch: int, length: int, chunk: int, shards: int, across: int) -> None:
+        """`shards` of the batch, each of them `across` parts of sequences."""
+        self.shape = (shards, batch // shards, across, length // across)
+        self.parts, self.across = shards * across, across
+        self.chunk = min(chunk, length // across)
+        self.chunks = -(-length // across // self.chunk)
 
     @classmethod
     def of(cls, shape: tuple[int, ...], chunk: int, layout: Layout | None) -> Split:
         """Return the split of arrays `shape` over the parts of the batch."""
-        parts = 1 if layout is None else layout.batch_shards
-        return cls(shape[0], shape[1], chunk, parts if shape[0] % parts == 0 else 1)
+        batch, length, *_ = shape
+        shards = 1 if layout is None or batch % layout.batch_shards else layout.batch_shards
+        across = 1 if layout is None else layout.length_shards(length)
+        return cls(batch, length, chunk, shards, across)
 
     def __call__(self, array: jax.Array) -> jax.Array:
-        """Split, with zeros behind the sequence where the chunks do not divide it."""
-        missing = self.chunks * self.chunk - self.length
+        """Split, with zeros behind a part where the chunks do not divide it."""
+        _, rows, _, length = self.shape
         rest = array.shape[2:]
-        padded = jnp.pad(array, ((0, 0), (0, missing), *((0, 0) for _ in rest)))
-        shape = (self.parts, self.batch // self.parts, self.chunks, self.chunk, *rest)
-        return jnp.moveaxis(padded.reshape(shape), 2, 0)
+        parts = array.reshape(*self.shape, *rest).swapaxes(1, 2).reshape(-1, rows, length, *rest)
+        missing = self.chunks * self.chunk - length
+        padded = jnp.pad(parts, ((0, 0), (0, 0), (0, missing), *((0, 0) for _ in rest)))
+        return jnp.moveaxis(padded.reshape(self.parts, rows, self.chunks, self.chunk, *rest), 2, 0)
 
     def join(self, array: jax.Array) -> jax.Array:
-        """Undo the split of `[chunks, parts, batch / parts, chunk, ...]`."""
-        whole = jnp.moveaxis(array, 0, 2)
-        return whole.reshape(self.batch, -1, *array.shape[4:])[:, : self.length]
+        """Undo the split."""
+        shards, rows, across, length = self.shape
+        rest = array.shape[4:]
+        parts = jnp.moveaxis(array, 0, 2).reshape(self.parts, rows, -1, *rest)[:, :, :length]
+        apart = parts.reshape(shards, across, rows, length, *rest).swapaxes(1, 2)
+        return apart.reshape(shards * rows, across * length, *rest)
 
 
 def head_copies(head: jax.Array, dtype: Any, split: Split, layout: Layout | None) -> jax.Array:
-    """Copy the head for each part of the batch, `[parts, vocab, width]`; a device has its own."""
+    """Copy the head for each part, `[parts, vocab, width]`; a device has its own."""
     copies = jnp.broadcast_to(head.astype(dtype), (split.parts, *head.shape))
-    axes = ("batch" if split.parts > 1 else None, "vocab", None)
+    axes = ("part" if split.across > 1 else "batch" if split.parts > 1 else None, "vocab", None)
     return constrain(layout, copies, axes)
 
 
 def chunk_logits(hidden: jax.Array, copies: jax.Array, cap: float | None) -> jax.Array:
-    """Return the capped logits `[parts, batch / parts, chunk, vocab]` of a chunk, float32."""
+    """Return the capped logits `[parts, rows, chunk, vocab]` of a chunk, float32."""
     logits = jnp.einsum("pbcd,pvd->pbcv", hidden, copies, preferred_element_type=jnp.float32)
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -18,13 +18,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "batch": ("data", "fsdp", "expert"),
+        "length": ("context",),
+        "part": ("data", "fsdp", "expert", "context"),
         "expert": ("expert",),
-        "embed": ("fsdp",),
+        "embed": ("fsdp", "context"),
         "heads": ("tensor",),
         "kv_heads": ("tensor",),
         "mlp": ("tensor",),
@@ -36,10 +38,12 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 Parameters are split over `embed` (fully sharded data parallelism), over heads, hidden units and
 vocabulary (tensor parallelism), and those of experts over them; all else has copies there. The
 residual stream names its last axis nothing, since `embed` belongs to parameters: it is whole within
-a row of the batch.
+a token. Along `context` sequences are split too (context parallelism): all that is of one token
+stays on its device, and attention gathers the keys and values. A `part` is what a device has of
+both.
 """
 
-DECODE_RULES: Mapping[str, tuple[str, ...]] = MappingProxyType({**RULES, "embed": ()})
+DECODE_RULES: Mapping[str, tuple[str, ...]] = MappingProxyType({**RULES, "embed": (), "length": ()})
 """Where completions are sampled: weights are whole in each tensor group, for a turn of the loop is
 too short to gather them.
 """
@@ -88,12 +92,20 @@ class Layout:
         """How many parts the batch is split into."""
         return math.prod(self.mesh.shape.get(axis, 1) for axis in self.rules.get("batch", ()))
 
+    def length_shards(self, length: int) -> int:
+        """How many parts sequences of so many tokens are split into: 1 where that does not
+        divide.
+        """
+        shards = math.prod(self.mesh.shape.get(axis, 1) for axis in self.rules.get("length", ()))
+        return shards if length % shards == 0 else 1
+
 
 def make_layout(
     data: int = 1,
     fsdp: int = 1,
     tensor: int = 1,
     expert: int = 1,
+    context: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Layout:
     """Make a layout with the standard rules over a mesh with axes of these sizes.
@@ -101,11 +113,11 @@ def make_layout(
     Takes the first devices that there are, unless they are given. Raises `ValueError` where
     there are too few.
     """
-    count = data * fsdp * expert * tensor
+    count = data * fsdp * expert * context * tensor
     chosen = list(jax.devices() if devices is None else devices)[:count]
     if len(chosen) < count:
         raise ValueError(f"a mesh of {count} devices, and there are {len(chosen)}")
-    grid = np.array(chosen).reshape(data, fsdp, expert, tensor)
+    grid = np.array(chosen).reshape(data, fsdp, expert, context, tensor)
     return Layout(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)))
 
 

@@ -444,7 +444,7 @@ class Axes(Function):
     fsdp: Count = placement("Parameters and batch split.", "axes(fsdp = 8)", 1)
     tensor: Count = placement("Matrices split.", "axes(fsdp = 2, tensor = 4)", 1)
     expert: Count = placement("Experts split.", "axes(fsdp = 4, expert = 8)", 1)
-    context: Count = placement("Sequences split.", "axes(fsdp = 4, context = 2)", 1)
+    context: Count = placement("Sequences and parameters split.", "axes(fsdp = 4, context = 2)", 1)
 
 
 class Winner(Function):

@@ -81,6 +81,31 @@ def test_pinning_what_was_chosen_changes_nothing(folder: Path) -> None:
     assert lay_out(stage(folder, pins), LLAMA, 2, devices) == free
 
 
+@pytest.mark.parametrize("chip", ["h200", "v5p"])
+def test_long_sequences_are_split_where_the_batch_cannot_be(folder: Path, chip: str) -> None:
+    long = replace(LLAMA, context=131_072)
+    devices = Devices(CHIPS[chip], 16, False)
+    few = lay_out(stage(folder, batch="batch = 2 sequences"), long, 2, devices)
+    assert few.mesh["context"] > 1
+    assert few.mesh["data"] * few.mesh["fsdp"] <= 2
+    many = lay_out(stage(folder), LLAMA, 2, devices)
+    assert many.mesh["context"] == 1
+    # It is better than to split all else.
+    pinned = "mesh = axes(fsdp = 2, tensor = 8)"
+    other = lay_out(stage(folder, pinned, "batch = 2 sequences"), long, 2, devices)
+    assert few.seconds < other.seconds
+
+
+def test_what_is_not_split_along_sequences(folder: Path) -> None:
+    devices = Devices(CHIPS["v5p"], 8, False)
+    pin = "mesh = axes(data = 4, context = 2)"
+    assert lay_out(stage(folder, pin), LLAMA, 2, devices).mesh["context"] == 2
+    mixture = replace(LLAMA, experts=Mixture(count=4, active=2, width=1024))
+    for given, model in ((stage(folder, pin), mixture), (policy(folder, pin), LLAMA)):
+        with pytest.raises(NoLayoutError, match="is not for"):
+            lay_out(given, model, 2, devices)
+
+
 def test_a_large_model_is_split(folder: Path) -> None:
     layout = lay_out(stage(folder), LLAMA, 2, Devices(CHIPS["v5e"], 64, False))
     assert layout.mesh["fsdp"] * layout.mesh["tensor"] >= 8
@@ -96,7 +121,7 @@ def test_what_does_not_fit_says_what_it_needs(folder: Path) -> None:
     ("more", "attribute"),
     [
         ("mesh = axes(data = 16)", "mesh"),
-        ("mesh = axes(context = 2)", "mesh"),
+        ("mesh = axes(context = 3)", "mesh"),
         ("micro_batch = 3 sequences", "micro_batch"),
     ],
 )

@@ -119,7 +119,8 @@ def test_splash(heads, window, cap):
         return jax.jit(jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True))(*given)
 
     (_, plain), expected = total("xla", None)
-    for layout in (None, make_layout(data=2, tensor=2)):
+    split = make_layout(data=2, context=2, tensor=2)
+    for layout in (None, make_layout(data=2, tensor=2), split):
         (_, found), gradients = total("splash", layout)
         np.testing.assert_allclose(found, plain, atol=1e-4)
         for one, other in zip(gradients, expected, strict=True):

@@ -220,7 +220,8 @@ def stepped(name: str, micro_batches: int = 1, **mesh: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"), [*((name, {"fsdp": 2, "tensor": 2}) for name in OBJECTIVES), ("kto", {})]
+    ("name", "mesh"),
+    [*((name, {"fsdp": 2, "context": 2, "tensor": 2}) for name in OBJECTIVES), ("kto", {})],
 )
 def test_micro_batches_and_meshes_change_nothing(name, mesh):
     whole = stepped(name)

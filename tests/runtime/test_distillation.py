@@ -202,7 +202,7 @@ def test_bfloat16_gives_gradients_of_its_own_type(given):
     close(found, whole(half, kind="jensen_shannon", beta=0.3, temperature=1.0, hard=0.0), 2e-2)
 
 
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 8}, {"data": 2, "tensor": 2}])
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 8}, {"data": 2, "context": 2, "tensor": 2}])
 def test_top_k_equals_whole(given, mesh):
     hidden, head = given[2:4]
     layout = make_layout(**mesh) if mesh else None

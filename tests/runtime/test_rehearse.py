@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused_by_the_compiler() -> None:
     a = replace(BIGGER, layers=64, width=4096, mlp=16_384, heads=32, kv_heads=32, head_dim=128)
     stage = Sft.fixed(batch=Measure.fixed(value=16, unit="sequences"), **REST)
     planned = StageLayout(
-        mesh={"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}, rows=16, length=256,
+        mesh={"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}, rows=16, length=256,
         micro_batches=1, remat="none", slots=None, kernel="splash",
     )  # fmt: skip
     layout = make_layout(**planned.mesh, devices=compilable(devices))

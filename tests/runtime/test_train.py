@@ -64,6 +64,8 @@ def whole():
         ({"fsdp": 8}, 2),
         ({"tensor": 2, "fsdp": 4}, 1),
         ({"data": 2, "fsdp": 2, "tensor": 2}, 2),
+        ({"context": 4, "data": 2}, 2),
+        ({"context": 2, "fsdp": 2, "tensor": 2}, 1),
     ],
 )
 def test_meshes_and_micro_batches_change_nothing(whole, mesh, micro_batches):
@@ -71,10 +73,11 @@ def test_meshes_and_micro_batches_change_nothing(whole, mesh, micro_batches):
     same(train(program), whole)
 
 
+@pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 4}, {"fsdp": 2, "context": 4}])
 @pytest.mark.parametrize("name", ["gemma3", "gpt2"])
-def test_other_architectures_on_a_mesh(name):
+def test_other_architectures_on_a_mesh(name, mesh):
     architecture = FAMILIES[name]
-    meshed = Program(layout=make_layout(fsdp=2, tensor=4), remat="full")
+    meshed = Program(layout=make_layout(**mesh), remat="full")
     same(train(meshed, architecture), train(Program(layout=ONE), architecture))
 
 
