@@ -331,7 +331,7 @@ def plan_command(
 
             cache = _store(spec, store).root / "cache"
             fits = True
-            for node in prepared.layouts:
+            for node in prepared.devices:
                 for found in rehearse.rehearse(prepared, node, cache):
                     typer.echo(plan_view.rehearsed(prepared, node, found, _width()), nl=False)
                     if rehearse.fits(prepared, node, found):

@@ -28,7 +28,7 @@ from tunelang.compiler.search import depends, pins, ranked, unpinned
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure, Reference
-from tunelang.dsl.vocabulary.stages import Distill, Export, Training
+from tunelang.dsl.vocabulary.stages import Distill, Evaluate, Export, Merge, Sample, Training
 from tunelang.runtime import weights
 from tunelang.runtime.durable import StoreError, read_json, write_json
 from tunelang.runtime.manifest import export_folder, is_written
@@ -70,7 +70,9 @@ class Prepared:
     devices: dict[str, Devices]
     """Node -> what it runs on."""
     shapes: dict[str, Shapes]
-    """Node -> the models of its programs."""
+    """Node -> the models of its programs; training stages only."""
+    measured: dict[str, tuple[Shapes, ...]]
+    """Node -> the models that it samples from or measures; other stages only."""
 
 
 class LayoutError(Exception):
@@ -106,6 +108,7 @@ def prepare(
     known: dict[str, tuple[Architecture, int]] = {}
     laid_out: dict[object, _Found] = {}
     here: dict[int | None, Devices] = {}
+    measured: dict[str, tuple[Shapes, ...]] = {}
     stages = []
     for stage in made.stages:
         value = graph.nodes[stage.node].value
@@ -114,6 +117,11 @@ def prepare(
                 stage = replace(stage, state=State("to run", "gone"))
         if not isinstance(value, Training) or not stage.state.runs:
             stages.append(stage)
+            if isinstance(value, Sample | Merge | Evaluate) and stage.state.runs:
+                chosen[stage.node] = _devices(program, None, on, store, here)
+                references = value.models if isinstance(value, Evaluate) else (value.from_,)
+                named = (_plain(program, graph, stage.node, each) for each in references)
+                measured[stage.node] = tuple(dict.fromkeys(named))
             continue
         devices = _devices(program, value, on, store, here)
         name = graphs.models_of(graph, stage.node)[0]
@@ -164,7 +172,8 @@ def prepare(
             "unpinned": None if found.unpinned is None else _brief(found.unpinned),
         }
         stages.append(replace(stage, layout=shown, memory=dict(layout.memory), cost=cost))
-    return Prepared(program, replace(made, stages=tuple(stages)), graph, layouts, chosen, shapes)
+    plan = replace(made, stages=tuple(stages))
+    return Prepared(program, plan, graph, layouts, chosen, shapes, measured)
 
 
 @dataclass(frozen=True)
@@ -215,6 +224,16 @@ def _model_of(graph: StageGraph, node: str, reference: Reference) -> str:
     return reference.name
 
 
+def _plain(program: Program, graph: StageGraph, node: str, reference: Reference) -> Shapes:
+    """Return the model that a reference of a node stands for, adapters merged into it."""
+    name = _model_of(graph, node, reference)
+    read = [each for each in graph.nodes[node].inputs if each.stage == reference.name]
+    makers = (graph.nodes[each].value for inputs in read for each in inputs.nodes)
+    scores = any(getattr(maker, "yields", "") == "scores" for maker in makers)
+    architecture = replace(_architecture(program, name)[0], scores=scores)
+    return Shapes(architecture, program.declarations[name].value.dtype)
+
+
 def _steps(value: Training) -> int | None:
     """Return the steps of a stage where the spec states them; otherwise its data decides."""
     length: Measure = value.length
@@ -239,12 +258,12 @@ def _architecture(program: Program, name: str) -> tuple[Architecture, int]:
 
 def _devices(
     program: Program,
-    stage: Training,
+    stage: Training | None,
     on: str | None,
     store: Store,
     here: dict[int | None, Devices],
 ) -> Devices:
-    reference = stage.on or program.run.on
+    reference = (stage and stage.on) or program.run.on
     if on is not None:
         reference = Reference.fixed(noun="hardware", name=on)
     limit = None

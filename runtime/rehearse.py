@@ -10,9 +10,10 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,36 +36,45 @@ from tunelang.compiler.layout import (
     shards_of,
 )
 from tunelang.compiler.search import lay_out, unpinned
+from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity
 from tunelang.dsl.vocabulary.stages import (
     Compared,
     Distill,
+    Evaluate,
     Kto,
+    Merge,
     Policy,
     Ppo,
     Preference,
     RewardModel,
+    Sample,
     Supervised,
     Training,
 )
-from tunelang.dsl.vocabulary.training import Lora
+from tunelang.dsl.vocabulary.training import Lora, Sampling
 from tunelang.runtime import collectives, train
+from tunelang.runtime.answers import TOKENS
 from tunelang.runtime.comparing import segment_program
 from tunelang.runtime.critic import learner_of
 from tunelang.runtime.custom import bound
 from tunelang.runtime.decode_loop import Request, abstract_slots, make_engine
 from tunelang.runtime.durable import read_json, write_json
+from tunelang.runtime.evaluate import MOST_SLOTS
 from tunelang.runtime.layers import DTYPES
 from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
 from tunelang.runtime.policy import decode_layout
 from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program
 from tunelang.runtime.prepare import Prepared, Shapes
 from tunelang.runtime.rollout import PREFILL
+from tunelang.runtime.sample import CHUNK as CHUNK_OF_SAMPLES
 from tunelang.runtime.sampling import slot_settings
 from tunelang.runtime.sharding import Layout, is_variable, make_layout, shardings
 from tunelang.runtime.supervised import compiled, objective_of
 from tunelang.runtime.topologies import compilable
 from tunelang.runtime.words import size_text
 
+STEP = ("train", "score", "reference", "prefill", "decode")
+"""The programs of a step."""
 _STEPS = 1000
 """Of a schedule; the program is the same for any."""
 _TRIES = 3
@@ -99,23 +109,43 @@ class _Program:
     """Bytes in each device that the stage holds and the program does not read."""
     donated: int = 0
     """Bytes in each device that have to be reused."""
+    held: int = 0
+    """Bytes in each device that the stage holds from its first step to its last."""
 
 
 def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
-    """Compile the programs of a training stage, one after another.
+    """Compile the programs of a stage, one after another.
 
     What was compiled before is read from `cache`. Raises `MissingExtraError` where the compiler
     for the hardware is not installed, and `CustomError`.
     """
-    stage = prepared.graph.nodes[node].value
-    assert isinstance(stage, Training)
+    stage, devices = prepared.graph.nodes[node].value, prepared.devices[node]
+    assert isinstance(stage, Training | Sample | Merge | Evaluate)
+    there = compilable(devices)
+    references = () if isinstance(stage, Sample) else stage.evals
+    evals = {each.name: prepared.program.declarations[each.name].value for each in references}
+    if not isinstance(stage, Training):
+        layout = make_layout(fsdp=len(there), devices=there)
+        models = prepared.measured[node]
+        for shapes in models:
+            which = f"{shapes.architecture.width} × {shapes.architecture.layers} "
+            for program in _measuring(stage, evals, shapes, layout):
+                name = program.name if len(models) == 1 else which + program.name
+                yield _compiled(replace(program, name=name), devices, cache)
+        return
     stage = bound(stage, prepared.program.folder)
-    devices, planned = prepared.devices[node], prepared.layouts[node]
-    layout = make_layout(**planned.mesh, devices=compilable(devices))
-    copied = tuple(unsplit(prepared.shapes[node].architecture, layout))
-    for program in programs(stage, prepared.shapes[node], planned, layout):
+    planned, shapes = prepared.layouts[node], prepared.shapes[node]
+    layout = make_layout(**planned.mesh, devices=there)
+    copied = tuple(unsplit(shapes.architecture, layout))
+    held = 0
+    for program in programs(stage, shapes, planned, layout):
         found = _compiled(program, devices, cache)
+        held = max(held, program.held)
         yield replace(found, findings=found.findings + copied) if program.name == "train" else found
+    a = replace(shapes.architecture, scores=stage.yields == "scores")
+    params = _params(a, _program_of(shapes, planned, layout))
+    for program in _evaluations(evals, a, shapes.dtype, params, layout, held - _bytes(params)):
+        yield _compiled(program, devices, cache)
 
 
 def fits(prepared: Prepared, node: str, found: Rehearsed) -> bool:
@@ -127,8 +157,11 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
     """Say what would make a stage fit of which a program does not: another layout, compiled as
     well; or more devices, or frozen weights in four bits, by the estimate.
     """
-    stage, shapes = prepared.graph.nodes[node].value, prepared.shapes[node]
-    assert isinstance(stage, Training)
+    stage = prepared.graph.nodes[node].value
+    if not isinstance(stage, Training) or found.name not in STEP:
+        yield f"more devices than the {prepared.devices[node]}"
+        return
+    shapes = prepared.shapes[node]
     stage = bound(unpinned(stage), prepared.program.folder)
     devices, planned = prepared.devices[node], prepared.layouts[node]
     a, width = shapes.architecture, 4 if shapes.dtype == "f32" else 2
@@ -219,6 +252,7 @@ def _supervised(
         "train",
         lambda: step.lower(replace(state, beside=beside), batch),
         donated=_bytes(replace(state, frozen=nnx.State({}))),
+        held=_bytes(replace(state, beside=beside)),
     )
     if isinstance(stage, Compared) and stage.needs_reference and ahead:
         score = segment_program(plain(a), program, count)
@@ -226,26 +260,29 @@ def _supervised(
         yield _Program("reference", lambda: score.lower(params, batch))  # type: ignore[attr-defined]
 
 
+def _rows(layout: Layout, rows: int, *shape: int, dtype: Any = jnp.int32) -> Any:
+    spec = PartitionSpec(None, *layout.spec(("batch",), (rows,)))
+    return ShapeDtypeStruct((1, rows, *shape), dtype, sharding=NamedSharding(layout.mesh, spec))
+
+
+def _tokens(layout: Layout, rows: int, length: int) -> dict[str, Any]:
+    whole = _rows(layout, rows, length)
+    trained = _rows(layout, rows, length, dtype=bool)
+    return {"tokens": whole, "trained": trained, "segments": whole, "positions": whole}
+
+
 def _batch(stage: Supervised, planned: StageLayout, count: int, layout: Layout) -> train.Batch:
     rows, length = planned.rows, planned.length
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
-        spec = PartitionSpec(None, *layout.spec(("batch",), (rows,)))
-        return ShapeDtypeStruct((1, rows, *shape), dtype, sharding=NamedSharding(layout.mesh, spec))
+        return _rows(layout, rows, *shape, dtype=dtype)
 
-    def tokens() -> dict[str, Any]:
-        whole = array(length)
-        return {
-            "tokens": whole, "trained": array(length, dtype=bool), "segments": whole,
-            "positions": whole,
-        }  # fmt: skip
-
-    batch = train.Batch(**tokens())
+    batch = train.Batch(**_tokens(layout, rows, length))
     numbers = array(count, dtype=jnp.float32)
     if isinstance(stage, Kto | RewardModel):
         batch = replace(batch, values=numbers)
     if isinstance(stage, Kto):
-        batch = replace(batch, mismatched=train.Batch(**tokens()))
+        batch = replace(batch, mismatched=train.Batch(**_tokens(layout, rows, length)))
     if isinstance(stage, Preference) and stage.needs_reference:
         if stage.reference_log_probs == "ahead":
             batch = replace(batch, reference=numbers)
@@ -295,7 +332,8 @@ def _policy(
     if stage.kl is not None and (not a.adapters or stage.reference is not None):
         reference = _bytes(_params(plain(a), program))
     changing = _bytes(replace(state, frozen=nnx.State({}), beside=None))
-    yield _Program("train", lambda: step.lower(state, batch), reference, changing)
+    kept = _bytes(state) + reference
+    yield _Program("train", lambda: step.lower(state, batch), reference, changing, kept)
 
     params = state.weights
     beside = _bytes(state) - _bytes(params) + reference
@@ -310,17 +348,44 @@ def _policy(
         params = _params(a, replace(program, layout=apart))
         beside += _bytes(state.weights)
         layout = apart
-    engine: Any = make_engine(a, slots=slots, capacity=capacity, dtype=program.dtype, layout=layout)
     count = stage.batch * stage.group
-    filled = abstract_slots(a, slots, capacity, program.dtype, count, completion, layout)
+    sizes = _Sizes(slots, capacity, prompt, completion, count)
+    yield from _sampler(a, shapes.dtype, params, layout, sizes, sampling, beside)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Of a rollout: slots and their tokens, those of prompts and of completions, completions."""
+
+    slots: int
+    capacity: int
+    prompt: int
+    completion: int
+    count: int
+
+
+def _sampler(
+    a: Architecture,
+    dtype: str,
+    params: Any,
+    layout: Layout,
+    sizes: _Sizes,
+    sampling: Sampling,
+    beside: int,
+    name: str = "",
+) -> Iterator[_Program]:
+    """Give the programs of a rollout."""
+    slots, capacity, of = sizes.slots, sizes.capacity, DTYPES[dtype]
+    engine: Any = make_engine(a, slots=slots, capacity=capacity, dtype=of, layout=layout)
+    filled = abstract_slots(a, slots, capacity, of, sizes.count, sizes.completion, layout)
     whole = NamedSharding(layout.mesh, PartitionSpec())
 
     def ints(*shape: int, dtype: Any = jnp.int32) -> Any:
         return ShapeDtypeStruct(shape, dtype, sharding=whole)
 
-    prompts = ints(PREFILL, prompt), ints(PREFILL)
+    prompts = ints(PREFILL, sizes.prompt), ints(PREFILL)
     kept = _bytes(filled)
-    yield _Program("prefill", lambda: engine.prefill.lower(params, *prompts), beside + kept)
+    yield _Program(name + "prefill", lambda: engine.prefill.lower(params, *prompts), beside + kept)
 
     def request() -> Request:
         settings = jax.tree.map(
@@ -330,11 +395,74 @@ def _policy(
         return Request(settings, ints(4), ints(dtype=jnp.uint32), ints(), ints(), ints())
 
     yield _Program(
-        "decode",
+        name + "decode",
         lambda: engine.decode.lower(params, filled, ints(slots, dtype=bool), request()),
         beside,
         kept,
     )
+
+
+def _evaluations(
+    evals: Mapping[str, EvalKind],
+    a: Architecture,
+    dtype: str,
+    params: Any,
+    layout: Layout,
+    beside: int,
+) -> Iterator[_Program]:
+    """Give the programs of evals: prompts and rows as long as the context, since no data is read;
+    those of equal sizes once. `beside` is what a stage holds beside the parameters.
+    """
+    seen: set[Any] = set()
+    for name, kind in evals.items():
+        if isinstance(kind, Generate) and kind.beams is None:
+            count = kind.samples * (kind.limit or MOST_SLOTS)
+            slots = min(MOST_SLOTS, _power_of_two(count))
+            completion = min(kind.max_tokens, a.context - 1)
+            sizes = _Sizes(slots, a.context, a.context - completion, completion, count)
+            sampling = Sampling.fixed(
+                max_tokens=completion, temperature=kind.temperature, top_p=kind.top_p,
+                top_k=kind.top_k,
+            )  # fmt: skip
+            if sizes not in seen:
+                yield from _sampler(a, dtype, params, layout, sizes, sampling, beside, f"{name} ")
+            seen.add(sizes)
+        elif not isinstance(kind, Generate) and type(kind) not in seen:
+            seen.add(type(kind))
+            program = train.Program(layout=layout, dtype=DTYPES[dtype])
+            rows = max(1, TOKENS // a.context // layout.batch_shards) * layout.batch_shards
+            batch = train.Batch(**_tokens(layout, rows, a.context))
+            score: Any = (
+                train.loss_program(a, program)
+                if isinstance(kind, Perplexity)
+                else segment_program(a, program, max(2, a.context // _SEGMENT))
+            )
+            yield _Program(name, partial(score.lower, params, batch), beside)
+
+
+def _measuring(
+    stage: Sample | Merge | Evaluate, evals: Mapping[str, EvalKind], shapes: Shapes, layout: Layout
+) -> Iterator[_Program]:
+    """Give the programs of a stage that samples from a model or measures it."""
+    a, dtype = shapes.architecture, shapes.dtype
+    params = _params(a, train.Program(layout=layout, dtype=DTYPES[dtype]))
+    # The models that are merged, and what they become.
+    beside = len(stage.others) + 1 if isinstance(stage, Merge) else 0
+    beside *= _bytes(params)
+    if isinstance(stage, Sample):
+        sampling = stage.rollout
+        room = a.context - sampling.max_tokens
+        prompt = max(1, min(room, sampling.max_prompt or room))
+        count = max(1, CHUNK_OF_SAMPLES // stage.samples) * stage.samples
+        slots = min(MOST_SLOTS, _power_of_two(count))
+        capacity = prompt + sampling.max_tokens
+        sizes = _Sizes(slots, capacity, prompt, sampling.max_tokens, count)
+        yield from _sampler(a, dtype, params, layout, sizes, sampling, 0)
+    yield from _evaluations(evals, a, dtype, params, layout, beside)
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 def _head_alone(state: train.TrainState, optimizer: Any, layout: Layout) -> train.TrainState:
