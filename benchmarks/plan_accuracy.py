@@ -173,7 +173,7 @@ def compiled(point: Point) -> dict[str, Any]:
     mesh = make_layout(**point.mesh, devices=compilable(devices(point)))
     program = next(iter(programs(stage, Shapes(architecture(point), "bf16"), layout, mesh)))
     begun = time.monotonic()
-    found = measure(program.name, program.lower(), program.donated)
+    found = measure(program, program.lower())
     return {
         "peak": found.peak, "refused": found.refused, "seconds": time.monotonic() - begun,
         "exchanged": found.exchanged, "findings": found.findings,

@@ -178,6 +178,16 @@ def estimated(
     return layout
 
 
+def sampling_tensor(a: Architecture, dtype_bytes: int, count: int, memory: int) -> int:
+    """Return into how many parts matrices are split where `count` devices sample for an evaluation:
+    the fewest with which the weights, and those that are copied ahead of the loop, take a quarter
+    of a device's memory at most; else the most there can be.
+    """
+    ways = [n for n in (1, 2, 4, 8, 16) if count % n == 0 and a.heads % n == 0]
+    size = _held(a, dtype_bytes) + dtype_bytes * parameter_count(a)
+    return next((n for n in ways if size <= n * memory // 4), ways[-1])
+
+
 def _temporaries(
     a: Architecture,
     sizes: _Sizes,

@@ -31,7 +31,7 @@ from tunelang.runtime.attention import Kernel
 from tunelang.runtime.decode_loop import Given
 from tunelang.runtime.decoder import KEYS, VALUES, Cache, Decoder, Unstacked, empty_cache, insert
 from tunelang.runtime.rollout import SHORTEST, Floats, Prompt, Rollouts, Work
-from tunelang.runtime.sharding import Layout, constrain
+from tunelang.runtime.sharding import Layout, brought, constrain
 from tunelang.runtime.train import abstract_decoder
 
 Tree = TypeVar("Tree")
@@ -78,6 +78,8 @@ class Search:
     run: Callable[[Any, Given, Given, Request], tuple[Paths, Array]]
     """`(params, tokens [prompts, length], lengths [prompts], request) -> paths, turns`. A length of
     0 is a row without a prompt."""
+    layout: Layout | None = None
+    """Where the parameters lie that the program takes."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def make_search(
         state = jax.lax.while_loop(lambda state: jnp.any(state.going), turn, _placed(layout, state))
         return state.finished, state.turn
 
-    return Search(prompts, beams, capacity, jax.jit(run))
+    return Search(prompts, beams, capacity, jax.jit(run), layout)
 
 
 def beam_search(
@@ -197,6 +199,7 @@ def beam_search(
     request = Request(
         np.array(stop_ids, np.int32), np.int32(max_tokens), np.float32(length_penalty)
     )
+    params = brought(params, search.layout)
     parts, turns = [], 0
     for start in range(0, len(prompts), search.prompts):
         part = prompts[start : start + search.prompts]

@@ -331,7 +331,13 @@ def plan_command(
 
             cache = _store(spec, store).root / "cache"
             fits = True
+            twins: dict[tuple[object, ...], str] = {}
             for node in prepared.devices:
+                key = rehearse.identity(prepared, node)
+                if key in twins:
+                    typer.echo(f"{node}  the programs of {twins[key]}")
+                    continue
+                twins[key] = node
                 for found in rehearse.rehearse(prepared, node, cache):
                     typer.echo(plan_view.rehearsed(prepared, node, found, _width()), nl=False)
                     if rehearse.fits(prepared, node, found):

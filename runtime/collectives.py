@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
+
+from tunelang.compiler.architecture import Architecture
+from tunelang.compiler.layout import CHUNK
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "f8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -19,6 +23,20 @@ _TRIPS = re.compile(r'known_trip_count["\\]*:\s*\{["\\]*n["\\]*:["\\]*(\d+)')
 _CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 
 
+class Collective(NamedTuple):
+    """An exchange in the text of a program."""
+
+    kind: str
+    shape: tuple[int, ...]
+    """Of its largest array."""
+    size: int
+    """Bytes of its results in each device."""
+    times: int
+    """How often it is made, as far as it is known how often loops turn."""
+    loops: int
+    """How many loops it is in."""
+
+
 def exchanged(text: str) -> dict[str, tuple[int, int]]:
     """Count the collectives that a call of a program makes, and the bytes of their results in each
     device, by kind.
@@ -26,21 +44,47 @@ def exchanged(text: str) -> dict[str, tuple[int, int]]:
     Those in a loop count as often as it is known to turn: XLA says so for CPUs and GPUs; where it
     does not, as on TPUs, once.
     """
-    blocks = dict(_BLOCK.findall(text))
-    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
     found: dict[str, tuple[int, int]] = {}
-    if entry is None:
-        return found
-    for kind, size, times in _walk(blocks, entry[1], 1, 0):
-        count, total = found.get(kind, (0, 0))
-        found[kind] = count + times, total + times * size
+    for each in collectives(text):
+        count, total = found.get(each.kind, (0, 0))
+        found[each.kind] = count + each.times, total + each.times * each.size
     return found
 
 
+def collectives(text: str) -> Iterator[Collective]:
+    """Give the collectives of a compiled program, from its text."""
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
+    if entry is not None:
+        yield from _walk(dict(_BLOCK.findall(text)), entry[1], 1, 0, 0)
+
+
+def wasteful(text: str, architecture: Architecture, micro_batches: int) -> Iterator[str]:
+    """Say what a program gathers that it should not: the weights of all layers at once, logits, or
+    the head in each turn of the loop over chunks.
+    """
+    a = architecture
+    found: dict[str, None] = {}
+    for each in collectives(text):
+        numbers = math.prod(each.shape)
+        if each.kind != "all-gather":
+            continue
+        if a.vocabulary in each.shape:
+            table = numbers == a.vocabulary * a.width
+            if table and each.loops > (micro_batches > 1):
+                found["the head is gathered in each turn of a loop"] = None
+            elif a.width not in each.shape and numbers > CHUNK * a.vocabulary:
+                found[f"logits are gathered whole: {list(each.shape)}"] = None
+        elif a.layers > 1 and each.shape[:1] == (a.layers,) and len(each.shape) > 2:
+            if numbers >= a.layers * a.width**2 // 8:
+                said = f"the weights of all layers are gathered at once: {list(each.shape)}"
+                found[said] = None
+    yield from found
+
+
 def _walk(
-    blocks: dict[str, str], name: str, times: int, depth: int
-) -> Iterator[tuple[str, int, int]]:
-    """Give kind, bytes and repetitions of each collective of a computation."""
+    blocks: dict[str, str], name: str, times: int, loops: int, depth: int
+) -> Iterator[Collective]:
+    """Give the collectives of a computation, which is called `times` in so many loops."""
     if depth > 20:
         return
     for written in blocks.get(name, "").splitlines():
@@ -49,15 +93,25 @@ def _walk(
         if operation is not None:
             # What starts an exchange, but for a sum, has operands and results for its type.
             paired = operation["start"] is not None and operation["kind"] != "all-reduce"
-            yield operation["kind"], _bytes(operation["type"], paired), times
+            size = _bytes(operation["type"], paired)
+            yield Collective(operation["kind"], _largest(operation["type"]), size, times, loops)
             continue
         loop = _LOOP.search(line)
         if loop is not None:
             trips = _TRIPS.search(line)
-            yield from _walk(blocks, loop[1], times * (int(trips[1]) if trips else 1), depth + 1)
+            turns = times * (int(trips[1]) if trips else 1)
+            yield from _walk(blocks, loop[1], turns, loops + 1, depth + 1)
             continue
         for called in _CALL.findall(line):
-            yield from _walk(blocks, called, times, depth + 1)
+            yield from _walk(blocks, called, times, loops, depth + 1)
+
+
+def _largest(text: str) -> tuple[int, ...]:
+    """Return the shape of the largest array of a type."""
+    shapes = (
+        tuple(int(size) for size in shape.split(",") if size) for _, shape in _ARRAY.findall(text)
+    )
+    return max(shapes, key=math.prod, default=())
 
 
 def _bytes(text: str, paired: bool) -> int:

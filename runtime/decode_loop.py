@@ -131,6 +131,8 @@ class Engine:
     decode: Callable[[Any, Slots, Given, Request], tuple[Slots, Array]]
     """`(params, slots, keep, request) -> slots, turns`. Slots that `keep` `[slots]` leaves out end
     before the first turn. The slots that go in are used up."""
+    layout: Layout | None = None
+    """Where the parameters lie that the programs take."""
 
 
 def make_engine(
@@ -209,6 +211,7 @@ def make_engine(
         prefill=jax.jit(prefill),
         admit=jax.jit(admit, donate_argnums=0),
         decode=jax.jit(decode, donate_argnums=1),
+        layout=layout,
     )  # fmt: skip
 
 

@@ -11,6 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from tunelang.compiler.architecture import Architecture
+from tunelang.compiler.costs import sampling_tensor
+from tunelang.compiler.hardware import chip_of
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity, Preference
 from tunelang.dsl.vocabulary.training import Sampling
@@ -24,7 +27,7 @@ from tunelang.runtime.examples import Example
 from tunelang.runtime.rewards import Reward, Scores
 from tunelang.runtime.rollout import Prompt, Rollouts, rollout
 from tunelang.runtime.scorers import Row, function_of
-from tunelang.runtime.sharding import Layout
+from tunelang.runtime.sharding import DECODE_RULES, Layout, sampling
 from tunelang.runtime.tokenizers import StreamDecoder
 from tunelang.runtime.workers import Workers
 from tunelang.runtime.workshop import Model, Workshop
@@ -100,10 +103,23 @@ def capacity_of(model: Model, longest: int, max_tokens: int) -> int:
     return min(wanted, model.architecture.context)
 
 
+def sampled_on(architecture: Architecture, dtype: Any, layout: Layout) -> Layout:
+    """Return where to sample from a model that has a layout for training: with whole weights in
+    each group of devices, or no turn would be done before it has gathered them all.
+    """
+    count, chip = layout.mesh.size, chip_of(layout.mesh.devices.flat[0].device_kind)
+    if count == 1 or layout.rules is DECODE_RULES:
+        return layout
+    width = np.dtype(dtype).itemsize
+    tensor = 1 if chip is None else sampling_tensor(architecture, width, count, chip.memory)
+    return sampling(layout, count // tensor, tensor)
+
+
 def engine_of(
     workshop: Workshop, model: Model, slots: int, capacity: int, layout: Layout
 ) -> Engine:
     """Return the sampler's programs; those of equal sizes are shared by all stages."""
+    layout = sampled_on(model.architecture, model.dtype, layout)
     return workshop.once(
         ("engine", model.architecture, str(model.dtype), slots, capacity, layout),
         lambda: make_engine(
@@ -267,6 +283,7 @@ def _completions(
     a, dtype = model.architecture, model.dtype
     if kind.beams is not None:
         beams = kind.beams
+        layout = sampled_on(a, dtype, layout)
         size = max(1, min(MOST_SLOTS // beams, 1 << (len(prompts) - 1).bit_length()))
         search = workshop.once(
             ("search", a, str(dtype), size, beams, capacity, layout),
@@ -278,7 +295,7 @@ def _completions(
             search, params, prompts, max_tokens=kind.max_tokens, stop_ids=stops, pad=pad,
             returned=kind.samples,
         )  # fmt: skip
-    sampling = Sampling.fixed(
+    settings = Sampling.fixed(
         max_tokens=kind.max_tokens,
         temperature=kind.temperature,
         top_p=kind.top_p,
@@ -287,7 +304,7 @@ def _completions(
     slots = min(MOST_SLOTS, 1 << (len(prompts) * kind.samples - 1).bit_length())
     engine = engine_of(workshop, model, slots, capacity, layout)
     return rollout(
-        engine, params, prompts, sampling, group=kind.samples, stop_ids=stops, seed=_SEED, step=0,
+        engine, params, prompts, settings, group=kind.samples, stop_ids=stops, seed=_SEED, step=0,
         pad=pad, tokenizer=model.renderer.tokenizer,
     )  # fmt: skip
 

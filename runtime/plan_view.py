@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -46,9 +47,8 @@ def rehearsed(prepared: Prepared, node: str, found: Rehearsed, width: int) -> st
     ]
     facts.append(f"compiled in {duration(found.seconds)}")
     facts += found.findings
-    name = f"{node} {found.name}"
-    first, *rest = _wrapped(facts, width - len(name) - 2)
-    return "\n".join([f"{name}  {first}", *(f"    {line}" for line in rest)]) + "\n"
+    whole = f"{node} {found.name}  {', '.join(facts)}"
+    return textwrap.fill(whole, width, subsequent_indent="    ", break_on_hyphens=False) + "\n"
 
 
 def _summary(prepared: Prepared) -> str:

@@ -50,7 +50,7 @@ from tunelang.runtime.policy_step import (
 )
 from tunelang.runtime.rewards import Reward, Scores
 from tunelang.runtime.rollout import Prompt, Rollouts, rollout
-from tunelang.runtime.sharding import DECODE_RULES, Layout, make_layout, moved
+from tunelang.runtime.sharding import Layout, sampling
 from tunelang.runtime.stream import Stream
 from tunelang.runtime.workshop import Model, Workshop
 
@@ -99,8 +99,6 @@ class PolicyTrainer:
     """The longest prompt, in tokens."""
     part: int
     """Completions of a group that are trained on beside one copy of its prompt."""
-    decode: Layout | None = None
-    """Of the rollout, where that is not the update's."""
     critic: Critic | None = None
     """Estimates advantages; without it, a group is its own baseline."""
     cursor: int = 0
@@ -184,7 +182,7 @@ class PolicyTrainer:
         ]
         rollouts = rollout(
             self.engine,
-            self.state.weights if self.decode is None else moved(self.state.weights, self.decode),
+            self.state.weights,
             prompts,
             stage.rollout,
             group=stage.group,
@@ -344,8 +342,7 @@ def decode_layout(planned: StageLayout, layout: Layout) -> Layout | None:
     """Return the layout of the rollout; None on one device, where there is nothing to choose."""
     if planned.decode is None or layout.mesh.size == 1:
         return None
-    devices = list(layout.mesh.devices.flat)
-    return Layout(make_layout(**planned.decode, devices=devices).mesh, DECODE_RULES)
+    return sampling(layout, **planned.decode)
 
 
 def policy_trainer(
@@ -367,11 +364,11 @@ def policy_trainer(
     and the parameters of the reference model, `critic` those of the values: with a shared trunk
     the head alone. Raises what opening data raises.
     """
-    a, sampling = model.architecture, stage.rollout
+    a, rollouts = model.architecture, stage.rollout
     renderer = model.renderer
-    room = a.context - sampling.max_tokens
-    if sampling.max_prompt is not None:
-        room = min(room, sampling.max_prompt)
+    room = a.context - rollouts.max_tokens
+    if rollouts.max_prompt is not None:
+        room = min(room, rollouts.max_prompt)
     stream = workshop.stream(stage.data, seed=derive(seed, "data"), renderer=renderer)
     longest = 0
 
@@ -382,7 +379,7 @@ def policy_trainer(
         return count
 
     stream = workshop.library.within(stream, measure, room)
-    capacity = capacity_of(model, longest, sampling.max_tokens)
+    capacity = capacity_of(model, longest, rollouts.max_tokens)
     assert planned.slots is not None
     steps = steps_of(stage.length, epoch=len(stream), batch=stage.batch)
     rows = stage.batch * stage.group // stage.minibatches
@@ -420,8 +417,8 @@ def policy_trainer(
 
     def score(architecture: Architecture) -> ScoreProgram:
         return workshop.once(
-            ("score", architecture, program, sampling.temperature),
-            lambda: score_program(architecture, program, sampling.temperature),
+            ("score", architecture, program, rollouts.temperature),
+            lambda: score_program(architecture, program, rollouts.temperature),
         )
 
     decode = decode_layout(planned, layout)
@@ -448,6 +445,5 @@ def policy_trainer(
         reference=None if measured is None else (score(measured[0]), measured[1]),
         prompt_length=longest,
         part=math.gcd(stage.group, rows // layout.batch_shards // program.micro_batches),
-        decode=decode,
         critic=estimator,
     )

@@ -52,14 +52,15 @@ from tunelang.dsl.vocabulary.stages import (
     Training,
 )
 from tunelang.dsl.vocabulary.training import Lora, Sampling
-from tunelang.runtime import collectives, train
+from tunelang.runtime import train
 from tunelang.runtime.answers import TOKENS
+from tunelang.runtime.collectives import exchanged, wasteful
 from tunelang.runtime.comparing import segment_program
 from tunelang.runtime.critic import learner_of
 from tunelang.runtime.custom import bound
 from tunelang.runtime.decode_loop import Request, abstract_slots, make_engine
 from tunelang.runtime.durable import read_json, write_json
-from tunelang.runtime.evaluate import MOST_SLOTS
+from tunelang.runtime.evaluate import MOST_SLOTS, sampled_on
 from tunelang.runtime.layers import DTYPES
 from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
 from tunelang.runtime.policy import decode_layout
@@ -75,6 +76,10 @@ from tunelang.runtime.words import size_text
 
 STEP = ("train", "score", "reference", "prefill", "decode")
 """The programs of a step."""
+_NOT_COMPILED = ("from_", "data", "seed", "length", "reward")
+"""What branches may differ in and still have the same programs."""
+_FORMAT = "2"
+"""Of what is kept of a compilation."""
 _STEPS = 1000
 """Of a schedule; the program is the same for any."""
 _TRIES = 3
@@ -102,7 +107,9 @@ class Rehearsed:
 
 
 @dataclass(frozen=True)
-class _Program:
+class Program:
+    """One that a stage runs, to be lowered, and what the stage needs beside it."""
+
     name: str
     lower: Callable[[], jax.stages.Lowered]
     beside: int = 0
@@ -111,6 +118,9 @@ class _Program:
     """Bytes in each device that have to be reused."""
     held: int = 0
     """Bytes in each device that the stage holds from its first step to its last."""
+    trained: Architecture | None = None
+    """Whose weights it updates."""
+    micro_batches: int = 1
 
 
 def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
@@ -146,6 +156,18 @@ def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
     params = _params(a, _program_of(shapes, planned, layout))
     for program in _evaluations(evals, a, shapes.dtype, params, layout, held - _bytes(params)):
         yield _compiled(program, devices, cache)
+
+
+def identity(prepared: Prepared, node: str) -> tuple[object, ...]:
+    """Return what the programs of a node depend on: branches of a sweep over numbers share them."""
+    stage = prepared.graph.nodes[node].value
+    assert isinstance(stage, Training | Sample | Merge | Evaluate)
+    if not isinstance(stage, Training):
+        return (node,)
+    unit = stage.model_copy(update={"optimizer": at_unit_rate(stage.optimizer)})
+    told = ((name, str(value)) for name, value in unit if name not in _NOT_COMPILED)
+    where = str(prepared.layouts[node]), prepared.shapes[node], prepared.devices[node]
+    return type(stage), *told, *where
 
 
 def fits(prepared: Prepared, node: str, found: Rehearsed) -> bool:
@@ -202,7 +224,7 @@ def _pinned(layout: StageLayout) -> str:
 
 def programs(
     stage: Training, shapes: Shapes, planned: StageLayout, layout: Layout
-) -> Iterator[_Program]:
+) -> Iterator[Program]:
     """Give the programs of a stage, to be lowered."""
     if isinstance(stage, Policy):
         return _policy(stage, shapes, planned, layout)
@@ -228,7 +250,7 @@ def _params(architecture: Architecture, program: train.Program) -> Any:
 
 def _supervised(
     stage: Supervised, shapes: Shapes, planned: StageLayout, layout: Layout
-) -> Iterator[_Program]:
+) -> Iterator[Program]:
     a = replace(shapes.architecture, scores=stage.yields == "scores")
     program = _program_of(shapes, planned, layout)
     pieces = 2 if isinstance(stage, Preference | RewardModel | Kto) else 1
@@ -248,16 +270,18 @@ def _supervised(
     optimizer, step = compiled(a, at_unit_rate(stage.optimizer), _STEPS, program, objective)
     state = train.abstract_state(a, optimizer, program, objective.extra)
     batch = _batch(stage, planned, count, layout)
-    yield _Program(
+    yield Program(
         "train",
         lambda: step.lower(replace(state, beside=beside), batch),
         donated=_bytes(replace(state, frozen=nnx.State({}))),
         held=_bytes(replace(state, beside=beside)),
+        trained=a,
+        micro_batches=program.micro_batches,
     )
     if isinstance(stage, Compared) and stage.needs_reference and ahead:
         score = segment_program(plain(a), program, count)
         params = _params(plain(a), program)
-        yield _Program("reference", lambda: score.lower(params, batch))  # type: ignore[attr-defined]
+        yield Program("reference", lambda: score.lower(params, batch))  # type: ignore[attr-defined]
 
 
 def _rows(layout: Layout, rows: int, *shape: int, dtype: Any = jnp.int32) -> Any:
@@ -294,7 +318,7 @@ def _batch(stage: Supervised, planned: StageLayout, count: int, layout: Layout) 
 
 def _policy(
     stage: Policy, shapes: Shapes, planned: StageLayout, layout: Layout
-) -> Iterator[_Program]:
+) -> Iterator[Program]:
     a, sampling = shapes.architecture, stage.rollout
     program = replace(_program_of(shapes, planned, layout), kernel="xla")
     unit = at_unit_rate(stage.optimizer)
@@ -333,14 +357,15 @@ def _policy(
         reference = _bytes(_params(plain(a), program))
     changing = _bytes(replace(state, frozen=nnx.State({}), beside=None))
     kept = _bytes(state) + reference
-    yield _Program("train", lambda: step.lower(state, batch), reference, changing, kept)
+    lower = partial(step.lower, state, batch)
+    yield Program("train", lower, reference, changing, kept, a, program.micro_batches)
 
     params = state.weights
     beside = _bytes(state) - _bytes(params) + reference
     given = params, batch.prompts, batch.prompt_lengths, batch.tokens
     if several or stage.kl is not None:
         score = score_program(a, program, sampling.temperature)
-        yield _Program("score", lambda: score.lower(*given), beside)  # type: ignore[attr-defined]
+        yield Program("score", lambda: score.lower(*given), beside)  # type: ignore[attr-defined]
 
     slots, capacity = planned.slots or 1, planned.length
     apart = decode_layout(planned, layout)
@@ -373,7 +398,7 @@ def _sampler(
     sampling: Sampling,
     beside: int,
     name: str = "",
-) -> Iterator[_Program]:
+) -> Iterator[Program]:
     """Give the programs of a rollout."""
     slots, capacity, of = sizes.slots, sizes.capacity, DTYPES[dtype]
     engine: Any = make_engine(a, slots=slots, capacity=capacity, dtype=of, layout=layout)
@@ -385,7 +410,7 @@ def _sampler(
 
     prompts = ints(PREFILL, sizes.prompt), ints(PREFILL)
     kept = _bytes(filled)
-    yield _Program(name + "prefill", lambda: engine.prefill.lower(params, *prompts), beside + kept)
+    yield Program(name + "prefill", lambda: engine.prefill.lower(params, *prompts), beside + kept)
 
     def request() -> Request:
         settings = jax.tree.map(
@@ -394,7 +419,7 @@ def _sampler(
         )
         return Request(settings, ints(4), ints(dtype=jnp.uint32), ints(), ints(), ints())
 
-    yield _Program(
+    yield Program(
         name + "decode",
         lambda: engine.decode.lower(params, filled, ints(slots, dtype=bool), request()),
         beside,
@@ -409,7 +434,7 @@ def _evaluations(
     params: Any,
     layout: Layout,
     beside: int,
-) -> Iterator[_Program]:
+) -> Iterator[Program]:
     """Give the programs of evals: prompts and rows as long as the context, since no data is read;
     those of equal sizes once. `beside` is what a stage holds beside the parameters.
     """
@@ -425,7 +450,7 @@ def _evaluations(
                 top_k=kind.top_k,
             )  # fmt: skip
             if sizes not in seen:
-                yield from _sampler(a, dtype, params, layout, sizes, sampling, beside, f"{name} ")
+                yield from _sampled(a, dtype, params, layout, sizes, sampling, beside, f"{name} ")
             seen.add(sizes)
         elif not isinstance(kind, Generate) and type(kind) not in seen:
             seen.add(type(kind))
@@ -437,12 +462,24 @@ def _evaluations(
                 if isinstance(kind, Perplexity)
                 else segment_program(a, program, max(2, a.context // _SEGMENT))
             )
-            yield _Program(name, partial(score.lower, params, batch), beside)
+            yield Program(name, partial(score.lower, params, batch), beside)
+
+
+def _sampled(
+    a: Architecture, dtype: str, params: Any, layout: Layout, sizes: _Sizes, sampling: Sampling,
+    beside: int, name: str = "",
+) -> Iterator[Program]:  # fmt: skip
+    """Give the programs of a rollout that is no part of a step, see `evaluate.sampled_on`."""
+    there = sampled_on(a, DTYPES[dtype], layout)
+    if there != layout:
+        beside += _bytes(params)
+        params = _params(a, train.Program(layout=there, dtype=DTYPES[dtype]))
+    yield from _sampler(a, dtype, params, there, sizes, sampling, beside, name)
 
 
 def _measuring(
     stage: Sample | Merge | Evaluate, evals: Mapping[str, EvalKind], shapes: Shapes, layout: Layout
-) -> Iterator[_Program]:
+) -> Iterator[Program]:
     """Give the programs of a stage that samples from a model or measures it."""
     a, dtype = shapes.architecture, shapes.dtype
     params = _params(a, train.Program(layout=layout, dtype=DTYPES[dtype]))
@@ -457,7 +494,7 @@ def _measuring(
         slots = min(MOST_SLOTS, _power_of_two(count))
         capacity = prompt + sampling.max_tokens
         sizes = _Sizes(slots, capacity, prompt, sampling.max_tokens, count)
-        yield from _sampler(a, dtype, params, layout, sizes, sampling, 0)
+        yield from _sampled(a, dtype, params, layout, sizes, sampling, 0)
     yield from _evaluations(evals, a, dtype, params, layout, beside)
 
 
@@ -490,15 +527,15 @@ def _bytes(tree: Any) -> int:
 # Compiling.
 
 
-def _compiled(program: _Program, devices: Devices, cache: Path) -> Rehearsed:
+def _compiled(program: Program, devices: Devices, cache: Path) -> Rehearsed:
     lowered = program.lower()
     text = lowered.as_text()
-    versions = [version("jax"), version("jaxlib")]
+    versions = [_FORMAT, version("jax"), version("jaxlib")]
     key = "\n".join([str(devices), str(devices.shape), *versions, text])
     path = cache / f"rehearsal-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
     found = read_json(path) if path.exists() else None
     if found is None:
-        found = asdict(measure(program.name, lowered, program.donated))
+        found = asdict(measure(program, lowered))
         cache.mkdir(parents=True, exist_ok=True)
         write_json(path, found)
     held = Rehearsed(
@@ -511,8 +548,9 @@ def _compiled(program: _Program, devices: Devices, cache: Path) -> Rehearsed:
     return replace(held, name=program.name, peak=held.peak + program.beside)
 
 
-def measure(name: str, lowered: jax.stages.Lowered, donated: int) -> Rehearsed:
+def measure(program: Program, lowered: jax.stages.Lowered) -> Rehearsed:
     """Compile a program and look at it."""
+    name, donated = program.name, program.donated
     begun = time.monotonic()
     try:
         done = lowered.compile()
@@ -530,9 +568,10 @@ def measure(name: str, lowered: jax.stages.Lowered, donated: int) -> Rehearsed:
     kept = donated - int(memory.alias_size_in_bytes)
     if kept > max(2**20, donated // 50):
         findings.append(f"{kept:,} bytes of state are not donated: they are there twice")
-    return Rehearsed(
-        name, peak, seconds, collectives.exchanged(done.as_text() or ""), tuple(findings)
-    )
+    said = done.as_text() or ""
+    if program.trained is not None:
+        findings += wasteful(said, program.trained, program.micro_batches)
+    return Rehearsed(name, peak, seconds, exchanged(said), tuple(findings))
 
 
 _NEEDED = re.compile(

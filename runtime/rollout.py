@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.decode_loop import Admission, Engine, Prefilled, Request, Slots
 from tunelang.runtime.sampling import slot_settings
+from tunelang.runtime.sharding import brought
 from tunelang.runtime.tokenizers import Tokenizer
 
 PREFILL = 8
@@ -112,7 +113,8 @@ def rollout(
     """Sample `group` completions of each prompt.
 
     `params` are the decoder's, as they are trained: they are arguments of every program, so the
-    next call samples from what they are then. `stop_ids` end a completion and belong to it; so do
+    next call samples from what they are then. They are brought to where the engine has them, once
+    for all completions. `stop_ids` end a completion and belong to it; so do
     the strings of `sampling.stop`, for which the `tokenizer` is needed. `seed` (the run's, of which
     32 bits count) and `step` (of training) decide what is drawn.
 
@@ -120,6 +122,7 @@ def rollout(
     strings without a tokenizer.
     """
     _check(engine, prompts, sampling, group, tokenizer)
+    params = brought(params, engine.layout)
     count = len(prompts) * group
     queue = _Queue(engine, params, prompts, group, pad)
     watch = _StopStrings(tokenizer, sampling.stop) if tokenizer and sampling.stop else None

@@ -137,9 +137,17 @@ def logical_axes(variable: nnx.Variable[Any]) -> Axes:
     return axes
 
 
-def moved(params: Any, layout: Layout) -> Any:
-    """Return parameters where another layout over the same devices has them."""
+def brought(params: Any, layout: Layout | None) -> Any:
+    """Return parameters where a layout of sampling has them; as they are for one of training."""
+    if layout is None or layout.rules is not DECODE_RULES:
+        return params
     return jax.device_put(params, shardings(params, layout))
+
+
+def sampling(layout: Layout, data: int, tensor: int) -> Layout:
+    """Return the layout of sampling over the devices of another one."""
+    devices = list(layout.mesh.devices.flat)
+    return Layout(make_layout(data, tensor=tensor, devices=devices).mesh, DECODE_RULES)
 
 
 def shardings(tree: Any, layout: Layout) -> Any:

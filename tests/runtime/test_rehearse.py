@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
+from tests.pipeline import tiny
 from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, parameter_count
 from tunelang.compiler.hardware import CHIPS, Devices, declared
@@ -29,7 +32,7 @@ from tunelang.dsl.vocabulary.stages import (
 from tunelang.dsl.vocabulary.training import K3, AdamW, Axes, Critic, Lora, Sampling
 from tunelang.runtime import collectives
 from tunelang.runtime.prepare import Shapes
-from tunelang.runtime.rehearse import measure, programs, unsplit
+from tunelang.runtime.rehearse import Program, measure, programs, rehearse, unsplit
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.topologies import compilable
 
@@ -55,7 +58,7 @@ def found(
     layout = make_layout(**planned.mesh)
     shapes = Shapes(a, "f32", SMALL)
     made = {p.name: p for p in programs(stage, shapes, planned, layout)}
-    return {name: measure(name, program.lower(), program.donated) for name, program in made.items()}
+    return {name: measure(program, program.lower()) for name, program in made.items()}
 
 
 SUPERVISED = [
@@ -153,13 +156,72 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
 
 
 def test_what_is_not_donated_is_found() -> None:
-    import jax
-
     shapes = jax.ShapeDtypeStruct((1024, 1024), "float32")
-    kept = measure("p", jax.jit(lambda a: a + 1).lower(shapes), 4 * 2**20)
+    program = Program("p", lambda: jax.jit(lambda a: a + 1).lower(shapes), donated=4 * 2**20)
+    kept = measure(program, program.lower())
     assert "not donated" in kept.findings[0]
-    given = measure("p", jax.jit(lambda a: a + 1, donate_argnums=0).lower(shapes), 4 * 2**20)
+    given = measure(program, jax.jit(lambda a: a + 1, donate_argnums=0).lower(shapes))
     assert not given.findings
+
+
+def test_what_is_gathered_needlessly_is_found() -> None:
+    """Each in a program that makes the mistake; that the real ones do not is tested above."""
+    layout = make_layout(fsdp=8)
+    a = replace(SMALL, vocabulary=256, width=64)
+
+    def shaped(*axes: str | None, shape: tuple[int, ...]) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout.sharding(axes, shape))
+
+    hidden = shaped("batch", None, None, None, shape=(8, 4, 32, 64))
+    head = shaped(None, "embed", shape=(256, 64))
+    layers = shaped(None, "embed", None, shape=(2, 64, 64))
+
+    def chunks(hidden: Any, head: Any) -> Any:
+        def body(head: Any, part: Any) -> tuple[Any, Any]:  # it changes, so that it must be
+            own = layout.constrain(jnp.cos(head), (None, "embed"))
+            return own, jnp.sum(part @ layout.constrain(own, (None, None)).T)
+
+        return jax.lax.scan(body, head, hidden.swapaxes(0, 1))[1]
+
+    def logits(hidden: Any, head: Any) -> Any:
+        found = hidden.reshape(8, 128, 64) @ layout.constrain(head, (None, None)).T
+        return layout.constrain(jnp.sin(found), (None, None, None))
+
+    def stacked(hidden: Any, layers: Any) -> Any:
+        return jnp.einsum("bcsd,lde->lbcse", hidden, layout.constrain(layers, (None, None, None)))
+
+    for function, given, said in (
+        (chunks, head, "the head is gathered in each turn of a loop"),
+        (logits, head, "logits are gathered whole"),
+        (stacked, layers, "the weights of all layers are gathered at once"),
+    ):
+        text = jax.jit(function).lower(hidden, given).compile().as_text() or ""
+        found = list(collectives.wasteful(text, a, 1))
+        assert len(found) == 1, (said, found)
+        assert found[0].startswith(said)
+
+
+def test_evaluations_and_stages_that_measure(tmp_path: Path) -> None:
+    spec = tiny.workspace(tmp_path)
+    spec.write_text(
+        spec.read_text()
+        + """
+
+stage tries : sample { from = baseline, data = sums, samples = 4
+  rollout = sampling(max_tokens = 4) }
+stage compared : evaluate { models = [base, baseline], evals = [accuracy, fluency] }
+"""
+    )
+    prepared, store = tiny.planned(spec)
+    names = {
+        node: [each.name for each in rehearse(prepared, node, store.root / "cache")]
+        for node in ("baseline", "tries", "compared")
+    }
+    assert names == {
+        "baseline": ["train", "accuracy prefill", "accuracy decode", "fluency"],
+        "tries": ["prefill", "decode"],
+        "compared": ["accuracy prefill", "accuracy decode", "fluency"],
+    }
 
 
 def test_axes_that_do_not_divide_are_named() -> None:
@@ -187,7 +249,7 @@ def test_tpus_that_are_not_here(topology: str) -> None:
     stage, planned = plan(BIGGER, devices)
     layout = make_layout(**planned.mesh, devices=compilable(devices))
     program = next(iter(programs(stage, Shapes(BIGGER, "bf16"), planned, layout)))
-    said = measure("train", program.lower(), program.donated)
+    said = measure(program, program.lower())
     assert 0 < said.peak < devices.chip.memory
 
 
@@ -203,6 +265,6 @@ def test_what_does_not_fit_is_refused_by_the_compiler() -> None:
     )  # fmt: skip
     layout = make_layout(**planned.mesh, devices=compilable(devices))
     program = next(iter(programs(stage, Shapes(a, "bf16"), planned, layout)))
-    said = measure("train", program.lower(), program.donated)
+    said = measure(program, program.lower())
     assert "RESOURCE_EXHAUSTED" in said.refused
     assert said.peak > devices.chip.memory
