@@ -213,8 +213,9 @@ class Decoder(nnx.Module):
             prompts, None, None, None, layout, remat, kernel, keep=True
         )
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-        rows = tokens[:, :, :-1].reshape(count * group, length - 1)
-        places = jnp.repeat(lengths, group)[:, None] + jnp.arange(length - 1)
+        # The last token predicts nothing: it keeps products at sizes that kernels like.
+        rows = tokens.reshape(count * group, length)
+        places = jnp.repeat(lengths, group)[:, None] + jnp.arange(length)
         turns = self._turns(places)
 
         def layer(
@@ -244,7 +245,7 @@ class Decoder(nnx.Module):
 
         x = self._embed(rows, places, None, layout)
         x, _ = self._layers(x, layer, remat, prefix)
-        behind = self.norm(x).reshape(count, group, length - 1, a.width)
+        behind = self.norm(x).reshape(count, group, length, a.width)[:, :, :-1]
         first = jnp.broadcast_to(last[:, None], (count, group, 1, a.width))
         return jnp.concatenate([first, behind], axis=2)
 
