@@ -3,7 +3,8 @@
 `python benchmarks/plan_accuracy.py --points 66 --out points.jsonl` draws stages and layouts by a
 fixed rule, compiles the training program of each (a minute a point on two cores) and appends what
 the compiler says. `python benchmarks/plan_accuracy.py --report points.jsonl` compares it with the
-plan. `python benchmarks/plan_accuracy.py --published` compares the plan's time with runs of others.
+plan. `python benchmarks/plan_accuracy.py --published` compares the plan's time with runs of others,
+`--cases 20` the chosen layouts of small stages with all that the compiler accepts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,9 @@ from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, parameter_count
 from tunelang.compiler.costs import estimated
 from tunelang.compiler.hardware import CHIPS, Devices
-from tunelang.compiler.layout import DoesNotFitError, StageLayout
+from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout
 from tunelang.compiler.presets import PRESETS
-from tunelang.compiler.search import MARGIN, attention_kernel, lay_out
+from tunelang.compiler.search import MARGIN, attention_kernel, lay_out, ranked
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import Sft
 from tunelang.dsl.vocabulary.training import AdamW, Lora
@@ -215,6 +217,65 @@ def report(path: Path) -> None:
     print(f"\naccepted by the plan and refused by the compiler: {wrong}")
 
 
+def cases(count: int) -> None:
+    """Print for small stages whether there is a faster layout than the chosen one: those that the
+    plan says to be faster, and to need too much memory, are compiled until one fits after all.
+    """
+    draw = random.Random(20_261_122)
+    chips = (("h200", (1,)), ("h200", (8,)))
+    print("| model | form | hardware | rows × length | chosen | seconds | XLA GiB | best | times |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    worst, compilations = 1.0, 0
+    for _ in range(count):
+        chip, shape = draw.choice(chips)
+        length, rows = draw.choice((1024, 2048, 4096)), shape[0] * draw.choice((8, 16, 32))
+        names = ("tiny-0.3b", "qwen3-0.6b", "llama-3.2-1b", "gemma-2b")
+        point = Point(
+            draw.choice(names), draw.choice(FORMS), chip, shape, {}, rows, length, 1, "auto"
+        )
+        a, there = architecture(point), devices(point)
+        stage = Sft.fixed(
+            batch=Measure.fixed(value=rows, unit="sequences"), optimizer=AdamW.fixed(lr=1e-4)
+        )
+        chosen = lay_out(stage, a, 2, there)
+        faster = [each for each in everything(stage, a, there) if each.seconds < chosen.seconds]
+        best = chosen
+        for layout in sorted([*faster, chosen], key=lambda each: each.seconds):
+            said = compiled(replace(
+                point, mesh=layout.mesh, micro_batches=layout.micro_batches, remat=layout.remat
+            ))  # fmt: skip
+            compilations += 1
+            if not said["refused"] and said["peak"] <= there.chip.memory:
+                best = layout
+                break
+        worst = max(worst, chosen.seconds / best.seconds)
+        print(
+            f"| {point.model} | {point.form} | {there} | {rows} × {length} | {brief(chosen)} |"
+            f" {chosen.seconds:.3f} | {said['peak'] / 2**30:.1f} | {brief(best)} |"
+            f" {chosen.seconds / best.seconds:.3f} |",
+            flush=True,
+        )
+    print(f"\n{count} cases, {compilations} compilations: at worst {worst:.3f} × the best")
+
+
+def everything(stage: Sft, a: Architecture, there: Devices) -> Iterator[StageLayout]:
+    """Give the layouts of a stage whether they fit or not."""
+    large = replace(there, chip=replace(there.chip, memory=2**60))
+    rows = int(stage.batch.value)
+    for remat in ("none", "dots", "full"):
+        for each in (n for n in range(1, rows + 1) if rows % n == 0):
+            with suppress(NoLayoutError):
+                yield from ranked(
+                    stage.model_copy(update={"remat": remat, "micro_batch": each}), a, 2, large
+                )
+
+
+def brief(layout: StageLayout) -> str:
+    """Return a layout in a few words."""
+    mesh = " ".join(f"{axis} {size}" for axis, size in layout.mesh.items() if size > 1)
+    return f"{mesh or 'one'}, remat {layout.remat}, {layout.micro_batches} parts"
+
+
 def published() -> None:
     """Print what the plan says of published runs, in the layout that it would choose itself."""
     print("| model | length | hardware | published | plan | error | layout | bound by | source |")
@@ -238,10 +299,9 @@ def published() -> None:
             continue
         found = rows * length / layout.seconds / there.count * chip.per_chip
         errors.append(found / rate - 1)
-        mesh = " ".join(f"{axis} {size}" for axis, size in layout.mesh.items() if size > 1)
         print(
-            f"| {name} | {length} | {where} | {rate:,} | {found:,.0f} | {errors[-1]:+.0%} | {mesh},"
-            f" remat {layout.remat}, {layout.micro_batches} parts | {layout.bound} | {source} |"
+            f"| {name} | {length} | {where} | {rate:,} | {found:,.0f} | {errors[-1]:+.0%} |"
+            f" {brief(layout)} | {layout.bound} | {source} |"
         )
     print(f"\n{len(errors)} runs: median error {statistics.median(map(abs, errors)):.0%}")
 
@@ -254,7 +314,10 @@ def main() -> None:
     parser.add_argument("--chips", default=",".join(SLICES), help="only these")
     parser.add_argument("--report", type=Path)
     parser.add_argument("--published", action="store_true", help="against runs of others")
+    parser.add_argument("--cases", type=int, help="of small stages: is the chosen layout the best?")
     given = parser.parse_args()
+    if given.cases is not None:
+        cases(given.cases)
     if given.out is not None:
         lines = given.out.read_text().splitlines() if given.out.exists() else []
         done = {json.loads(line)["at"] for line in lines}

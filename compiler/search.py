@@ -60,6 +60,7 @@ def ranked(
     unit = SPLASH_UNIT if kernel == "splash" else 1
     pinned = pins(stage)
     nearest: StageLayout | None = None
+    undivided = 0
     found: list[tuple[tuple[float, int, int], StageLayout]] = []
     experts = 1 if architecture.experts is None else architecture.experts.count
     for mesh in _meshes(stage, devices.count, experts, length // SHORTEST):
@@ -74,6 +75,10 @@ def ranked(
         ):
             continue
         if experts % mesh["expert"] or length % (mesh["context"] * unit):
+            continue
+        local = rows // shards_of(mesh)
+        if stage.micro_batch is not None and local % stage.micro_batch:
+            undivided = min(undivided or local, local)
             continue
         layout, fits = _fitting(
             stage, architecture, dtype_bytes, devices, mesh, rows, length, kernel, teacher
@@ -91,6 +96,11 @@ def ranked(
             raise NoLayoutError(
                 "mesh",
                 f"{length} tokens do not divide into {stage.mesh.context} parts{multiples}",
+            )
+        if undivided:
+            raise NoLayoutError(
+                "micro_batch",
+                f"{stage.micro_batch} do not divide the {undivided} sequences of a device",
             )
         size = math.prod(_mesh_of(stage).values()) if stage.mesh is not None else devices.count
         raise NoLayoutError(
@@ -239,13 +249,11 @@ def _fitting(
     local = rows // shards_of(mesh)
     counts = [n for n in range(1, local + 1) if local % n == 0]
     if stage.micro_batch is not None:
-        if local % stage.micro_batch:
-            raise NoLayoutError(
-                "micro_batch",
-                f"{stage.micro_batch} do not divide the {local} sequences of a device",
-            )
         counts = [local // stage.micro_batch]
     remats = ("none", "dots", "full") if stage.remat == "auto" else (stage.remat,)
+    # Only on a CPU may computing again be faster; and more parts there, or where some are skipped.
+    plain_costs = devices.chip.cache is None
+    further = 0 if plain_costs and not isinstance(stage, Policy) else _FURTHER
     fitting: list[StageLayout] = []
     smallest: StageLayout | None = None
     for remat in remats:
@@ -261,8 +269,10 @@ def _fitting(
             if layout.total <= MARGIN * devices.chip.memory:
                 fitting.append(layout)
                 found += 1
-                if found > _FURTHER:
+                if found > further:
                     break
+        if plain_costs and fitting and fitting[0].micro_batches == counts[0]:
+            break
     assert smallest is not None
     if fitting:
         return min(fitting, key=lambda layout: layout.seconds), True
