@@ -22,6 +22,8 @@ SPLASH_UNIT = 128
 """Tokens that the kernel for TPUs works on at once, at least."""
 SHORTEST = 1024
 """Tokens of a part of a sequence, at least, where the plan decides to split sequences."""
+_LEAST_REMAT = 0.7
+"""How much less a layout may have to compute than another one, at least."""
 _FURTHER = 4
 """Numbers of micro-batches to look at beyond the fewest that fit: more may be faster, where some
 of them can be skipped or stay in a cache."""
@@ -60,16 +62,20 @@ def ranked(
     unit = SPLASH_UNIT if kernel == "splash" else 1
     pinned = pins(stage)
     nearest: StageLayout | None = None
+    best: StageLayout | None = None
     undivided = 0
     found: list[tuple[tuple[float, int, int], StageLayout]] = []
     experts = 1 if architecture.experts is None else architecture.experts.count
     for mesh in _meshes(stage, devices.count, experts, length // SHORTEST):
         used = math.prod(mesh.values())
-        if found and used < math.prod(found[0][1].mesh.values()):
-            break
-        # To split sequences costs more than to split the batch, where that can be.
-        if found and mesh["context"] > 1 and rows >= used:
-            continue
+        if best is not None:
+            # Fewer devices may be faster, where what they exchange takes longer than computing.
+            whole = best.times["computing"] * math.prod(best.mesh.values())
+            if _LEAST_REMAT * whole >= used * best.seconds:
+                break
+            # To split sequences costs more than to split the batch, where that can be.
+            if mesh["context"] > 1 and rows >= used:
+                continue
         if rows % shards_of(mesh) or any(
             size % mesh["tensor"] for size in (architecture.heads, architecture.mlp)
         ):
@@ -86,6 +92,8 @@ def ranked(
         if nearest is None or layout.total < nearest.total:
             nearest = layout
         if fits:
+            if best is None or layout.seconds < best.seconds:
+                best = layout
             axes = sum(size > 1 for size in mesh.values())
             found.append(((float(f"{layout.seconds:.6g}"), axes, -mesh["data"]), layout))
     if found:

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, Mixture
 from tunelang.compiler.hardware import CHIPS, Devices, chip_of
-from tunelang.compiler.layout import DoesNotFitError, NoLayoutError
+from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, shards_of
 from tunelang.compiler.presets import PRESETS
-from tunelang.compiler.search import lay_out
-from tunelang.dsl.vocabulary.stages import Training
-from tunelang.dsl.vocabulary.training import Lora
+from tunelang.compiler.search import MARGIN, lay_out, ranked
+from tunelang.dsl.vocabulary.base import Measure
+from tunelang.dsl.vocabulary.stages import Policy, Sft, Training
+from tunelang.dsl.vocabulary.training import AdamW, Axes, Lora, Sampling
 
 from .workspace import folder, program
 
@@ -64,6 +67,62 @@ def test_every_layout_is_legal(folder: Path, chip: str, count: int) -> None:
     assert layout.seconds > 0
 
 
+MODELS = [
+    replace(PRESETS["llama-3.2-1b"], context=2048),
+    replace(PRESETS["gemma-2b"], context=1024),
+    replace(PRESETS["gemma-3-1b"], context=4096),
+    replace(LLAMA, context=65_536),
+    replace(PRESETS["qwen3-0.6b"], experts=Mixture(count=8, active=2, width=768), context=1024),
+]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    at=st.integers(0, len(MODELS) - 1),
+    form=st.sampled_from(["full", "lora", "qlora"]),
+    chip=st.sampled_from(sorted(CHIPS)),
+    count=st.sampled_from([1, 2, 4, 8, 16, 64]),
+    rows=st.sampled_from([1, 2, 6, 8, 32, 96]),
+    policy=st.booleans(),
+)
+def test_properties(at: int, form: str, chip: str, count: int, rows: int, policy: bool) -> None:
+    a = MODELS[at]
+    if form != "full":
+        lora = Lora.fixed(targets=("attention",))
+        a = adapted(a, (lora,), "nf4" if form == "qlora" else "bf16")
+    optimizer = AdamW.fixed(lr=1e-4)
+    made: Training = (
+        Policy.fixed(
+            batch=rows, group=4, rollout=Sampling.fixed(max_tokens=256), optimizer=optimizer
+        )
+        if policy
+        else Sft.fixed(batch=Measure.fixed(value=rows, unit="sequences"), optimizer=optimizer)
+    )
+    there = Devices(CHIPS[chip], count, False)
+    try:
+        best, *others = ranked(made, a, 2, there)
+    except DoesNotFitError:
+        return
+    experts = 1 if a.experts is None else a.experts.count
+    for each in (best, *others):
+        mesh = each.mesh
+        assert count % math.prod(mesh.values()) == 0
+        assert each.rows % (shards_of(mesh) * each.micro_batches) == 0
+        assert a.heads % mesh["tensor"] == a.mlp % mesh["tensor"] == 0
+        assert experts % mesh["expert"] == 0
+        assert each.length % mesh["context"] == 0
+        assert each.kernel != "splash" or each.length // mesh["context"] % 128 == 0
+        assert each.total <= MARGIN * there.chip.memory
+        assert best.seconds <= each.seconds * (1 + 1e-5)
+    # Pinning what was chosen changes nothing.
+    local = best.rows // shards_of(best.mesh) // best.micro_batches
+    pins = {"mesh": Axes.fixed(**best.mesh), "micro_batch": local, "remat": best.remat}
+    assert ranked(made.model_copy(update=pins), a, 2, there) == [best]
+    # More devices are never slower.
+    more = ranked(made, a, 2, replace(there, count=2 * count))[0]
+    assert more.seconds <= best.seconds * (1 + 1e-5)
+
+
 def test_more_devices_are_never_slower(folder: Path) -> None:
     times = [
         lay_out(stage(folder), LLAMA, 2, Devices(CHIPS["v5p"], count, False)).seconds
@@ -101,9 +160,9 @@ def test_what_is_not_split_along_sequences(folder: Path) -> None:
     pin = "mesh = axes(data = 4, context = 2)"
     assert lay_out(stage(folder, pin), LLAMA, 2, devices).mesh["context"] == 2
     mixture = replace(LLAMA, experts=Mixture(count=4, active=2, width=1024))
-    for given, model in ((stage(folder, pin), mixture), (policy(folder, pin), LLAMA)):
+    for kind, model in ((stage(folder, pin), mixture), (policy(folder, pin), LLAMA)):
         with pytest.raises(NoLayoutError, match="is not for"):
-            lay_out(given, model, 2, devices)
+            lay_out(kind, model, 2, devices)
 
 
 def test_a_large_model_is_split(folder: Path) -> None:
