@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tunelang.compiler import costs
 from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, parameter_count
 from tunelang.compiler.costs import estimated
@@ -82,6 +83,8 @@ LARGER = {
     ),
     **PRESETS,
 }  # fmt: skip
+FITTED = 66
+"""Points that the plan's factors may be fitted to; later ones are held out."""
 FORMS = ("full", "full", "lora", "qlora")
 
 
@@ -182,37 +185,102 @@ def compiled(point: Point) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def report(path: Path) -> None:
+@dataclass(frozen=True)
+class Said:
+    """A point, and what the compiler said."""
+
+    at: int
+    point: Point
+    peak: int
+    refused: bool
+
+    @property
+    def held_out(self) -> bool:
+        """Whether nothing was fitted to it: the later half of the points that are drawn."""
+        return self.at >= FITTED
+
+    @property
+    def ratio(self) -> float:
+        """The plan's peak over the compiler's; NaN where that said none."""
+        return planned(self.point)[1].total / self.peak if self.peak else math.nan
+
+
+def read(path: Path) -> list[Said]:
+    """Return the points of a file."""
+    found = []
+    for line in path.read_text().splitlines():
+        held = json.loads(line)
+        at, said = held.pop("at"), held.pop("said")
+        mesh = {"context": 1, **held["mesh"]}
+        point = Point(**{**held, "shape": tuple(held["shape"]), "mesh": mesh})
+        refused = bool(said["refused"])
+        peak = said["peak"]
+        found.append(Said(at, point, peak, refused or peak > CHIPS[point.chip].memory))
+    return found
+
+
+def fit(paths: list[Path]) -> None:
+    """Print the factors of the plan's memory that suit the first half of the points best."""
+    from scipy.optimize import minimize
+
+    every = [each for path in paths for each in read(path) if each.peak and not each.held_out]
+    for platform in ("gpu", "tpu"):
+        chosen = [each for each in every if CHIPS[each.point.chip].platform == platform]
+        if len(chosen) < len(costs._FACTORS[platform]):
+            continue
+        names = list(costs._FACTORS[platform])
+
+        def loss(
+            logs: Any, chosen: list[Said] = chosen, names: list[str] = names,
+            platform: str = platform,
+        ) -> float:  # fmt: skip
+            costs._FACTORS[platform] = dict(zip(names, map(math.exp, logs), strict=True))
+            errors = sorted(abs(math.log(each.ratio)) for each in chosen)
+            return statistics.mean(errors) + 0.3 * errors[-1]
+
+        start = [math.log(each) for each in costs._FACTORS[platform].values()]
+        before = loss(start)
+        found = minimize(loss, start, method="Nelder-Mead", options={"maxfev": 3000})
+        loss(found.x)
+        factors = {name: round(factor, 2) for name, factor in costs._FACTORS[platform].items()}
+        print(f"{platform}: {len(chosen)} points, loss {before:.4f} -> {found.fun:.4f}\n{factors}")
+    report(paths)
+
+
+def report(paths: list[Path]) -> None:
     """Print each point, and the errors of both halves."""
     print(
         "| model | form | chip | mesh | rows × length | parts | remat"
-        " | plan GiB | XLA GiB | error |"
+        " | plan GiB | XLA GiB | error | |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    errors: list[float] = []
-    wrong = 0
-    for line in path.read_text().splitlines():
-        held = json.loads(line)
-        del held["at"]
-        said = held.pop("said")
-        point = Point(**{**held, "shape": tuple(held["shape"])})
-        _, layout = planned(point)
-        memory = CHIPS[point.chip].memory
-        refused = bool(said["refused"]) or said["peak"] > memory
-        wrong += refused and layout.total <= MARGIN * memory
-        error = layout.total / said["peak"] - 1 if said["peak"] else math.nan
-        if not said["refused"]:
-            errors.append(abs(error))
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    every = [each for path in paths for each in read(path)]
+    for each in every:
+        point, (_, layout) = each.point, planned(each.point)
         mesh = " ".join(f"{axis} {size}" for axis, size in point.mesh.items() if size > 1)
-        gib = f"{said['peak'] / 2**30:.2f}" + (" refused" if refused else "")
+        gib = f"{each.peak / 2**30:.2f}" + (" refused" if each.refused else "")
         print(
             f"| {point.model} | {point.form} | {point.chip} {'x'.join(map(str, point.shape))} |"
             f" {mesh or 'one'} | {point.rows} × {point.length} | {point.micro_batches} |"
-            f" {point.remat} | {layout.total / 2**30:.2f} | {gib} | {error:+.1%} |"
+            f" {point.remat} | {layout.total / 2**30:.2f} | {gib} | {each.ratio - 1:+.1%} |"
+            f" {'held out' if each.held_out else 'fitted'} |"
         )
-    print(
-        f"\n{len(errors)} points: median {statistics.median(errors):.1%}, worst {max(errors):.1%},"
-        f" within a tenth {sum(error <= 0.1 for error in errors)}"
+    for platform in ("gpu", "tpu"):
+        for half in (False, True):
+            errors = [
+                abs(each.ratio - 1) for each in every
+                if each.peak and each.held_out is half
+                and CHIPS[each.point.chip].platform == platform
+            ]  # fmt: skip
+            if errors:
+                print(
+                    f"\n{platform}, {'held out' if half else 'fitted'}: {len(errors)} points,"
+                    f" median {statistics.median(errors):.1%}, worst {max(errors):.1%}, within a"
+                    f" tenth {sum(error <= 0.1 for error in errors)}"
+                )
+    wrong = sum(
+        each.refused and planned(each.point)[1].total <= MARGIN * CHIPS[each.point.chip].memory
+        for each in every
     )
     print(f"\naccepted by the plan and refused by the compiler: {wrong}")
 
@@ -309,10 +377,11 @@ def published() -> None:
 def main() -> None:
     """Compile points, or report what is known."""
     parser = argparse.ArgumentParser(description="The plan against XLA's compilers.")
-    parser.add_argument("--points", type=int, default=66)
+    parser.add_argument("--points", type=int, default=2 * FITTED)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--chips", default=",".join(SLICES), help="only these")
-    parser.add_argument("--report", type=Path)
+    parser.add_argument("--report", type=Path, nargs="+")
+    parser.add_argument("--fit", type=Path, nargs="+", help="the factors of the plan")
     parser.add_argument("--published", action="store_true", help="against runs of others")
     parser.add_argument("--cases", type=int, help="of small stages: is the chosen layout the best?")
     given = parser.parse_args()
@@ -330,6 +399,8 @@ def main() -> None:
             print(at, point, said, flush=True)
     if given.published:
         published()
+    if given.fit is not None:
+        fit(given.fit)
     if given.report is not None:
         report(given.report)
 
