@@ -45,15 +45,20 @@ _CACHE_MISSES = 1.15
 
 
 _FACTORS = {
-    "gpu": {"full": 1.0, "dots": 1.0, "none": 0.87, "width": 8.0, "hidden": 1.5, "scores": 4.5,
-            "kept scores": 3.3, "mask": 0.5, "logits": 3.0},
-    "tpu": {"full": 1.0, "dots": 1.0, "none": 0.95, "width": 8.0, "hidden": 2.5, "scores": 4.5,
-            "kept scores": 3.3, "mask": 0.5, "logits": 3.0},
+    "gpu": {"full": 1.08, "dots": 0.91, "none": 0.93, "width": 8.71, "hidden": 1.7, "scores": 5.47,
+            "kept scores": 3.21, "mask": 0.51, "logits": 3.07, "states": 2.0, "head": 1.0,
+            "head later": 1.0, "blocks": 1.06},
+    "tpu": {"full": 0.6, "dots": 0.98, "none": 0.96, "width": 6.32, "hidden": 1.28, "scores": 4.5,
+            "kept scores": 3.3, "mask": 0.5, "logits": 3.0, "states": 2.0, "head": 1.0,
+            "head later": 2.06, "blocks": 0.54},
     "cpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 8.0, "hidden": 3.0, "scores": 4.5,
-            "kept scores": 3.3, "mask": 0.5, "logits": 3.0},
+            "kept scores": 3.3, "mask": 0.5, "logits": 3.0, "states": 2.0, "head": 1.0,
+            "head later": 1.0, "blocks": 2.0},
 }  # fmt: skip
-"""How often parts of the activations are there at the peak, by compiler. Those of GPUs and TPUs
-were fitted to what it says, see `benchmarks/plan_accuracy.py`; those of CPUs only rank."""
+"""How often parts are there at the peak, by compiler: what layers keep for the backward pass with
+each kind of `remat`, what a layer works with there, logits and what the head is made of. Those of
+GPUs and TPUs are fitted to what the compilers say (`benchmarks/plan_accuracy.py --fit`); those of
+CPUs only rank."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +122,16 @@ def estimated(
     local = layout.rows // shards // layout.micro_batches
     micro, scored = (count // context for count in _tokens(stage, layout, local))
     tokens = micro * layout.micro_batches
-    gradients = 1 if layout.micro_batches == 1 else 2
     memory = {
         "parameters": stored // split,
         "optimizer": 4 * moments * trained // split,
-        "gradients": 4 * gradients * trained // split,
+        "gradients": 4 * trained // split,
         **_temporaries(a, sizes, layout, chip, micro, local, scored),
     }
+    gradients = 1
+    if layout.micro_batches > 1:
+        gradients = 2
+        memory["summed gradients"] = memory["gradients"]
     step_tokens = tokens * shards * context
     flops = sizes.train * step_tokens
     costs = _REMAT_COST if chip.cache is None else _REMAT_COST_CPU
@@ -232,23 +240,26 @@ def _temporaries(
         + factors["scores"] * scores * (3 if len(a.pattern) > 1 else 1)
         + (factors["mask"] * layout.length if layout.kernel == "cudnn" else 0)
     )
-    found = {
-        "activations": int(tokens * dtype * (factors[layout.remat] * a.layers * kept + at_work)),
-        "logits": int(factors["logits"] * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor),
-    }
-    # The head whole, with its gradient; and blocks as they come over the mesh, or out of storage.
-    split = layout.mesh["fsdp"] * layout.mesh["context"] > 1
-    gathered = 0.0
-    if split or (sizes.narrow and sizes.table_bytes > dtype):
-        gathered += table * dtype
+    ways = layout.mesh["fsdp"] * layout.mesh["context"]
+    layers = tokens * dtype * factors[layout.remat] * a.layers * kept
+    if len(a.pattern) > 1:  # copies of all weights, see `Decoder._layers`
+        stored = dtype if layout.remat == "full" else min(dtype, STORED_BYTES[a.storage])
+        layers += stored * block * a.layers / ways / tensor
+    # A block as it comes over the mesh, or out of storage.
+    working = tokens * dtype * at_work
+    if ways > 1 or a.storage in ("nf4", "int8"):
+        working += factors["blocks"] * dtype * block / tensor
+    # The head as the activations have it, and its whole gradient: over devices it is summed last.
+    head = 0.0
+    if ways > 1 or (sizes.narrow and sizes.table_bytes > dtype):
+        head += table * dtype / tensor
     if not a.adapters:
-        gathered += 4 * table * (1 if a.tied else 1.5)
-    if split or a.storage in ("nf4", "int8"):
-        gathered += 2 * dtype * block
-    if len(a.pattern) > 1:  # see `Decoder._layers`
-        gathered += dtype * block * a.layers / (layout.mesh["fsdp"] * layout.mesh["context"])
-    found["gathered"] = int(gathered / tensor)
-    return found
+        head += 4 * table / tensor
+    loss = factors["logits"] * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor
+    loss += factors["states"] * tokens * dtype * a.width + factors["head"] * head
+    if ways * layout.mesh["data"] > 1:
+        working += factors["head later"] * head
+    return {"activations": int(layers), "loss": int(loss), "backward": int(working)}
 
 
 def _tokens(stage: Training, layout: StageLayout, local: int) -> tuple[int, int]:

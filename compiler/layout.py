@@ -15,6 +15,9 @@ _HELD = ("parameters", "optimizer", "reference", "critic", "teacher")
 """Parts of the memory that stay for the whole stage."""
 _ROLLOUT = ("kv cache", "decoding")
 """Parts that are there while completions are sampled; all others are of the update."""
+_LOSS = ("loss",)
+_BACKWARD = ("backward", "gradients")
+"""Parts of an update of which the first are gone before the others come."""
 
 
 def held(memory: Mapping[str, int]) -> int:
@@ -23,10 +26,16 @@ def held(memory: Mapping[str, int]) -> int:
 
 
 def peak(memory: Mapping[str, int]) -> int:
-    """Return the most bytes in a device, from its parts: a rollout and an update come in turn."""
-    kept = held(memory)
-    rollout = sum(memory.get(name, 0) for name in _ROLLOUT)
-    return kept + max(rollout, sum(memory.values()) - kept - rollout)
+    """Return the most bytes in a device, from its parts: a rollout and an update come in turn, and
+    in an update the loss and the backward pass.
+    """
+
+    def of(names: tuple[str, ...]) -> int:
+        return sum(memory.get(name, 0) for name in names)
+
+    kept, rollout, turns = held(memory), of(_ROLLOUT), (of(_LOSS), of(_BACKWARD))
+    through = sum(memory.values()) - kept - rollout - sum(turns)
+    return kept + max(rollout, through + max(turns))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,30 +43,33 @@ def plain_attention(
     *,
     scale: float,
     cap: float | None = None,
+    split: bool = False,
 ) -> jax.Array:
     """Softmax attention (arXiv:1706.03762) with grouped heads (arXiv:2305.13245), in plain JAX.
 
     Query `[batch, queries, heads, head_dim]`, key and value `[batch, keys, kv_heads, head_dim]`,
     mask `[batch or 1, queries, keys]`, True where a query attends; every query needs one key. With
     `cap`, the logits are `cap * tanh(logits / cap)` (Gemma 2, arXiv:2408.00118). The softmax is in
-    float32. Returns `[batch, queries, heads, head_dim]`.
+    float32. `split` says that queries are, over devices. Returns `[batch, queries, heads,
+    head_dim]`.
     """
     batch, queries, _, head_dim = query.shape
     kv_heads = key.shape[2]
-    # The heads of a group are rows of one product, so that each key is read once for all of them;
-    # behind the queries, which may be split over devices.
-    grouped = query.reshape(batch, queries, kv_heads, -1, head_dim).swapaxes(1, 2)
+    # The heads of a group are rows of one product, so that each key is read once for all of them:
+    # in front of the queries or behind, whichever is split over devices.
+    order = (0, 2, 1, 3, 4) if split else (0, 2, 3, 1, 4)
+    grouped = query.reshape(batch, queries, kv_heads, -1, head_dim).transpose(order)
     rows = grouped.reshape(batch, kv_heads, -1, head_dim)
     logits = scale * product(rows, key.transpose(0, 2, 3, 1), 1, 2, jnp.float32)
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)
-    logits = logits.reshape(batch, kv_heads, queries, -1, key.shape[1])
-    logits = jnp.where(mask[:, None, :, None], logits, _MASKED)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    logits = logits.reshape(*grouped.shape[:4], key.shape[1])
+    seen = mask[:, None, :, None] if split else mask[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, logits, _MASKED), axis=-1).astype(value.dtype)
     weights = weights.reshape(batch, kv_heads, -1, key.shape[1])
-    found = product(weights, value.swapaxes(1, 2), 1, 2)
-    found = found.reshape(batch, kv_heads, queries, -1, head_dim)
-    return found.swapaxes(1, 2).reshape(query.shape)
+    found = product(weights, value.swapaxes(1, 2), 1, 2).reshape(grouped.shape)
+    back = (0, 2, 1, 3, 4) if split else (0, 3, 1, 2, 4)
+    return found.transpose(back).reshape(query.shape)
 
 
 def attention_maps(
@@ -113,7 +116,8 @@ def self_attention(
     within theirs; without it, a sequence is one example. A token attends to the last `window`
     tokens, itself included. Returns `[batch, length, heads, head_dim]`.
     """
-    if layout is not None and layout.length_shards(query.shape[1]) > 1:
+    split = layout is not None and layout.length_shards(query.shape[1]) > 1
+    if layout is not None and split:
         # Queries are split, and all of them read all keys.
         query = layout.constrain(query, ("batch", "length", "heads", None))
         whole = ("batch", None, "kv_heads", None)
@@ -122,15 +126,14 @@ def self_attention(
         if segments is None:
             segments = jnp.zeros(query.shape[:2], jnp.int32)
         return _splash(query * scale, key, value, segments, window, cap, layout)
-    if kernel == "cudnn" and cap is None and layout is not None:
-        if layout.length_shards(query.shape[1]) > 1:
-            return _split_cudnn(query, key, value, segments, window, scale, layout)
+    if layout is not None and split and kernel == "cudnn" and cap is None:
+        return _split_cudnn(query, key, value, segments, window, scale, layout)
     same = None if segments is None else segments[:, :, None] == segments[:, None, :]
     if cap is not None or kernel == "xla":
         order = jnp.arange(query.shape[1])
         mask = visible(order, order, window)[None]
         mask = mask if same is None else mask & same
-        return plain_attention(query, key, value, mask, scale=scale, cap=cap)
+        return plain_attention(query, key, value, mask, scale=scale, cap=cap, split=split)
     return jax.nn.dot_product_attention(
         query,
         key,

@@ -140,15 +140,13 @@ def test_pinning_what_was_chosen_changes_nothing(folder: Path) -> None:
     assert lay_out(stage(folder, pins), LLAMA, 2, devices) == free
 
 
-@pytest.mark.parametrize("chip", ["h200", "v5p"])
-def test_long_sequences_are_split_where_the_batch_cannot_be(folder: Path, chip: str) -> None:
+def test_long_sequences_are_split_where_the_batch_cannot_be(folder: Path) -> None:
     long = replace(LLAMA, context=131_072)
-    devices = Devices(CHIPS[chip], 16, False)
+    devices = Devices(CHIPS["v5p"], 16, False)
     few = lay_out(stage(folder, batch="batch = 2 sequences"), long, 2, devices)
     assert few.mesh["context"] > 1
     assert few.mesh["data"] * few.mesh["fsdp"] <= 2
-    many = lay_out(stage(folder), LLAMA, 2, devices)
-    assert many.mesh["context"] == 1
+    assert lay_out(stage(folder), LLAMA, 2, devices).mesh["context"] == 1
     # It is better than to split all else.
     pinned = "mesh = axes(fsdp = 2, tensor = 8)"
     other = lay_out(stage(folder, pinned, "batch = 2 sequences"), long, 2, devices)
