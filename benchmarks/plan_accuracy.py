@@ -170,8 +170,9 @@ def compiled(point: Point) -> dict[str, Any]:
     """Return what the compiler says of a point's training program."""
     # Compilers are needed here only: a report reads what is known.
     from tunelang.runtime.prepare import Shapes
-    from tunelang.runtime.rehearse import measure, programs
+    from tunelang.runtime.rehearse import measure
     from tunelang.runtime.sharding import make_layout
+    from tunelang.runtime.stage_programs import programs
     from tunelang.runtime.topologies import compilable
 
     stage, layout = planned(point)

@@ -163,7 +163,7 @@ def _pieces(model: Model, rollouts: Rollouts, row: int) -> list[str]:
     """Return the text of each token of a completion: a character is that of its last one."""
     decoder = StreamDecoder(model.renderer.tokenizer, model.renderer.stops)
     found = [decoder.push(int(token)) for token in rollouts.completion(row)]
-    return [*found[:-1], found[-1] + decoder.finish()]
+    return [*found[:-1], found[-1] + decoder.finish()] if found else []
 
 
 def completed(

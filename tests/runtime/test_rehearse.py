@@ -32,8 +32,9 @@ from tunelang.dsl.vocabulary.stages import (
 from tunelang.dsl.vocabulary.training import K3, AdamW, Axes, Critic, Lora, Sampling
 from tunelang.runtime import collectives
 from tunelang.runtime.prepare import Shapes
-from tunelang.runtime.rehearse import Program, measure, programs, rehearse, unsplit
+from tunelang.runtime.rehearse import measure, rehearse, unsplit
 from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.stage_programs import Program, programs
 from tunelang.runtime.topologies import compilable
 
 SMALL = Architecture(
