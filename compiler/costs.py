@@ -45,9 +45,9 @@ _CACHE_MISSES = 1.15
 
 
 _FACTORS = {
-    "gpu": {"full": 1.08, "dots": 0.91, "none": 0.93, "width": 8.71, "hidden": 1.7, "scores": 5.47,
-            "kept scores": 3.21, "mask": 0.51, "logits": 3.07, "states": 2.0, "head": 1.0,
-            "head later": 1.0, "blocks": 1.06},
+    "gpu": {"full": 1.05, "dots": 1.04, "none": 0.92, "width": 8.55, "hidden": 1.96, "scores": 3.61,
+            "kept scores": 3.46, "mask": 0.47, "logits": 3.28, "states": 2.0, "head": 1.01,
+            "head later": 0.99, "blocks": 1.15},
     "tpu": {"full": 0.6, "dots": 0.98, "none": 0.96, "width": 6.32, "hidden": 1.28, "scores": 4.5,
             "kept scores": 3.3, "mask": 0.5, "logits": 3.0, "states": 2.0, "head": 1.0,
             "head later": 2.06, "blocks": 0.54},
@@ -237,12 +237,12 @@ def _temporaries(
     at_work = (
         factors["width"] * a.width
         + factors["hidden"] * (heads + hidden)
-        + factors["scores"] * scores * (3 if len(a.pattern) > 1 else 1)
+        + factors["scores"] * scores
         + (factors["mask"] * layout.length if layout.kernel == "cudnn" else 0)
     )
     ways = layout.mesh["fsdp"] * layout.mesh["context"]
     layers = tokens * dtype * factors[layout.remat] * a.layers * kept
-    if len(a.pattern) > 1:  # copies of all weights, see `Decoder._layers`
+    if len(a.pattern) > 1 and layout.kernel != "xla":  # copies of all, see `Decoder._layers`
         stored = dtype if layout.remat == "full" else min(dtype, STORED_BYTES[a.storage])
         layers += stored * block * a.layers / ways / tensor
     # A block as it comes over the mesh, or out of storage.

@@ -26,7 +26,10 @@ SPLASH_BLOCK = 512
 _MASKED = float(np.finfo(np.float32).min)
 
 
-def visible(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
+Window = int | jax.Array | None
+
+
+def visible(query_positions: jax.Array, key_positions: jax.Array, window: Window) -> jax.Array:
     """Which keys a query may attend to: those at its own position and before it, and of these the
     last `window`. Positions `[..., queries]` and `[..., keys]` give `[..., queries, keys]`.
     """
@@ -65,7 +68,9 @@ def plain_attention(
         logits = cap * jnp.tanh(logits / cap)
     logits = logits.reshape(*grouped.shape[:4], key.shape[1])
     seen = mask[:, None, :, None] if split else mask[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, logits, _MASKED), axis=-1).astype(value.dtype)
+    # Added, not chosen: the backward pass has no use for a mask, which then is not kept for it.
+    unseen = jax.lax.stop_gradient(jnp.where(seen, 0.0, _MASKED))
+    weights = jax.nn.softmax(logits + unseen, axis=-1).astype(value.dtype)
     weights = weights.reshape(batch, kv_heads, -1, key.shape[1])
     found = product(weights, value.swapaxes(1, 2), 1, 2).reshape(grouped.shape)
     back = (0, 2, 1, 3, 4) if split else (0, 3, 1, 2, 4)
@@ -77,7 +82,7 @@ def attention_maps(
     key: jax.Array,
     *,
     segments: jax.Array | None,
-    window: int | None,
+    window: Window,
     scale: float,
     cap: float | None,
 ) -> jax.Array:
@@ -103,7 +108,7 @@ def self_attention(
     value: jax.Array,
     *,
     segments: jax.Array | None,
-    window: int | None,
+    window: Window,
     scale: float,
     cap: float | None,
     kernel: Kernel,
@@ -114,8 +119,10 @@ def self_attention(
     Query `[batch, length, heads, head_dim]`, key and value `[batch, length, kv_heads, head_dim]`.
     `segments` `[batch, length]` numbers the examples that share a sequence: tokens attend only
     within theirs; without it, a sequence is one example. A token attends to the last `window`
-    tokens, itself included. Returns `[batch, length, heads, head_dim]`.
+    tokens, itself included; an array only where the kernel is `xla`. Returns `[batch, length,
+    heads, head_dim]`.
     """
+    known = window if isinstance(window, int) else None
     split = layout is not None and layout.length_shards(query.shape[1]) > 1
     if layout is not None and split:
         # Queries are split, and all of them read all keys.
@@ -125,9 +132,9 @@ def self_attention(
     if kernel == "splash":
         if segments is None:
             segments = jnp.zeros(query.shape[:2], jnp.int32)
-        return _splash(query * scale, key, value, segments, window, cap, layout)
+        return _splash(query * scale, key, value, segments, known, cap, layout)
     if layout is not None and split and kernel == "cudnn" and cap is None:
-        return _split_cudnn(query, key, value, segments, window, scale, layout)
+        return _split_cudnn(query, key, value, segments, known, scale, layout)
     same = None if segments is None else segments[:, :, None] == segments[:, None, :]
     if cap is not None or kernel == "xla":
         order = jnp.arange(query.shape[1])
@@ -141,7 +148,7 @@ def self_attention(
         mask=None if same is None else same[:, None],
         scale=scale,
         is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
+        local_window_size=None if known is None else (known - 1, 0),
         implementation=kernel,
     )
 
@@ -276,7 +283,7 @@ def prefixed_attention(
     prefix: tuple[jax.Array, jax.Array],
     lengths: jax.Array,
     *,
-    window: int | None,
+    window: Window,
     scale: float,
     cap: float | None,
 ) -> jax.Array:
@@ -343,7 +350,7 @@ def cached_attention(
     values: jax.Array,
     positions: jax.Array,
     *,
-    window: int | None,
+    window: Window,
     scale: float,
     cap: float | None,
 ) -> jax.Array:

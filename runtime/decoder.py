@@ -2,10 +2,11 @@
 
 Blocks are stacked: each parameter of a block has a leading axis `layers`, and the layers are run
 by a scan, so that the size of the program does not grow with depth. An architecture whose layers
-repeat a pattern (local and global attention) scans over whole periods, with the layers of a period
-written out in the body; what is left of the last period follows the scan. Only `step` writes out
-all layers: for one token, the slices of weights and cache that a scan makes cost as much as the
-products.
+repeat a pattern (local and global attention) is scanned layer by layer as well, where the mask may
+be computed; kernels that have to know it beforehand make the scan one over whole periods, with the
+layers of a period written out in the body, and what is left of the last period behind it. Only
+`step` writes out all layers: for one token, the slices of weights and cache that a scan makes cost
+as much as the products.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -50,6 +52,10 @@ KEYS = ("batch", "kv_heads", "head_dim", None)
 """Logical axes of a layer's cached keys."""
 VALUES = ("batch", "kv_heads", None, "head_dim")
 """Logical axes of a layer's cached values."""
+Local = bool | jax.Array
+"""Whether a layer attends within a window; computed where one program is for several layers."""
+_UNBOUNDED = 2**30
+"""A window that holds every sequence."""
 
 
 @jax.tree_util.register_dataclass
@@ -221,7 +227,7 @@ class Decoder(nnx.Module):
         def layer(
             block: Block,
             x: jax.Array,
-            span: Span,
+            local: Local,
             _: jax.Array,
             prefix: tuple[jax.Array, jax.Array],
         ) -> tuple[jax.Array, None]:
@@ -234,17 +240,17 @@ class Decoder(nnx.Module):
                     value,
                     prefix,
                     lengths,
-                    window=a.window if span == "local" else None,
+                    window=self._window(local),
                     scale=self._query_scale,
                     cap=a.attention_cap,
                 )
                 return attended, None
 
-            x, *_rest = block(x, turns.get(span), attend, None, layout)
+            x, *_rest = block(x, _turn(turns, local), attend, None, layout)
             return constrain(layout, x, RESIDUAL), None
 
         x = self._embed(rows, places, None, layout)
-        x, _ = self._layers(x, layer, remat, prefix)
+        x, _ = self._layers(x, layer, remat, prefix, computed=True)
         behind = self.norm(x).reshape(count, group, length, a.width)[:, :, :-1]
         first = jnp.broadcast_to(last[:, None], (count, group, 1, a.width))
         return jnp.concatenate([first, behind], axis=2)
@@ -293,7 +299,7 @@ class Decoder(nnx.Module):
                 query: jax.Array,
                 key: jax.Array,
                 value: jax.Array,
-                span: Span = span,
+                local: Local = span == "local",
                 cached: Sequence[jax.Array] = cached,
             ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
                 keys, values = cached
@@ -304,14 +310,14 @@ class Decoder(nnx.Module):
                     keys.astype(query.dtype),
                     values.astype(query.dtype),
                     places,
-                    window=a.window if span == "local" else None,
+                    window=self._window(local),
                     scale=self._query_scale,
                     cap=a.attention_cap,
                 )
                 return attended, (keys, values)
 
             block: Block = nnx.merge(graph, own)
-            x, layer, _routed = block(x, turns.get(span), attend, None, layout)
+            x, layer, _routed = block(x, _turn(turns, span == "local"), attend, None, layout)
             x = constrain(layout, x, RESIDUAL)
             written.append(layer)
         cache = Cache(tuple(k for k, _ in written), tuple(v for _, v in written), places + 1)
@@ -380,6 +386,12 @@ class Decoder(nnx.Module):
         stated = self.architecture.query_scale
         return self.architecture.head_dim**-0.5 if stated is None else stated
 
+    def _window(self, local: Local) -> int | jax.Array | None:
+        """Return how many tokens a layer attends to, its own included; None for all."""
+        if isinstance(local, bool):
+            return self.architecture.window if local else None
+        return jnp.where(local, self.architecture.window or 0, _UNBOUNDED)
+
     def _turns(self, positions: jax.Array) -> dict[Span, rope.Rotation]:
         if self.architecture.position != "rope":
             return {}
@@ -430,7 +442,7 @@ class Decoder(nnx.Module):
         turns = self._turns(places)
 
         def layer(
-            block: Block, x: jax.Array, span: Span, index: jax.Array, _: None
+            block: Block, x: jax.Array, local: Local, index: jax.Array, _: None
         ) -> tuple[jax.Array, Any]:
             def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
                 attended = self_attention(
@@ -438,7 +450,7 @@ class Decoder(nnx.Module):
                     key,
                     value,
                     segments=segments,
-                    window=a.window if span == "local" else None,
+                    window=self._window(local),
                     scale=self._query_scale,
                     cap=a.attention_cap,
                     kernel=kernel,
@@ -449,45 +461,49 @@ class Decoder(nnx.Module):
                         query,
                         key,
                         segments=segments,
-                        window=a.window if span == "local" else None,
+                        window=self._window(local),
                         scale=self._query_scale,
                         cap=a.attention_cap,
                     )
                 return attended, (key, value) if keep else None
 
             keys = None if dropout_keys is None else _fold(dropout_keys, index)
-            x, kept, routed = block(x, turns.get(span), attend, keys, layout)
+            x, kept, routed = block(x, _turn(turns, local), attend, keys, layout)
             x = constrain(layout, x, RESIDUAL)
             return x, ((kept, x) if maps else kept, routed)
 
         x = self._embed(tokens, places, dropout_keys, layout)
-        x, extra = self._layers(x, layer, remat)
+        x, extra = self._layers(x, layer, remat, computed=kernel == "xla")
         return self.norm(x), extra
 
     def _layers(
         self,
         carry: Any,
-        layer: Callable[[Block, Any, Span, jax.Array, Any], tuple[Any, Any]],
+        layer: Callable[[Block, Any, Local, jax.Array, Any], tuple[Any, Any]],
         remat: Remat,
         given: Any = None,
+        *,
+        computed: bool,
     ) -> tuple[Any, Any]:
         """Run the blocks; returns the last carry, and the layers' extras stacked.
 
-        Each layer is given its part of `given`, arrays `[layers, ...]`.
+        Each layer is given its part of `given`, arrays `[layers, ...]`; `computed` says whether it
+        takes an array for whether it is local.
         """
         a = self.architecture
         graph, state = nnx.split(self.blocks)
         inputs = (state, given)
         ranks = frozenset(adapter.rank for adapter in a.adapters)
-        period = len(a.pattern)
+        period = 1 if computed else len(a.pattern)
         whole = a.layers // period * period
+        locals_ = jnp.array([span == "local" for span in a.spans])
 
         def apply(
-            carry: Any, own: Any, span: Span, index: jax.Array, in_scan: bool
+            carry: Any, own: Any, local: Local, index: jax.Array, in_scan: bool
         ) -> tuple[Any, Any]:
             def run(carry: Any, own: Any, index: jax.Array) -> tuple[Any, Any]:
                 weights, given = own
-                return layer(nnx.merge(graph, weights), carry, span, index, given)
+                return layer(nnx.merge(graph, weights), carry, local, index, given)
 
             found: tuple[Any, Any] = _rematerialised(run, remat, in_scan, ranks)(carry, own, index)
             return found
@@ -495,11 +511,14 @@ class Decoder(nnx.Module):
         def body(carry: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
             periods, first = inputs
             extras = []
-            for place, span in enumerate(a.pattern):
+            for place, span in enumerate(a.pattern[:period]):
+                local: Local = span == "local"
+                if len(set(a.pattern)) > period:
+                    local = locals_[first]
                 own = periods
                 if period > 1:
                     own = jax.tree.map(lambda array, place=place: array[place], periods)
-                carry, extra = apply(carry, own, span, first + place, True)
+                carry, extra = apply(carry, own, local, first + place, True)
                 extras.append(extra)
             return carry, jax.tree.map(lambda *arrays: jnp.stack(arrays), *extras)
 
@@ -516,9 +535,20 @@ class Decoder(nnx.Module):
             extras.append(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), stacked))
         for index in range(whole, a.layers):
             own = jax.tree.map(lambda array, index=index: array[index], inputs)
-            carry, extra = apply(carry, own, a.spans[index], jnp.asarray(index), False)
+            local = a.spans[index] == "local"
+            carry, extra = apply(carry, own, local, jnp.asarray(index), False)
             extras.append(jax.tree.map(lambda array: array[None], extra))
         return carry, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *extras)
+
+
+def _turn(turns: dict[Span, rope.Rotation], local: Local) -> rope.Rotation | None:
+    """Return how a layer rotates its heads."""
+    if isinstance(local, bool):
+        return turns.get("local" if local else "global")
+    if not turns:
+        return None
+    chosen: rope.Rotation = jax.tree.map(partial(jnp.where, local), turns["local"], turns["global"])
+    return chosen
 
 
 def scored(hidden: jax.Array, head: jax.Array) -> jax.Array:
