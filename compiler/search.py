@@ -71,7 +71,7 @@ def ranked(
         if best is not None:
             # Fewer devices may be faster, where what they exchange takes longer than computing.
             whole = best.times["computing"] * math.prod(best.mesh.values())
-            if _LEAST_REMAT * whole >= used * best.seconds:
+            if _LEAST_REMAT * whole >= used * (best.seconds - best.times.get("rollout", 0.0)):
                 break
             # To split sequences costs more than to split the batch, where that can be.
             if mesh["context"] > 1 and rows >= used:
