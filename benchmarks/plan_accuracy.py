@@ -227,21 +227,21 @@ def fit(paths: list[Path]) -> None:
     every = [each for path in paths for each in read(path) if each.peak and not each.held_out]
     for platform in ("gpu", "tpu"):
         chosen = [each for each in every if CHIPS[each.point.chip].platform == platform]
-        names = list(costs._FACTORS[platform])
-        start = [math.log(each) for each in costs._FACTORS[platform].values()]
+        names = list(costs.FACTORS[platform])
+        start = [math.log(each) for each in costs.FACTORS[platform].values()]
 
         def errors(
             logs: Any, chosen: list[Said] = chosen, names: list[str] = names,
             platform: str = platform,
         ) -> list[float]:  # fmt: skip
-            costs._FACTORS[platform] = dict(zip(names, map(math.exp, logs), strict=True))
+            costs.FACTORS[platform] = dict(zip(names, map(math.exp, logs), strict=True))
             # A little towards where it began, where the points say nothing.
             near = [0.05 * (a - b) for a, b in zip(logs, start, strict=True)]  # noqa: B023
             return [math.log(each.ratio) for each in chosen] + near
 
         found = least_squares(errors, start, loss="soft_l1", f_scale=0.03, diff_step=1e-3)
         errors(found.x)
-        factors = {name: round(factor, 2) for name, factor in costs._FACTORS[platform].items()}
+        factors = {name: round(factor, 2) for name, factor in costs.FACTORS[platform].items()}
         print(f"{platform}: {len(chosen)} points\n{factors}\n")
     report(paths)
 

@@ -44,7 +44,7 @@ _CACHE_MISSES = 1.15
 """Factor of the time of an update whose activations do not stay in a CPU's cache (measured)."""
 
 
-_FACTORS = {
+FACTORS = {
     "gpu": {"full": 1.05, "dots": 1.04, "none": 0.92, "width": 8.55, "hidden": 1.96, "scores": 3.61,
             "kept scores": 3.46, "mask": 0.47, "logits": 3.28, "states": 2.0, "head": 1.01,
             "head later": 0.99, "blocks": 1.15},
@@ -211,7 +211,7 @@ def _temporaries(
     that have logits.
     """
     dtype, tensor = 2 if sizes.narrow else 4, layout.mesh["tensor"]
-    factors = _FACTORS[chip.platform]
+    factors = FACTORS[chip.platform]
     table = a.vocabulary * a.width
     block = (sizes.parameters - table * (1 if a.tied else 2)) / a.layers
     queries = a.heads * a.head_dim / tensor

@@ -68,7 +68,7 @@ class Rehearsed:
     """What the compiler says of one program."""
 
     name: str
-    """`train`, `score`, `prefill`, `decode`, `reference`."""
+    """`train`, `score`, `prefill`, `decode`, `reference`; of an eval with its name in front."""
     peak: int
     """Bytes in a device while it runs, with what else the stage holds there."""
     seconds: float
