@@ -40,6 +40,8 @@ _MICRO_OVERHEAD = 0.02
 """What one more micro-batch adds to the time of an update."""
 _FLAT = 0.25
 """The share of groups that is assumed to have no advantage: their micro-batches are skipped."""
+_IN_TRANSIT = 2
+"""Arrays whose moments are in a device at once, where they are offloaded."""
 _CACHE_MISSES = 1.15
 """Factor of the time of an update whose activations do not stay in a CPU's cache (measured)."""
 
@@ -69,6 +71,8 @@ class _Sizes:
     trained: int
     experts: int
     """Numbers in the matrices of experts."""
+    largest: int
+    """Numbers in the largest array that is updated at once, see `optimizers._streamed`."""
     held: int
     """Bytes of all parameters."""
     table_bytes: float
@@ -88,6 +92,7 @@ def _sizes(a: Architecture, dtype_bytes: int, length: int) -> _Sizes:
         parameter_count(a),
         trained_count(a),
         expert_count(a),
+        _largest(a),
         _held(a, dtype_bytes),
         _table_bytes(a, dtype_bytes),
         forward_flops(a, length),
@@ -122,9 +127,15 @@ def estimated(
     local = layout.rows // shards // layout.micro_batches
     micro, scored = (count // context for count in _tokens(stage, layout, local))
     tokens = micro * layout.micro_batches
+    brought = 0  # over the link to the host, in each direction
+    if "optimizer" in layout.offload:
+        brought = 4 * moments * trained // split
+        kept = {"moments in transit": _IN_TRANSIT * 4 * moments * sizes.largest // split}
+    else:
+        kept = {"optimizer": 4 * moments * trained // split}
     memory = {
         "parameters": stored // split,
-        "optimizer": 4 * moments * trained // split,
+        **kept,
         "gradients": 4 * trained // split,
         **_temporaries(a, sizes, layout, chip, micro, local, scored),
     }
@@ -161,7 +172,11 @@ def estimated(
             # Two decoders are trained; the second is taken to be as large as the first.
             flops, work = 2 * flops, 2 * work
             own = trained_count(replace(a, scores=True)) - (0 if a.adapters else elsewhere)
-            each = 1 + _MOMENTS[type(stage.critic.optimizer)] + gradients
+            its_moments = _MOMENTS[type(stage.critic.optimizer)]
+            if "optimizer" in layout.offload:
+                brought += 4 * its_moments * own // split
+                its_moments = 0
+            each = 1 + its_moments + gradients
             below = stored if a.adapters and stage.value_model is not None else 0
             memory["critic"] = (4 * each * own + below) // split
         updates = stage.minibatches * stage.passes
@@ -171,19 +186,32 @@ def estimated(
         scored_by = (updates > 1) + isinstance(stage, Ppo) + (stage.kl is not None)
         flops += isinstance(stage, Ppo) * sizes.forward * sampled
         work = work * updates + scored_by * sizes.forward * sampled
-        if stage.kl is not None and (not a.adapters or stage.reference is not None):
-            memory["reference"] = 4 * parameters // split  # else it is the adapter's beginning
+        if has_reference(stage, a):
+            offloaded = "reference" in layout.offload
+            memory["reference in transit" if offloaded else "reference"] = 4 * parameters // split
     hidden, exposed = _exchanges(a, layout, there, parameters, trained, tokens, dtype_bytes)
+    if brought:
+        exposed["bringing moments from the host, and back"] = 2 * brought / chip.host
     hidden, exposed = (
         {name: updates * each for name, each in times.items()} for times in (hidden, exposed)
     )
     computing = work / (devices * chip.peak * chip.efficiency)
+    if "reference in transit" in memory:
+        exposed["bringing the reference"] = memory["reference in transit"] / chip.host
     times = {"computing": computing, **hidden, **exposed}
     seconds = max(computing, sum(hidden.values())) + sum(exposed.values())
     layout = replace(layout, memory=memory, flops=flops, seconds=seconds, times=times)
     if isinstance(stage, Policy):
         return _with_rollout(layout, stage, a, sizes, dtype_bytes, there)
     return layout
+
+
+def has_reference(stage: Training, a: Architecture) -> bool:
+    """Whether a stage with rollouts holds the parameters of a reference: where an adapter is
+    trained, the model without it is one.
+    """
+    own = not a.adapters or getattr(stage, "reference", None) is not None
+    return isinstance(stage, Policy) and stage.kl is not None and own
 
 
 def sampling_tensor(a: Architecture, dtype_bytes: int, count: int, memory: int) -> int:
@@ -281,6 +309,13 @@ def _held(a: Architecture, dtype_bytes: int) -> int:
     blocks = parameter_count(a) - tables
     adapters = sum(adapter_parameters(a, each) for each in a.adapters)
     return int(STORED_BYTES[a.storage] * blocks + per_table * tables + 4 * adapters)
+
+
+def _largest(a: Architecture) -> int:
+    """Count the numbers of the largest array, those of each layer by themselves."""
+    if a.experts is not None:
+        return max(a.vocabulary * a.width, expert_count(a) // a.layers // 3)
+    return max(a.vocabulary, a.mlp, a.heads * a.head_dim) * a.width
 
 
 def _table_bytes(a: Architecture, dtype_bytes: int) -> float:

@@ -27,6 +27,8 @@ class Chip:
     """Bytes/s to one neighbour: along an axis of the torus, or into the switch; one direction."""
     across: float = 0.0
     """Bytes/s of a device to other slices or nodes, one direction."""
+    host: float = 15e9
+    """Bytes/s to and from the memory of its host, in each direction (the scaling book; PCIe)."""
     axes: int = 0
     """Axes of the torus; 0 where a switch joins the devices of a node."""
     wraps: int = 0
@@ -80,16 +82,16 @@ _CHIPS = (
     _tpu("v5p", 459e12, 95.74, 2765e9, 90e9, 3,
          peak8=918e12, across=6.2e9, efficiency=0.7),
     _tpu("v6e", 918e12, 31.25, 1638e9, 90e9, 2,
-         peak8=1836e12, across=12.5e9, efficiency=0.55),
+         peak8=1836e12, across=12.5e9, efficiency=0.55, host=32e9),
     # A device is half a chip.
     _tpu(
         "tpu7x", 1153.5e12, 94.75, 3690e9, 45e9, 3, peak8=2307e12, across=6.2e9,
         per_chip=2, efficiency=0.68,
     ),
-    _gpu("a100", 312e12, 79.3, 2039e9, 300e9, peak8=624e12, efficiency=0.6),
-    _gpu("h100", 989.5e12, 79.6, 3350e9, 450e9, peak8=1979e12, efficiency=0.58),
-    _gpu("h200", 989.5e12, 140.4, 4800e9, 450e9, peak8=1979e12, efficiency=0.58),
-    _gpu("b200", 2250e12, 178.0, 8000e9, 900e9, peak8=4500e12, efficiency=0.5),
+    _gpu("a100", 312e12, 79.3, 2039e9, 300e9, peak8=624e12, efficiency=0.6, host=25e9),
+    _gpu("h100", 989.5e12, 79.6, 3350e9, 450e9, peak8=1979e12, efficiency=0.58, host=55e9),
+    _gpu("h200", 989.5e12, 140.4, 4800e9, 450e9, peak8=1979e12, efficiency=0.58, host=55e9),
+    _gpu("b200", 2250e12, 178.0, 8000e9, 900e9, peak8=4500e12, efficiency=0.5, host=55e9),
 )  # fmt: skip
 CHIPS = MappingProxyType({chip.name: chip for chip in _CHIPS})
 

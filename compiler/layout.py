@@ -11,6 +11,13 @@ from tunelang.compiler.hardware import Devices
 
 CHUNK = 128
 """Tokens of a sequence whose logits are in memory at once."""
+OFFLOADS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("reference",),
+    ("optimizer",),
+    ("optimizer", "reference"),
+)
+"""What may lie in the memory of the host, what costs the least time first."""
 _HELD = ("parameters", "optimizer", "reference", "critic", "teacher")
 """Parts of the memory that stay for the whole stage."""
 _ROLLOUT = ("kv cache", "decoding")
@@ -18,6 +25,10 @@ _ROLLOUT = ("kv cache", "decoding")
 _LOSS = ("loss",)
 _BACKWARD = ("backward", "gradients")
 """Parts of an update of which the first are gone before the others come."""
+_STREAMED = ("moments in transit",)
+"""What is there while parameters are updated, beside gradients."""
+_SCORING = ("reference in transit",)
+"""What is there while the reference scores completions."""
 
 
 def held(memory: Mapping[str, int]) -> int:
@@ -26,16 +37,22 @@ def held(memory: Mapping[str, int]) -> int:
 
 
 def peak(memory: Mapping[str, int]) -> int:
-    """Return the most bytes in a device, from its parts: a rollout and an update come in turn, and
-    in an update the loss and the backward pass.
+    """Return the most bytes in a device, from its parts: a rollout, scores by an offloaded
+    reference and an update come in turn, and in an update the loss, the backward pass and, where
+    its moments are offloaded, what the optimizer does.
     """
 
     def of(names: tuple[str, ...]) -> int:
         return sum(memory.get(name, 0) for name in names)
 
     kept, rollout, turns = held(memory), of(_ROLLOUT), (of(_LOSS), of(_BACKWARD))
-    through = sum(memory.values()) - kept - rollout - sum(turns)
-    return kept + max(rollout, through + max(turns))
+    streamed, scoring = of(_STREAMED), of(_SCORING)
+    through = sum(memory.values()) - kept - rollout - sum(turns) - streamed - scoring
+    if streamed:
+        streamed += memory["gradients"] + memory.get("summed gradients", 0)
+    if scoring:
+        scoring += of(_LOSS)
+    return kept + max(rollout, scoring, streamed, through + max(turns))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +68,8 @@ class StageLayout:
     remat: str
     kernel: str = "xla"
     """Of attention."""
+    offload: tuple[str, ...] = ()
+    """What lies in the memory of the host: the moments of the optimizer, the reference."""
     slots: int | None
     """Completions that are sampled at once, over all devices; None without a rollout."""
     memory: dict[str, int] = field(default_factory=dict)
@@ -111,6 +130,7 @@ def plain(layout: StageLayout) -> dict[str, Any]:
         "micro_batches": layout.micro_batches,
         "remat": layout.remat,
         "kernel": layout.kernel,
+        "offload": list(layout.offload),
         "slots": layout.slots,
         "decode": layout.decode,
     }

@@ -10,9 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from tunelang.compiler.architecture import Architecture
-from tunelang.compiler.costs import estimated
+from tunelang.compiler.costs import estimated, has_reference
 from tunelang.compiler.hardware import Devices
-from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout, shards_of
+from tunelang.compiler.layout import (
+    OFFLOADS,
+    DoesNotFitError,
+    NoLayoutError,
+    StageLayout,
+    shards_of,
+)
 from tunelang.dsl.vocabulary.stages import PAIRS, Policy, Supervised, Training
 
 MARGIN = 0.9
@@ -51,10 +57,51 @@ def ranked(
 ) -> list[StageLayout]:
     """Return the layouts of a training stage that fit, best first: for each mesh the fastest one,
     and of equally fast ones the simpler first. `attention` is the kernel that its model wants,
-    `teacher` what it is distilled from.
+    `teacher` what it is distilled from. Where nothing fits, the optimizer or the reference go to
+    the host.
 
     Raises `DoesNotFitError` and `NoLayoutError`.
     """
+    nearest: DoesNotFitError | None = None
+    for offload in _offloads(stage, architecture, devices):
+        try:
+            return _ranked(stage, architecture, dtype_bytes, devices, attention, teacher, offload)
+        except DoesNotFitError as error:
+            if nearest is None or error.nearest.total < nearest.nearest.total:
+                nearest = error
+    assert nearest is not None
+    raise nearest
+
+
+def _offloads(
+    stage: Training, architecture: Architecture, devices: Devices
+) -> Iterator[tuple[str, ...]]:
+    """Give what may go to the host, in the order in which it is tried."""
+    useful = {"optimizer"} if not architecture.adapters else set()
+    if has_reference(stage, architecture):
+        useful.add("reference")
+    match stage.offload:
+        case "auto" if devices.chip.platform == "cpu":
+            yield ()  # it is the same memory
+        case "auto":
+            yield from (each for each in OFFLOADS if useful.issuperset(each))
+        case "none":
+            yield ()
+        case "both":
+            yield tuple(sorted(useful))
+        case only:
+            yield tuple(useful.intersection((only,)))
+
+
+def _ranked(
+    stage: Training,
+    architecture: Architecture,
+    dtype_bytes: int,
+    devices: Devices,
+    attention: str,
+    teacher: Architecture | None,
+    offload: tuple[str, ...],
+) -> list[StageLayout]:
     rows, length = _batch(stage, architecture)
     kernel = attention_kernel(attention, architecture, length, dtype_bytes, devices)
     if isinstance(stage, Policy):
@@ -87,7 +134,7 @@ def ranked(
             undivided = min(undivided or local, local)
             continue
         layout, fits = _fitting(
-            stage, architecture, dtype_bytes, devices, mesh, rows, length, kernel, teacher
+            stage, architecture, dtype_bytes, devices, mesh, rows, length, kernel, teacher, offload
         )
         if nearest is None or layout.total < nearest.total:
             nearest = layout
@@ -120,14 +167,14 @@ def ranked(
 
 def pins(stage: Training) -> tuple[str, ...]:
     """Return the parts of the layout that the spec decides itself."""
-    names = ("mesh", "micro_batch", "remat")
+    names = ("mesh", "micro_batch", "remat", "offload")
     return tuple(name for name in names if getattr(stage, name) not in (None, "auto"))
 
 
 _DECIDING = (
     "batch", "group", "minibatches", "passes", "refill", "rollout", "packing", "needs_reference",
     "reference_log_probs", "reference", "value_model", "mesh", "decode_mesh", "micro_batch",
-    "remat",
+    "remat", "offload",
 )  # fmt: skip
 
 
@@ -146,7 +193,9 @@ def depends(stage: Training) -> tuple[Any, ...]:
 
 def unpinned(stage: Training) -> Training:
     """Return the stage with all of its layout left to the plan."""
-    return stage.model_copy(update={"mesh": None, "micro_batch": None, "remat": "auto"})
+    return stage.model_copy(
+        update={"mesh": None, "micro_batch": None, "remat": "auto", "offload": "auto"}
+    )
 
 
 def attention_kernel(
@@ -252,6 +301,7 @@ def _fitting(
     length: int,
     kernel: str,
     teacher: Architecture | None,
+    offload: tuple[str, ...],
 ) -> tuple[StageLayout, bool]:
     """Return the fastest layout of a mesh that fits, or the smallest, and whether it fits."""
     local = rows // shards_of(mesh)
@@ -269,7 +319,7 @@ def _fitting(
         for parts in counts:
             plain = StageLayout(
                 mesh=mesh, rows=rows, length=length, micro_batches=parts, remat=remat,
-                kernel=kernel, slots=None,
+                kernel=kernel, offload=offload, slots=None,
             )  # fmt: skip
             layout = estimated(plain, stage, architecture, dtype_bytes, devices, teacher)
             if smallest is None or layout.total < smallest.total:

@@ -102,13 +102,17 @@ class Critic:
         return self.stage.kl is not None and self.stage.kl.at == "reward"
 
 
-def learner_of(settings: Settings, architecture: Architecture, updates: int) -> Learner:
-    """Return what updates a critic over a stage, at a peak rate of 1."""
+def learner_of(
+    settings: Settings, architecture: Architecture, updates: int, *, offloaded: bool
+) -> Learner:
+    """Return what updates a critic over a stage, at a peak rate of 1; the moments of more than a
+    head may be `offloaded`.
+    """
     optimizer = at_unit_rate(settings.optimizer)
     return Learner(
         settings.model_copy(update={"optimizer": optimizer}),
         architecture if settings.trunk == "separate" else None,
-        build_optimizer(optimizer, updates),
+        build_optimizer(optimizer, updates, offloaded=offloaded and settings.trunk == "separate"),
         learning_rate(optimizer, updates),
     )
 
@@ -118,5 +122,6 @@ def with_critic(
     program: train.Program, rate: float,
 ) -> train.TrainState:  # fmt: skip
     """Put a critic, its architecture and parameters, beside the state of a policy."""
+    program = replace(program, offloaded=program.offloaded and learner.architecture is not None)
     made = train.state_of(*critic, learner.optimizer, program, rate)
     return replace(state, critic=replace(made, frozen=nnx.State({})), beside=made.frozen)

@@ -215,22 +215,20 @@ class Decoder(nnx.Module):
         """
         a = self.architecture
         count, group, length = tokens.shape
-        hidden, (prefix, _) = self._sequence(
-            prompts, None, None, None, layout, remat, kernel, keep=True
-        )
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-        # The last token predicts nothing: it keeps products at sizes that kernels like.
         rows = tokens.reshape(count * group, length)
         places = jnp.repeat(lengths, group)[:, None] + jnp.arange(length)
         turns = self._turns(places)
+        before = jnp.arange(prompts.shape[1])[None]
+        prompt_layer = self._layer(self._turns(before), None, None, layout, kernel, keep=True)
 
         def layer(
-            block: Block,
-            x: jax.Array,
-            local: Local,
-            _: jax.Array,
-            prefix: tuple[jax.Array, jax.Array],
-        ) -> tuple[jax.Array, None]:
+            block: Block, carry: tuple[jax.Array, jax.Array], local: Local, index: jax.Array
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            prompt, x = carry
+            # Both in one pass over the layers, so that weights are gathered once, and what they
+            # get from the two adds up at once.
+            prompt, (prefix, _) = prompt_layer(block, prompt, local, index)
+
             def attend(
                 query: jax.Array, key: jax.Array, value: jax.Array
             ) -> tuple[jax.Array, None]:
@@ -247,13 +245,16 @@ class Decoder(nnx.Module):
                 return attended, None
 
             x, *_rest = block(x, _turn(turns, local), attend, None, layout)
-            return constrain(layout, x, RESIDUAL), None
+            return (prompt, constrain(layout, x, RESIDUAL)), None
 
+        first = self._embed(prompts, before, None, layout)
         x = self._embed(rows, places, None, layout)
-        x, _ = self._layers(x, layer, remat, prefix, computed=True)
+        (prompt, x), _ = self._layers((first, x), layer, remat, computed=kernel == "xla")
+        # The last token predicts nothing: it keeps products at sizes that kernels like.
         behind = self.norm(x).reshape(count, group, length, a.width)[:, :, :-1]
-        first = jnp.broadcast_to(last[:, None], (count, group, 1, a.width))
-        return jnp.concatenate([first, behind], axis=2)
+        last = jnp.take_along_axis(prompt, (lengths - 1)[:, None, None], axis=1)
+        last = jnp.broadcast_to(self.norm(last)[:, None], (count, group, 1, a.width))
+        return jnp.concatenate([last, behind], axis=2)
 
     def unstacked(self) -> Unstacked:
         """Take the weights of each layer out of the stack.
@@ -437,12 +438,30 @@ class Decoder(nnx.Module):
         """Hidden states of whole sequences; with `keep`, the keys and values of all layers, or with
         `maps` their maps of attention and hidden states; and what the routers of experts say.
         """
-        a = self.architecture
         places = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-        turns = self._turns(places)
+        layer = self._layer(
+            self._turns(places), segments, dropout_keys, layout, kernel, keep=keep, maps=maps
+        )
+        x = self._embed(tokens, places, dropout_keys, layout)
+        x, extra = self._layers(x, layer, remat, computed=kernel == "xla")
+        return self.norm(x), extra
+
+    def _layer(
+        self,
+        turns: dict[Span, rope.Rotation],
+        segments: jax.Array | None,
+        dropout_keys: jax.Array | None,
+        layout: Layout | None,
+        kernel: Kernel,
+        *,
+        keep: bool,
+        maps: bool = False,
+    ) -> Callable[[Block, jax.Array, Local, jax.Array], tuple[jax.Array, Any]]:
+        """Return what runs a block over whole sequences; see `_sequence`."""
+        a = self.architecture
 
         def layer(
-            block: Block, x: jax.Array, local: Local, index: jax.Array, _: None
+            block: Block, x: jax.Array, local: Local, index: jax.Array
         ) -> tuple[jax.Array, Any]:
             def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
                 attended = self_attention(
@@ -472,27 +491,21 @@ class Decoder(nnx.Module):
             x = constrain(layout, x, RESIDUAL)
             return x, ((kept, x) if maps else kept, routed)
 
-        x = self._embed(tokens, places, dropout_keys, layout)
-        x, extra = self._layers(x, layer, remat, computed=kernel == "xla")
-        return self.norm(x), extra
+        return layer
 
     def _layers(
         self,
         carry: Any,
-        layer: Callable[[Block, Any, Local, jax.Array, Any], tuple[Any, Any]],
+        layer: Callable[[Block, Any, Local, jax.Array], tuple[Any, Any]],
         remat: Remat,
-        given: Any = None,
         *,
         computed: bool,
     ) -> tuple[Any, Any]:
-        """Run the blocks; returns the last carry, and the layers' extras stacked.
-
-        Each layer is given its part of `given`, arrays `[layers, ...]`; `computed` says whether it
-        takes an array for whether it is local.
+        """Run the blocks; returns the last carry, and the layers' extras stacked. `computed` says
+        whether a layer takes an array for whether it is local.
         """
         a = self.architecture
         graph, state = nnx.split(self.blocks)
-        inputs = (state, given)
         ranks = frozenset(adapter.rank for adapter in a.adapters)
         period = 1 if computed else len(a.pattern)
         whole = a.layers // period * period
@@ -502,8 +515,7 @@ class Decoder(nnx.Module):
             carry: Any, own: Any, local: Local, index: jax.Array, in_scan: bool
         ) -> tuple[Any, Any]:
             def run(carry: Any, own: Any, index: jax.Array) -> tuple[Any, Any]:
-                weights, given = own
-                return layer(nnx.merge(graph, weights), carry, local, index, given)
+                return layer(nnx.merge(graph, own), carry, local, index)
 
             found: tuple[Any, Any] = _rematerialised(run, remat, in_scan, ranks)(carry, own, index)
             return found
@@ -526,15 +538,15 @@ class Decoder(nnx.Module):
         if whole:
             # What is given to the scan is kept for the backward pass as it is; of a part of it,
             # there would be a copy for every layer.
-            periods = inputs
+            periods = state
             if period > 1:
                 periods = jax.tree.map(
-                    lambda array: array[:whole].reshape(-1, period, *array.shape[1:]), inputs
+                    lambda array: array[:whole].reshape(-1, period, *array.shape[1:]), state
                 )
             carry, stacked = jax.lax.scan(body, carry, (periods, jnp.arange(0, whole, period)))
             extras.append(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), stacked))
         for index in range(whole, a.layers):
-            own = jax.tree.map(lambda array, index=index: array[index], inputs)
+            own = jax.tree.map(lambda array, index=index: array[index], state)
             local = a.spans[index] == "local"
             carry, extra = apply(carry, own, local, jnp.asarray(index), False)
             extras.append(jax.tree.map(lambda array: array[None], extra))

@@ -90,11 +90,13 @@ def at_unit_rate(optimizer: Optimizer) -> Optimizer:
     return optimizer.model_copy(update=change)
 
 
-def build_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
+def build_optimizer(
+    optimizer: Optimizer, steps: int, *, offloaded: bool = False
+) -> optax.GradientTransformation:
     """Return the transformation for parameters with axis names, over a run of `steps`.
 
     The gradient is first scaled down to the global norm `clip_norm`. Updates are to be added to
-    the parameters.
+    the parameters. What is `offloaded` has its moments in the memory of the host.
     """
     rate = learning_rate(optimizer, steps)
     clip = (
@@ -127,7 +129,105 @@ def build_optimizer(optimizer: Optimizer, steps: int) -> optax.GradientTransform
             rule = _muon(optimizer, steps)
         case _:
             raise ValueError(f"unknown optimizer {optimizer!r}")
-    return optax.chain(clip, rule)
+    return optax.chain(clip, _streamed(rule) if offloaded else rule)
+
+
+def _streamed(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Make the updates of a rule whose moments lie in the memory of the host: those of one
+    parameter after another, of stacked ones layer by layer, come to the device and go back.
+
+    The state is that of the rule, which has to treat each parameter by itself.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        gradients, structure = jax.tree.flatten(updates, is_leaf=is_variable)
+        values = jax.tree.leaves(params, is_leaf=is_variable)
+        changes: list[Any] = []
+        states: list[Any] = []
+
+        def is_moments(node: Any) -> bool:
+            found: Any = jax.tree.structure(node, is_leaf=is_variable)
+            return bool(found == structure)
+
+        def of_one(node: Any) -> Any:
+            if not is_moments(node):
+                return node
+            return [jax.tree.leaves(node, is_leaf=is_variable)[len(changes)]]
+
+        def of_all(node: Any, *each: Any) -> Any:
+            if not is_moments(node):
+                return each[-1]
+            return jax.tree.unflatten(structure, [one for (one,) in each])
+
+        for gradient, value in zip(gradients, values, strict=True):
+            own = jax.tree.map(of_one, state, is_leaf=is_moments)
+            if changes:  # not before the last one is done
+                own, _ = jax.lax.optimization_barrier((own, changes[-1]))
+            stacked = logical_axes(gradient)[:1] == ("layers",)
+            change, new = (_by_layer if stacked else _at_once)(rule, gradient, own, value)
+            changes.append(change)
+            states.append(new)
+        kept = jax.tree.map(of_all, state, *states, is_leaf=is_moments)
+        return jax.tree.unflatten(structure, changes), kept
+
+    return optax.GradientTransformation(rule.init, update)
+
+
+def _at_once(
+    rule: optax.GradientTransformation, gradient: Any, own: Any, value: Any
+) -> tuple[Any, Any]:
+    """Return the update of a parameter, and its state: lists hold what lies at the host."""
+    (change,), new = rule.update([gradient], moved_to(own, "Device"), [value])
+    return change, jax.tree.map(_to_host, new, is_leaf=_is_list)
+
+
+def _by_layer(
+    rule: optax.GradientTransformation, gradient: Any, own: Any, value: Any
+) -> tuple[Any, Any]:
+    """As `_at_once`, for what is stacked along its first axis."""
+
+    def body(at: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        change, held = carry
+
+        def layer(node: nnx.Variable[Any]) -> Any:
+            array = node.get_value()
+            if not isinstance(array, optax.MaskedNode):
+                array = jax.lax.dynamic_index_in_dim(array, at, keepdims=False)
+            return node.replace(array, out_sharding=logical_axes(node)[1:])
+
+        def put(node: nnx.Variable[Any], part: nnx.Variable[Any]) -> Any:
+            if isinstance(node.get_value(), optax.MaskedNode):
+                return node
+            array = jax.lax.dynamic_update_index_in_dim(node.get_value(), part.get_value(), at, 0)
+            return node.replace(array)
+
+        def taken(node: Any, now: Any) -> Any:  # counts are those of the whole update
+            return [layer(now[0])] if _is_list(node) else node
+
+        def given(now: Any, part: Any) -> Any:
+            return [put(now[0], _to_host(part)[0])] if _is_list(now) else part
+
+        parts = jax.tree.map(taken, own, held, is_leaf=_is_list)
+        one, new = rule.update([layer(change)], moved_to(parts, "Device"), [layer(value)])
+        return put(change, one[0]), jax.tree.map(given, held, new, is_leaf=_is_list)
+
+    layers = gradient.get_value().shape[0]
+    found: tuple[Any, Any] = jax.lax.fori_loop(0, layers, body, (gradient, own))
+    return found
+
+
+def _is_list(node: Any) -> bool:
+    return isinstance(node, list)
+
+
+def _to_host(node: Any) -> Any:
+    return moved_to(node, "Host") if _is_list(node) else node
+
+
+def moved_to(tree: Any, where: str) -> Any:
+    """Move the arrays of a tree within a program: to the memory of the `Host`, or of a `Device`."""
+    space: Any = getattr(jax.memory.Space, where)
+    return jax.tree.map(lambda array: jax.device_put(array, space), tree)
 
 
 def _map_variables(function: Callable[..., Any], *trees: Any) -> Any:

@@ -81,6 +81,8 @@ def _facts(stage: StagePlan) -> Iterator[str]:
         yield f"remat {stage.layout['remat']}"
     if stage.layout["kernel"] != "xla":
         yield f"{stage.layout['kernel']} attention"
+    if stage.layout["offload"]:
+        yield f"{' and '.join(stage.layout['offload'])} in the memory of the host"
     yield size_text(peak(stage.memory))
     yield f"{count_text(stage.cost['flops'])}FLOP a step"
     rollout = stage.cost["times"].get("rollout")

@@ -50,7 +50,7 @@ from tunelang.runtime.policy_step import (
 )
 from tunelang.runtime.rewards import Reward, Scores
 from tunelang.runtime.rollout import Prompt, Rollouts, rollout
-from tunelang.runtime.sharding import Layout, sampling
+from tunelang.runtime.sharding import HOST, Layout, on_devices, sampling, shardings
 from tunelang.runtime.stream import Stream
 from tunelang.runtime.workshop import Model, Workshop
 
@@ -199,7 +199,8 @@ class PolicyTrainer:
         if self._needs_old:
             old = self._scored(self.score, self.state.weights, batch)
         if self.reference is not None:
-            reference = self._scored(*self.reference, batch)
+            score, params = self.reference
+            reference = self._scored(score, on_devices(params), batch)
         if self.critic is not None:
             valued = self._scored(self.critic.score, self.critic.weights(self.state), batch)
         batch = replace(batch, old=old, reference=reference)
@@ -391,6 +392,7 @@ def policy_trainer(
         kernel="xla",  # prompts are short, and of any length
         chunk=CHUNK,
         seed=derive(seed, "minibatches") % 2**31 if stage.minibatches > 1 else 0,
+        offloaded="optimizer" in planned.offload,
     )
     updates = steps * stage.minibatches * stage.passes
     unit = at_unit_rate(stage.optimizer)
@@ -405,11 +407,11 @@ def policy_trainer(
     learner: Learner | None = None
     if isinstance(stage, Ppo):
         valued = critic()
-        learner = learner_of(stage.critic, valued[0], updates)
+        learner = learner_of(stage.critic, valued[0], updates, offloaded=program.offloaded)
         key += learner.settings, valued[0]
 
     def compiled() -> Any:
-        optimizer = build_optimizer(unit, updates)
+        optimizer = build_optimizer(unit, updates, offloaded=program.offloaded)
         schedule = learning_rate(unit, updates)
         return optimizer, policy_step(a, optimizer, schedule, plain, program, learner)
 
@@ -423,6 +425,9 @@ def policy_trainer(
 
     decode = decode_layout(planned, layout)
     measured = reference() if stage.kl is not None else None
+    if measured is not None and "reference" in planned.offload:
+        places = shardings(measured[1], layout, HOST)
+        measured = measured[0], jax.device_put(measured[1], places)
     state = begin(optimizer, program)
     estimator: Critic | None = None
     if isinstance(stage, Ppo) and learner is not None:

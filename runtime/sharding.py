@@ -144,17 +144,30 @@ def brought(params: Any, layout: Layout | None) -> Any:
     return jax.device_put(params, shardings(params, layout))
 
 
+def on_devices(params: Any) -> Any:
+    """Return parameters that may lie in the memory of the host where programs read them."""
+
+    def one(array: Any) -> Any:
+        return jax.device_put(array, array.sharding.with_memory_kind("device"))
+
+    return jax.tree.map(one, params)
+
+
 def sampling(layout: Layout, data: int, tensor: int) -> Layout:
     """Return the layout of sampling over the devices of another one."""
     devices = list(layout.mesh.devices.flat)
     return Layout(make_layout(data, tensor=tensor, devices=devices).mesh, DECODE_RULES)
 
 
-def shardings(tree: Any, layout: Layout) -> Any:
+HOST = "pinned_host"
+"""The kind of memory that what is offloaded lies in."""
+
+
+def shardings(tree: Any, layout: Layout, memory: str | None = None) -> Any:
     """Return the shardings of a tree of parameters, or of an optimizer's state made from them.
 
     Returns a tree of the same structure. Moments keep the axis names of their parameters, so they
-    lie where these do; plain arrays (step counts) are whole on every device.
+    lie where these do, in a kind of `memory`; plain arrays (step counts) are whole on every device.
     """
 
     def one(node: Any) -> Any:
@@ -163,7 +176,8 @@ def shardings(tree: Any, layout: Layout) -> Any:
             # Where a rule leaves a parameter to another one, its state has an empty node.
             if not hasattr(array, "shape"):
                 return node
-            return node.replace(layout.sharding(logical_axes(node), array.shape))
+            place = layout.sharding(logical_axes(node), array.shape)
+            return node.replace(place if memory is None else place.with_memory_kind(memory))
         return NamedSharding(layout.mesh, PartitionSpec())
 
     return jax.tree.map(one, tree, is_leaf=is_variable)

@@ -18,6 +18,7 @@ from jax import ShapeDtypeStruct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tunelang.compiler.architecture import Architecture, plain
+from tunelang.compiler.costs import has_reference
 from tunelang.compiler.layout import CHUNK, StageLayout
 from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity
 from tunelang.dsl.vocabulary.stages import (
@@ -42,14 +43,14 @@ from tunelang.runtime.critic import learner_of
 from tunelang.runtime.decode_loop import Request, abstract_slots, make_engine
 from tunelang.runtime.evaluate import MOST_SLOTS, sampled_on
 from tunelang.runtime.layers import DTYPES
-from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
+from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate, moved_to
 from tunelang.runtime.policy import decode_layout
 from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program
 from tunelang.runtime.prepare import Shapes
 from tunelang.runtime.rollout import PREFILL
 from tunelang.runtime.sample import CHUNK as CHUNK_OF_SAMPLES
 from tunelang.runtime.sampling import slot_settings
-from tunelang.runtime.sharding import Layout, shardings
+from tunelang.runtime.sharding import HOST, Layout, shardings
 from tunelang.runtime.supervised import compiled, objective_of
 
 _STEPS = 1000
@@ -73,6 +74,8 @@ class Program:
     trained: Architecture | None = None
     """Whose weights it updates."""
     micro_batches: int = 1
+    offloaded: int = 0
+    """Bytes of what it reads that lie in the memory of the host, for each device."""
 
 
 def programs(
@@ -93,6 +96,7 @@ def _program_of(shapes: Shapes, planned: StageLayout, layout: Layout) -> train.P
         remat=planned.remat,  # type: ignore[arg-type]
         kernel=planned.kernel,  # type: ignore[arg-type]
         chunk=CHUNK,
+        offloaded="optimizer" in planned.offload,
     )
 
 
@@ -125,16 +129,60 @@ def _supervised(
     batch = _batch(stage, planned, count, layout)
     yield Program(
         "train",
-        lambda: step.lower(replace(state, beside=beside), batch),
+        lambda: _lowered(step, replace(state, beside=beside), batch, program),
         donated=_bytes(replace(state, frozen=nnx.State({}))),
-        held=_bytes(replace(state, beside=beside)),
+        held=_bytes(replace(state, beside=beside)) - _at_host(state, program),
         trained=a,
         micro_batches=program.micro_batches,
+        offloaded=_at_host(state, program),
     )
     if isinstance(stage, Compared) and stage.needs_reference and ahead:
         score = segment_program(plain(a), program, count)
         params = parameters(plain(a), program)
         yield Program("reference", lambda: score.lower(params, batch))  # type: ignore[attr-defined]
+
+
+def _offloaded(state: train.TrainState, program: train.Program) -> list[train.TrainState]:
+    """Return the states whose moments lie in the memory of the host."""
+    if not program.offloaded:
+        return []
+    critic = state.critic
+    apart = critic is not None and len(jax.tree.leaves(critic.params)) > 1  # not a head alone
+    return [state, critic] if apart and critic is not None else [state]
+
+
+def _at_host(state: train.TrainState, program: train.Program) -> int:
+    """Count the bytes in the memory of the host for each device."""
+    return sum(_bytes(each.optimizer) for each in _offloaded(state, program))
+
+
+def _lowered(
+    step: train.StateProgram, state: train.TrainState, batch: Any, program: train.Program
+) -> jax.stages.Lowered:
+    """Lower a program that updates a state."""
+    place = NamedSharding(program.layout.mesh, PartitionSpec(), memory_kind=HOST)
+    if not program.offloaded or place.memory_kind == HOST:
+        return step.lower(state, batch)
+    # Compilers for GPUs that are not here know of no memory but theirs: moments go to that of the
+    # host first, and come back at last.
+    changing, kept = train.parts(state)
+    apart = len(_offloaded(state, program)) > 1
+
+    def moved(state: train.TrainState, where: str) -> train.TrainState:
+        def one(leaf: Any) -> Any:
+            return moved_to(leaf, where) if leaf.shape else leaf
+
+        critic = moved(state.critic, where) if apart and state.critic else state.critic
+        return replace(state, optimizer=jax.tree.map(one, state.optimizer), critic=critic)
+
+    def around(changing: train.TrainState, kept: train.Kept, batch: Any) -> Any:
+        plain: Any = step.jitted
+        changed, metrics = plain.__wrapped__(moved(changing, "Host"), kept, batch)
+        return moved(changed, "Device"), metrics
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, changing)
+    jitted = jax.jit(around, donate_argnums=0, out_shardings=(places, None))
+    return jitted.lower(changing, kept, batch)
 
 
 def _rows(layout: Layout, rows: int, *shape: int, dtype: Any = jnp.int32) -> Any:
@@ -175,12 +223,13 @@ def _policy(
     a, sampling = shapes.architecture, stage.rollout
     program = replace(_program_of(shapes, planned, layout), kernel="xla")
     unit = at_unit_rate(stage.optimizer)
-    optimizer, schedule = build_optimizer(unit, _STEPS), learning_rate(unit, _STEPS)
+    optimizer = build_optimizer(unit, _STEPS, offloaded=program.offloaded)
+    schedule = learning_rate(unit, _STEPS)
     state = train.abstract_state(a, optimizer, program)
     learner = None
     if isinstance(stage, Ppo):
         scores = replace(a, scores=True)
-        learner = learner_of(stage.critic, scores, _STEPS)
+        learner = learner_of(stage.critic, scores, _STEPS, offloaded=program.offloaded)
         held = train.abstract_state(scores, learner.optimizer, program)
         if stage.critic.trunk == "shared":
             held = _head_alone(held, learner.optimizer, layout)
@@ -206,20 +255,30 @@ def _policy(
         values=each if valued else None, returns=each if valued else None,
     )  # fmt: skip
     reference = 0
-    if stage.kl is not None and (not a.adapters or stage.reference is not None):
+    if has_reference(stage, a):
         reference = _bytes(parameters(plain(a), program))
     changing = _bytes(replace(state, frozen=nnx.State({}), beside=None))
-    kept = _bytes(state) + reference
-    lower = partial(step.lower, state, batch)
-    yield Program("train", lower, reference, changing, kept, a, program.micro_batches)
+    at_host = _at_host(state, program)
+    stays = 0 if "reference" in planned.offload else reference
+    yield Program(
+        "train",
+        lambda: _lowered(step, state, batch, program),
+        beside=stays,
+        donated=changing,
+        held=_bytes(state) - at_host + stays,
+        trained=a,
+        micro_batches=program.micro_batches,
+        offloaded=at_host,
+    )
 
     params = state.weights
-    beside = _bytes(state) - _bytes(params) + reference
+    beside = _bytes(state) - at_host - _bytes(params) + reference
     given = params, batch.prompts, batch.prompt_lengths, batch.tokens
     if several or stage.kl is not None:
         score = score_program(a, program, sampling.temperature)
         yield Program("score", lambda: score.lower(*given), beside)  # type: ignore[attr-defined]
 
+    beside += stays - reference
     slots, capacity = planned.slots or 1, planned.length
     apart = decode_layout(planned, layout)
     if apart is not None:  # then the weights are there twice

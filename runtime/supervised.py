@@ -201,6 +201,7 @@ def supervised_trainer(
         kernel=kernel,  # type: ignore[arg-type]
         chunk=CHUNK,
         seed=derive(seed, "dropout") % 2**31 if train.drops(a) else 0,
+        offloaded="optimizer" in planned.offload,
     )
     count = table.most * corpus.pieces
     beside: Any = None
@@ -308,7 +309,7 @@ def compiled(
     a: Architecture, unit: Any, steps: int, program: train.Program, objective: train.Objective
 ) -> tuple[Any, train.StateProgram]:
     """Return the optimizer and the program of a stage whose optimizer has the rate `unit`."""
-    optimizer = build_optimizer(unit, steps)
+    optimizer = build_optimizer(unit, steps, offloaded=program.offloaded)
     schedule = learning_rate(unit, steps)
     return optimizer, train.train_step(a, optimizer, schedule, program, objective)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -24,7 +25,7 @@ from tunelang.runtime.decoder import Decoder, Remat
 from tunelang.runtime.layers import balance_loss
 from tunelang.runtime.losses import cross_entropy, custom_loss
 from tunelang.runtime.optimizers import Schedule
-from tunelang.runtime.sharding import Layout, shardings
+from tunelang.runtime.sharding import HOST, Layout, shardings
 
 AnyArray = Any
 """An array of JAX or of numpy: what the host makes goes into programs as it is."""
@@ -138,6 +139,8 @@ class Program:
     """Tokens of a sequence whose logits are in memory at once."""
     seed: int = 0
     """Of the dropout."""
+    offloaded: bool = False
+    """Whether the moments of the optimizer lie in the memory of the host."""
 
 
 @dataclass(frozen=True)
@@ -152,15 +155,16 @@ class StateProgram:
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
         """Run it."""
-        changed, metrics = self.jitted(*_parts(state), batch)
+        changed, metrics = self.jitted(*parts(state), batch)
         return replace(changed, frozen=state.frozen, beside=state.beside), metrics
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
         """Lower it for shapes and shardings."""
-        return self.jitted.lower(*_parts(state), batch)
+        return self.jitted.lower(*parts(state), batch)
 
 
-def _parts(state: TrainState) -> tuple[TrainState, Kept]:
+def parts(state: TrainState) -> tuple[TrainState, Kept]:
+    """Return what a step changes of a state, and what it leaves alone."""
     changing = replace(state, frozen=nnx.State({}), beside=None)
     return changing, Kept(state.frozen, state.beside)
 
@@ -269,7 +273,7 @@ def abstract_state(
     shaped: TrainState = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         state,
-        _state_shardings(state, program.layout),
+        _state_shardings(state, program),
     )
     return shaped
 
@@ -283,7 +287,7 @@ def init_state(
 ) -> TrainState:
     """Random parameters, made where they belong. The same for every mesh."""
     abstract = jax.eval_shape(lambda: _fresh(architecture, optimizer, program, 0))
-    places = _state_shardings(abstract, program.layout)
+    places = _state_shardings(abstract, program)
     make = jax.jit(
         lambda seed: _fresh(architecture, optimizer, program, seed), out_shardings=places
     )
@@ -300,8 +304,15 @@ def state_of(
 ) -> TrainState:
     """Return the state of a run that starts from given parameters, which it takes over."""
     params, frozen = divided(architecture, params)
-    places = shardings(jax.eval_shape(optimizer.init, params), program.layout)
-    moments = jax.jit(optimizer.init, out_shardings=places)(params)
+    shapes = jax.eval_shape(optimizer.init, params)
+    places = shardings(shapes, program.layout, HOST if program.offloaded else None)
+    if program.offloaded:  # on the devices there is no room for all of them
+        moments = jax.tree.map(
+            lambda leaf, place: jax.device_put(np.zeros(leaf.shape, leaf.dtype), place),
+            shapes, places,
+        )  # fmt: skip
+    else:
+        moments = jax.jit(optimizer.init, out_shardings=places)(params)
     everywhere = NamedSharding(program.layout.mesh, PartitionSpec())
     zero, factor = jnp.zeros((), jnp.int32), jnp.float32(scale)
     step, factor = jax.device_put((zero, factor), everywhere)
@@ -323,12 +334,13 @@ def _fresh(
     return TrainState(params, optimizer.init(params), zero, one, frozen)
 
 
-def _state_shardings(state: TrainState, layout: Layout) -> Any:
+def _state_shardings(state: TrainState, program: Program) -> Any:
     """Return the shardings of a state, arranged as it is."""
+    layout = program.layout
     return replace(
         state,
         params=shardings(state.params, layout),
-        optimizer=shardings(state.optimizer, layout),
+        optimizer=shardings(state.optimizer, layout, HOST if program.offloaded else None),
         beside=None,
         step=shardings(state.step, layout),
         scale=shardings(state.scale, layout),
@@ -387,12 +399,12 @@ def train_step(
         return jax.lax.scan(lambda state, batch: one_step(state, kept, batch), state, batches)
 
     abstract = abstract_state(architecture, optimizer, program, objective.extra)
-    places = _state_shardings(abstract, layout)
+    places = _state_shardings(abstract, program)
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     batch_place = NamedSharding(
         layout.mesh, PartitionSpec(None, *layout.spec(("batch",), (layout.batch_shards,)))
     )
-    changing, _ = _parts(places)
+    changing, _ = parts(places)
     jitted = jax.jit(
         steps,
         # What is kept may lie anywhere: a reference can have a layout of its own.
@@ -488,7 +500,7 @@ def accumulate(
     """Add up over the micro-batches a loss, what it gives beside by `add`, and its gradient.
 
     Every array of the batch is `[rows, ...]`. Micro-batches of which `counts` is false have neither
-    loss nor gradient, and are skipped.
+    loss nor gradient; behind the last of the others they are skipped.
     """
     value_and_gradient = jax.value_and_grad(loss, has_aux=True)
     if program.micro_batches == 1:
@@ -500,18 +512,21 @@ def accumulate(
         total, extras, gradients = carry
         return total + value, add(extras, extra), jax.tree.map(jnp.add, gradients, gradient)
 
-    def body(carry: tuple[jax.Array, Any, Any], part: Any) -> tuple[Any, None]:
-        if counts is None:
-            return added(carry, part), None
-        return jax.lax.cond(counts(part), added, lambda carry, _: carry, carry, part), None
-
     parts = jax.tree.map(lambda array: micro_batches(array, program), batch)
     first = jax.tree.map(lambda array: array[0], parts)
     extras = jax.eval_shape(lambda: loss(params, first)[1])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), extras)
     start = (jnp.zeros((), jnp.float32), zeros, jax.tree.map(jnp.zeros_like, params))
-    (value, extra, gradient), _ = jax.lax.scan(body, start, parts)
-    return value, extra, gradient
+    if counts is None:
+        return jax.lax.scan(lambda carry, part: (added(carry, part), None), start, parts)[0]
+
+    def nth(at: Any, carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+        return added(carry, jax.tree.map(lambda array: array[at], parts))
+
+    count = jnp.arange(1, program.micro_batches + 1)
+    last = jnp.max(jnp.where(jax.vmap(counts)(parts), count, 0))
+    found: tuple[jax.Array, Any, Any] = jax.lax.fori_loop(0, last, nth, start)
+    return found
 
 
 def micro_batches(array: jax.Array, program: Program) -> jax.Array:

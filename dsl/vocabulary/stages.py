@@ -76,6 +76,10 @@ class Stage(Kind):
     """Roles that its data must have: one of these sets."""
 
 
+OFFLOADS = ("auto", "none", "optimizer", "reference", "both")
+"""What a stage may leave in the memory of the host."""
+
+
 class Training(Stage):
     """Base of the stages that update weights."""
 
@@ -139,6 +143,12 @@ class Training(Stage):
         " nothing, all but matrix products,"
         " everything.",
         "remat = full",
+        "auto",
+    )
+    offload: Annotated[str, types.Choice(OFFLOADS)] = placement(
+        "What lies in the memory of the host until it is needed: the moments of the optimizer, the"
+        " reference of a policy. Without it, what has to so that the stage fits.",
+        "offload = optimizer",
         "auto",
     )
 
