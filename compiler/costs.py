@@ -270,9 +270,6 @@ def _temporaries(
     )
     ways = layout.mesh["fsdp"] * layout.mesh["context"]
     layers = tokens * dtype * factors[layout.remat] * a.layers * kept
-    if len(a.pattern) > 1 and layout.kernel != "xla":  # copies of all, see `Decoder._layers`
-        stored = dtype if layout.remat == "full" else min(dtype, STORED_BYTES[a.storage])
-        layers += stored * block * a.layers / ways / tensor
     # A block as it comes over the mesh, or out of storage.
     working = tokens * dtype * at_work
     if ways > 1 or a.storage in ("nf4", "int8"):

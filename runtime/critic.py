@@ -103,7 +103,7 @@ class Critic:
 
 
 def learner_of(
-    settings: Settings, architecture: Architecture, updates: int, *, offloaded: bool
+    settings: Settings, architecture: Architecture, updates: int, *, offloaded: bool = False
 ) -> Learner:
     """Return what updates a critic over a stage, at a peak rate of 1; the moments of more than a
     head may be `offloaded`.

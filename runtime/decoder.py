@@ -25,6 +25,7 @@ from tunelang.compiler.architecture import Architecture, Span, plain
 from tunelang.runtime import rope
 from tunelang.runtime.attention import (
     Kernel,
+    Window,
     attention_maps,
     cached_attention,
     prefixed_attention,
@@ -249,7 +250,7 @@ class Decoder(nnx.Module):
 
         first = self._embed(prompts, before, None, layout)
         x = self._embed(rows, places, None, layout)
-        (prompt, x), _ = self._layers((first, x), layer, remat, computed=kernel == "xla")
+        (prompt, x), _ = self._layers((first, x), layer, remat)
         # The last token predicts nothing: it keeps products at sizes that kernels like.
         behind = self.norm(x).reshape(count, group, length, a.width)[:, :, :-1]
         last = jnp.take_along_axis(prompt, (lengths - 1)[:, None, None], axis=1)
@@ -443,7 +444,7 @@ class Decoder(nnx.Module):
             self._turns(places), segments, dropout_keys, layout, kernel, keep=keep, maps=maps
         )
         x = self._embed(tokens, places, dropout_keys, layout)
-        x, extra = self._layers(x, layer, remat, computed=kernel == "xla")
+        x, extra = self._layers(x, layer, remat)
         return self.norm(x), extra
 
     def _layer(
@@ -464,19 +465,26 @@ class Decoder(nnx.Module):
             block: Block, x: jax.Array, local: Local, index: jax.Array
         ) -> tuple[jax.Array, Any]:
             def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-                attended = self_attention(
-                    query,
-                    key,
-                    value,
-                    segments=segments,
-                    window=self._window(local),
-                    scale=self._query_scale,
-                    cap=a.attention_cap,
-                    kernel=kernel,
-                    layout=layout,
-                )
+                def attended(window: Window) -> jax.Array:
+                    return self_attention(
+                        query,
+                        key,
+                        value,
+                        segments=segments,
+                        window=window,
+                        scale=self._query_scale,
+                        cap=a.attention_cap,
+                        kernel=kernel,
+                        layout=layout,
+                    )
+
+                if kernel == "xla" or isinstance(local, bool):
+                    found = attended(self._window(local))
+                else:  # kernels know windows when they are compiled
+                    branches = partial(attended, a.window), partial(attended, None)
+                    found = jax.lax.cond(local, *branches)
                 if maps:
-                    return attended, attention_maps(
+                    return found, attention_maps(
                         query,
                         key,
                         segments=segments,
@@ -484,7 +492,7 @@ class Decoder(nnx.Module):
                         scale=self._query_scale,
                         cap=a.attention_cap,
                     )
-                return attended, (key, value) if keep else None
+                return found, (key, value) if keep else None
 
             keys = None if dropout_keys is None else _fold(dropout_keys, index)
             x, kept, routed = block(x, _turn(turns, local), attend, keys, layout)
@@ -498,59 +506,26 @@ class Decoder(nnx.Module):
         carry: Any,
         layer: Callable[[Block, Any, Local, jax.Array], tuple[Any, Any]],
         remat: Remat,
-        *,
-        computed: bool,
     ) -> tuple[Any, Any]:
-        """Run the blocks; returns the last carry, and the layers' extras stacked. `computed` says
-        whether a layer takes an array for whether it is local.
+        """Run the blocks; returns the last carry, and the layers' extras stacked.
+
+        One layer after another, whatever the pattern: what is given to a scan is kept for the
+        backward pass as it is, and of a part of it there would be a copy.
         """
         a = self.architecture
         graph, state = nnx.split(self.blocks)
         ranks = frozenset(adapter.rank for adapter in a.adapters)
-        period = 1 if computed else len(a.pattern)
-        whole = a.layers // period * period
+        alike = len(set(a.pattern)) == 1
+
+        def run(carry: Any, own: Any, index: jax.Array, local: jax.Array) -> tuple[Any, Any]:
+            known: Local = a.pattern[0] == "local" if alike else local
+            return layer(nnx.merge(graph, own), carry, known, index)
+
+        run = _rematerialised(run, remat, ranks)
         locals_ = jnp.array([span == "local" for span in a.spans])
-
-        def apply(
-            carry: Any, own: Any, local: Local, index: jax.Array, in_scan: bool
-        ) -> tuple[Any, Any]:
-            def run(carry: Any, own: Any, index: jax.Array) -> tuple[Any, Any]:
-                return layer(nnx.merge(graph, own), carry, local, index)
-
-            found: tuple[Any, Any] = _rematerialised(run, remat, in_scan, ranks)(carry, own, index)
-            return found
-
-        def body(carry: Any, inputs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
-            periods, first = inputs
-            extras = []
-            for place, span in enumerate(a.pattern[:period]):
-                local: Local = span == "local"
-                if len(set(a.pattern)) > period:
-                    local = locals_[first]
-                own = periods
-                if period > 1:
-                    own = jax.tree.map(lambda array, place=place: array[place], periods)
-                carry, extra = apply(carry, own, local, first + place, True)
-                extras.append(extra)
-            return carry, jax.tree.map(lambda *arrays: jnp.stack(arrays), *extras)
-
-        extras = []
-        if whole:
-            # What is given to the scan is kept for the backward pass as it is; of a part of it,
-            # there would be a copy for every layer.
-            periods = state
-            if period > 1:
-                periods = jax.tree.map(
-                    lambda array: array[:whole].reshape(-1, period, *array.shape[1:]), state
-                )
-            carry, stacked = jax.lax.scan(body, carry, (periods, jnp.arange(0, whole, period)))
-            extras.append(jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), stacked))
-        for index in range(whole, a.layers):
-            own = jax.tree.map(lambda array, index=index: array[index], state)
-            local = a.spans[index] == "local"
-            carry, extra = apply(carry, own, local, jnp.asarray(index), False)
-            extras.append(jax.tree.map(lambda array: array[None], extra))
-        return carry, jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *extras)
+        each = state, jnp.arange(a.layers), locals_
+        found: tuple[Any, Any] = jax.lax.scan(lambda carry, own: run(carry, *own), carry, each)
+        return found
 
 
 def _turn(turns: dict[Span, rope.Rotation], local: Local) -> rope.Rotation | None:
@@ -596,7 +571,7 @@ def _dots(ranks: frozenset[int]) -> Callable[..., bool]:
 
 
 def _rematerialised(
-    function: Callable[..., Any], remat: Remat, in_scan: bool, ranks: frozenset[int]
+    function: Callable[..., Any], remat: Remat, ranks: frozenset[int]
 ) -> Callable[..., Any]:
     """Make a layer keep for the backward pass only what the policy says."""
     if remat == "none":
@@ -604,7 +579,7 @@ def _rematerialised(
     # Within a scan the compiler cannot merge the repeated computation with the first one, so that
     # the barriers against it, which also hinder fusion, are not needed.
     policy = _dots(ranks) if remat == "dots" else None
-    return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
 def empty_cache(architecture: Architecture, slots: int, capacity: int, dtype: Any) -> Cache:

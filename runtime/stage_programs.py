@@ -75,7 +75,7 @@ class Program:
     """Whose weights it updates."""
     micro_batches: int = 1
     offloaded: int = 0
-    """Bytes of what it reads that lie in the memory of the host, for each device."""
+    """Bytes that a compiler takes for some in a device which lie in the memory of the host."""
 
 
 def programs(
@@ -134,7 +134,7 @@ def _supervised(
         held=_bytes(replace(state, beside=beside)) - _at_host(state, program),
         trained=a,
         micro_batches=program.micro_batches,
-        offloaded=_at_host(state, program),
+        offloaded=0 if _knows_hosts(program) else _at_host(state, program),
     )
     if isinstance(stage, Compared) and stage.needs_reference and ahead:
         score = segment_program(plain(a), program, count)
@@ -156,15 +156,19 @@ def _at_host(state: train.TrainState, program: train.Program) -> int:
     return sum(_bytes(each.optimizer) for each in _offloaded(state, program))
 
 
+def _knows_hosts(program: train.Program) -> bool:
+    """Whether the compiler knows of the memory of hosts; for GPUs that are not here it does not."""
+    place = NamedSharding(program.layout.mesh, PartitionSpec(), memory_kind=HOST)
+    return place.memory_kind == HOST
+
+
 def _lowered(
     step: train.StateProgram, state: train.TrainState, batch: Any, program: train.Program
 ) -> jax.stages.Lowered:
     """Lower a program that updates a state."""
-    place = NamedSharding(program.layout.mesh, PartitionSpec(), memory_kind=HOST)
-    if not program.offloaded or place.memory_kind == HOST:
+    if not program.offloaded or _knows_hosts(program):
         return step.lower(state, batch)
-    # Compilers for GPUs that are not here know of no memory but theirs: moments go to that of the
-    # host first, and come back at last.
+    # Moments go to the host first, and come back at last.
     changing, kept = train.parts(state)
     apart = len(_offloaded(state, program)) > 1
 
@@ -268,7 +272,7 @@ def _policy(
         held=_bytes(state) - at_host + stays,
         trained=a,
         micro_batches=program.micro_batches,
-        offloaded=at_host,
+        offloaded=0 if _knows_hosts(program) else at_host,
     )
 
     params = state.weights

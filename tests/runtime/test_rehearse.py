@@ -269,3 +269,28 @@ def test_what_does_not_fit_is_refused_by_the_compiler() -> None:
     said = measure(program, program.lower())
     assert "RESOURCE_EXHAUSTED" in said.refused
     assert said.peak > devices.chip.memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "plug_in"),
+    [
+        (Devices(CHIPS["h200"], 1, False), "jax_cuda13_plugin"),
+        (Devices(CHIPS["v5e"], 4, False, (2, 2)), "libtpu"),
+    ],
+    ids=["gpu", "tpu"],
+)
+def test_what_lies_at_the_host_does_not_count(devices: Devices, plug_in: str) -> None:
+    if importlib.util.find_spec(plug_in) is None:
+        pytest.skip(f"{plug_in} is not installed")
+    a = replace(BIGGER, layers=8, width=512, mlp=2048, head_dim=128)
+    peaks = {}
+    for where in ("none", "optimizer"):
+        pin = {"offload": where, "mesh": Axes.fixed(fsdp=devices.count)}
+        stage, planned = plan(a, devices, **pin)
+        layout = make_layout(**planned.mesh, devices=compilable(devices))
+        program = next(iter(programs(stage, Shapes(a, "bf16"), planned, layout)))
+        peaks[where] = measure(program, program.lower()).peak
+        assert peaks[where] == pytest.approx(planned.total, rel=0.5)
+    saved = peaks["none"] - peaks["optimizer"]
+    assert saved > 0.6 * 8 * parameter_count(a) / devices.count

@@ -9,10 +9,18 @@ import pytest
 
 from tests.runtime.architectures import FAMILIES, LLAMA
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.training import AdamW, Muon
+from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
 from tunelang.runtime.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import Batch, Program, abstract_state, init_state, shift, train_step
+from tunelang.runtime.train import (
+    Batch,
+    Program,
+    abstract_state,
+    init_state,
+    shift,
+    state_of,
+    train_step,
+)
 
 STEPS, ROWS, LENGTH = 2, 16, 8
 ONE = make_layout()
@@ -37,7 +45,7 @@ def make_batch(steps=STEPS, rows=ROWS, seed=0):
 
 def train(program, architecture=LLAMA, spec=ADAMW, batch=None):
     batch = make_batch() if batch is None else batch
-    optimizer = build_optimizer(spec, 10)
+    optimizer = build_optimizer(spec, 10, offloaded=program.offloaded)
     state = init_state(architecture, optimizer, program, 0)
     step = train_step(architecture, optimizer, learning_rate(spec, 10), program)
     state, metrics = step(state, batch)
@@ -86,6 +94,32 @@ def test_muon_on_a_mesh():
     meshed = Program(layout=make_layout(fsdp=4, tensor=2))
     # The orthogonalisation magnifies rounding.
     same(train(meshed, spec=spec), train(Program(layout=ONE), spec=spec), 2e-4)
+
+
+@pytest.mark.parametrize(
+    "spec", [ADAMW, Muon(lr=3e-2, adam_lr=1e-2), Lion(lr=1e-3), Sgd(lr=1e-2, momentum=0.9)]
+)
+@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4, "tensor": 2}])
+def test_moments_in_the_memory_of_the_host_change_nothing(spec, mesh):
+    """Several steps of a call carry them along."""
+    layout = make_layout(**mesh)
+    found, expected = (
+        train(Program(layout=layout, chunk=3, offloaded=offloaded), FAMILIES["gemma3"], spec)
+        for offloaded in (True, False)
+    )
+    same(found, expected)
+
+
+def test_where_moments_lie():
+    program = Program(layout=ONE, offloaded=True)
+    optimizer = build_optimizer(ADAMW, 10, offloaded=True)
+    params = init_state(LLAMA, optimizer, program, 0).params
+    state = state_of(LLAMA, params, optimizer, program)
+    step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), program)
+    for each in (state, step(state, make_batch())[0]):
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(each.optimizer) if leaf.ndim}
+        assert kinds == {"pinned_host"}
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(each.params)} == {"device"}
 
 
 def test_dropout_does_not_depend_on_micro_batches():
