@@ -28,6 +28,11 @@ from tunelang.dsl.vocabulary.stages import Compared, Policy, Ppo, Training
 from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
 
 MOST_SLOTS = 256
+"""Completions that a group of devices samples at once, at most."""
+VERDICT = 256
+"""Tokens of what a judge says, at most."""
+VERDICTS = 64
+"""Completions that a judge looks at at once."""
 _LATENCY = 5e-6
 """Seconds until a small exchange is through, at least."""
 _REMAT_COST = {"none": 3.0, "dots": 3.2, "full": 4.0}
@@ -102,6 +107,16 @@ def _sizes(a: Architecture, dtype_bytes: int, length: int) -> _Sizes:
     )
 
 
+@dataclass(frozen=True)
+class Judge:
+    """A model that scores completions, whole on one device."""
+
+    architecture: Architecture
+    dtype_bytes: int
+    speaks: bool
+    """Whether it says what it thinks, as in a rubric; else it gives a number at once."""
+
+
 def estimated(
     layout: StageLayout,
     stage: Training,
@@ -109,6 +124,7 @@ def estimated(
     dtype_bytes: int,
     there: Devices,
     teacher: Architecture | None,
+    judges: tuple[Judge, ...] = (),
 ) -> StageLayout:
     """Fill in what a layout of a stage takes: memory, FLOPs, seconds."""
     chip = there.chip
@@ -202,8 +218,37 @@ def estimated(
     seconds = max(computing, sum(hidden.values())) + sum(exposed.values())
     layout = replace(layout, memory=memory, flops=flops, seconds=seconds, times=times)
     if isinstance(stage, Policy):
+        layout = _with_judges(layout, stage, judges, there)
         return _with_rollout(layout, stage, a, sizes, dtype_bytes, there)
     return layout
+
+
+def _with_judges(
+    layout: StageLayout, stage: Policy, judges: tuple[Judge, ...], there: Devices
+) -> StageLayout:
+    """Add what the local models of a stage's reward take; they judge one after another."""
+    if not judges:
+        return layout
+    count, chip = stage.batch * stage.group, there.chip
+    held = most = 0
+    seconds = 0.0
+    for each in judges:
+        a, width = each.architecture, each.dtype_bytes
+        # What is judged is in its prompt.
+        length = min(a.context, layout.length + VERDICT if each.speaks else layout.length)
+        sizes = _sizes(a, width, length)
+        held += sizes.held
+        if each.speaks:
+            asked = _Asked(count, VERDICT, None, None, None)
+            seconds += _sampling(a, sizes, length, 1, VERDICTS, asked, VERDICTS, there, width)
+            seconds += count * length * sizes.forward / (chip.peak * chip.efficiency)
+            most = max(most, width * sizes.parameters + sizes.cache * length * VERDICTS)
+        else:
+            seconds += count * length * sizes.forward / (chip.peak * chip.efficiency)
+            most = max(most, width * sizes.parameters)
+    memory = layout.memory | {"judges": held, "judging": most}
+    times = {**layout.times, "judging": seconds}
+    return replace(layout, memory=memory, times=times, seconds=layout.seconds + seconds)
 
 
 def has_reference(stage: Training, a: Architecture) -> bool:
@@ -326,8 +371,9 @@ class _Asked(NamedTuple):
     completions: int
     max_tokens: int
     tensor: int | None
-    """As the spec pins it."""
+    """As the spec pins it, and what follows."""
     data: int | None
+    slots: int | None
 
 
 class _Rollout(NamedTuple):
@@ -354,6 +400,7 @@ def _with_rollout(
         stage.rollout.max_tokens,
         None if pinned is None else pinned.tensor,
         None if pinned is None else pinned.data,
+        stage.slots,
     )
     count = math.prod(layout.mesh.values())
     free = there.chip.memory - held(layout.memory)
@@ -381,7 +428,8 @@ def _best_rollout(
     count: int,
     free: int,
 ) -> _Rollout | None:
-    """Return the fastest rollout on `count` devices with `free` bytes each, or the smallest.
+    """Return the fastest rollout on `count` devices with `free` bytes each, or the smallest: into
+    groups of how many devices they are split, and how many completions are sampled at once.
 
     Weights are whole in each group of devices that sample together, so that no turn gathers them;
     many small groups are faster than one large one, as long as they hold weights and cache.
@@ -391,15 +439,20 @@ def _best_rollout(
         decode = {"data": count // tensor, "tensor": tensor}
         if asked.tensor is not None and decode != {"data": asked.data, "tensor": asked.tensor}:
             continue
-        slots = min(MOST_SLOTS * decode["data"], 1 << (asked.completions - 1).bit_length())
-        local = -(-slots // decode["data"])
-        cache = sizes.cache * length * local
-        memory = {"kv cache": cache // math.gcd(tensor, a.kv_heads)}
         weights = sizes.held // tensor if count > 1 else 0
         if a.storage not in ("nf4", "int8") and (there.chip.cache is not None or dtype_bytes < 4):
             weights += dtype_bytes * sizes.parameters // tensor  # copied ahead of the loop
-        if weights:
-            memory["decoding"] = weights
+        slots = min(MOST_SLOTS * decode["data"], 1 << (asked.completions - 1).bit_length())
+        slots = asked.slots or slots
+        while True:  # more at once are faster, as long as there is room for them
+            local = -(-slots // decode["data"])
+            cache = sizes.cache * length * local
+            memory = {"kv cache": cache // math.gcd(tensor, a.kv_heads)}
+            if weights:
+                memory["decoding"] = weights
+            if sum(memory.values()) <= free or asked.slots or slots <= decode["data"]:
+                break
+            slots //= 2
         seconds = _sampling(a, sizes, length, tensor, local, asked, slots, there, dtype_bytes)
         found.append(_Rollout(decode, slots, memory, seconds))
     fitting = [each for each in found if sum(each.memory.values()) <= free]

@@ -18,7 +18,7 @@ OFFLOADS: tuple[tuple[str, ...], ...] = (
     ("optimizer", "reference"),
 )
 """What may lie in the memory of the host, what costs the least time first."""
-_HELD = ("parameters", "optimizer", "reference", "critic", "teacher")
+_HELD = ("parameters", "optimizer", "reference", "critic", "teacher", "judges")
 """Parts of the memory that stay for the whole stage."""
 _ROLLOUT = ("kv cache", "decoding")
 """Parts that are there while completions are sampled; all others are of the update."""
@@ -27,8 +27,8 @@ _BACKWARD = ("backward", "gradients")
 """Parts of an update of which the first are gone before the others come."""
 _STREAMED = ("moments in transit",)
 """What is there while parameters are updated, beside gradients."""
-_SCORING = ("reference in transit",)
-"""What is there while the reference scores completions."""
+_SCORING = ("reference in transit", "judging")
+"""What is there while an offloaded reference and judges score completions."""
 
 
 def held(memory: Mapping[str, int]) -> int:
@@ -37,9 +37,9 @@ def held(memory: Mapping[str, int]) -> int:
 
 
 def peak(memory: Mapping[str, int]) -> int:
-    """Return the most bytes in a device, from its parts: a rollout, scores by an offloaded
-    reference and an update come in turn, and in an update the loss, the backward pass and, where
-    its moments are offloaded, what the optimizer does.
+    """Return the most bytes in a device, from its parts: a rollout, scores by judges and by an
+    offloaded reference, and an update come in turn, and in an update the loss, the backward pass
+    and, where its moments are offloaded, what the optimizer does.
     """
 
     def of(names: tuple[str, ...]) -> int:

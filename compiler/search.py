@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tunelang.compiler.architecture import Architecture
-from tunelang.compiler.costs import estimated, has_reference
+from tunelang.compiler.costs import Judge, estimated, has_reference
 from tunelang.compiler.hardware import Devices
 from tunelang.compiler.layout import (
     OFFLOADS,
@@ -42,9 +42,10 @@ def lay_out(
     devices: Devices,
     attention: str = "auto",
     teacher: Architecture | None = None,
+    judges: tuple[Judge, ...] = (),
 ) -> StageLayout:
     """Return the best layout of a training stage; see `ranked`."""
-    return ranked(stage, architecture, dtype_bytes, devices, attention, teacher)[0]
+    return ranked(stage, architecture, dtype_bytes, devices, attention, teacher, judges)[0]
 
 
 def ranked(
@@ -54,18 +55,21 @@ def ranked(
     devices: Devices,
     attention: str = "auto",
     teacher: Architecture | None = None,
+    judges: tuple[Judge, ...] = (),
 ) -> list[StageLayout]:
     """Return the layouts of a training stage that fit, best first: for each mesh the fastest one,
     and of equally fast ones the simpler first. `attention` is the kernel that its model wants,
-    `teacher` what it is distilled from. Where nothing fits, the optimizer or the reference go to
-    the host.
+    `teacher` what it is distilled from, `judges` what scores its completions. Where nothing fits,
+    the optimizer or the reference go to the host.
 
     Raises `DoesNotFitError` and `NoLayoutError`.
     """
     nearest: DoesNotFitError | None = None
     for offload in _offloads(stage, architecture, devices):
         try:
-            return _ranked(stage, architecture, dtype_bytes, devices, attention, teacher, offload)
+            return _ranked(
+                stage, architecture, dtype_bytes, devices, attention, teacher, judges, offload
+            )
         except DoesNotFitError as error:
             if nearest is None or error.nearest.total < nearest.nearest.total:
                 nearest = error
@@ -100,6 +104,7 @@ def _ranked(
     devices: Devices,
     attention: str,
     teacher: Architecture | None,
+    judges: tuple[Judge, ...],
     offload: tuple[str, ...],
 ) -> list[StageLayout]:
     rows, length = _batch(stage, architecture)
@@ -134,7 +139,17 @@ def _ranked(
             undivided = min(undivided or local, local)
             continue
         layout, fits = _fitting(
-            stage, architecture, dtype_bytes, devices, mesh, rows, length, kernel, teacher, offload
+            stage,
+            architecture,
+            dtype_bytes,
+            devices,
+            mesh,
+            rows,
+            length,
+            kernel,
+            teacher,
+            judges,
+            offload,
         )
         if nearest is None or layout.total < nearest.total:
             nearest = layout
@@ -165,16 +180,26 @@ def _ranked(
     raise DoesNotFitError(nearest, devices, pinned)
 
 
+_PINS = {
+    "mesh": None, "micro_batch": None, "remat": "auto", "offload": "auto", "decode_mesh": None,
+    "slots": None,
+}  # fmt: skip
+"""Attributes that decide a part of the layout, and what leaves it to the plan."""
+
+
 def pins(stage: Training) -> tuple[str, ...]:
     """Return the parts of the layout that the spec decides itself."""
-    names = ("mesh", "micro_batch", "remat", "offload")
-    return tuple(name for name in names if getattr(stage, name) not in (None, "auto"))
+    return tuple(n for n, free in _PINS.items() if getattr(stage, n, free) != free)
+
+
+def unpinned(stage: Training) -> Training:
+    """Return the stage with all of its layout left to the plan."""
+    return stage.model_copy(update={n: v for n, v in _PINS.items() if hasattr(stage, n)})
 
 
 _DECIDING = (
     "batch", "group", "minibatches", "passes", "refill", "rollout", "packing", "needs_reference",
-    "reference_log_probs", "reference", "value_model", "mesh", "decode_mesh", "micro_batch",
-    "remat", "offload",
+    "reference_log_probs", "reference", "value_model", *_PINS,
 )  # fmt: skip
 
 
@@ -188,13 +213,6 @@ def depends(stage: Training) -> tuple[Any, ...]:
         getattr(stage, "advantage", None) == "gae",
         critic and (critic.trunk, type(critic.optimizer)),
         *(str(getattr(stage, name, None)) for name in _DECIDING),
-    )
-
-
-def unpinned(stage: Training) -> Training:
-    """Return the stage with all of its layout left to the plan."""
-    return stage.model_copy(
-        update={"mesh": None, "micro_batch": None, "remat": "auto", "offload": "auto"}
     )
 
 
@@ -301,6 +319,7 @@ def _fitting(
     length: int,
     kernel: str,
     teacher: Architecture | None,
+    judges: tuple[Judge, ...],
     offload: tuple[str, ...],
 ) -> tuple[StageLayout, bool]:
     """Return the fastest layout of a mesh that fits, or the smallest, and whether it fits."""
@@ -321,7 +340,7 @@ def _fitting(
                 mesh=mesh, rows=rows, length=length, micro_batches=parts, remat=remat,
                 kernel=kernel, offload=offload, slots=None,
             )  # fmt: skip
-            layout = estimated(plain, stage, architecture, dtype_bytes, devices, teacher)
+            layout = estimated(plain, stage, architecture, dtype_bytes, devices, teacher, judges)
             if smallest is None or layout.total < smallest.total:
                 smallest = layout
             if layout.total <= MARGIN * devices.chip.memory:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from tunelang.compiler.architecture import Architecture
-from tunelang.compiler.costs import sampling_tensor
+from tunelang.compiler.costs import MOST_SLOTS, sampling_tensor
 from tunelang.compiler.hardware import chip_of
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity, Preference
@@ -32,7 +32,6 @@ from tunelang.runtime.tokenizers import StreamDecoder
 from tunelang.runtime.workers import Workers
 from tunelang.runtime.workshop import Model, Workshop
 
-MOST_SLOTS = 256
 _ROUND = 32
 """Slots hold a multiple of so many tokens, so that stages share programs."""
 _SEED = 20_210_707

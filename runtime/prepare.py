@@ -18,6 +18,7 @@ from tunelang.compiler import graph as graphs
 from tunelang.compiler.adapters import NoTargetError, adapted, storage_of
 from tunelang.compiler.architecture import Architecture, from_transformer
 from tunelang.compiler.content import Contents
+from tunelang.compiler.costs import Judge
 from tunelang.compiler.graph import StageGraph
 from tunelang.compiler.hardware import Chip, Devices, chip_of, declared
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout, plain
@@ -28,7 +29,16 @@ from tunelang.compiler.search import depends, pins, ranked, unpinned
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure, Reference
-from tunelang.dsl.vocabulary.stages import Distill, Evaluate, Export, Merge, Sample, Training
+from tunelang.dsl.vocabulary.rewards import Learned, LocalJudge, Rubric
+from tunelang.dsl.vocabulary.stages import (
+    Distill,
+    Evaluate,
+    Export,
+    Merge,
+    Policy,
+    Sample,
+    Training,
+)
 from tunelang.runtime import weights
 from tunelang.runtime.durable import StoreError, read_json, write_json
 from tunelang.runtime.manifest import export_folder, is_written
@@ -56,6 +66,7 @@ class Shapes:
     dtype: str
     """Of activations, as the spec writes it."""
     teacher: Architecture | None = None
+    judges: tuple[Judge, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,17 +151,19 @@ def prepare(
         if isinstance(value, Distill):
             whose = _model_of(graph, stage.node, value.teacher)
             teacher = known.setdefault(whose, _architecture(program, whose))[0]
+        judges = _judges(program, graph, stage.node) if isinstance(value, Policy) else ()
         # Stages and branches that differ in what no layout depends on share one.
-        key = (depends(value), architecture, dtype_bytes, devices, asked, teacher)
+        rest = architecture, dtype_bytes, devices, asked, teacher, judges
+        key = (depends(value), *rest)
         try:
             if key not in laid_out:
-                laid_out[key] = _laid_out(value, architecture, dtype_bytes, devices, asked, teacher)
+                laid_out[key] = _laid_out(value, *rest)
         except Exception as error:
             raise LayoutError(stage.stage, error) from error
         found = laid_out[key]
         layout = found.layouts[0]
         layouts[stage.node], chosen[stage.node] = layout, devices
-        shapes[stage.node] = Shapes(architecture, dtype, teacher)
+        shapes[stage.node] = Shapes(architecture, dtype, teacher, judges)
         steps = _steps(value)
         seconds = None if steps is None else steps * layout.seconds
         hours = None if seconds is None else seconds / 3600 * devices.count
@@ -188,15 +201,8 @@ class _Found:
     """The best layout if it did not."""
 
 
-def _laid_out(
-    value: Training,
-    architecture: Architecture,
-    dtype_bytes: int,
-    devices: Devices,
-    asked: str,
-    teacher: Architecture | None,
-) -> _Found:
-    rest = architecture, dtype_bytes, devices, asked, teacher
+def _laid_out(value: Training, *rest: Any) -> _Found:
+    """Search; `rest` is what `search.ranked` is given beside the stage."""
     layouts, pinned = ranked(value, *rest), pins(value)
     free: StageLayout | None = None
     if pinned:
@@ -232,6 +238,19 @@ def _plain(program: Program, graph: StageGraph, node: str, reference: Reference)
     scores = any(getattr(maker, "yields", "") == "scores" for maker in makers)
     architecture = replace(_architecture(program, name)[0], scores=scores)
     return Shapes(architecture, program.declarations[name].value.dtype)
+
+
+def _judges(program: Program, graph: StageGraph, node: str) -> tuple[Judge, ...]:
+    """Return the models of the spec that score the completions of a node."""
+    found: dict[Reference, bool] = {}
+    for noun, name in graph.nodes[node].uses:
+        kind = program.declarations[name].value if noun == "reward" else None
+        if isinstance(kind, Learned):
+            found[kind.from_] = False
+        elif isinstance(kind, Rubric) and isinstance(kind.judge, LocalJudge):
+            found[kind.judge.model] = True
+    models_of = ((_plain(program, graph, node, each), speaks) for each, speaks in found.items())
+    return tuple(Judge(s.architecture, DTYPE_BYTES[s.dtype], speaks) for s, speaks in models_of)
 
 
 def _steps(value: Training) -> int | None:

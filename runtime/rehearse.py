@@ -144,13 +144,14 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
     stage = bound(unpinned(stage), prepared.program.folder)
     devices, planned = prepared.devices[node], prepared.layouts[node]
     a, width = shapes.architecture, 4 if shapes.dtype == "f32" else 2
+    beside = shapes.teacher, shapes.judges
     budget = devices.chip.memory
     worst = max(found.peak, budget + 1)
     for _ in range(_TRIES):
         budget = int(budget * min(0.95, planned.total / worst))
         try:
             smaller = replace(devices, chip=replace(devices.chip, memory=budget))
-            layout = lay_out(stage, a, width, smaller, planned.kernel, shapes.teacher)
+            layout = lay_out(stage, a, width, smaller, planned.kernel, *beside)
         except DoesNotFitError:
             break
         mesh = make_layout(**layout.mesh, devices=compilable(devices))
@@ -162,13 +163,13 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
     for times in (2, 4, 8, 16):
         more = replace(devices, count=times * devices.count)
         with suppress(DoesNotFitError, NoLayoutError):
-            layout = lay_out(stage, a, width, more, teacher=shapes.teacher)
+            layout = lay_out(stage, a, width, more, "auto", *beside)
             yield f"{more}: {size_text(layout.total)}, by the estimate"
             break
     if not a.adapters:
         with suppress(DoesNotFitError, NoLayoutError):
             frozen = adapted(a, (Lora.fixed(),), "nf4")
-            layout = lay_out(stage, frozen, width, devices, teacher=shapes.teacher)
+            layout = lay_out(stage, frozen, width, devices, "auto", *beside)
             size = size_text(layout.total)
             yield f"`adapter = lora()`, `weights = nf4` of the model: {size}, by the estimate"
 

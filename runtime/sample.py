@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from tunelang.compiler.costs import MOST_SLOTS
 from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.stages import Sample
 from tunelang.runtime.durable import RowWriter, keep_rows, read_rows, written_whole
-from tunelang.runtime.evaluate import MOST_SLOTS, capacity_of, engine_of, rows_of, texts_of
+from tunelang.runtime.evaluate import capacity_of, engine_of, rows_of, texts_of
 from tunelang.runtime.examples import Example
 from tunelang.runtime.loop import Interrupted
 from tunelang.runtime.rewards import Reward

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tunelang.compiler.costs import VERDICT, VERDICTS
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.beam import beam_search, make_search
 from tunelang.runtime.decode_loop import Engine, make_engine
@@ -17,9 +18,9 @@ from tunelang.runtime.rewards import Reward
 from tunelang.runtime.rollout import Prompt, Rollouts, rollout
 from tunelang.runtime.workshop import Model
 
-_VERDICT = Sampling.fixed(max_tokens=256, temperature=0.0)
-_SLOTS = 64
-"""Completions at once."""
+_VERDICT = Sampling.fixed(max_tokens=VERDICT, temperature=0.0)
+_SHORTEST = 64
+"""Tokens of prompts that programs have room for, at least; then twice as many."""
 
 
 class UnscoredError(Exception):
@@ -94,7 +95,7 @@ class Speaker:
         longest = max(len(prompt.tokens) for prompt in asked)
         program = make_search(
             model.architecture,
-            prompts=max(1, min(len(asked), _SLOTS // beams)),
+            prompts=max(1, min(len(asked), VERDICTS // beams)),
             beams=beams,
             capacity=capacity_of(model, longest, max_tokens),
             dtype=model.dtype,
@@ -141,9 +142,10 @@ class Speaker:
         model = self.model
         asked, most = self._asked(tokens, sampling.max_tokens)
         count = len(tokens) * samples
+        longest = max(_SHORTEST, *(len(prompt.tokens) for prompt in asked))
         sizes = (
-            min(_SLOTS, 1 << (count - 1).bit_length()),
-            capacity_of(model, model.architecture.context - most, most),
+            min(VERDICTS, 1 << (count - 1).bit_length()),
+            capacity_of(model, 1 << (longest - 1).bit_length(), most),
         )
         if sizes not in self.engines:
             slots, capacity = sizes

@@ -18,7 +18,7 @@ from jax import ShapeDtypeStruct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tunelang.compiler.architecture import Architecture, plain
-from tunelang.compiler.costs import has_reference
+from tunelang.compiler.costs import MOST_SLOTS, has_reference
 from tunelang.compiler.layout import CHUNK, StageLayout
 from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity
 from tunelang.dsl.vocabulary.stages import (
@@ -41,7 +41,7 @@ from tunelang.runtime.answers import TOKENS
 from tunelang.runtime.comparing import segment_program
 from tunelang.runtime.critic import learner_of
 from tunelang.runtime.decode_loop import Request, abstract_slots, make_engine
-from tunelang.runtime.evaluate import MOST_SLOTS, sampled_on
+from tunelang.runtime.evaluate import sampled_on
 from tunelang.runtime.layers import DTYPES
 from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate, moved_to
 from tunelang.runtime.policy import decode_layout
@@ -263,7 +263,8 @@ def _policy(
         reference = _bytes(parameters(plain(a), program))
     changing = _bytes(replace(state, frozen=nnx.State({}), beside=None))
     at_host = _at_host(state, program)
-    stays = 0 if "reference" in planned.offload else reference
+    reference += planned.memory.get("judges", 0)
+    stays = planned.memory.get("judges", 0) if "reference" in planned.offload else reference
     yield Program(
         "train",
         lambda: _lowered(step, state, batch, program),

@@ -524,6 +524,12 @@ class Policy(Training):
         "decode_mesh = axes(data = 4, tensor = 2)",
         None,
     )
+    slots: Annotated[int | None, types.Whole(low=1)] = placement(
+        "Completions that are sampled at once, over all devices, in place of what the plan would"
+        " choose: as many as their keys and values have room for.",
+        "slots = 256",
+        None,
+    )
     overlong: Annotated[str, types.Choice(("keep", "mask"))] = result(
         "Whether completions cut off at `max_tokens` are trained on.", "overlong = mask", "keep"
     )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, Mixture, parameter_count
+from tunelang.compiler.costs import Judge
 from tunelang.compiler.hardware import CHIPS, Devices, chip_of
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, shards_of
 from tunelang.compiler.presets import PRESETS
@@ -202,6 +203,32 @@ def test_policies_have_slots_and_a_cache(folder: Path) -> None:
     assert layout.memory["kv cache"] > 0
     assert "reference" not in layout.memory
     assert "reference" in lay_out(policy(folder, "kl = k3(0.1)"), LLAMA, 2, devices).memory
+
+
+def test_fewer_slots_where_there_is_little_room(folder: Path) -> None:
+    long = replace(LLAMA, context=32_768)
+    rollout = "rollout = sampling(max_tokens = 30_000, max_prompt = 2000)"
+    devices = Devices(CHIPS["h200"], 8, False)
+    few = lay_out(policy(folder, rollout), long, 2, devices)
+    assert few.slots is not None
+    assert few.slots < 256
+    assert few.total <= MARGIN * devices.chip.memory
+    pinned = lay_out(policy(folder, rollout + ", slots = 8"), long, 2, devices)
+    assert pinned.slots == 8
+    assert pinned.memory["kv cache"] <= few.memory["kv cache"]
+    assert pinned.times["rollout"] > few.times["rollout"]
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+def test_judges_take_memory_and_time(folder: Path, speaks: bool) -> None:
+    devices, small = Devices(CHIPS["v5p"], 8, False), replace(LLAMA, layers=4)
+    alone = lay_out(policy(folder), LLAMA, 2, devices)
+    judged = lay_out(policy(folder), LLAMA, 2, devices, judges=(Judge(small, 2, speaks),))
+    assert judged.memory["judges"] == 4 * parameter_count(small)
+    assert judged.seconds == pytest.approx(alone.seconds + judged.times["judging"])
+    both = (Judge(small, 2, speaks), Judge(small, 2, True))
+    more = lay_out(policy(folder), LLAMA, 2, devices, judges=both)
+    assert more.memory["judges"] == 2 * judged.memory["judges"]
 
 
 def test_a_critic_of_its_own_takes_as_much_again(folder: Path) -> None:

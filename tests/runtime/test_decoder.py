@@ -1,5 +1,7 @@
 """The decoder against numpy in float64, and against itself: packed, cached, rematerialised."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -247,4 +249,24 @@ def test_dropout_belongs_to_the_row():
     assert not np.allclose(dropped[0], decoder(tokens)[0])
     np.testing.assert_allclose(
         decoder(tokens[:1], dropout_keys=keys[1:2])[0], dropped[1], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_layers_of_a_pattern_by_a_kernel_that_knows_its_window(remat):
+    a = replace(FAMILIES["gemma3"], context=128, head_dim=64, window=40)
+    graph, params = nnx.split(Decoder(a, nnx.Rngs(0)))
+    tokens = jax.random.randint(jax.random.key(0), (1, 128), 0, 48)
+
+    def gradient(kernel):
+        def loss(params):
+            hidden = nnx.merge(graph, params)(tokens, kernel=kernel, remat=remat)
+            return jnp.sum(jnp.sin(jnp.arange(128.0))[:, None] * hidden), hidden
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    (found, hidden), (expected, plain) = gradient("splash"), gradient("xla")
+    np.testing.assert_allclose(hidden, plain, atol=1e-4)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3), found, expected
     )
