@@ -5,54 +5,49 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from tunelang.compiler.hardware import Devices
 
 CHUNK = 128
 """Tokens of a sequence whose logits are in memory at once."""
-OFFLOADS: tuple[tuple[str, ...], ...] = (
-    (),
-    ("reference",),
-    ("optimizer",),
-    ("optimizer", "reference"),
-)
+OFFLOADS = ((), ("reference",), ("optimizer",), ("optimizer", "reference"))
 """What may lie in the memory of the host, what costs the least time first."""
-_HELD = ("parameters", "optimizer", "reference", "critic", "teacher", "judges")
-"""Parts of the memory that stay for the whole stage."""
-_ROLLOUT = ("kv cache", "decoding")
-"""Parts that are there while completions are sampled; all others are of the update."""
-_LOSS = ("loss",)
-_BACKWARD = ("backward", "gradients")
-"""Parts of an update of which the first are gone before the others come."""
-_STREAMED = ("moments in transit",)
-"""What is there while parameters are updated, beside gradients."""
-_SCORING = ("reference in transit", "judging")
-"""What is there while an offloaded reference and judges score completions."""
+_SAMPLING, _SCORING, _LOSS, _BACKWARD, _UPDATE = range(5)
+"""The phases of a step: completions are sampled; judges and an offloaded reference score them; the
+loss, the backward pass, and new parameters are computed."""
+_ALWAYS = (_SAMPLING, _SCORING, _LOSS, _BACKWARD, _UPDATE)
+_THERE = {
+    **dict.fromkeys(
+        ("parameters", "optimizer", "reference", "critic", "teacher", "judges"), _ALWAYS
+    ),
+    "kv cache": (_SAMPLING,),
+    "decoding": (_SAMPLING,),
+    "judging": (_SCORING,),
+    "reference in transit": (_SCORING,),
+    "loss": (_SCORING, _LOSS),
+    "activations": (_LOSS, _BACKWARD),
+    "backward": (_BACKWARD,),
+    "gradients": (_BACKWARD, _UPDATE),
+    "summed gradients": (_LOSS, _BACKWARD, _UPDATE),
+    "moments in transit": (_UPDATE,),
+}
+"""Part of the memory -> the phases that it is there in."""
 
 
 def held(memory: Mapping[str, int]) -> int:
     """Return the bytes in a device that stay for the whole stage."""
-    return sum(memory.get(name, 0) for name in _HELD)
+    return sum(size for name, size in memory.items() if _THERE[name] is _ALWAYS)
 
 
 def peak(memory: Mapping[str, int]) -> int:
-    """Return the most bytes in a device, from its parts: a rollout, scores by judges and by an
-    offloaded reference, and an update come in turn, and in an update the loss, the backward pass
-    and, where its moments are offloaded, what the optimizer does.
-    """
-
-    def of(names: tuple[str, ...]) -> int:
-        return sum(memory.get(name, 0) for name in names)
-
-    kept, rollout, turns = held(memory), of(_ROLLOUT), (of(_LOSS), of(_BACKWARD))
-    streamed, scoring = of(_STREAMED), of(_SCORING)
-    through = sum(memory.values()) - kept - rollout - sum(turns) - streamed - scoring
-    if streamed:
-        streamed += memory["gradients"] + memory.get("summed gradients", 0)
-    if scoring:
-        scoring += of(_LOSS)
-    return kept + max(rollout, scoring, streamed, through + max(turns))
+    """Return the most bytes in a device, from its parts: phases come in turn."""
+    totals = [0] * len(_ALWAYS)
+    for name, size in memory.items():
+        for phase in _THERE[name]:
+            totals[phase] += size
+    return max(totals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +79,7 @@ class StageLayout:
     seconds: float = 0.0
     """Estimate for a step: exchanges that can be hidden behind computing are, the rest adds up."""
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Bytes in each device, at most."""
         return peak(self.memory)

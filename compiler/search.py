@@ -6,12 +6,13 @@ simpler layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from tunelang.compiler.architecture import Architecture
 from tunelang.compiler.costs import Judge, estimated, has_reference
-from tunelang.compiler.hardware import Devices
+from tunelang.compiler.hardware import Chip, Devices
 from tunelang.compiler.layout import (
     OFFLOADS,
     DoesNotFitError,
@@ -30,6 +31,10 @@ SHORTEST = 1024
 """Tokens of a part of a sequence, at least, where the plan decides to split sequences."""
 _LEAST_REMAT = 0.7
 """How much less a layout may have to compute than another one, at least."""
+TOLD = 4
+"""Layouts that a plan tells of: the best, and those that come next."""
+_LEAST_SKIPPED = 0.7
+"""What is left at least of the time of an update whose parts are skipped where nothing counts."""
 _FURTHER = 4
 """Numbers of micro-batches to look at beyond the fewest that fit: more may be faster, where some
 of them can be skipped or stay in a cache."""
@@ -117,6 +122,10 @@ def _ranked(
     best: StageLayout | None = None
     undivided = 0
     found: list[tuple[tuple[float, int, int], StageLayout]] = []
+
+    def filled(layout: StageLayout) -> StageLayout:
+        return estimated(layout, stage, architecture, dtype_bytes, devices, teacher, judges)
+
     experts = 1 if architecture.experts is None else architecture.experts.count
     for mesh in _meshes(stage, devices.count, experts, length // SHORTEST):
         used = math.prod(mesh.values())
@@ -138,19 +147,13 @@ def _ranked(
         if stage.micro_batch is not None and local % stage.micro_batch:
             undivided = min(undivided or local, local)
             continue
-        layout, fits = _fitting(
-            stage,
-            architecture,
-            dtype_bytes,
-            devices,
-            mesh,
-            rows,
-            length,
-            kernel,
-            teacher,
-            judges,
-            offload,
-        )
+        plain = StageLayout(
+            mesh=mesh, rows=rows, length=length, micro_batches=1, remat="none", kernel=kernel,
+            offload=offload, slots=None,
+        )  # fmt: skip
+        told = sorted(each.seconds for _, each in found)[:TOLD]
+        cutoff = told[-1] if len(told) == TOLD else math.inf
+        layout, fits = _fitting(plain, stage, devices.chip, filled, cutoff)
         if nearest is None or layout.total < nearest.total:
             nearest = layout
         if fits:
@@ -310,47 +313,45 @@ def _meshes(stage: Training, count: int, experts: int, longest: int) -> Iterator
 
 
 def _fitting(
+    plain: StageLayout,
     stage: Training,
-    architecture: Architecture,
-    dtype_bytes: int,
-    devices: Devices,
-    mesh: dict[str, int],
-    rows: int,
-    length: int,
-    kernel: str,
-    teacher: Architecture | None,
-    judges: tuple[Judge, ...],
-    offload: tuple[str, ...],
+    chip: Chip,
+    filled: Callable[[StageLayout], StageLayout],
+    cutoff: float,
 ) -> tuple[StageLayout, bool]:
-    """Return the fastest layout of a mesh that fits, or the smallest, and whether it fits."""
-    local = rows // shards_of(mesh)
+    """Return the fastest layout of a mesh that fits, or the smallest, and whether it fits. Slower
+    ones than `cutoff` need not be looked for.
+    """
+    local = plain.rows // shards_of(plain.mesh)
     counts = [n for n in range(1, local + 1) if local % n == 0]
+    if isinstance(stage, Policy):  # whole groups, or equal parts of one
+        group = stage.group
+        counts = [n for n in counts if max(group, local // n) % min(group, local // n) == 0]
     if stage.micro_batch is not None:
         counts = [local // stage.micro_batch]
     remats = ("none", "dots", "full") if stage.remat == "auto" else (stage.remat,)
-    # Only on a CPU may computing again be faster; and more parts there, or where some are skipped.
-    plain_costs = devices.chip.cache is None
-    further = 0 if plain_costs and not isinstance(stage, Policy) else _FURTHER
-    fitting: list[StageLayout] = []
+    # More parts take longer, and so does computing again: but not always on a CPU, nor where parts
+    # are skipped.
+    on_cpu, skips = chip.cache is not None, isinstance(stage, Policy)
+    further = _FURTHER if on_cpu or skips else 0
+    least = 0.0 if on_cpu else _LEAST_SKIPPED if skips else 1.0
+    best: StageLayout | None = None
     smallest: StageLayout | None = None
     for remat in remats:
         found = 0
         for parts in counts:
-            plain = StageLayout(
-                mesh=mesh, rows=rows, length=length, micro_batches=parts, remat=remat,
-                kernel=kernel, offload=offload, slots=None,
-            )  # fmt: skip
-            layout = estimated(plain, stage, architecture, dtype_bytes, devices, teacher, judges)
+            layout = filled(replace(plain, micro_batches=parts, remat=remat))
             if smallest is None or layout.total < smallest.total:
                 smallest = layout
-            if layout.total <= MARGIN * devices.chip.memory:
-                fitting.append(layout)
+            if least * layout.seconds > (cutoff if best is None else min(best.seconds, cutoff)):
+                break
+            if layout.total <= MARGIN * chip.memory:
+                if best is None or layout.seconds < best.seconds:
+                    best = layout
                 found += 1
                 if found > further:
                     break
-        if plain_costs and fitting and fitting[0].micro_batches == counts[0]:
+        if not on_cpu and best is not None and best.micro_batches == counts[0]:
             break
     assert smallest is not None
-    if fitting:
-        return min(fitting, key=lambda layout: layout.seconds), True
-    return smallest, False
+    return (smallest, False) if best is None else (best, True)

@@ -25,7 +25,7 @@ from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout
 from tunelang.compiler.plan import Plan, State
 from tunelang.compiler.planning import plan as plan_stages
 from tunelang.compiler.presets import PRESETS
-from tunelang.compiler.search import depends, pins, ranked, unpinned
+from tunelang.compiler.search import TOLD, depends, pins, ranked, unpinned
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure, Reference
@@ -45,8 +45,6 @@ from tunelang.runtime.manifest import export_folder, is_written
 from tunelang.runtime.open_tokenizer import open_renderer
 from tunelang.runtime.store import Store
 
-RUNNERS_UP = 3
-"""Layouts that a plan mentions beside the best."""
 DTYPE_BYTES = {"f32": 4, "bf16": 2}
 _MEASURED = 1024
 """Rows of the square matrices whose product measures a CPU."""
@@ -180,7 +178,7 @@ def prepare(
             **plain(layout),
             "devices": str(devices),
             "here": devices.here,
-            "others": [_brief(each) for each in found.layouts[1 : 1 + RUNNERS_UP]],
+            "others": [_brief(each) for each in found.layouts[1:TOLD]],
             "pinned": list(found.pinned),
             "unpinned": None if found.unpinned is None else _brief(found.unpinned),
         }
