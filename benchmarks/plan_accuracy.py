@@ -235,8 +235,12 @@ def fit(paths: list[Path]) -> None:
             platform: str = platform,
         ) -> list[float]:  # fmt: skip
             costs.FACTORS[platform] = dict(zip(names, map(math.exp, logs), strict=True))
-            # A little towards where it began, where the points say nothing.
-            near = [0.05 * (a - b) for a, b in zip(logs, start, strict=True)]  # noqa: B023
+            # A little towards where it began, where the points say nothing; more for what layers
+            # keep, which is counted.
+            near = [
+                (0.3 if name in ("full", "dots", "none") else 0.05) * (now - before)
+                for name, now, before in zip(names, logs, start, strict=True)  # noqa: B023
+            ]
             return [math.log(each.ratio) for each in chosen] + near
 
         found = least_squares(errors, start, loss="soft_l1", f_scale=0.03, diff_step=1e-3)

@@ -54,13 +54,13 @@ _CACHE_MISSES = 1.15
 FACTORS = {
     "gpu": {"full": 1.05, "dots": 1.04, "none": 0.92, "width": 8.55, "hidden": 1.96, "scores": 3.61,
             "kept scores": 3.46, "mask": 0.47, "logits": 3.28, "states": 2.0, "head": 1.01,
-            "head later": 0.99, "blocks": 1.15},
-    "tpu": {"full": 0.6, "dots": 0.98, "none": 0.96, "width": 6.32, "hidden": 1.28, "scores": 4.5,
-            "kept scores": 3.3, "mask": 0.5, "logits": 3.0, "states": 2.0, "head": 1.0,
-            "head later": 2.06, "blocks": 0.54},
+            "head later": 0.99, "slope later": 0.99, "blocks": 1.15},
+    "tpu": {"full": 0.99, "dots": 0.96, "none": 1.08, "width": 6.58, "hidden": 1.49, "scores": 4.5,
+            "kept scores": 3.3, "mask": 0.5, "logits": 3.61, "states": 1.99, "head": 0.75,
+            "head later": 0.86, "slope later": 1.98, "blocks": 0.88},
     "cpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 8.0, "hidden": 3.0, "scores": 4.5,
             "kept scores": 3.3, "mask": 0.5, "logits": 3.0, "states": 2.0, "head": 1.0,
-            "head later": 1.0, "blocks": 2.0},
+            "head later": 1.0, "slope later": 1.0, "blocks": 2.0},
 }  # fmt: skip
 """How often parts are there at the peak, by compiler: what layers keep for the backward pass with
 each kind of `remat`, what a layer works with there, logits and what the head is made of. Those of
@@ -297,7 +297,8 @@ def _temporaries(
     heads, hidden = queries + 2 * keys, mlp * (2 if a.gated else 1)
     kept: float = {
         "full": a.width,
-        "dots": heads + 2 * a.width + hidden,
+        # A norm behind a product needs it in the backward pass.
+        "dots": heads + (2 if a.norm_placement == "pre" else 3) * a.width + hidden,
         "none": 4 * a.width + 2 * heads + queries + hidden + mlp,
     }[layout.remat]
     if layout.remat == "dots" and a.storage in ("nf4", "int8"):
@@ -320,15 +321,15 @@ def _temporaries(
     if ways > 1 or a.storage in ("nf4", "int8"):
         working += factors["blocks"] * dtype * block / tensor
     # The head as the activations have it, and its whole gradient: over devices it is summed last.
-    head = 0.0
+    head = slope = 0.0
     if ways > 1 or (sizes.narrow and sizes.table_bytes > dtype):
-        head += table * dtype / tensor
+        head = table * dtype / tensor
     if not a.adapters:
-        head += 4 * table / tensor
+        slope = 4 * table / tensor
     loss = factors["logits"] * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor
-    loss += factors["states"] * tokens * dtype * a.width + factors["head"] * head
+    loss += factors["states"] * tokens * dtype * a.width + factors["head"] * (head + slope)
     if ways * layout.mesh["data"] > 1:
-        working += factors["head later"] * head
+        working += factors["head later"] * head + factors["slope later"] * slope
     return {"activations": int(layers), "loss": int(loss), "backward": int(working)}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from tunelang.dsl.vocabulary.models import Gpu, HardwareKind, Tpu
+from tunelang.dsl.vocabulary.models import TOPOLOGIES, Gpu, HardwareKind, Local, Tpu
 
 GIB = 2**30
 
@@ -145,6 +145,27 @@ def chip_of(device_kind: str) -> Chip | None:
         return CHIPS[_KINDS[kind]]
     words = kind.replace("-", " ").split()
     return next((chip for name, chip in CHIPS.items() if name in words), None)
+
+
+def named(text: str) -> HardwareKind:
+    """Return the hardware that a few words name: `v5e:4x4`, a TPU slice; `h200:8`, the GPUs of a
+    node; `h200:4x8`, nodes and GPUs of each; `local`.
+
+    Raises `ValueError` that says what there is.
+    """
+    name, _, shape = text.partition(":")
+    sizes = [int(size) for size in shape.split("x") if size.isdigit()]
+    if text == "local":
+        return Local.fixed()
+    if name in TOPOLOGIES:
+        if shape in TOPOLOGIES[name]:
+            return Tpu.fixed(topology=text)
+        raise ValueError(f"`{name}` has the shapes {', '.join(TOPOLOGIES[name])}")
+    if name in CHIPS:
+        if shape == "x".join(map(str, sizes)) and len(sizes) in (1, 2) and min(sizes) > 0:
+            return Gpu.fixed(kind=name, nodes=sizes[0] if sizes[1:] else 1, devices=sizes[-1])
+        raise ValueError(f"how many? `{name}:8`, or nodes and devices of each: `{name}:4x8`")
+    raise ValueError(f"there is {', '.join(CHIPS)} and `local`, as in `v5e:4x4` or `h200:8`")
 
 
 def declared(hardware: HardwareKind) -> Devices | None:

@@ -261,7 +261,8 @@ ForceOption = Annotated[
     list[str], typer.Option("--force", metavar="STAGE", help="Run these although they are done.")
 ]
 OnOption = Annotated[
-    str | None, typer.Option("--on", metavar="HARDWARE", help="Declared hardware for all stages.")
+    str | None,
+    typer.Option("--on", metavar="HARDWARE", help="Declared hardware, or such as `v5e:4x4`."),
 ]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where errors arose.")]
 
@@ -554,14 +555,20 @@ def _prepared(
     force: list[str],
     on: str | None,
 ) -> Prepared:
+    from tunelang.compiler.hardware import named
     from tunelang.runtime.prepare import prepare
 
-    hardware = [declared.name for declared in program.of("hardware")]
-    if on is not None and on not in hardware:
-        known = ", ".join(f"`{name}`" for name in hardware) or "none"
-        typer.echo(f"no hardware is called `{on}`: the spec declares {known}", err=True)
-        raise typer.Exit(WRONG_COMMAND)
-    return prepare(program, _store(spec, store), only=only, until=until, force=force, on=on)
+    hardware = {declared.name: declared.value for declared in program.of("hardware")}
+    chosen = None
+    if on is not None:
+        try:
+            chosen = hardware[on] if on in hardware else named(on)
+        except ValueError as error:
+            known = ", ".join(f"`{name}`" for name in hardware) or "none"
+            said = f"no hardware is called `{on}`: {error}; the spec declares {known}"
+            typer.echo(said, err=True)
+            raise typer.Exit(WRONG_COMMAND) from None
+    return prepare(program, _store(spec, store), only=only, until=until, force=force, on=chosen)
 
 
 @contextmanager

@@ -89,7 +89,10 @@ def _facts(stage: StagePlan) -> Iterator[str]:
     if rollout is not None:
         yield f"rollout {rollout / stage.cost['seconds']:.0%} of the time"
     if stage.cost["stage_seconds"] is not None:
-        yield f"{stage.cost['steps']} steps, about {duration(stage.cost['stage_seconds'])}"
+        count = stage.cost["steps"]
+        made = f"{count} step{'s' if count != 1 else ''}"
+        about = "" if stage.cost["exact"] else "about "
+        yield f"{about}{made}, about {duration(stage.cost['stage_seconds'])}"
 
 
 def _details(stage: StagePlan, width: int) -> Iterator[str]:

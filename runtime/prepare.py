@@ -28,7 +28,8 @@ from tunelang.compiler.presets import PRESETS
 from tunelang.compiler.search import TOLD, depends, pins, ranked, unpinned
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
-from tunelang.dsl.vocabulary.base import Measure, Reference
+from tunelang.dsl.vocabulary.base import Reference
+from tunelang.dsl.vocabulary.models import HardwareKind
 from tunelang.dsl.vocabulary.rewards import Learned, LocalJudge, Rubric
 from tunelang.dsl.vocabulary.stages import (
     Distill,
@@ -39,7 +40,7 @@ from tunelang.dsl.vocabulary.stages import (
     Sample,
     Training,
 )
-from tunelang.runtime import weights
+from tunelang.runtime import lengths, weights
 from tunelang.runtime.durable import StoreError, read_json, write_json
 from tunelang.runtime.manifest import export_folder, is_written
 from tunelang.runtime.open_tokenizer import open_renderer
@@ -100,11 +101,11 @@ def prepare(
     only: Collection[str] = (),
     until: Collection[str] = (),
     force: Collection[str] = (),
-    on: str | None = None,
+    on: HardwareKind | None = None,
 ) -> Prepared:
     """Plan a program: states from the store, and for what is to run a layout.
 
-    `on` names declared hardware for all stages. Raises `UnknownStage`, `GraphError`,
+    `on` is the hardware of all stages. Raises `UnknownStage`, `GraphError`,
     `ContentError`, `StoreError`, `LayoutError` and what opening tokenizers raises.
     """
     contents = Contents.load(store.contents)
@@ -118,6 +119,7 @@ def prepare(
     laid_out: dict[object, _Found] = {}
     here: dict[int | None, Devices] = {}
     measured: dict[str, tuple[Shapes, ...]] = {}
+    extents: dict[str, lengths.Extent] = {}
     stages = []
     for stage in made.stages:
         value = graph.nodes[stage.node].value
@@ -162,7 +164,8 @@ def prepare(
         layout = found.layouts[0]
         layouts[stage.node], chosen[stage.node] = layout, devices
         shapes[stage.node] = Shapes(architecture, dtype, teacher, judges)
-        steps = _steps(value)
+        told = lengths.steps(program, value, name, layout, extents)
+        steps, exact = (None, False) if told is None else told
         seconds = None if steps is None else steps * layout.seconds
         hours = None if seconds is None else seconds / 3600 * devices.count
         cost = {
@@ -170,6 +173,7 @@ def prepare(
             "seconds": layout.seconds,
             "times": layout.times,
             "steps": steps,
+            "exact": exact,
             "stage_seconds": seconds,
             "device_hours": hours,
             "price": None if hours is None or devices.price is None else hours * devices.price,
@@ -251,12 +255,6 @@ def _judges(program: Program, graph: StageGraph, node: str) -> tuple[Judge, ...]
     return tuple(Judge(s.architecture, DTYPE_BYTES[s.dtype], speaks) for s, speaks in models_of)
 
 
-def _steps(value: Training) -> int | None:
-    """Return the steps of a stage where the spec states them; otherwise its data decides."""
-    length: Measure = value.length
-    return int(length.value) if length.unit == "steps" else None
-
-
 def _architecture(program: Program, name: str) -> tuple[Architecture, int]:
     """Return the architecture of a declared model without reading data, and bytes of its dtype."""
     kind = program.declarations[name].value
@@ -276,16 +274,16 @@ def _architecture(program: Program, name: str) -> tuple[Architecture, int]:
 def _devices(
     program: Program,
     stage: Training | None,
-    on: str | None,
+    on: HardwareKind | None,
     store: Store,
     here: dict[int | None, Devices],
 ) -> Devices:
     reference = (stage and stage.on) or program.run.on
-    if on is not None:
-        reference = Reference.fixed(noun="hardware", name=on)
-    limit = None
-    if reference is not None:
+    hardware: Any = on
+    if on is None and reference is not None:
         hardware = program.declarations[reference.name].value
+    limit = None
+    if hardware is not None:
         found = declared(hardware)
         if found is not None:
             return found

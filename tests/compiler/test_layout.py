@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, Mixture, parameter_count
 from tunelang.compiler.costs import Judge
-from tunelang.compiler.hardware import CHIPS, Devices, chip_of
+from tunelang.compiler.hardware import CHIPS, Devices, chip_of, declared, named
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, shards_of
 from tunelang.compiler.presets import PRESETS
 from tunelang.compiler.search import MARGIN, lay_out, ranked
@@ -288,6 +288,33 @@ def test_small_batches_leave_devices_alone(folder: Path) -> None:
 def test_chips_by_their_device_kind(kind: str, name: str | None) -> None:
     found = chip_of(kind)
     assert (found.name if found else None) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "groups"),
+    [("v5e:4x4", 16, 1), ("tpu7x:2x2x1", 8, 1), ("h200:8", 8, 1), ("a100:4x8", 32, 4)],
+)
+def test_hardware_in_a_few_words(text: str, count: int, groups: int) -> None:
+    found = declared(named(text))
+    assert found is not None
+    assert (found.chip.name, found.count, found.groups) == (text.split(":")[0], count, groups)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("v5e:3x3", "2x4, 4x4"),
+        ("h200", "how many"),
+        ("h200:0", "how many"),
+        ("h200:8x", "how many"),
+        ("pod", "h100"),
+        ("local:2", "h100"),
+    ],
+)
+def test_hardware_that_does_not_exist(text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        named(text)
+    assert declared(named("local")) is None
 
 
 @pytest.mark.parametrize(
