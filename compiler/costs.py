@@ -288,8 +288,7 @@ def _temporaries(
     table = a.vocabulary * a.width
     block = (sizes.parameters - table * (1 if a.tied else 2)) / a.layers
     queries = a.heads * a.head_dim / tensor
-    # Heads of keys that the axis does not divide have copies.
-    keys = a.kv_heads * a.head_dim / math.gcd(tensor, a.kv_heads)
+    keys = a.kv_heads * a.head_dim / _key_shards(a, tensor)
     mlp: float = a.mlp / tensor
     if a.experts is not None:  # the tokens of each expert, and what it makes of them
         mlp = a.experts.active * (a.experts.width / tensor + a.width)
@@ -331,6 +330,13 @@ def _temporaries(
     if ways * layout.mesh["data"] > 1:
         working += factors["head later"] * head + factors["slope later"] * slope
     return {"activations": int(layers), "loss": int(loss), "backward": int(working)}
+
+
+def _key_shards(a: Architecture, tensor: int) -> int:
+    """Return how many parts keys and values are split into: where heads do not divide, they have
+    copies.
+    """
+    return tensor if a.kv_heads % tensor == 0 else 1
 
 
 def _tokens(stage: Training, layout: StageLayout, local: int) -> tuple[int, int]:
@@ -448,7 +454,7 @@ def _best_rollout(
         while True:  # more at once are faster, as long as there is room for them
             local = -(-slots // decode["data"])
             cache = sizes.cache * length * local
-            memory = {"kv cache": cache // math.gcd(tensor, a.kv_heads)}
+            memory = {"kv cache": cache // _key_shards(a, tensor)}
             if weights:
                 memory["decoding"] = weights
             if sum(memory.values()) <= free or asked.slots or slots <= decode["data"]:
@@ -481,7 +487,8 @@ def _sampling(
     turns = -(-asked.completions // slots) * asked.max_tokens
     computing = sizes.forward * local / (tensor * chip.peak * chip.efficiency)
     cache = sizes.cache * length / 2 * local
-    reading = (dtype_bytes * sizes.parameters + cache) / tensor / chip.bandwidth
+    reading = dtype_bytes * sizes.parameters / tensor + cache / _key_shards(a, tensor)
+    reading /= chip.bandwidth
     turn = max(computing, reading)
     if tensor > 1:
         moved = 2 * a.layers * local * a.width * dtype_bytes * 2 * (tensor - 1) / tensor
@@ -527,7 +534,7 @@ def _exchanges(
         moved = passes * 2 * a.layers * tokens * a.width * dtype_bytes * 2 * (tensor - 1) / tensor
         exposed["summing activations over `tensor`"] = moved / there.bandwidth(tensor, 1)
     if context > 1:
-        keys = 2 * a.kv_heads * a.head_dim / math.gcd(tensor, a.kv_heads)
+        keys = 2 * a.kv_heads * a.head_dim / _key_shards(a, tensor)
         moved = passes * a.layers * tokens * (context - 1) * keys * dtype_bytes
         exposed["gathering keys over `context`"] = moved / there.bandwidth(context, tensor)
     if mesh["expert"] > 1 and a.experts is not None:
