@@ -9,6 +9,7 @@ from tunelang.compiler.content import ContentError
 from tunelang.compiler.families import UndescribedError
 from tunelang.compiler.graph import GraphError
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError
+from tunelang.compiler.search import MARGIN
 from tunelang.dsl.diagnostics import Diagnostic
 from tunelang.dsl.messages.wording import error as message
 from tunelang.dsl.program import Program
@@ -145,12 +146,16 @@ def _does_not_fit(error: DoesNotFitError, place: _Place) -> Diagnostic:
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
     mesh = " × ".join(f"{axis} {size}" for axis, size in nearest.mesh.items() if size > 1)
     pinned = f"; pinned by the spec: {', '.join(error.pinned)}" if error.pinned else ""
+    notes = [f"the smallest layout ({mesh or 'one device'}, remat {nearest.remat}): {parts}"]
+    if nearest.total <= chip.memory:
+        share = f"{size_text(int(MARGIN * chip.memory))}, {MARGIN:.0%} of the memory"
+        notes.append(f"a plan takes no more than {share}: its estimate can be too low")
     return message(
         "does-not-fit",
         f"`{place.stage}` needs {size_text(nearest.total)} of {size_text(chip.memory)} in a device",
         place.declared(place.stage),
         f"on {error.devices}",
-        notes=[f"the smallest layout ({mesh or 'one device'}, remat {nearest.remat}): {parts}"],
+        notes=notes,
         help=f"more devices, a smaller batch or a shorter context{pinned}",
     )
 
