@@ -264,10 +264,13 @@ def policy_step(
         def one_pass(state: TrainState, _: None) -> tuple[TrainState, Any]:
             key = jax.random.fold_in(jax.random.key(program.seed), state.step)
             order = jax.random.permutation(key, batch.prompts.shape[0])
-            mixed = jax.tree.map(lambda array: array[order], batch)
-            parts = jax.tree.map(
-                lambda array: array.reshape(policy.minibatches, -1, *array.shape[1:]), mixed
-            )
+            order = order.reshape(policy.minibatches, -1)
+            # As `useful_first` has it, in each minibatch.
+            counts = jnp.any(batch.mask, (1, 2))[order]
+            useful = jnp.take_along_axis(order, jnp.argsort(~counts, stable=True), 1)
+            useful = useful.reshape(policy.minibatches, program.micro_batches, -1)
+            order = useful.swapaxes(1, 2).reshape(policy.minibatches, -1)
+            parts = jax.tree.map(lambda array: array[order], batch)
             return jax.lax.scan(partial(update, kept), state, parts)
 
         state, made = jax.lax.scan(one_pass, state, length=policy.passes)
