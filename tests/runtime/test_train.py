@@ -97,9 +97,14 @@ def test_muon_on_a_mesh():
 
 
 @pytest.mark.parametrize(
-    "spec", [ADAMW, Muon(lr=3e-2, adam_lr=1e-2), Lion(lr=1e-3), Sgd(lr=1e-2, momentum=0.9)]
+    ("spec", "mesh"),
+    [
+        (ADAMW, {"fsdp": 4, "tensor": 2}),
+        (Muon(lr=3e-2, adam_lr=1e-2), {"fsdp": 4, "tensor": 2}),
+        (Lion(lr=1e-3), {}),
+        (Sgd(lr=1e-2, momentum=0.9), {}),
+    ],
 )
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4, "tensor": 2}])
 def test_moments_in_the_memory_of_the_host_change_nothing(spec, mesh):
     """Several steps of a call carry them along."""
     layout = make_layout(**mesh)
