@@ -109,7 +109,9 @@ def _sizes(a: Architecture, dtype_bytes: int, length: int) -> _Sizes:
 
 @dataclass(frozen=True)
 class Judge:
-    """A model that scores completions, whole on one device."""
+    """A model that scores completions, whole on one device: the memory of all is planned as if
+    each had it.
+    """
 
     architecture: Architecture
     dtype_bytes: int

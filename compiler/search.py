@@ -35,6 +35,11 @@ TOLD = 4
 """Layouts that a plan tells of: the best, and those that come next."""
 _LEAST_SKIPPED = 0.7
 """What is left at least of the time of an update whose parts are skipped where nothing counts."""
+_PINS = {
+    "mesh": None, "micro_batch": None, "remat": "auto", "offload": "auto", "decode_mesh": None,
+    "slots": None,
+}  # fmt: skip
+"""Attributes that decide a part of the layout, and what leaves it to the plan."""
 _FURTHER = 4
 """Numbers of micro-batches to look at beyond the fewest that fit: more may be faster, where some
 of them can be skipped or stay in a cache."""
@@ -85,21 +90,27 @@ def ranked(
 def _offloads(
     stage: Training, architecture: Architecture, devices: Devices
 ) -> Iterator[tuple[str, ...]]:
-    """Give what may go to the host, in the order in which it is tried."""
-    useful = {"optimizer"} if not architecture.adapters else set()
-    if has_reference(stage, architecture):
-        useful.add("reference")
+    """Give what may go to the host, in the order in which it is tried.
+
+    Raises `NoLayoutError` where a reference is to go that the stage does not hold.
+    """
+    waits = has_reference(stage, architecture)
     match stage.offload:
         case "auto" if devices.chip.platform == "cpu":
             yield ()  # it is the same memory
         case "auto":
-            yield from (each for each in OFFLOADS if useful.issuperset(each))
+            # The moments of an adapter are few.
+            unused = {"optimizer"} if architecture.adapters else set()
+            unused |= set() if waits else {"reference"}
+            yield from (each for each in OFFLOADS if unused.isdisjoint(each))
         case "none":
             yield ()
-        case "both":
-            yield tuple(sorted(useful))
-        case only:
-            yield tuple(useful.intersection((only,)))
+        case "optimizer":
+            yield ("optimizer",)
+        case which if waits:
+            yield ("reference",) if which == "reference" else ("optimizer", "reference")
+        case _:
+            raise NoLayoutError("offload", "the stage holds no reference that could wait there")
 
 
 def _ranked(
@@ -181,13 +192,6 @@ def _ranked(
             f"{rows} sequences do not divide over {size} devices",
         )
     raise DoesNotFitError(nearest, devices, pinned)
-
-
-_PINS = {
-    "mesh": None, "micro_batch": None, "remat": "auto", "offload": "auto", "decode_mesh": None,
-    "slots": None,
-}  # fmt: skip
-"""Attributes that decide a part of the layout, and what leaves it to the plan."""
 
 
 def pins(stage: Training) -> tuple[str, ...]:

@@ -4,7 +4,6 @@ beginnings of its files.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from contextlib import suppress
@@ -66,6 +65,10 @@ def steps(
     return steps_of(stage.length, epoch=max(1, ceil(epoch)), batch=batch), False
 
 
+_PROBLEM = 200.0
+"""Characters of a generated problem with its answer, about."""
+
+
 class _UnknownError(Exception):
     """Nothing can be said without reading the data."""
 
@@ -110,7 +113,7 @@ def _extent(program: Program, expression: DataExpression, known: dict[str, Exten
 
 def _source(name: str, kind: data.DataKind, folder: Path) -> Extent:
     if isinstance(kind, data.Procedural):
-        return Extent(kind.size, 200.0 * kind.size)
+        return Extent(kind.size, _PROBLEM * kind.size)
     if not isinstance(kind, data.Jsonl | data.TextFiles):
         raise _UnknownError
     examples = characters = 0.0
@@ -145,7 +148,7 @@ def _characters(name: str, kind: data.DataKind, lines: Sequence[bytes]) -> float
     roles, shown, found = roles_of(kind), lines[:_SHOWN], 0
     for at, line in enumerate(shown):
         with suppress(ValueError, MissingFieldError, WrongTypeError):
-            fields = json.load(io.BytesIO(line))
+            fields = json.loads(line)
             if isinstance(fields, dict):
                 found += sum(map(len, texts_of(example_of(name, at, fields, roles))))
     return found * len(lines) / len(shown) if shown else 0.0

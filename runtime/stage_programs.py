@@ -263,8 +263,8 @@ def _policy(
         reference = _bytes(parameters(plain(a), program))
     changing = _bytes(replace(state, frozen=nnx.State({}), beside=None))
     at_host = _at_host(state, program)
-    reference += planned.memory.get("judges", 0)
-    stays = planned.memory.get("judges", 0) if "reference" in planned.offload else reference
+    judges = planned.memory.get("judges", 0)
+    stays = judges if "reference" in planned.offload else judges + reference
     yield Program(
         "train",
         lambda: _lowered(step, state, batch, program),
@@ -277,13 +277,13 @@ def _policy(
     )
 
     params = state.weights
-    beside = _bytes(state) - at_host - _bytes(params) + reference
+    beside = _bytes(state) - at_host - _bytes(params) + judges
     given = params, batch.prompts, batch.prompt_lengths, batch.tokens
     if several or stage.kl is not None:
         score = score_program(a, program, sampling.temperature)
-        yield Program("score", lambda: score.lower(*given), beside)  # type: ignore[attr-defined]
+        yield Program("score", lambda: score.lower(*given), beside + reference)  # type: ignore[attr-defined]
 
-    beside += stays - reference
+    beside += stays - judges
     slots, capacity = planned.slots or 1, planned.length
     apart = decode_layout(planned, layout)
     if apart is not None:  # then the weights are there twice

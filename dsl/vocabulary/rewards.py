@@ -189,7 +189,9 @@ class Endpoint(Function):
 
 
 class LocalJudge(Function):
-    """A model of the spec as the judge, on the run's own devices."""
+    """A model of the spec as the judge, whole on the first of the run's own devices. It looks at 64
+    completions at once, and says 256 tokens at most.
+    """
 
     family = "judge"
     word = "local"

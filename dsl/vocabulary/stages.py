@@ -147,7 +147,8 @@ class Training(Stage):
     )
     offload: Annotated[str, types.Choice(OFFLOADS)] = placement(
         "What lies in the memory of the host until it is needed: the moments of the optimizer, the"
-        " reference of a policy. Without it, what has to so that the stage fits.",
+        " reference of a policy, or both. Without it (`auto`), what has to so that the stage fits;"
+        " on a CPU, whose memory is the host's, nothing.",
         "offload = optimizer",
         "auto",
     )
@@ -526,7 +527,7 @@ class Policy(Training):
     )
     slots: Annotated[int | None, types.Whole(low=1)] = placement(
         "Completions that are sampled at once, over all devices, in place of what the plan would"
-        " choose: as many as their keys and values have room for.",
+        " choose: as many as their keys and values have room for, and 256 in a group of devices.",
         "slots = 256",
         None,
     )

@@ -370,8 +370,13 @@ def test_a_reference_waits_at_the_host(folder: Path) -> None:
     assert layouts["both"].offload == ("optimizer", "reference")
     assert "reference" not in layouts["reference"].memory
     assert layouts["both"].total < layouts["reference"].total < layouts["none"].total
-    without = lay_out(policy(folder, "offload = both"), LLAMA, 2, devices)
-    assert without.offload == ("optimizer",)  # nothing reads a reference
+    for where in ("reference", "both"):
+        with pytest.raises(NoLayoutError, match="no reference") as caught:
+            lay_out(policy(folder, f"offload = {where}"), LLAMA, 2, devices)
+        assert caught.value.attribute == "offload"
+    lora = adapted(LLAMA, (Lora(),), "bf16")
+    pinned = lay_out(stage(folder, "offload = optimizer"), lora, 2, devices)
+    assert pinned.offload == ("optimizer",)  # as the spec says, however little it is
 
 
 def test_adapters_take_less(folder: Path) -> None:

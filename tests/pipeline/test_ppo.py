@@ -96,10 +96,12 @@ def test_a_reward_model_is_where_values_begin(spec: Path) -> None:
         ("joint", ["stage.joint.offload=optimizer"]),
     ],
 )
-def test_resumed_it_ends_bit_equal(
+def test_resumed_it_ends_the_same(
     spec: Path, tmp_path: Path, stage: str, sets: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same wherever moments and the reference lie: up to rounding, they are computed apart."""
+    """Bit for bit; up to rounding where moments and the reference lie at the host, against a run
+    where they do not.
+    """
 
     class StopError(Exception):
         pass
