@@ -137,9 +137,12 @@ def estimated(
     split = layout.mesh["fsdp"] * context * tensor
     # As if there were fewer experts, where they are split.
     elsewhere = sizes.experts - sizes.experts // layout.mesh["expert"]
-    parameters = sizes.parameters - elsewhere
-    trained = sizes.trained - (0 if a.adapters else elsewhere)
-    stored = sizes.held - int(sizes.table_bytes * elsewhere)
+    alone = sizes.parameters - elsewhere
+    own = sizes.trained - (0 if a.adapters else elsewhere)
+    # What is trained, each branch has of its own; of what is frozen there is one.
+    branches = layout.branches
+    parameters, trained = alone + (branches - 1) * own, branches * own
+    stored = sizes.held - int(sizes.table_bytes * elsewhere) + (branches - 1) * 4 * own
     moments = _MOMENTS[type(stage.optimizer)]
     shards = shards_of(layout.mesh)
     local = layout.rows // shards // layout.micro_batches
@@ -162,10 +165,10 @@ def estimated(
         gradients = 2
         memory["summed gradients"] = memory["gradients"]
     step_tokens = tokens * shards * context
-    flops = sizes.train * step_tokens
+    flops = branches * sizes.train * step_tokens
     costs = _REMAT_COST if chip.cache is None else _REMAT_COST_CPU
     work = sizes.forward * step_tokens * costs[layout.remat]
-    work *= sizes.train / (3 * sizes.forward)
+    work *= branches * sizes.train / (3 * sizes.forward)
     if context > 1:  # who has the last tokens of sequences attends to all the others
         attention = 1 - 2 * matmul_parameters(a) / sizes.forward
         work *= 1 + attention * (1 - 1 / context)
@@ -179,7 +182,7 @@ def estimated(
         work += sizes.forward * step_tokens
         live = getattr(stage, "reference_log_probs", "live") == "live"
         if live and (not a.adapters or stage.reference is not None):
-            memory["reference"] = 4 * parameters // split
+            memory["reference"] = 4 * alone // split
     updates = 1
     if isinstance(stage, Policy):
         compared = stage.advantage != "gae" and not stage.refill
@@ -189,14 +192,14 @@ def estimated(
         if isinstance(stage, Ppo) and stage.critic.trunk == "separate":
             # Two decoders are trained; the second is taken to be as large as the first.
             flops, work = 2 * flops, 2 * work
-            own = trained_count(replace(a, scores=True)) - (0 if a.adapters else elsewhere)
+            its = trained_count(replace(a, scores=True)) - (0 if a.adapters else elsewhere)
             its_moments = _MOMENTS[type(stage.critic.optimizer)]
             if "optimizer" in layout.offload:
-                brought += 4 * its_moments * own // split
+                brought += 4 * its_moments * its // split
                 its_moments = 0
             each = 1 + its_moments + gradients
             below = stored if a.adapters and stage.value_model is not None else 0
-            memory["critic"] = (4 * each * own + below) // split
+            memory["critic"] = (4 * each * its + below) // split
         updates = stage.minibatches * stage.passes
         sampled = step_tokens * stage.minibatches
         flops = flops * updates + sizes.forward * sampled
@@ -206,8 +209,10 @@ def estimated(
         work = work * updates + scored_by * sizes.forward * sampled
         if has_reference(stage, a):
             offloaded = "reference" in layout.offload
-            memory["reference in transit" if offloaded else "reference"] = 4 * parameters // split
-    hidden, exposed = _exchanges(a, layout, there, parameters, trained, tokens, dtype_bytes)
+            memory["reference in transit" if offloaded else "reference"] = 4 * alone // split
+    hidden, exposed = _exchanges(
+        a, layout, there, parameters, trained, branches * tokens, dtype_bytes
+    )
     if brought:
         exposed["bringing moments from the host, and back"] = 2 * brought / chip.host
     hidden, exposed = (
@@ -285,6 +290,8 @@ def _temporaries(
     `tokens` are those of a micro-batch in a device, of `local` sequences with `scored` positions
     that have logits.
     """
+    tokens, local = layout.branches * tokens, layout.branches * local
+    copies = 1 if a.adapters else layout.branches
     dtype, tensor = 2 if sizes.narrow else 4, layout.mesh["tensor"]
     factors = FACTORS[chip.platform]
     table = a.vocabulary * a.width
@@ -320,13 +327,13 @@ def _temporaries(
     # A block as it comes over the mesh, or out of storage.
     working = tokens * dtype * at_work
     if ways > 1 or a.storage in ("nf4", "int8"):
-        working += factors["blocks"] * dtype * block / tensor
+        working += factors["blocks"] * dtype * copies * block / tensor
     # The head as the activations have it, and its whole gradient: over devices it is summed last.
     head = slope = 0.0
     if ways > 1 or (sizes.narrow and sizes.table_bytes > dtype):
-        head = table * dtype / tensor
+        head = copies * table * dtype / tensor
     if not a.adapters:
-        slope = 4 * table / tensor
+        slope = 4 * copies * table / tensor
     loss = factors["logits"] * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor
     loss += factors["states"] * tokens * dtype * a.width + factors["head"] * (head + slope)
     if ways * layout.mesh["data"] > 1:
@@ -511,7 +518,7 @@ def _exchanges(
     dtype_bytes: int,
 ) -> tuple[Times, Times]:
     """Return the seconds of what devices exchange in an update: what can be hidden behind
-    computing, and what cannot. `tokens` are those of a device.
+    computing, and what cannot. `tokens` are those of a device, of all branches.
 
     Gradients are summed over copies, parameters gathered for each pass of each micro-batch, and
     activations summed over the tensor axis, twice in a block for each pass.

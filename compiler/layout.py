@@ -67,10 +67,12 @@ class StageLayout:
     """What lies in the memory of the host: the moments of the optimizer, the reference."""
     slots: int | None
     """Completions that are sampled at once, over all devices; None without a rollout."""
+    branches: int = 1
+    """Branches of a sweep that one program trains side by side; each has `rows`."""
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes in each device, by part."""
     flops: float = 0.0
-    """Of a step, over all devices: what has to be computed."""
+    """Of a step, over all devices: what has to be computed for all branches."""
     decode: dict[str, int] | None = None
     """Mesh of the rollout, over the same devices; None without a rollout."""
     times: dict[str, float] = field(default_factory=dict)
@@ -128,4 +130,5 @@ def plain(layout: StageLayout) -> dict[str, Any]:
         "offload": list(layout.offload),
         "slots": layout.slots,
         "decode": layout.decode,
+        "branches": layout.branches,
     }

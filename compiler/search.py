@@ -53,9 +53,11 @@ def lay_out(
     attention: str = "auto",
     teacher: Architecture | None = None,
     judges: tuple[Judge, ...] = (),
+    branches: int = 1,
 ) -> StageLayout:
     """Return the best layout of a training stage; see `ranked`."""
-    return ranked(stage, architecture, dtype_bytes, devices, attention, teacher, judges)[0]
+    found = ranked(stage, architecture, dtype_bytes, devices, attention, teacher, judges, branches)
+    return found[0]
 
 
 def ranked(
@@ -66,20 +68,23 @@ def ranked(
     attention: str = "auto",
     teacher: Architecture | None = None,
     judges: tuple[Judge, ...] = (),
+    branches: int = 1,
 ) -> list[StageLayout]:
     """Return the layouts of a training stage that fit, best first: for each mesh the fastest one,
     and of equally fast ones the simpler first. `attention` is the kernel that its model wants,
-    `teacher` what it is distilled from, `judges` what scores its completions. Where nothing fits,
-    the optimizer or the reference go to the host.
+    `teacher` what it is distilled from, `judges` what scores its completions, `branches` those that
+    one program trains. Where nothing fits, the optimizer or the reference go to the host, but not
+    those of several branches.
 
     Raises `DoesNotFitError` and `NoLayoutError`.
     """
     nearest: DoesNotFitError | None = None
-    for offload in _offloads(stage, architecture, devices):
+    for offload in _offloads(stage, architecture, devices) if branches == 1 else ((),):
         try:
             return _ranked(
-                stage, architecture, dtype_bytes, devices, attention, teacher, judges, offload
-            )
+                stage, architecture, dtype_bytes, devices, attention, teacher, judges, branches,
+                offload,
+            )  # fmt: skip
         except DoesNotFitError as error:
             if nearest is None or error.nearest.total < nearest.nearest.total:
                 nearest = error
@@ -121,6 +126,7 @@ def _ranked(
     attention: str,
     teacher: Architecture | None,
     judges: tuple[Judge, ...],
+    branches: int,
     offload: tuple[str, ...],
 ) -> list[StageLayout]:
     rows, length = _batch(stage, architecture)
@@ -160,7 +166,7 @@ def _ranked(
             continue
         plain = StageLayout(
             mesh=mesh, rows=rows, length=length, micro_batches=1, remat="none", kernel=kernel,
-            offload=offload, slots=None,
+            offload=offload, slots=None, branches=branches,
         )  # fmt: skip
         told = sorted(each.seconds for _, each in found)[:TOLD]
         cutoff = told[-1] if len(told) == TOLD else math.inf

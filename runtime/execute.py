@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
@@ -18,6 +18,7 @@ from flax import nnx
 
 from tunelang.compiler.architecture import Architecture, plain
 from tunelang.compiler.graph import Input, StageNode
+from tunelang.compiler.layout import StageLayout
 from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.rules import references_in
 from tunelang.dsl.vocabulary.base import Reference
@@ -42,9 +43,10 @@ from tunelang.runtime.custom import bound
 from tunelang.runtime.distilling import compared, forget_teacher
 from tunelang.runtime.evaluate import Evaluation, evaluate, named
 from tunelang.runtime.export import export
+from tunelang.runtime.fused import BranchTrainer, Fused
 from tunelang.runtime.judges import Ask
 from tunelang.runtime.locks import Holder
-from tunelang.runtime.loop import Interrupted, Loop, Reporter, Trainer
+from tunelang.runtime.loop import DivergedError, Interrupted, Loop, Reporter, Saving, Trainer
 from tunelang.runtime.manifest import export_folder
 from tunelang.runtime.merging import merged
 from tunelang.runtime.origins import Origin, Origins, loaded, score_head, scoring, starting
@@ -58,7 +60,8 @@ from tunelang.runtime.scorers import Scorer
 from tunelang.runtime.sharding import Layout, make_layout, shardings
 from tunelang.runtime.speaker import Speaker
 from tunelang.runtime.store import StageFolder, Store
-from tunelang.runtime.supervised import supervised_trainer
+from tunelang.runtime.supervised import SupervisedTrainer, supervised_trainer
+from tunelang.runtime.sweeps import Sweep
 from tunelang.runtime.workshop import Model, NotBuiltError, Workshop
 
 Json = dict[str, Any]
@@ -71,6 +74,9 @@ class RunReporter(Reporter, Protocol):
 
     def stage(self, planned: StagePlan, steps: int | None) -> None:
         """A stage begins; later calls are about it."""
+
+    def turn(self, planned: StagePlan) -> None:
+        """Later calls are about this stage again, which began before."""
 
     def finished(self, planned: StagePlan, summary: Summary, again: bool) -> None:
         """A stage is done; `again` if it was done before."""
@@ -132,11 +138,11 @@ def execute(prepared: Prepared, store: Store, reporter: RunReporter) -> None:
     with _signals() as stopping:
         run.stopping = stopping
         for planned in prepared.plan.stages:
-            if planned.state.kind in ("left out", "same"):
+            if planned.state.kind in ("left out", "same") or planned.node in run.made:
                 continue
             try:
                 run.stage(planned)
-            except Interrupted:
+            except (Interrupted, StageFailed):
                 raise
             except Exception as error:
                 raise StageFailed(planned.stage, planned.node) from error
@@ -180,6 +186,8 @@ class _Run:
     stopping: Callable[[], bool] = lambda: False
     workshop: Workshop = field(init=False)
     origins: Origins = field(init=False)
+    made: set[str] = field(default_factory=set)
+    """Nodes that were trained together with one before them."""
     _told: int = 0
     """Bad rows that the user knows of."""
 
@@ -214,34 +222,95 @@ class _Run:
         return learned(self.workshop, model, loaded(origin, model, layout, 0), layout)
 
     def stage(self, planned: StagePlan) -> None:
-        """Make one stage up to date."""
-        forced = planned.state.reason in ("forced", "gone")
+        """Make one stage up to date, and the branches that are trained together with it."""
+        if planned.state.kind == "up to date":
+            self.reporter.finished(planned, self.origins.summary(planned.node), True)
+            return
+        sweep = self.prepared.fused.get(planned.node)
+        with ExitStack() as locks:
+            held: list[tuple[StagePlan, StageFolder]] = []
+            for node in (planned.node,) if sweep is None else sweep.nodes:
+                each = self.prepared.plan.by_node[node]
+                folder = locks.enter_context(self.hold(each))
+                done = folder.done()
+                if done is not None and each.state.reason not in ("forced", "gone"):
+                    self.reporter.finished(each, done["summary"], True)  # another run was faster
+                else:
+                    held.append((each, folder))
+            starts = {_start(each, folder) for each, folder in held}
+            if sweep is not None and len(held) == len(sweep.nodes) and len(starts) == 1:
+                self.together(held, sweep)
+            else:
+                for each, folder in held:
+                    self.reporter.finished(each, self.work(each, folder), False)
+            if sweep is not None:
+                self.made.update(sweep.nodes)
+
+    def hold(self, planned: StagePlan) -> AbstractContextManager[StageFolder]:
+        """Lock a stage's folder; says so where that takes waiting."""
 
         def waits(holder: Holder | None) -> None:
             self.reporter.waiting(planned, holder)
 
-        if planned.state.kind == "up to date":
-            self.reporter.finished(planned, self.origins.summary(planned.node), True)
-            return
-        with self.store.hold(planned.digest, wait=None, on_wait=waits) as folder:
-            held = folder.done()
-            if held is not None and not forced:  # another run was faster
-                self.reporter.finished(planned, held["summary"], True)
-                return
-            summary = self.work(planned, folder)
-        self.reporter.finished(planned, summary, False)
+        return self.store.hold(planned.digest, wait=None, on_wait=waits)
 
-    def work(self, planned: StagePlan, folder: StageFolder) -> Summary:
-        """Do a stage from its beginning, or from its last checkpoint."""
+    def together(self, held: Sequence[tuple[StagePlan, StageFolder]], sweep: Sweep) -> None:
+        """Train branches side by side; one that diverges does not end the others.
+
+        Raises `StageFailed` for it when they are done.
+        """
+        jobs = [self.job(*each) for each in held]
+        start = self.begin(*held[0])
+        for each in held[1:]:
+            self.begin(*each)
+        rates = [job.stage.optimizer.lr for job in jobs]
+        shared = _Together(rates, sweep.layouts[0], jobs[0].saving(start))
+        running = {at: replace(job, beside=shared, at=at).run(start) for at, job in enumerate(jobs)}
+        failed: StageFailed | None = None
+        begun: set[int] = set()
+        stopped = False
+        try:
+            while running:
+                for at, calls in list(running.items()):
+                    planned, folder = held[at]
+                    if at in begun:
+                        self.reporter.turn(planned)
+                    begun.add(at)
+                    try:
+                        next(calls)
+                        continue
+                    except StopIteration as done:
+                        folder.finish(done.value)
+                        self.reporter.finished(planned, done.value, False)
+                    except Interrupted:
+                        stopped = True
+                    except DivergedError as error:
+                        if failed is None:
+                            failed = StageFailed(planned.stage, planned.node)
+                            failed.__cause__ = error
+                    del running[at]
+        finally:
+            for calls in running.values():
+                calls.close()
+        if stopped:
+            raise Interrupted
+        if failed is not None:
+            raise failed
+
+    def job(self, planned: StagePlan, folder: StageFolder) -> _Job:
+        """Return a training stage to be run."""
         node = self.prepared.graph.nodes[planned.node]
-        value = node.value
-        if isinstance(value, Training):
-            devices = self.prepared.devices[planned.node]
-            if not devices.here:
-                raise HardwareMissingError(str(devices), f"{len(jax.devices())} × {_kind()}")
+        devices = self.prepared.devices[planned.node]
+        if not devices.here:
+            raise HardwareMissingError(str(devices), f"{len(jax.devices())} × {_kind()}")
+        assert isinstance(node.value, Training)
+        return _Job(self, planned, node, bound(node.value, self.prepared.program.folder), folder)
+
+    def begin(self, planned: StagePlan, folder: StageFolder) -> int:
+        """Make a stage's folder ready; returns the step that the stage goes on from."""
+        value = self.prepared.graph.nodes[planned.node].value
         forced = planned.state.reason == "forced"
-        steps = folder.steps()
-        start = steps[-1] if steps and not forced else 0
+        start = _start(planned, folder)
         if start:
             folder.resume(start)
         elif forced or not (isinstance(value, Sample) and folder.stage()):
@@ -256,10 +325,17 @@ class _Run:
                     },
                 }
             )
+        return start
+
+    def work(self, planned: StagePlan, folder: StageFolder) -> Summary:
+        """Do a stage from its beginning, or from its last checkpoint."""
+        node = self.prepared.graph.nodes[planned.node]
+        value = node.value
         if isinstance(value, Training):
-            stage = bound(value, self.prepared.program.folder)
-            summary = _Job(self, planned, node, stage, folder).run(start)
+            job = self.job(planned, folder)
+            summary = _exhausted(job.run(self.begin(planned, folder)))
         else:
+            self.begin(planned, folder)
             begun = time.time()
             self.reporter.stage(planned, None)
             self.reporter.doing("opening")
@@ -379,6 +455,33 @@ class _Run:
             self._told = bad.total
 
 
+def _start(planned: StagePlan, folder: StageFolder) -> int:
+    """Return the step that a stage goes on from."""
+    steps = folder.steps()
+    return steps[-1] if steps and planned.state.reason != "forced" else 0
+
+
+def _exhausted(calls: Generator[None, None, Summary]) -> Summary:
+    while True:
+        try:
+            next(calls)
+        except StopIteration as done:
+            summary: Summary = done.value
+            return summary
+
+
+@dataclass
+class _Together:
+    """What branches share that are trained side by side."""
+
+    rates: Sequence[float]
+    """The learning rate of each."""
+    layout: StageLayout
+    saving: Saving
+    opened: tuple[Fused, Model] | None = None
+    """The first of them opens it."""
+
+
 @dataclass
 class _Job:
     """One training stage in one of its branches."""
@@ -390,22 +493,41 @@ class _Job:
     folder: StageFolder
     evals: dict[str, dict[str, float]] = field(default_factory=dict)
     """What the evals found last, by digest."""
+    beside: _Together | None = None
+    """With which other branches it is trained, and its place among them."""
+    at: int = 0
 
-    def run(self, start: int) -> Summary:
+    @property
+    def share(self) -> int:
+        """How many branches use the devices."""
+        return 1 if self.beside is None else len(self.beside.rates)
+
+    @property
+    def planned_layout(self) -> StageLayout:
+        """Where and in which parts it runs."""
+        if self.beside is not None:
+            return self.beside.layout
+        return self.run_.prepared.layouts[self.planned.node]
+
+    def saving(self, start: int) -> Saving:
+        """Return when it is to be saved."""
+        return Saving(start, self.stage.checkpoint_every, self.marks(), self.run_.stopping)
+
+    def run(self, start: int) -> Generator[None, None, Summary]:
+        """Train, and wait before each call to be asked for it."""
         run, workshop = self.run_, self.run_.workshop
         begun = time.time()
         run.reporter.stage(self.planned, None)
         run.reporter.doing("opening")
         source = run.origins.of(self.node, self.stage.from_)
         model = workshop.model(source.model)
-        planned = run.prepared.layouts[self.planned.node]
-        layout = make_layout(**planned.mesh, devices=workshop.devices)
+        layout = make_layout(**self.planned_layout.mesh, devices=workshop.devices)
         seed = run.seed(self.stage.seed)
         if start == 0:
             self.evals = {digest: dict(found) for digest, found in source.evals.items()}
         trainer, model, close = self.trainer(source, model, layout, seed, start)
         try:
-            return self._train(trainer, model, layout, source, start, begun)
+            return (yield from self._train(trainer, model, layout, source, start, begun))
         finally:
             close()
 
@@ -417,12 +539,11 @@ class _Job:
         source: Origin,
         start: int,
         begun: float,
-    ) -> Summary:
+    ) -> Generator[None, None, Summary]:
         run = self.run_
         run.tell_bad_rows()
         run.reporter.stage(self.planned, trainer.steps)
-        marks = self.marks()
-        checkpoints = Checkpoints(self.folder, marks)
+        checkpoints = Checkpoints(self.folder, self.marks())
         progress: Mapping[str, Any] = {"recorder": {"sums": {}, "counts": {}}, "trainer": {}}
         try:
             if 0 < start < trainer.steps:
@@ -445,11 +566,10 @@ class _Job:
                     evaluate=lambda params, step: self.evaluate(
                         recorder, model, params, layout, step
                     ),
-                    stopping=run.stopping,
-                    peak=chip.peak * layout.mesh.size,
-                    save_at=marks,
+                    saving=self.saving(start) if self.beside is None else self.beside.saving,
+                    peak=chip.peak * layout.mesh.size / self.share,
                 )
-                metrics = loop.run(start)
+                metrics = yield from loop.run(start)
                 if isinstance(self.stage, Distill):
                     forget_teacher(self.folder.path)
                     metrics |= self._compared(
@@ -461,7 +581,7 @@ class _Job:
             "model": source.model,
             "from": source.node,
             "steps": trainer.steps,
-            "seconds": time.time() - begun,
+            "seconds": (time.time() - begun) / self.share,
             "metrics": metrics,
             "evals": self.evals,
         }
@@ -488,8 +608,29 @@ class _Job:
         """Open the stage's data and programs; returns also the model with the adapter that is
         trained, and what to call at the end.
         """
+        close: Callable[[], None] = lambda: None  # noqa: E731
+        if self.beside is None:
+            trainer, model, close = self.opened(source, model, layout, seed)
+        else:
+            if self.beside.opened is None:
+                first, model, _ = self.opened(source, model, layout, seed)
+                assert isinstance(first, SupervisedTrainer)
+                self.beside.opened = Fused(first, self.beside.rates), model
+            fused, model = self.beside.opened
+            trainer = BranchTrainer(fused, self.at)
+        if start and start == trainer.steps:
+            self.folder.forget_evals(start)
+            state = trainer.state
+            path = self.folder.checkpoints / str(start)
+            trainer.state = replace(state, params=load_params(path, state.yielded))
+        return trainer, model, close
+
+    def opened(
+        self, source: Origin, model: Model, layout: Layout, seed: int
+    ) -> tuple[Trainer, Model, Callable[[], None]]:
+        """See `trainer`: from the beginning, and of one branch by itself."""
         run, workshop, stage = self.run_, self.run_.workshop, self.stage
-        planned = run.prepared.layouts[self.planned.node]
+        planned = self.planned_layout
         scale = stage.optimizer.lr
         weights = derive(seed, "weights") % 2**31
         architecture, params = starting(
@@ -561,11 +702,6 @@ class _Job:
                 raise
         else:
             raise NotBuiltError(f"stage {self.planned.stage}", f"the kind `{self.planned.kind}`")
-        if start and start == trainer.steps:
-            self.folder.forget_evals(start)
-            state = trainer.state
-            path = self.folder.checkpoints / str(start)
-            trainer.state = replace(state, params=load_params(path, state.yielded))
         return trainer, model, close
 
     def _teacher(self, stage: Distill, layout: Layout) -> tuple[Model, Any]:

@@ -136,7 +136,7 @@ class Linear(nnx.Module):
         """Return the weight without adapters."""
         if self.scales is None:
             return self.weight[...].astype(dtype)
-        return dequantized(self.weight[...], self.scales[...], dtype)
+        return dequantized(self.weight[...], self.scales[...], self.contracted, dtype)
 
     def merged(self, last: str | None = None) -> jax.Array:
         """Return the weight with its adapters, float32; up to the one called `last`, whose

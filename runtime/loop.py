@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -83,6 +83,43 @@ class Reporter(Protocol):
 
 
 @dataclass
+class Saving:
+    """When a stage is to be saved: branches that are trained together ask it in turn at each step,
+    and get one answer.
+    """
+
+    start: int
+    every: int | None
+    """Steps between checkpoints, as the spec states them."""
+    marks: frozenset[int]
+    """Steps whose parameters other stages start from: calls end there."""
+    stopping: Callable[[], bool]
+    """Whether the user asked to stop."""
+    _answer: tuple[int, bool, bool] = (-1, False, False)
+
+    def __post_init__(self) -> None:
+        self._saved = self.start, time.monotonic()
+
+    def at(self, step: int) -> tuple[bool, bool]:
+        """Return whether to save at a step, and whether to stop there, which saves too."""
+        if self._answer[0] != step:
+            stop = self.stopping()
+            save = stop or self._is_due(step)
+            if save:
+                self._saved = step, time.monotonic()
+            self._answer = step, save, stop
+        return self._answer[1:]
+
+    def _is_due(self, step: int) -> bool:
+        saved, at = self._saved
+        if step in self.marks:
+            return True
+        if self.every is None:
+            return time.monotonic() - at > CHECKPOINT_SECONDS
+        return step // self.every > saved // self.every
+
+
+@dataclass
 class Loop:
     """One stage while it is trained."""
 
@@ -93,21 +130,18 @@ class Loop:
     reporter: Reporter
     evaluate: Callable[[Any, int], Mapping[str, float]]
     """Parameters and step to the metrics of the stage's evals."""
-    stopping: Callable[[], bool]
-    """Whether the user asked to stop."""
+    saving: Saving
     peak: float
-    """FLOP/s of all devices of the stage."""
-    save_at: frozenset[int]
-    """Steps whose parameters other stages start from: calls end there."""
+    """FLOP/s of all devices of the stage; of a branch that is trained beside others, its share."""
     _pending: list[tuple[int, Callable[[], Sequence[Row]]]] = field(default_factory=list)
     _mark: float = 0.0
     _mark_step: int = 0
     _tokens: float = 0.0
     _flops: float = 0.0
-    _saved: tuple[int, float] = (0, 0.0)
 
-    def run(self, start: int) -> dict[str, float]:
-        """Train from a step on to the end; returns the last value of every metric.
+    def run(self, start: int) -> Generator[None, None, dict[str, float]]:
+        """Train from a step on to the end, and wait before each call to be asked for it; returns
+        the last value of every metric.
 
         Raises `Interrupted` after saving, `DivergedError`, and `CheckpointError`.
         """
@@ -115,11 +149,11 @@ class Loop:
         if start == 0:
             self._evaluate(0)
         step = start
-        self._saved = start, time.monotonic()
         self._restart_clock(step)
         if step < steps:
             self.reporter.doing("compiling")
         while step < steps:
+            yield  # what else is trained in the same call is where this is
             until = trainer.until(step)
             wait = trainer.advance(step, until)
             if trainer.ahead:
@@ -131,10 +165,12 @@ class Loop:
             if step < steps and self._is_eval(step):
                 self._collect()
                 self._evaluate(step)
-            if step < steps and (self.stopping() or self._is_due(step)):
-                self._collect()
-                self._save(step)
-                if self.stopping():
+            if step < steps:
+                save, stop = self.saving.at(step)
+                if save:
+                    self._collect()
+                    self._save(step)
+                if stop:
                     self.checkpoints.wait()
                     raise Interrupted
         self._collect()
@@ -184,20 +220,10 @@ class Loop:
         every = self.stage.eval_every
         return bool(self.stage.evals) and every is not None and step % every == 0
 
-    def _is_due(self, step: int) -> bool:
-        every = self.stage.checkpoint_every
-        saved, at = self._saved
-        if step in self.save_at:
-            return True
-        if every is None:
-            return time.monotonic() - at > CHECKPOINT_SECONDS
-        return step // every > saved // every
-
     def _save(self, step: int) -> None:
         progress = {"trainer": self.trainer.progress(), "recorder": self.recorder.begun()}
         state = self.trainer.state
         self.checkpoints.save(step, state.params, state.moments, progress)
-        self._saved = step, time.monotonic()
 
     def _evaluate(self, step: int) -> None:
         if not self.stage.evals:

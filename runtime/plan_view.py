@@ -77,6 +77,8 @@ def _facts(stage: StagePlan) -> Iterator[str]:
     yield _mesh(stage.layout["mesh"]) or "1 device"
     rows, parts = stage.layout["rows"], stage.layout["micro_batches"]
     yield f"{rows} × {stage.layout['length']} tokens" + (f" in {parts} parts" if parts > 1 else "")
+    if stage.layout["branches"] > 1:
+        yield f"{stage.layout['branches']} branches in one program"
     if stage.layout["remat"] != "none":
         yield f"remat {stage.layout['remat']}"
     if stage.layout["kernel"] != "xla":
@@ -117,10 +119,13 @@ def _reasons(layout: Json, cost: Json) -> Iterator[str]:
     """Why the layout was chosen: what a step spends its time on, and what came next."""
     longest = sorted(cost["times"].items(), key=lambda each: -each[1])
     spent = [f"{name} {duration(seconds)}" for name, seconds in longest]
-    yield f"a step of {duration(cost['seconds'])}, bound by {', '.join(spent)}"
+    several = f" of {layout['branches']} branches" if layout["branches"] > 1 else ""
+    yield f"a step{several} of {duration(cost['seconds'])}, bound by {', '.join(spent)}"
+    if layout["sweep"] is not None:
+        yield _sweep(layout["sweep"], layout["branches"] > 1)
     if layout["unpinned"] is not None:
         best = layout["unpinned"]
-        times = cost["seconds"] / best["seconds"]
+        times = cost["seconds"] / layout["branches"] / best["seconds"]
         pinned = ", ".join(f"`{name}`" for name in layout["pinned"])
         yield f"{pinned} pinned by the spec: {times:.2f} × the time of {_short(best)}"
     others = [
@@ -129,6 +134,17 @@ def _reasons(layout: Json, cost: Json) -> Iterator[str]:
     ]
     if others:
         yield "next best: " + "; ".join(others)
+
+
+def _sweep(sweep: Json, fused: bool) -> str:
+    """Say what training branches in one program takes against one after another."""
+    if sweep["share"] is None:
+        return f"{sweep['branches']} branches one after another: one program of all does not fit"
+    chosen = "in one program" if fused else "one after another"
+    return (
+        f"{sweep['branches']} branches {chosen}: one program of all takes {sweep['share']:.2f} ×"
+        " the time of one after another"
+    )
 
 
 def _short(layout: Json) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from tunelang.compiler.costs import Judge
 from tunelang.compiler.graph import StageGraph
 from tunelang.compiler.hardware import Chip, Devices, chip_of, declared
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout, plain
-from tunelang.compiler.plan import Plan, State
+from tunelang.compiler.plan import Plan, StagePlan, State
 from tunelang.compiler.planning import plan as plan_stages
 from tunelang.compiler.presets import PRESETS
 from tunelang.compiler.search import TOLD, depends, pins, ranked, unpinned
@@ -38,6 +38,7 @@ from tunelang.dsl.vocabulary.stages import (
     Merge,
     Policy,
     Sample,
+    Supervised,
     Training,
 )
 from tunelang.runtime import lengths, weights
@@ -45,6 +46,7 @@ from tunelang.runtime.durable import StoreError, read_json, write_json
 from tunelang.runtime.manifest import export_folder, is_written
 from tunelang.runtime.open_tokenizer import open_renderer
 from tunelang.runtime.store import Store
+from tunelang.runtime.sweeps import Branch, Known, Sweep, sweeps
 
 DTYPE_BYTES = {"f32": 4, "bf16": 2}
 _MEASURED = 1024
@@ -76,13 +78,19 @@ class Prepared:
     plan: Plan
     graph: graphs.StageGraph
     layouts: dict[str, StageLayout]
-    """Node -> its layout; training stages only."""
+    """Node -> its layout where it is trained by itself; training stages only."""
+    fused: dict[str, Sweep]
+    """Node -> the branches, itself among them, that one program trains."""
     devices: dict[str, Devices]
     """Node -> what it runs on."""
     shapes: dict[str, Shapes]
     """Node -> the models of its programs; training stages only."""
     measured: dict[str, tuple[Shapes, ...]]
     """Node -> the models that it samples from or measures; other stages only."""
+
+    def layout(self, node: str) -> StageLayout:
+        """Return the layout that a training stage is planned in."""
+        return self.fused[node].layouts[0] if node in self.fused else self.layouts[node]
 
 
 class LayoutError(Exception):
@@ -112,11 +120,11 @@ def prepare(
     made = plan_stages(program, store, contents, only=only, until=until, force=force)
     contents.save()
     graph = graphs.build(program)
-    layouts: dict[str, StageLayout] = {}
+    laid_out: dict[str, _LaidOut] = {}
     chosen: dict[str, Devices] = {}
     shapes: dict[str, Shapes] = {}
     known: dict[str, tuple[Architecture, int]] = {}
-    laid_out: dict[object, _Found] = {}
+    searched: dict[object, _Found] = {}
     here: dict[int | None, Devices] = {}
     measured: dict[str, tuple[Shapes, ...]] = {}
     extents: dict[str, lengths.Extent] = {}
@@ -156,39 +164,25 @@ def prepare(
         rest = architecture, dtype_bytes, devices, asked, teacher, judges
         key = (depends(value), *rest)
         try:
-            if key not in laid_out:
-                laid_out[key] = _laid_out(value, *rest)
+            if key not in searched:
+                searched[key] = _search(value, *rest)
         except Exception as error:
             raise LayoutError(stage.stage, error) from error
-        found = laid_out[key]
-        layout = found.layouts[0]
-        layouts[stage.node], chosen[stage.node] = layout, devices
+        found = searched[key]
+        steps = lengths.steps(program, value, name, found.layouts[0], extents)
+        laid_out[stage.node] = _LaidOut(stage, value, devices, rest, found, steps)
+        chosen[stage.node] = devices
         shapes[stage.node] = Shapes(architecture, dtype, teacher, judges)
-        told = lengths.steps(program, value, name, layout, extents)
-        steps, exact = (None, False) if told is None else told
-        seconds = None if steps is None else steps * layout.seconds
-        hours = None if seconds is None else seconds / 3600 * devices.count
-        cost = {
-            "flops": layout.flops,
-            "seconds": layout.seconds,
-            "times": layout.times,
-            "steps": steps,
-            "exact": exact,
-            "stage_seconds": seconds,
-            "device_hours": hours,
-            "price": None if hours is None or devices.price is None else hours * devices.price,
-        }
-        shown = {
-            **plain(layout),
-            "devices": str(devices),
-            "here": devices.here,
-            "others": [_brief(each) for each in found.layouts[1:TOLD]],
-            "pinned": list(found.pinned),
-            "unpinned": None if found.unpinned is None else _brief(found.unpinned),
-        }
-        stages.append(replace(stage, layout=shown, memory=dict(layout.memory), cost=cost))
-    plan = replace(made, stages=tuple(stages))
-    return Prepared(program, plan, graph, layouts, chosen, shapes, measured)
+        stages.append(stage)
+    weighed = _sweeps(laid_out.values())
+    whole = (
+        _told(laid_out[stage.node], weighed.get(stage.node)) if stage.node in laid_out else stage
+        for stage in stages
+    )
+    plan = replace(made, stages=tuple(whole))
+    layouts = {node: each.found.layouts[0] for node, each in laid_out.items()}
+    fused = {node: sweep for node, sweep in weighed.items() if sweep.fused}
+    return Prepared(program, plan, graph, layouts, fused, chosen, shapes, measured)
 
 
 @dataclass(frozen=True)
@@ -203,7 +197,21 @@ class _Found:
     """The best layout if it did not."""
 
 
-def _laid_out(value: Training, *rest: Any) -> _Found:
+@dataclass(frozen=True)
+class _LaidOut:
+    """A stage, or a branch of one, with what was found for it."""
+
+    stage: StagePlan
+    value: Training
+    devices: Devices
+    rest: tuple[Any, ...]
+    """What `search.ranked` is given beside the stage."""
+    found: _Found
+    steps: tuple[int, bool] | None
+    """See `lengths.steps`."""
+
+
+def _search(value: Training, *rest: Any) -> _Found:
     """Search; `rest` is what `search.ranked` is given beside the stage."""
     layouts, pinned = ranked(value, *rest), pins(value)
     free: StageLayout | None = None
@@ -211,6 +219,58 @@ def _laid_out(value: Training, *rest: Any) -> _Found:
         with suppress(NoLayoutError, DoesNotFitError):
             free = ranked(unpinned(value), *rest)[0]
     return _Found(layouts, pinned, free)
+
+
+def _sweeps(laid_out: Iterable[_LaidOut]) -> dict[str, Sweep]:
+    """Return for each node the branches that could be trained together with it.
+
+    Raises `LayoutError`.
+    """
+    branches: dict[str, list[Branch]] = {}
+    for each in laid_out:
+        if isinstance(each.value, Supervised):
+            alone = each.found.layouts[0]
+            branch = Branch(each.stage, each.value, each.devices, each.rest, alone)
+            branches.setdefault(each.stage.stage, []).append(branch)
+    known: Known = {}
+    found: dict[str, Sweep] = {}
+    for stage, those in branches.items():
+        try:
+            for sweep in sweeps(those, known):
+                found |= dict.fromkeys(sweep.nodes, sweep)
+        except (NoLayoutError, DoesNotFitError) as error:
+            raise LayoutError(stage, error) from error
+    return found
+
+
+def _told(laid_out: _LaidOut, sweep: Sweep | None) -> StagePlan:
+    """Return the stage with its layout and its cost; of branches in one program, its share."""
+    found, devices = laid_out.found, laid_out.devices
+    layouts = found.layouts if sweep is None or not sweep.fused else sweep.layouts
+    layout = layouts[0]
+    steps, exact = (None, False) if laid_out.steps is None else laid_out.steps
+    seconds = None if steps is None else steps * layout.seconds / layout.branches
+    hours = None if seconds is None else seconds / 3600 * devices.count
+    cost = {
+        "flops": layout.flops / layout.branches,
+        "seconds": layout.seconds,
+        "times": layout.times,
+        "steps": steps,
+        "exact": exact,
+        "stage_seconds": seconds,
+        "device_hours": hours,
+        "price": None if hours is None or devices.price is None else hours * devices.price,
+    }
+    shown = {
+        **plain(layout),
+        "devices": str(devices),
+        "here": devices.here,
+        "others": [_brief(each) for each in layouts[1:TOLD]],
+        "pinned": list(found.pinned),
+        "unpinned": None if found.unpinned is None else _brief(found.unpinned),
+        "sweep": sweep and {"branches": len(sweep.nodes), "share": sweep.share},
+    }
+    return replace(laid_out.stage, layout=shown, memory=dict(layout.memory), cost=cost)
 
 
 def _brief(layout: StageLayout) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,18 +26,26 @@ _SHOWN = ("loss", "reward", "kl", "entropy", "length")
 _BAR = 20
 
 
+@dataclass
+class _Shown:
+    """What was shown of a stage."""
+
+    node: str
+    first: tuple[int, float] | None = None
+    """The first step, and when it was made."""
+    told: float = field(default_factory=time.monotonic)
+    """When the last line was."""
+    evals: dict[str, float] = field(default_factory=dict)
+
+
 class Progress:
     """See `execute.RunReporter`; as a context manager it holds the live line."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, markup=False)
         self._live: Live | None = None
-        self._node = ""
-        self._steps: int | None = None
-        self._begun = 0.0
-        self._first: tuple[int, float] | None = None
-        self._told = 0.0
-        self._evals: dict[str, float] = {}
+        self._now = _Shown("")
+        self._began: dict[str, _Shown] = {}
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -57,9 +66,12 @@ class Progress:
 
     def stage(self, planned: StagePlan, steps: int | None) -> None:
         """See `execute.RunReporter`."""
-        self._node, self._steps = planned.node, steps
-        self._begun, self._first, self._told = time.monotonic(), None, time.monotonic()
-        self._evals = {}
+        del steps
+        self._now = self._began[planned.node] = _Shown(planned.node)
+
+    def turn(self, planned: StagePlan) -> None:
+        """See `execute.RunReporter`."""
+        self._now = self._began[planned.node]
 
     def doing(self, what: str) -> None:
         """See `loop.Reporter`."""
@@ -68,18 +80,19 @@ class Progress:
     def step(self, step: int, steps: int, values: Mapping[str, float]) -> None:
         """See `loop.Reporter`."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = step, now
-        first, since = self._first
+        shown = self._now
+        if shown.first is None:
+            shown.first = step, now
+        first, since = shown.first
         left = ""
         if step > first and step < steps:
             left = f"{duration((now - since) / (step - first) * (steps - step))} left"
         text = f"{step}/{steps}  {_values(values)}"
         if self._live is None:
-            if now - self._told < _PIPE_SECONDS and step < steps:
+            if now - shown.told < _PIPE_SECONDS and step < steps:
                 return
-            self._told = now
-            self.console.print(f"{self._node}  {text}  {left}".rstrip(), soft_wrap=True)
+            shown.told = now
+            self.console.print(f"{shown.node}  {text}  {left}".rstrip(), soft_wrap=True)
             return
         done = round(_BAR * step / max(steps, 1))
         bar = "━" * done + "╌" * (_BAR - done)
@@ -91,10 +104,10 @@ class Progress:
         for name, value in values.items():
             first.setdefault(name.split(".")[0], (name, value))
         for name, value in first.values():
-            before = self._evals.get(name)
+            before = self._now.evals.get(name)
             change = "" if before is None else f" (was {number(before)})"
-            self._say(f"{self._node}  step {step}: {name} {number(value)}{change}")
-            self._evals[name] = value
+            self._say(f"{self._now.node}  step {step}: {name} {number(value)}{change}")
+            self._now.evals[name] = value
 
     def finished(self, planned: StagePlan, summary: Mapping[str, Any], again: bool) -> None:
         """See `execute.RunReporter`."""
@@ -132,7 +145,7 @@ class Progress:
         table.add_column(max_width=max(12, self.console.width // 3))
         table.add_column()
         table.add_row(
-            Text(self._node, style="bold", overflow="ellipsis", no_wrap=True),
+            Text(self._now.node, style="bold", overflow="ellipsis", no_wrap=True),
             Text(text, overflow="ellipsis", no_wrap=True),
         )
         self._live.update(table)

@@ -24,8 +24,9 @@ TILE = 64
 def quantized(weight: jax.Array, inputs: int, storage: str) -> tuple[jax.Array, jax.Array]:
     """Return the codes and the float32 scales of a matrix `[*inputs, *outputs]`.
 
-    nf4 has a scale for each `TILE` inputs of an output and its codes, `[..., outputs / 2]` uint8,
-    hold two weights; int8 has a scale for each output.
+    nf4 has a scale for each `TILE` inputs of an output, and its codes are uint8: one holds a weight
+    of the first half of such a tile and, in the high bits, one of the second. int8 has a scale for
+    each output.
     """
     axes = set(range(weight.ndim))
     if storage == "int8":
@@ -39,23 +40,27 @@ def quantized(weight: jax.Array, inputs: int, storage: str) -> tuple[jax.Array, 
         channelwise_axes=axes - {tiled},
         tiled_axes={tiled: math.gcd(TILE, weight.shape[tiled])},
     )
-    pairs = found.qvalue.astype(jnp.uint8).reshape(*weight.shape[:-1], -1, 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4), found.scale
+    low, high = jnp.split(_in_tiles(found.qvalue.astype(jnp.uint8), found.scale, tiled), 2, inputs)
+    codes = low | (high << 4)
+    return codes.reshape(*weight.shape[:tiled], -1, *weight.shape[inputs:]), found.scale
 
 
-def dequantized(codes: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
+def dequantized(codes: jax.Array, scales: jax.Array, inputs: int, dtype: Any) -> jax.Array:
     """Return the matrix that `quantized` made codes of."""
     if codes.dtype == jnp.int8:
         return (codes * scales).astype(dtype)
-    pairs = jnp.stack([codes & 15, codes >> 4], axis=-1)
-    levels = _levels()[pairs.reshape(*codes.shape[:-1], -1)]
-    axis = next(
-        (at for at, size in enumerate(scales.shape) if size != levels.shape[at]), levels.ndim - 1
-    )
-    # In tiles: an axis that is split over devices stays split.
-    tiles = levels.reshape(*scales.shape[: axis + 1], -1, *levels.shape[axis + 1 :])
-    found: jax.Array = (tiles * jnp.expand_dims(scales, axis + 1)).astype(dtype)
-    return found.reshape(levels.shape)
+    # Whole tiles, along an axis that is not the last: nothing changes its place in memory, and an
+    # axis that is split over devices stays split.
+    pairs = _in_tiles(codes, scales, inputs - 1)
+    levels = _levels(jnp.concatenate([pairs & 15, pairs >> 4], inputs))
+    found: jax.Array = (levels * jnp.expand_dims(scales, inputs)).astype(dtype)
+    return found.reshape(*codes.shape[: inputs - 1], -1, *codes.shape[inputs:])
+
+
+def _in_tiles(codes: jax.Array, scales: jax.Array, axis: int) -> jax.Array:
+    """Cut an axis into those that scales are of, and what each of them is of."""
+    shape = codes.shape
+    return codes.reshape(*shape[:axis], scales.shape[axis], -1, *shape[axis + 1 :])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -66,7 +71,7 @@ def frozen_product(
 
     What the backward pass keeps are the codes: the matrix itself is made anew.
     """
-    return product(x, dequantized(codes, scales, x.dtype), contracted)
+    return product(x, dequantized(codes, scales, contracted, x.dtype), contracted)
 
 
 def _forward(
@@ -79,7 +84,7 @@ def _backward(
     contracted: int, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
     codes, scales = kept
-    weight = dequantized(codes, scales, gradient.dtype)
+    weight = dequantized(codes, scales, contracted, gradient.dtype)
     outputs = weight.ndim - contracted
     behind = tuple(range(gradient.ndim - outputs, gradient.ndim))
     columns = tuple(range(contracted, weight.ndim))
@@ -90,8 +95,14 @@ def _backward(
 frozen_product.defvjp(_forward, _backward)
 
 
-def _levels() -> jax.Array:
-    """Return what the sixteen codes of nf4 stand for, float32."""
-    codes = qwix.QArray(jnp.arange(16, dtype=jnp.uint4), jnp.ones(1), None, "nf4")
-    levels: jax.Array = qwix.dequantize(codes)
+def _levels(codes: jax.Array) -> jax.Array:
+    """Return what codes of nf4 stand for, float32: chosen bit by bit, since compilers make of a
+    table that is looked up in a slow gather, or copies.
+    """
+    every = qwix.QArray(jnp.arange(16, dtype=jnp.uint4), jnp.ones(1), None, "nf4")
+    found = list(qwix.dequantize(every))
+    for bit in range(4):
+        high = (codes >> bit) & 1 == 1
+        found = [jnp.where(high, *pair) for pair in zip(found[1::2], found[::2], strict=True)]
+    levels: jax.Array = found[0]
     return levels

@@ -103,7 +103,7 @@ def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
                 yield _compiled(replace(program, name=name), devices, cache)
         return
     stage = bound(stage, prepared.program.folder)
-    planned, shapes = prepared.layouts[node], prepared.shapes[node]
+    planned, shapes = prepared.layout(node), prepared.shapes[node]
     layout = make_layout(**planned.mesh, devices=there)
     copied = tuple(unsplit(shapes.architecture, layout))
     held = 0
@@ -123,7 +123,7 @@ def identity(prepared: Prepared, node: str) -> tuple[object, ...]:
         return (node,)
     unit = stage.model_copy(update={"optimizer": at_unit_rate(stage.optimizer)})
     told = ((name, str(value)) for name, value in unit if name not in _NOT_COMPILED)
-    where = str(prepared.layouts[node]), prepared.shapes[node], prepared.devices[node]
+    where = str(prepared.layout(node)), prepared.shapes[node], prepared.devices[node]
     return type(stage), *told, *where
 
 
@@ -142,7 +142,7 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
         return
     shapes = prepared.shapes[node]
     stage = bound(unpinned(stage), prepared.program.folder)
-    devices, planned = prepared.devices[node], prepared.layouts[node]
+    devices, planned = prepared.devices[node], prepared.layout(node)
     a, width = shapes.architecture, 4 if shapes.dtype == "f32" else 2
     beside = shapes.teacher, shapes.judges
     budget = devices.chip.memory
@@ -151,7 +151,7 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
         budget = int(budget * min(0.95, planned.total / worst))
         try:
             smaller = replace(devices, chip=replace(devices.chip, memory=budget))
-            layout = lay_out(stage, a, width, smaller, planned.kernel, *beside)
+            layout = lay_out(stage, a, width, smaller, planned.kernel, *beside, planned.branches)
         except DoesNotFitError:
             break
         mesh = make_layout(**layout.mesh, devices=compilable(devices))
@@ -160,6 +160,10 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
         if all(not each.refused and each.peak <= devices.chip.memory for each in made):
             yield f"{_pinned(layout)}: {size_text(worst)}, as the compiler says"
             return
+    if planned.branches > 1:
+        size = size_text(prepared.layouts[node].total)
+        yield f"`sweep = in_turn`: {size}, by the estimate"
+        return
     for times in (2, 4, 8, 16):
         more = replace(devices, count=times * devices.count)
         with suppress(DoesNotFitError, NoLayoutError):

@@ -97,6 +97,7 @@ def _program_of(shapes: Shapes, planned: StageLayout, layout: Layout) -> train.P
         kernel=planned.kernel,  # type: ignore[arg-type]
         chunk=CHUNK,
         offloaded="optimizer" in planned.offload,
+        branches=planned.branches,
     )
 
 
@@ -126,6 +127,9 @@ def _supervised(
     objective = objective_of(stage, count, a, live, isinstance(stage, RewardModel))
     optimizer, step = compiled(a, at_unit_rate(stage.optimizer), _STEPS, program, objective)
     state = train.abstract_state(a, optimizer, program, objective.extra)
+    if program.branches > 1:
+        changing, kept = train.parts(state)
+        state = replace(train.side_by_side(changing, program.branches), frozen=kept.frozen)
     batch = _batch(stage, planned, count, layout)
     yield Program(
         "train",

@@ -87,12 +87,31 @@ class SupervisedTrainer:
 
     def advance(self, step: int, until: int) -> Callable[[], Sequence[Row]]:
         """See `loop.Trainer`."""
+        metrics, seen = self.make(step, until)
+        return lambda: self.rows(metrics, seen)
+
+    def make(self, step: int, until: int) -> tuple[train.Metrics, list[float]]:
+        """Make the steps from `step` to `until`; returns their metrics, and the tokens of each."""
         batches = [self._batch(each) for each in range(step, until)]
         self.state, metrics = self.program(
             self.state, jax.tree.map(lambda *arrays: np.stack(arrays), *batches)
         )
-        seen = [float((batch.segments > 0).sum()) for batch in batches]
-        return lambda: _rows(metrics, seen, self.token_flops, self.perplexity)
+        return metrics, [float((batch.segments > 0).sum()) for batch in batches]
+
+    def rows(self, metrics: train.Metrics, seen: Sequence[float]) -> list[Row]:
+        """Return the metrics `[steps]` of each step, whose tokens are `seen`."""
+        held = dict(vars(metrics))
+        more = held.pop("more")
+        found = {name: np.asarray(values).tolist() for name, values in {**held, **more}.items()}
+        trained = found.pop("tokens")
+        rows = []
+        for at, tokens in enumerate(seen):
+            row = {name: values[at] for name, values in found.items()}
+            if self.perplexity:
+                row["perplexity"] = math.exp(min(row["loss"], 700.0))
+            flops = tokens * self.token_flops
+            rows.append(row | {"tokens": tokens, "flops": flops, "trained_tokens": trained[at]})
+        return rows
 
     def _batch(self, step: int) -> train.Batch:
         found = packing.batch_of(self.table, self.corpus, step)
@@ -131,24 +150,6 @@ class SupervisedTrainer:
         """See `loop.Trainer`."""
         del progress
         self.state = state
-
-
-def _rows(
-    metrics: train.Metrics, seen: Sequence[float], token_flops: float, perplexity: bool
-) -> list[Row]:
-    held = dict(vars(metrics))
-    found = {
-        n: np.asarray(v).tolist() for n, v in {**held, **held.pop("more")}.items() if n != "more"
-    }
-    trained = found.pop("tokens")
-    rows = []
-    for at, tokens in enumerate(seen):
-        row = {name: values[at] for name, values in found.items()}
-        if perplexity:
-            row["perplexity"] = math.exp(min(row["loss"], 700.0))
-        row |= {"tokens": tokens, "flops": tokens * token_flops, "trained_tokens": trained[at]}
-        rows.append(row)
-    return rows
 
 
 def supervised_trainer(
@@ -202,6 +203,7 @@ def supervised_trainer(
         chunk=CHUNK,
         seed=derive(seed, "dropout") % 2**31 if train.drops(a) else 0,
         offloaded="optimizer" in planned.offload,
+        branches=planned.branches,
     )
     count = table.most * corpus.pieces
     beside: Any = None

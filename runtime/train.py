@@ -141,6 +141,9 @@ class Program:
     """Of the dropout."""
     offloaded: bool = False
     """Whether the moments of the optimizer lie in the memory of the host."""
+    branches: int = 1
+    """States that are trained side by side on the same batches: what changes of them has a leading
+    axis then, and so have metrics."""
 
 
 @dataclass(frozen=True)
@@ -295,6 +298,16 @@ def init_state(
     return replace(state, scale=jax.device_put(jnp.float32(scale), places.scale))
 
 
+def side_by_side(tree: Any, count: int) -> Any:
+    """Return the shapes and shardings of so many trees of arrays with one leading axis."""
+
+    def one(leaf: Any) -> Any:
+        place = NamedSharding(leaf.sharding.mesh, PartitionSpec(None, *leaf.sharding.spec))
+        return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=place)
+
+    return jax.tree.map(one, tree)
+
+
 def state_of(
     architecture: Architecture,
     params: nnx.State[Any, Any],
@@ -405,8 +418,13 @@ def train_step(
         layout.mesh, PartitionSpec(None, *layout.spec(("batch",), (layout.batch_shards,)))
     )
     changing, _ = parts(places)
+    run = steps
+    if program.branches > 1:
+        stacked = side_by_side(parts(abstract)[0], program.branches)
+        changing = jax.tree.map(lambda leaf: leaf.sharding, stacked)
+        run = jax.vmap(steps, in_axes=(0, None, None))
     jitted = jax.jit(
-        steps,
+        run,
         # What is kept may lie anywhere: a reference can have a layout of its own.
         in_shardings=(changing, Kept(places.frozen, None), batch_place),
         out_shardings=(changing, everywhere),

@@ -78,6 +78,8 @@ class Stage(Kind):
 
 OFFLOADS = ("auto", "none", "optimizer", "reference", "both")
 """What a stage may leave in the memory of the host."""
+SWEEPS = ("auto", "fused", "in_turn")
+"""How the branches of a stage are trained."""
 
 
 class Training(Stage):
@@ -164,6 +166,14 @@ class Supervised(Training):
         "Whether several short examples share one sequence, without seeing each other.",
         "packing = false",
         True,
+    )
+    sweep: Annotated[str, types.Choice(SWEEPS)] = placement(
+        "Whether branches that differ in nothing but the learning rate are trained side by side in"
+        " one program, which reads frozen weights, a reference and a teacher once for all of them;"
+        " or one after another. Without it (`auto`), what takes less time; on a CPU, one after"
+        " another.",
+        "sweep = fused",
+        "auto",
     )
 
 

@@ -138,6 +138,9 @@ class Heard:
     def stage(self, planned: StagePlan, steps: int | None) -> None:
         self._node = planned.node
 
+    def turn(self, planned: StagePlan) -> None:
+        self._node = planned.node
+
     def doing(self, what: str) -> None: ...
 
     def step(self, step: int, steps: int, values: Mapping[str, float]) -> None:

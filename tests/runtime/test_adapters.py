@@ -176,12 +176,12 @@ def test_quantised_matrices():
     for storage, bound in (("nf4", 0.1), ("int8", 0.01)):
         for inputs in (1, 2):
             codes, scales = quantized(weight, inputs, storage)
-            back = dequantized(codes, scales, jnp.float32)
+            back = dequantized(codes, scales, inputs, jnp.float32)
             assert back.shape == weight.shape
             assert float(jnp.abs(back - weight).mean() / jnp.abs(weight).mean()) < bound
     # What is quantised already stays as it is.
-    back = dequantized(*quantized(weight, 2, "nf4"), jnp.float32)
-    again = dequantized(*quantized(back, 2, "nf4"), jnp.float32)
+    back = dequantized(*quantized(weight, 2, "nf4"), 2, jnp.float32)
+    again = dequantized(*quantized(back, 2, "nf4"), 2, jnp.float32)
     np.testing.assert_allclose(again, back, atol=1e-6)
     assert quantized(weight, 1, "nf4")[0].nbytes == weight.size // 2
 

@@ -1,0 +1,108 @@
+"""Branches of a sweep that are trained side by side in one program, and whether they should be.
+
+Branches that differ in nothing but the learning rate read the same batches. Side by side (`vmap`)
+each has weights, moments and activations of its own, while what is frozen is read, and gathered
+over the mesh, once for all of them; so are the answers of a reference and of a teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tunelang.compiler.hardware import Devices
+from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout
+from tunelang.compiler.plan import StagePlan
+from tunelang.compiler.search import depends, ranked
+from tunelang.dsl.vocabulary.stages import Distill, Supervised
+from tunelang.runtime.optimizers import at_unit_rate
+
+WORTH = 0.95
+"""Share of the time of one after another that side by side takes at most, to be chosen."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A branch with the layout that it would have by itself."""
+
+    planned: StagePlan
+    value: Supervised
+    devices: Devices
+    given: tuple[Any, ...]
+    """What `search.ranked` is given beside the stage."""
+    alone: StageLayout
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Branches that one program could train."""
+
+    nodes: tuple[str, ...]
+    alone: StageLayout
+    layouts: tuple[StageLayout, ...]
+    """Of all of them together, the best first; none where they do not fit."""
+    fused: bool
+    """Whether one program trains them."""
+
+    @property
+    def share(self) -> float | None:
+        """What side by side takes of the time of one after another."""
+        if not self.layouts:
+            return None
+        return self.layouts[0].seconds / (len(self.nodes) * self.alone.seconds)
+
+
+Known = dict[object, tuple[StageLayout, ...]]
+
+
+def sweeps(branches: Iterable[Branch], known: Known) -> list[Sweep]:
+    """Return what could be trained side by side of the branches of one stage.
+
+    `known` keeps layouts that were searched for. Raises `NoLayoutError` and `DoesNotFitError` where
+    the spec wants what cannot be.
+    """
+    groups: dict[object, list[Branch]] = {}
+    for branch in branches:
+        groups.setdefault(_alike(branch), []).append(branch)
+    found: list[Sweep] = []
+    for group in groups.values():
+        if len(groups) > 1 and group[0].value.sweep == "fused":
+            raise NoLayoutError("sweep", "its branches differ in more than the learning rate")
+        if len(group) > 1 and group[0].value.sweep != "in_turn":
+            found += _weighed(group, known)
+    return found
+
+
+def _alike(branch: Branch) -> object:
+    """Return what branches have in common that one program can train."""
+    planned, value = branch.planned, branch.value
+    unit = value.model_copy(update={"optimizer": at_unit_rate(value.optimizer)})
+    return str(unit), planned.inputs, planned.state.step, planned.state.reason == "forced"
+
+
+def _weighed(group: list[Branch], known: Known) -> Iterator[Sweep]:
+    """Weigh one program for branches that are alike against one after another."""
+    first, count = group[0], len(group)
+    value, wanted = first.value, first.value.sweep == "fused"
+    why = ""
+    if isinstance(value, Distill) and value.on_policy:
+        why = "each branch learns from answers of its own (`on_policy`)"
+    elif first.alone.offload:
+        why = "the memory of the host is for the moments of one branch"
+    if wanted and why:
+        raise NoLayoutError("sweep", why)
+    if not wanted and (why or first.devices.chip.platform == "cpu"):
+        return
+    key = count, depends(value), first.devices, first.given
+    if key not in known:
+        try:
+            known[key] = tuple(ranked(value, *(*first.given, count)))
+        except (NoLayoutError, DoesNotFitError):
+            if wanted:
+                raise
+            known[key] = ()
+    nodes = tuple(branch.planned.node for branch in group)
+    sweep = Sweep(nodes, first.alone, known[key], wanted)
+    share = sweep.share
+    yield replace(sweep, fused=wanted or (share is not None and share <= WORTH))
