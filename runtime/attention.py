@@ -7,6 +7,8 @@ splash attention for TPUs.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -18,7 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tunelang.runtime.products import product
 from tunelang.runtime.sharding import Layout
 
-Kernel = Literal["xla", "cudnn", "splash"]
+Kernel = Literal["xla", "cudnn", "splash", "cudnn beside"]
+"""`cudnn beside` is cuDNN's for branches that are trained side by side: under `vmap`."""
 
 SPLASH_BLOCK = 512
 """The most queries or keys that the splash kernel works on at once."""
@@ -122,6 +125,13 @@ def self_attention(
     tokens, itself included; an array only where the kernel is `xla`. Returns `[batch, length,
     heads, head_dim]`.
     """
+    if kernel == "cudnn beside":
+        if segments is None:
+            segments = jnp.zeros(query.shape[:2], jnp.int32)
+        alone = partial(
+            self_attention, window=window, scale=scale, cap=cap, kernel="cudnn", layout=layout
+        )
+        return _beside(query, key, value, segments, alone)
     known = window if isinstance(window, int) else None
     split = layout is not None and layout.length_shards(query.shape[1]) > 1
     if layout is not None and split:
@@ -151,6 +161,65 @@ def self_attention(
         local_window_size=None if known is None else (known - 1, 0),
         implementation=kernel,
     )
+
+
+Attend = Callable[..., jax.Array]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _beside(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, attend: Attend
+) -> jax.Array:
+    """Attend in the rows of all branches at once: cuDNN's kernel has no `vmap` with masks.
+
+    The backward pass runs the forward pass again.
+    """
+
+    def alone(query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array) -> jax.Array:
+        return attend(query, key, value, segments=ids)
+
+    found: jax.Array = _merged(alone)(query, key, value, segments)
+    return found
+
+
+def _beside_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, attend: Attend
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _beside(query, key, value, segments, attend), (query, key, value, segments)
+
+
+def _beside_backward(attend: Attend, kept: tuple[jax.Array, ...], gradient: jax.Array) -> Any:
+    def back(
+        query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array, gradient: jax.Array
+    ) -> Any:
+        _, pull = jax.vjp(partial(attend, segments=ids), query, key, value)
+        return pull(gradient)
+
+    zero = np.zeros(kept[-1].shape, jax.dtypes.float0)
+    return (*_merged(back)(*kept, gradient), zero)
+
+
+_beside.defvjp(_beside_forward, _beside_backward)
+
+
+def _merged(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of arrays `[rows, ...]` that under `vmap` is called once, with all rows."""
+    called = jax.custom_batching.custom_vmap(function)
+
+    @called.def_vmap
+    def rule(size: int, batched: Sequence[bool], *arrays: jax.Array) -> tuple[Any, Any]:
+        def merge(array: jax.Array, own: bool) -> jax.Array:
+            whole = array if own else jnp.broadcast_to(array, (size, *array.shape))
+            # Rows first: they are split over devices, branches are not.
+            return whole.swapaxes(0, 1).reshape(-1, *whole.shape[2:])
+
+        def apart(array: jax.Array) -> jax.Array:
+            return array.reshape(-1, size, *array.shape[1:]).swapaxes(0, 1)
+
+        found = function(*map(merge, arrays, batched))
+        return jax.tree.map(apart, found), jax.tree.map(lambda _: True, found)
+
+    return called
 
 
 def _split_cudnn(

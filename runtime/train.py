@@ -145,6 +145,11 @@ class Program:
     """States that are trained side by side on the same batches: what changes of them has a leading
     axis then, and so have metrics."""
 
+    @property
+    def attends(self) -> Kernel:
+        """The kernel as models are to use it."""
+        return "cudnn beside" if self.branches > 1 and self.kernel == "cudnn" else self.kernel
+
 
 @dataclass(frozen=True)
 class StateProgram:
@@ -503,7 +508,7 @@ def hidden_states(
         dropout_keys=keys,
         layout=program.layout,
         remat=program.remat,
-        kernel=program.kernel,
+        kernel=program.attends,
     )
 
 
