@@ -83,6 +83,8 @@ LARGER = {
     ),
     **PRESETS,
 }  # fmt: skip
+BY_HAND = 1000
+"""Numbers of points that were chosen by hand, which are fitted to as well."""
 FITTED = 66
 """Points that the plan's factors may be fitted to; later ones are held out."""
 FORMS = ("full", "full", "lora", "qlora")
@@ -197,8 +199,8 @@ class Said:
 
     @property
     def held_out(self) -> bool:
-        """Whether nothing was fitted to it: the later half of the points that are drawn."""
-        return FITTED <= self.at < 2 * FITTED  # what was chosen by hand has other numbers
+        """Whether nothing was fitted to it: what is drawn behind the first half."""
+        return FITTED <= self.at < BY_HAND
 
     @property
     def ratio(self) -> float:

@@ -54,16 +54,17 @@ _CACHE_MISSES = 1.15
 FACTORS = {
     "gpu": {"full": 1.05, "dots": 1.04, "none": 0.92, "width": 8.55, "hidden": 1.96, "scores": 3.61,
             "kept scores": 3.46, "mask": 0.47, "logits": 3.28, "states": 2.0, "head": 1.01,
-            "head later": 0.99, "slope later": 0.99, "blocks": 1.15},
+            "head later": 0.99, "slope later": 0.99, "blocks": 1.15, "frozen": 2.0, "adapted": 0.3},
     "tpu": {"full": 1.0, "dots": 0.92, "none": 1.06, "width": 6.58, "hidden": 1.71, "scores": 4.5,
             "kept scores": 3.3, "mask": 0.5, "logits": 3.54, "states": 1.99, "head": 0.76,
-            "head later": 0.68, "slope later": 1.9, "blocks": 0.86},
+            "head later": 0.68, "slope later": 1.9, "blocks": 0.86, "frozen": 0.86, "adapted": 0.5},
     "cpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 8.0, "hidden": 3.0, "scores": 4.5,
             "kept scores": 3.3, "mask": 0.5, "logits": 3.0, "states": 2.0, "head": 1.0,
-            "head later": 1.0, "slope later": 1.0, "blocks": 2.0},
+            "head later": 1.0, "slope later": 1.0, "blocks": 2.0, "frozen": 2.0, "adapted": 0.5},
 }  # fmt: skip
 """How often parts are there at the peak, by compiler: what layers keep for the backward pass with
-each kind of `remat`, what a layer works with there, logits and what the head is made of. Those of
+each kind of `remat`, what a layer works with there (and beside an adapter, whose product is added),
+logits, what the head is made of, a layer's matrices as they come over the mesh. Those of
 GPUs and TPUs are fitted to what the compilers say (`benchmarks/plan_accuracy.py --fit`); those of
 CPUs only rank."""
 
@@ -318,7 +319,11 @@ def _temporaries(
         kept += factors["kept scores"] * scores
     at_work = (
         factors["width"] * a.width
-        + factors["hidden"] * (heads + hidden)
+        + (
+            factors["hidden"]
+            + (factors["adapted"] if a.adapters and a.storage not in ("nf4", "int8") else 0)
+        )
+        * (heads + hidden)
         + factors["scores"] * scores
         + (factors["mask"] * layout.length if layout.kernel == "cudnn" else 0)
     )
@@ -327,7 +332,8 @@ def _temporaries(
     # A block as it comes over the mesh, or out of storage.
     working = tokens * dtype * at_work
     if ways > 1 or a.storage in ("nf4", "int8"):
-        working += factors["blocks"] * dtype * copies * block / tensor
+        frozen = a.adapters and a.storage not in ("nf4", "int8")
+        working += factors["frozen" if frozen else "blocks"] * dtype * copies * block / tensor
     # The head as the activations have it, and its whole gradient: over devices it is summed last.
     head = slope = 0.0
     if ways > 1 or (sizes.narrow and sizes.table_bytes > dtype):
@@ -530,8 +536,10 @@ def _exchanges(
     exposed: Times = {}
     stride = tensor * mesh["expert"]
     if fsdp > 1:
-        stored = min(dtype_bytes, STORED_BYTES[a.storage])
-        moved = layout.micro_batches * (2 * stored * parameters + 4 * trained) / tensor
+        # The head for one pass only; the embedding never is, see `Decoder._embed`.
+        copies = 1 if a.adapters else layout.branches
+        gathered = parameters - copies * a.vocabulary * a.width * (0.5 if a.tied else 1.5)
+        moved = layout.micro_batches * (2 * dtype_bytes * gathered + 4 * trained) / tensor
         name = "gathering parameters over `fsdp`"
         hidden[name] = moved * (fsdp - 1) / fsdp / there.bandwidth(fsdp, stride)
     if data > 1:

@@ -49,6 +49,8 @@ from tunelang.runtime.sharding import Layout, constrain
 Remat = Literal["none", "dots", "full"]
 RESIDUAL = ("batch", "length", None)
 """Logical axes of the residual stream."""
+SHARED = ("shared", None, "embed")
+"""Those of what is looked up for the tokens of all devices that split a table's rows."""
 KEYS = ("batch", "kv_heads", "head_dim", None)
 """Logical axes of a layer's cached keys."""
 VALUES = ("batch", "kv_heads", None, "head_dim")
@@ -411,9 +413,11 @@ class Decoder(nnx.Module):
         layout: Layout | None,
     ) -> jax.Array:
         # Looked up in float32, so that the gradients of a frequent token are added up in float32.
-        # Whole rows: a look-up in split ones makes the compiler replicate its result.
-        table = constrain(layout, self.embedding[...], ("vocab", None))
-        x = table[tokens].astype(self.dtype)
+        # A device looks up its part of the rows for all tokens that the others have too, and gets
+        # the rest for its own: the table is never whole, nor is its gradient.
+        everyone = constrain(layout, tokens, ("shared", None))
+        x = constrain(layout, self.embedding[...][everyone].astype(self.dtype), SHARED)
+        x = constrain(layout, x, RESIDUAL)
         for adapter in self.embedding_adapters.values():
             low = constrain(layout, adapter.a[...], ("vocab", None))[tokens]
             x = x + adapter.scale * product(low, adapter.b[...]).astype(self.dtype)

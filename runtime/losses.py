@@ -195,8 +195,12 @@ class Split:
 
 
 def head_copies(head: jax.Array, dtype: Any, split: Split, layout: Layout | None) -> jax.Array:
-    """Copy the head for each part, `[parts, vocab, width]`; a device has its own."""
-    copies = jnp.broadcast_to(head.astype(dtype), (split.parts, *head.shape))
+    """Copy the head for each part, `[parts, vocab, width]`; a device has its own.
+
+    It is gathered as it is used, and its gradient is scattered as it is summed.
+    """
+    own = constrain(layout, head.astype(dtype), ("vocab", "embed"))
+    copies = jnp.broadcast_to(own, (split.parts, *head.shape))
     axes = ("part" if split.across > 1 else "batch" if split.parts > 1 else None, "vocab", None)
     return constrain(layout, copies, axes)
 

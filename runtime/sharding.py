@@ -23,6 +23,7 @@ MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "batch": ("data", "fsdp", "expert"),
+        "shared": ("data", "expert"),
         "length": ("context",),
         "part": ("data", "fsdp", "expert", "context"),
         "expert": ("expert",),

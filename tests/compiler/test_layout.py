@@ -379,6 +379,24 @@ def test_a_reference_waits_at_the_host(folder: Path) -> None:
     assert pinned.offload == ("optimizer",)  # as the spec says, however little it is
 
 
+def test_branches_in_one_program_share_what_is_frozen(folder: Path) -> None:
+    """What they gather of it, too, which takes most of the time of a few tokens."""
+    devices = Devices(CHIPS["v5e"], 64, False, (8, 8))
+    few = stage(folder, "mesh = axes(fsdp = 64)")
+    lora = adapted(replace(LLAMA, context=256), (Lora(),), "bf16")
+    alone, together = (lay_out(few, lora, 2, devices, branches=count) for count in (1, 4))
+    gathering = "gathering parameters over `fsdp`"
+    assert alone.times[gathering] > alone.times["computing"]
+    assert together.times[gathering] < 1.1 * alone.times[gathering]
+    assert together.times["computing"] == pytest.approx(4 * alone.times["computing"])
+    assert together.seconds < 0.6 * 4 * alone.seconds
+    assert together.memory["optimizer"] == pytest.approx(4 * alone.memory["optimizer"], rel=1e-6)
+    assert together.memory["parameters"] < 1.2 * alone.memory["parameters"]
+    full = [lay_out(few, replace(LLAMA, context=256), 2, devices, branches=n) for n in (1, 2)]
+    assert full[1].memory["parameters"] == pytest.approx(2 * full[0].memory["parameters"])
+    assert full[1].seconds == pytest.approx(2 * full[0].seconds, rel=0.05)
+
+
 def test_adapters_take_less(folder: Path) -> None:
     devices = Devices(CHIPS["h200"], 8, False)
     pinned = stage(folder, "mesh = axes(fsdp = 8)")

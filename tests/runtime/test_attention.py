@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunelang.runtime.attention import cached_attention, plain_attention, self_attention, visible
+from tunelang.runtime.attention import (
+    _beside,
+    cached_attention,
+    plain_attention,
+    self_attention,
+    visible,
+)
 from tunelang.runtime.sharding import make_layout
 
 BATCH, LENGTH, HEAD_DIM = 2, 7, 4
@@ -125,3 +131,36 @@ def test_splash(heads, window, cap):
         np.testing.assert_allclose(found, plain, atol=1e-4)
         for one, other in zip(gradients, expected, strict=True):
             np.testing.assert_allclose(one, other, atol=2e-4)
+
+
+def test_branches_attend_at_once():
+    """As cuDNN's kernel does it for them, here with another one in its place."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    query, key, value = (
+        jax.random.normal(each, (3, 2, 8, heads, 4))
+        for each, heads in zip(keys, (4, 2, 2), strict=True)
+    )
+    segments = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 2, 2, 2]])
+    rows = []
+
+    def plain(query, key, value, segments):
+        rows.append(len(query))
+        return self_attention(
+            query, key, value, segments=segments, window=None, scale=0.5, cap=None, kernel="xla"
+        )
+
+    def beside(query, key, value, segments):
+        return _beside(query, key, value, segments, plain)
+
+    found = {}
+    for name, attend in (("plain", plain), ("beside", beside)):
+
+        def total(*given, attend=attend):
+            return jnp.sum(jnp.sin(attend(*given)))
+
+        rows.clear()
+        each = jax.vmap(jax.value_and_grad(total, (0, 1, 2)), (0, 0, 0, None))
+        found[name] = jax.jit(each)(query, key, value, segments)
+        assert max(rows) == (6 if name == "beside" else 2)
+    for one, other in zip(*map(jax.tree.leaves, found.values()), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)

@@ -50,12 +50,15 @@ DEVICES = Devices(CHIP, 8, True)
 
 
 def found(
-    stage: Training, a: Architecture = SMALL, mesh: dict[str, int] | None = None
+    stage: Training,
+    a: Architecture = SMALL,
+    mesh: dict[str, int] | None = None,
+    branches: int = 1,
 ) -> dict[str, Any]:
     """Rehearse a stage on simulated devices; by the programs' names."""
     if mesh is not None:
         stage = stage.model_copy(update={"mesh": Axes.fixed(**mesh)})
-    planned = lay_out(stage, a, 4, DEVICES, teacher=SMALL)
+    planned = lay_out(stage, a, 4, DEVICES, teacher=SMALL, branches=branches)
     layout = make_layout(**planned.mesh)
     shapes = Shapes(a, "f32", SMALL)
     made = {p.name: p for p in programs(stage, shapes, planned, layout)}
@@ -81,6 +84,15 @@ def test_supervised_stages(stage: Training) -> None:
     for each in made.values():
         assert each.peak > 0
         assert not each.findings
+
+
+@pytest.mark.parametrize("stage", [SUPERVISED[0], SUPERVISED[2]], ids=lambda s: type(s).__name__)
+def test_branches_gather_what_is_frozen_once(stage: Training) -> None:
+    adapter = adapted(replace(SMALL, width=64, mlp=256), (Lora.fixed(rank=1),), "f32")
+    one, three = (found(stage, adapter, {"fsdp": 4}, branches)["train"] for branches in (1, 3))
+    assert not three.findings
+    gathered, together = one.exchanged["all-gather"][1], three.exchanged["all-gather"][1]
+    assert gathered < together < 1.3 * gathered
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""Branches of a sweep in one program against one after another: seconds of a step of all of them.
+
+`python benchmarks/sweeps.py [--branches 3]`. The two alternate in one process; the time is the
+median. On CPUs; what the plan says of other hardware is in `tune plan -v`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tunelang.compiler.adapters import adapted
+from tunelang.compiler.architecture import Architecture, parameter_count
+from tunelang.dsl.vocabulary.training import AdamW, Lora
+from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.train import Batch, Program, TrainState, init_state, parts, train_step
+
+SPEC = AdamW.fixed(lr=1e-4)
+SIZES = ((1, 64), (1, 256), (4, 512))
+
+
+def alternated(calls: int, *works: Callable[[], Any]) -> list[float]:
+    """Return the median seconds of each, after one call that is not counted."""
+    times: list[list[float]] = [[] for _ in works]
+    for call in range(calls + 1):
+        for work, own in zip(works, times, strict=True):
+            begun = time.perf_counter()
+            jax.block_until_ready(work())
+            if call:
+                own.append(time.perf_counter() - begun)
+    return [statistics.median(own) for own in times]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--branches", type=int, default=3)
+    parser.add_argument("--calls", type=int, default=7)
+    given = parser.parse_args()
+    base = Architecture(
+        vocabulary=8192, layers=8, width=512, heads=8, kv_heads=4, head_dim=64, mlp=1536,
+        context=512,
+    )  # fmt: skip
+    every = (Lora(rank=16, targets=("all",)),)
+    forms = {
+        "full": base,
+        "LoRA": adapted(base, every, "f32"),
+        "QLoRA, nf4": adapted(base, every, "nf4"),
+    }
+    print(f"{parameter_count(base) / 1e6:.0f} M parameters, {given.branches} branches")
+    print("| form | tokens of a branch | in turn, ms | one program, ms | ratio |")
+    print("|---|---|---|---|---|")
+    rng = np.random.default_rng(0)
+    optimizer, schedule = build_optimizer(SPEC, 100), learning_rate(SPEC, 100)
+    for name, architecture in forms.items():
+        program = Program(layout=make_layout(), remat="dots")
+        alone = train_step(architecture, optimizer, schedule, program)
+        program = replace(program, branches=given.branches)
+        together = train_step(architecture, optimizer, schedule, program)
+        for rows, length in SIZES:
+            shape = (1, rows, length)
+            batch = Batch(rng.integers(0, 8192, shape, dtype=np.int32), np.ones(shape, np.bool_))
+            state = init_state(architecture, optimizer, program, 0)
+            changing, kept = parts(state)
+            several: TrainState = jax.tree.map(
+                lambda leaf: jnp.stack([leaf] * given.branches), changing
+            )
+            held = {
+                "together": replace(several, frozen=kept.frozen),
+                **{
+                    str(n): replace(jax.tree.map(jnp.copy, changing), frozen=kept.frozen)
+                    for n in range(given.branches)
+                },
+            }
+
+            def one(batch: Batch = batch, held: Any = held, together: Any = together) -> Any:
+                held["together"], metrics = together(held["together"], batch)
+                return metrics
+
+            def in_turn(batch: Batch = batch, held: Any = held, alone: Any = alone) -> Any:
+                for n in range(given.branches):
+                    held[str(n)], metrics = alone(held[str(n)], batch)
+                    jax.block_until_ready(metrics)
+                return metrics
+
+            turn, fused = alternated(given.calls, in_turn, one)
+            print(
+                f"| {name} | {rows} × {length} | {1000 * turn:.0f} | {1000 * fused:.0f} |"
+                f" {fused / turn:.2f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
