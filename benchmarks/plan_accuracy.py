@@ -1,9 +1,10 @@
 """The plan's memory against what XLA's compilers say, for hardware that is not here.
 
-`python benchmarks/plan_accuracy.py --points 66 --out points.jsonl` draws stages and layouts by a
-fixed rule, compiles the training program of each (a minute a point on two cores) and appends what
-the compiler says. `python benchmarks/plan_accuracy.py --report points.jsonl` compares it with the
-plan. `python benchmarks/plan_accuracy.py --published` compares the plan's time with runs of others,
+`python benchmarks/plan_accuracy.py --out points.jsonl` draws stages and layouts by a fixed rule,
+compiles the training program of each (half a minute a point on two cores) and appends what the
+compiler says. `python benchmarks/plan_accuracy.py --report points.jsonl` compares it with the plan,
+`--fit points.jsonl` fits the plan to it; both read the table of `RESULTS.md` as well.
+`python benchmarks/plan_accuracy.py --published` compares the plan's time with runs of others,
 `--cases 20` the chosen layouts of small stages with all that the compiler accepts.
 """
 
@@ -83,10 +84,13 @@ LARGER = {
     ),
     **PRESETS,
 }  # fmt: skip
-BY_HAND = 1000
-"""Numbers of points that were chosen by hand, which are fitted to as well."""
+DRAWN = 198
+"""Points that are drawn."""
 FITTED = 66
-"""Points that the plan's factors may be fitted to; later ones are held out."""
+"""Of these, the first, that the plan's factors may be fitted to; later ones are held out."""
+BY_HAND = 1000
+"""The number of the first point that was chosen by hand, which are fitted to as well: of what the
+rule draws too little of."""
 FORMS = ("full", "full", "lora", "qlora")
 
 
@@ -103,6 +107,49 @@ class Point:
     length: int
     micro_batches: int
     remat: str
+
+
+def _point(model: str, form: str, chip: str, shape: tuple[int, ...], sizes: str, rows: int,
+             length: int, parts: int, remat: str) -> Point:  # fmt: skip
+    data, fsdp, tensor = map(int, sizes.split())
+    mesh = {"data": data, "fsdp": fsdp, "expert": 1, "context": 1, "tensor": tensor}
+    return Point(model, form, chip, shape, mesh, rows * data * fsdp, length, parts, remat)
+
+
+CHOSEN = tuple(
+    _point(*each)
+    for each in (
+        # data, fsdp and tensor; sequences of a device, their length, parts
+        ("llama-3.2-1b", "lora", "v5e", (8, 8), "1 64 1", 4, 8192, 1, "full"),
+        ("gemma-2b", "lora", "v6e", (4, 4), "1 16 1", 4, 8192, 1, "full"),
+        ("tiny-0.3b", "lora", "v5e", (4, 4), "2 8 1", 8, 4096, 1, "full"),
+        ("gemma-3-1b", "lora", "v6e", (4, 4), "2 8 1", 2, 8192, 1, "full"),
+        ("llama-3.1-8b", "lora", "v5p", (2, 2, 2), "1 8 1", 4, 4096, 2, "full"),
+        ("llama-3.2-1b", "full", "v6e", (4, 4), "1 8 2", 2, 8192, 1, "dots"),
+        ("llama-3.1-8b", "full", "v5p", (2, 2, 2), "1 4 2", 2, 4096, 1, "dots"),
+        ("qwen3-0.6b", "lora", "v5e", (4, 4), "2 8 1", 4, 4096, 1, "dots"),
+        ("llama-3.2-1b", "qlora", "v5e", (4, 4), "2 8 1", 4, 4096, 1, "dots"),
+        ("llama-3.1-8b", "lora", "v5e", (4, 4), "1 16 1", 1, 4096, 1, "dots"),
+        ("llama-3.1-8b", "qlora", "v6e", (4, 4), "1 16 1", 4, 4096, 1, "full"),
+        ("gemma-3-1b", "full", "v5p", (2, 2, 2), "2 4 1", 2, 4096, 2, "full"),
+        ("llama-3.2-1b", "full", "v6e", (4, 4), "2 8 1", 2, 4096, 1, "dots"),
+        ("llama-3.1-8b", "lora", "h200", (8,), "1 8 1", 2, 2048, 1, "full"),
+        ("llama-3.2-1b", "lora", "h200", (8,), "1 8 1", 4, 4096, 1, "full"),
+        ("gemma-2b", "lora", "h200", (8,), "1 8 1", 2, 8192, 1, "full"),
+        ("qwen3-0.6b", "lora", "h200", (8,), "2 4 1", 4, 4096, 1, "full"),
+        ("llama-3.1-8b", "lora", "h200", (8,), "1 8 1", 1, 4096, 1, "none"),
+        ("llama-3.1-8b", "lora", "h200", (8,), "2 4 1", 4, 4096, 2, "full"),
+        ("llama-3.1-70b", "lora", "h200", (64,), "1 64 1", 1, 4096, 1, "full"),
+        ("llama-3.1-8b", "qlora", "h200", (8,), "1 8 1", 2, 4096, 1, "full"),
+        ("gemma-3-1b", "lora", "h200", (8,), "1 8 1", 2, 4096, 1, "full"),
+    )
+)
+
+
+def numbered() -> dict[int, Point]:
+    """Return all points by their numbers."""
+    chosen = {BY_HAND + at: point for at, point in enumerate(CHOSEN)}
+    return {**dict(enumerate(points(DRAWN))), **chosen}
 
 
 def architecture(point: Point) -> Architecture:
@@ -208,9 +255,26 @@ class Said:
         return planned(self.point)[1].total / self.peak if self.peak else math.nan
 
 
+def cells(point: Point) -> str:
+    """Return a point as the first cells of its row in a table."""
+    mesh = " ".join(f"{axis} {size}" for axis, size in point.mesh.items() if size > 1)
+    shape = "x".join(map(str, point.shape))
+    return (
+        f"| {point.model} | {point.form} | {point.chip} {shape} | {mesh or 'one'} |"
+        f" {point.rows} × {point.length} | {point.micro_batches} | {point.remat} |"
+    )
+
+
 def read(path: Path) -> list[Said]:
-    """Return the points of a file."""
+    """Return the points of a file, or of the table in `RESULTS.md`."""
     found = []
+    if path.suffix == ".md":
+        lines = path.read_text().splitlines()
+        for at, point in numbered().items():
+            for line in (line for line in lines if line.startswith(cells(point))):
+                gib, *refused = line.removeprefix(cells(point)).split("|")[1].split()
+                found.append(Said(at, point, int(float(gib) * 2**30), bool(refused)))
+        return found
     for line in path.read_text().splitlines():
         held = json.loads(line)
         at, said = held.pop("at"), held.pop("said")
@@ -237,10 +301,10 @@ def fit(paths: list[Path]) -> None:
             platform: str = platform,
         ) -> list[float]:  # fmt: skip
             costs.FACTORS[platform] = dict(zip(names, map(math.exp, logs), strict=True))
-            # A little towards where it began, where the points say nothing; more for what layers
-            # keep, which is counted.
+            # A little towards where it began, where the points say nothing; what layers keep is
+            # counted, and there once.
             near = [
-                (0.3 if name in ("full", "dots", "none") else 0.05) * (now - before)
+                now if name in ("full", "dots", "none") else 0.05 * (now - before)
                 for name, now, before in zip(names, logs, start, strict=True)  # noqa: B023
             ]
             return [math.log(each.ratio) for each in chosen] + near
@@ -261,13 +325,10 @@ def report(paths: list[Path]) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     every = [each for path in paths for each in read(path)]
     for each in every:
-        point, (_, layout) = each.point, planned(each.point)
-        mesh = " ".join(f"{axis} {size}" for axis, size in point.mesh.items() if size > 1)
+        layout = planned(each.point)[1]
         gib = f"{each.peak / 2**30:.2f}" + (" refused" if each.refused else "")
         print(
-            f"| {point.model} | {point.form} | {point.chip} {'x'.join(map(str, point.shape))} |"
-            f" {mesh or 'one'} | {point.rows} × {point.length} | {point.micro_batches} |"
-            f" {point.remat} | {layout.total / 2**30:.2f} | {gib} | {each.ratio - 1:+.1%} |"
+            f"{cells(each.point)} {layout.total / 2**30:.2f} | {gib} | {each.ratio - 1:+.1%} |"
             f" {'held out' if each.held_out else 'fitted'} |"
         )
     for platform in ("gpu", "tpu"):
@@ -382,7 +443,6 @@ def published() -> None:
 def main() -> None:
     """Compile points, or report what is known."""
     parser = argparse.ArgumentParser(description="The plan against XLA's compilers.")
-    parser.add_argument("--points", type=int, default=2 * FITTED)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--chips", default=",".join(SLICES), help="only these")
     parser.add_argument("--report", type=Path, nargs="+")
@@ -395,7 +455,7 @@ def main() -> None:
     if given.out is not None:
         lines = given.out.read_text().splitlines() if given.out.exists() else []
         done = {json.loads(line)["at"] for line in lines}
-        for at, point in enumerate(points(given.points)):
+        for at, point in numbered().items():
             if at in done or point.chip not in given.chips.split(","):
                 continue
             said = compiled(point)

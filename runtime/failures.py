@@ -146,7 +146,11 @@ def _does_not_fit(error: DoesNotFitError, place: _Place) -> Diagnostic:
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
     mesh = " × ".join(f"{axis} {size}" for axis, size in nearest.mesh.items() if size > 1)
     pinned = f"; pinned by the spec: {', '.join(error.pinned)}" if error.pinned else ""
-    notes = [f"the smallest layout ({mesh or 'one device'}, remat {nearest.remat}): {parts}"]
+    several = f", {nearest.branches} branches in one program" if nearest.branches > 1 else ""
+    notes = [
+        f"the smallest layout ({mesh or 'one device'}, remat {nearest.remat}{several}): {parts}"
+    ]
+    instead = "`sweep = in_turn`, " if several else ""
     if nearest.total <= chip.memory:
         share = f"{size_text(int(MARGIN * chip.memory))}, {MARGIN:.0%} of the memory"
         notes.append(f"a plan takes no more than {share}: its estimate can be too low")
@@ -156,7 +160,7 @@ def _does_not_fit(error: DoesNotFitError, place: _Place) -> Diagnostic:
         place.declared(place.stage),
         f"on {error.devices}",
         notes=notes,
-        help=f"more devices, a smaller batch or a shorter context{pinned}",
+        help=f"{instead}more devices, a smaller batch or a shorter context{pinned}",
     )
 
 

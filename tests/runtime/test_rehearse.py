@@ -86,6 +86,16 @@ def test_supervised_stages(stage: Training) -> None:
         assert not each.findings
 
 
+def test_the_gradient_of_a_table_is_summed_whole_for_the_head_alone() -> None:
+    """What is looked up is exchanged, not what it is looked up in."""
+    large = replace(SMALL, vocabulary=4096)
+    table = 4 * large.vocabulary * large.width
+    exchanged = found(SUPERVISED[0], large, {"data": 2, "fsdp": 4})["train"].exchanged
+    assert exchanged["all-gather"][1] < 1.5 * table
+    assert exchanged["all-reduce"][1] < 1.5 * table
+    assert exchanged["all-to-all"][1] < 0.1 * table
+
+
 @pytest.mark.parametrize("stage", [SUPERVISED[0], SUPERVISED[2]], ids=lambda s: type(s).__name__)
 def test_branches_gather_what_is_frozen_once(stage: Training) -> None:
     adapter = adapted(replace(SMALL, width=64, mlp=256), (Lora.fixed(rank=1),), "f32")
