@@ -262,12 +262,14 @@ def _places(
 ) -> tuple[PartitionSpec, PartitionSpec]:
     """Return where queries and where keys lie, of which a device reads its own.
 
-    Heads are split where keys are too, so that each device has those of its queries.
+    Heads are split where keys are too, so that each device has those of its queries; or where all
+    of them share one key.
     """
     rows = layout.spec(("batch",), query.shape[:1])[0]
     length = layout.spec(("length",), query.shape[1:2])[0]
-    tensor = layout.spec(("kv_heads",), (key.shape[2],))[0]
-    return PartitionSpec(rows, length, tensor), PartitionSpec(rows, None, tensor)
+    keys = layout.spec(("kv_heads",), (key.shape[2],))[0]
+    heads = layout.spec(("heads",), (query.shape[2],))[0] if key.shape[2] == 1 else keys
+    return PartitionSpec(rows, length, heads), PartitionSpec(rows, None, keys)
 
 
 def _splash(
