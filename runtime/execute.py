@@ -140,14 +140,21 @@ def execute(prepared: Prepared, store: Store, reporter: RunReporter) -> None:
         for planned in prepared.plan.stages:
             if planned.state.kind in ("left out", "same") or planned.node in run.made:
                 continue
-            try:
+            with _blamed(planned):
                 run.stage(planned)
-            except (Interrupted, StageFailed):
-                raise
-            except Exception as error:
-                raise StageFailed(planned.stage, planned.node) from error
             if stopping():
                 raise Interrupted
+
+
+@contextmanager
+def _blamed(planned: StagePlan) -> Iterator[None]:
+    """Say of what goes wrong which stage it was."""
+    try:
+        yield
+    except (Interrupted, StageFailed, StopIteration):
+        raise
+    except Exception as error:
+        raise StageFailed(planned.stage, planned.node) from error
 
 
 def compile_cache(path: Path) -> None:
@@ -242,7 +249,9 @@ class _Run:
                 self.together(held, sweep)
             else:
                 for each, folder in held:
-                    self.reporter.finished(each, self.work(each, folder), False)
+                    with _blamed(each):
+                        summary = self.work(each, folder)
+                    self.reporter.finished(each, summary, False)
             if sweep is not None:
                 self.made.update(sweep.nodes)
 
@@ -260,9 +269,7 @@ class _Run:
         Raises `StageFailed` for it when they are done.
         """
         jobs = [self.job(*each) for each in held]
-        start = self.begin(*held[0])
-        for each in held[1:]:
-            self.begin(*each)
+        start, *_ = [self.begin(*each) for each in held]
         rates = [job.stage.optimizer.lr for job in jobs]
         shared = _Together(rates, sweep.layouts[0], jobs[0].saving(start))
         running = {at: replace(job, beside=shared, at=at).run(start) for at, job in enumerate(jobs)}
@@ -277,17 +284,18 @@ class _Run:
                         self.reporter.turn(planned)
                     begun.add(at)
                     try:
-                        next(calls)
+                        with _blamed(planned):
+                            next(calls)
                         continue
                     except StopIteration as done:
                         folder.finish(done.value)
                         self.reporter.finished(planned, done.value, False)
                     except Interrupted:
                         stopped = True
-                    except DivergedError as error:
-                        if failed is None:
-                            failed = StageFailed(planned.stage, planned.node)
-                            failed.__cause__ = error
+                    except StageFailed as error:
+                        if not isinstance(error.__cause__, DivergedError):
+                            raise
+                        failed = failed or error
                     del running[at]
         finally:
             for calls in running.values():
