@@ -84,8 +84,8 @@ class Reporter(Protocol):
 
 @dataclass
 class Saving:
-    """When a stage is to be saved: branches that are trained together ask it in turn at each step,
-    and get one answer.
+    """When a stage is saved, and when it stops: branches that are trained together ask in turn at
+    each step, and get one answer.
     """
 
     start: int
@@ -95,20 +95,25 @@ class Saving:
     """Steps whose parameters other stages start from: calls end there."""
     stopping: Callable[[], bool]
     """Whether the user asked to stop."""
-    _answer: tuple[int, bool, bool] = (-1, False, False)
+    _due: tuple[int, bool] = (-1, False)
+    _stops: tuple[int, bool] = (-1, False)
 
     def __post_init__(self) -> None:
         self._saved = self.start, time.monotonic()
 
-    def at(self, step: int) -> tuple[bool, bool]:
-        """Return whether to save at a step, and whether to stop there, which saves too."""
-        if self._answer[0] != step:
-            stop = self.stopping()
-            save = stop or self._is_due(step)
-            if save:
+    def due(self, step: int) -> bool:
+        """Whether to save at a step."""
+        if self._due[0] != step:
+            self._due = step, self.stopping() or self._is_due(step)
+            if self._due[1]:
                 self._saved = step, time.monotonic()
-            self._answer = step, save, stop
-        return self._answer[1:]
+        return self._due[1]
+
+    def stops(self, step: int) -> bool:
+        """Whether to stop at a step, when it is saved."""
+        if self._stops[0] != step:
+            self._stops = step, self.stopping()
+        return self._stops[1]
 
     def _is_due(self, step: int) -> bool:
         saved, at = self._saved
@@ -165,12 +170,10 @@ class Loop:
             if step < steps and self._is_eval(step):
                 self._collect()
                 self._evaluate(step)
-            if step < steps:
-                save, stop = self.saving.at(step)
-                if save:
-                    self._collect()
-                    self._save(step)
-                if stop:
+            if step < steps and self.saving.due(step):
+                self._collect()
+                self._save(step)
+                if self.saving.stops(step):
                     self.checkpoints.wait()
                     raise Interrupted
         self._collect()

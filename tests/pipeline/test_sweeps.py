@@ -111,22 +111,21 @@ def test_an_interrupted_sweep_goes_on_together(
     spec = tiny.copy(workspace, tmp_path / "copy")
     only = {"only": ["tuned"]}
     prepared, store = tiny.planned(spec, *FUSED, **only)
-    at, asked = loop.Saving.at, []
+    steps: list[int] = []
+    due = loop.Saving.due
 
-    def stopping() -> bool:
-        asked.append(True)
-        return len(asked) == 2  # were it asked for each branch, they would not stop together
+    def noted(saving: loop.Saving, step: int) -> bool:
+        steps.append(step)
+        # The user asks for it when the first branch has looked at step 3: all go on to the next.
+        saving.stopping = lambda: steps.count(3) > 1 or steps[-1] > 3
+        return due(saving, step)
 
-    def answer(saving: loop.Saving, step: int) -> tuple[bool, bool]:
-        saving.stopping = stopping
-        return at(saving, step)
-
-    monkeypatch.setattr(loop.Saving, "at", answer)
+    monkeypatch.setattr(loop.Saving, "due", noted)
     with pytest.raises(Interrupted):
         execute(prepared, store, tiny.Heard())
     monkeypatch.undo()
     again, _ = tiny.planned(spec, *FUSED, **only)
-    assert {each.state.step for each in again.plan.stages if each.stage == "tuned"} == {3}
+    assert {each.state.step for each in again.plan.stages if each.stage == "tuned"} == {4}
     assert set(again.fused) == set(BRANCHES[:3])
     tiny.run(spec, *FUSED, **only)
     for node in BRANCHES[:3]:
