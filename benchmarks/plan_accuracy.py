@@ -271,7 +271,9 @@ def read(path: Path) -> list[Said]:
     if path.suffix == ".md":
         lines = path.read_text().splitlines()
         for at, point in numbered().items():
-            for line in (line for line in lines if line.startswith(cells(point))):
+            line = next((line for line in lines if line.startswith(cells(point))), None)
+            if line is not None:
+                lines.remove(line)  # the rule may draw a point twice
                 gib, *refused = line.removeprefix(cells(point)).split("|")[1].split()
                 found.append(Said(at, point, int(float(gib) * 2**30), bool(refused)))
         return found
