@@ -323,13 +323,10 @@ def _temporaries(
         scores = a.heads / tensor * layout.length
     if layout.remat == "none":
         kept += factors["kept scores"] * scores
+    frozen = a.adapters and a.storage not in ("nf4", "int8")
     at_work = (
         factors["width"] * a.width
-        + (
-            factors["hidden"]
-            + (factors["adapted"] if a.adapters and a.storage not in ("nf4", "int8") else 0)
-        )
-        * (heads + hidden)
+        + (factors["hidden"] + (factors["adapted"] if frozen else 0)) * (heads + hidden)
         + factors["scores"] * scores
         + (factors["mask"] * layout.length if layout.kernel == "cudnn" else 0)
     )
@@ -338,7 +335,6 @@ def _temporaries(
     # A block as it comes over the mesh, or out of storage.
     working = tokens * dtype * at_work
     if ways > 1 or a.storage in ("nf4", "int8"):
-        frozen = a.adapters and a.storage not in ("nf4", "int8")
         working += factors["frozen" if frozen else "blocks"] * dtype * copies * block / tensor
     # The head as the activations have it, and its whole gradient: over devices it is summed last.
     head = slope = 0.0

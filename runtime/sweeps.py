@@ -63,26 +63,30 @@ def sweeps(branches: Iterable[Branch], known: Known) -> list[Sweep]:
     the spec wants what cannot be.
     """
     groups: dict[object, list[Branch]] = {}
+    kinds: set[object] = set()
     for branch in branches:
-        groups.setdefault(_alike(branch), []).append(branch)
+        kinds.add(kind := _kind(branch))
+        # Those that a crash left at different steps go on one after another.
+        state = branch.planned.state
+        groups.setdefault((kind, state.step, state.reason == "forced"), []).append(branch)
     found: list[Sweep] = []
     for group in groups.values():
-        if len(groups) > 1 and group[0].value.sweep == "fused":
+        if len(kinds) > 1 and group[0].value.sweep == "fused":
             raise NoLayoutError("sweep", "its branches differ in more than the learning rate")
         if len(group) > 1 and group[0].value.sweep != "in_turn":
             found += _weighed(group, known)
     return found
 
 
-def _alike(branch: Branch) -> object:
+def _kind(branch: Branch) -> object:
     """Return what branches have in common that one program can train."""
-    planned, value = branch.planned, branch.value
+    value = branch.value
     unit = value.model_copy(update={"optimizer": at_unit_rate(value.optimizer)})
-    return str(unit), planned.inputs, planned.state.step, planned.state.reason == "forced"
+    return str(unit), branch.planned.inputs
 
 
 def _weighed(group: list[Branch], known: Known) -> Iterator[Sweep]:
-    """Weigh one program for branches that are alike against one after another."""
+    """Weigh one program for branches of a kind, at one step, against one after another."""
     first, count = group[0], len(group)
     value, wanted = first.value, first.value.sweep == "fused"
     why = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tunelang.runtime import loop
 from tunelang.runtime.execute import StageFailed, execute
 from tunelang.runtime.loop import DivergedError, Interrupted
 from tunelang.runtime.prepare import LayoutError
+from tunelang.runtime.store import Store
 
 STAGES = """
 data pairs : jsonl { path = "pairs.jsonl", prompt = "{a}+{b}=", chosen = "{c}", rejected = "{a}" }
@@ -127,6 +129,10 @@ def test_an_interrupted_sweep_goes_on_together(
     again, _ = tiny.planned(spec, *FUSED, **only)
     assert {each.state.step for each in again.plan.stages if each.stage == "tuned"} == {4}
     assert set(again.fused) == set(BRANCHES[:3])
+    crashed = tiny.copy(spec, tmp_path / "crashed")  # one of them had not saved yet
+    held = Store(crashed.parent / ".tune").folder(again.plan.by_node[BRANCHES[1]].digest)
+    shutil.rmtree(held.checkpoints / "4")
+    assert set(tiny.planned(crashed, *FUSED, **only)[0].fused) == {BRANCHES[0], BRANCHES[2]}
     tiny.run(spec, *FUSED, **only)
     for node in BRANCHES[:3]:
         close(spec, fused, node)
