@@ -32,7 +32,7 @@ MOST_SLOTS = 256
 VERDICT = 256
 """Tokens of what a judge says, at most."""
 VERDICTS = 64
-"""Completions that a judge looks at at once."""
+"""Completions that a judge looks at at once, on each group of devices that has it."""
 _LATENCY = 5e-6
 """Seconds until a small exchange is through, at least."""
 _REMAT_COST = {"none": 3.0, "dots": 3.2, "full": 4.0}
@@ -114,8 +114,8 @@ def _sizes(a: Architecture, dtype_bytes: int, length: int) -> _Sizes:
 
 @dataclass(frozen=True)
 class Judge:
-    """A model that scores completions, whole on one device: the memory of all is planned as if
-    each had it.
+    """A model that scores completions: it lies as where it would be sampled from, over all
+    devices.
     """
 
     architecture: Architecture
@@ -244,6 +244,7 @@ def _with_judges(
     if not judges:
         return layout
     count, chip = stage.batch * stage.group, there.chip
+    devices = math.prod(layout.mesh.values())
     held = most = 0
     seconds = 0.0
     for each in judges:
@@ -251,15 +252,18 @@ def _with_judges(
         # What is judged is in its prompt.
         length = min(a.context, layout.length + VERDICT if each.speaks else layout.length)
         sizes = _sizes(a, width, length)
-        held += sizes.held
+        tensor = sampling_tensor(a, width, devices, chip.memory)
+        held += sizes.held // tensor
+        seconds += count * length * sizes.forward / (devices * chip.peak * chip.efficiency)
+        copied = width * sizes.parameters // tensor
         if each.speaks:
             asked = _Asked(count, VERDICT, None, None, None)
-            seconds += _sampling(a, sizes, length, 1, VERDICTS, asked, VERDICTS, there, width)
-            seconds += count * length * sizes.forward / (chip.peak * chip.efficiency)
-            most = max(most, width * sizes.parameters + sizes.cache * length * VERDICTS)
-        else:
-            seconds += count * length * sizes.forward / (chip.peak * chip.efficiency)
-            most = max(most, width * sizes.parameters)
+            groups = devices // tensor
+            local = min(VERDICTS, -(-count // groups))
+            slots = local * groups
+            seconds += _sampling(a, sizes, length, tensor, local, asked, slots, there, width)
+            copied += sizes.cache * length * local // _key_shards(a, tensor)
+        most = max(most, copied)
     memory = layout.memory | {"judges": held, "judging": most}
     times = {**layout.times, "judging": seconds}
     return replace(layout, memory=memory, times=times, seconds=layout.seconds + seconds)
@@ -314,7 +318,11 @@ def _temporaries(
         "full": a.width,
         # A norm behind a product needs it in the backward pass.
         "dots": heads + (2 if a.norm_placement == "pre" else 3) * a.width + hidden,
-        "none": 4 * a.width + 2 * heads + queries + hidden + mlp,
+        "none": (6 if a.norm_placement == "both" else 4) * a.width
+        + 2 * heads
+        + queries
+        + hidden
+        + mlp,
     }[layout.remat]
     if layout.remat == "dots" and a.storage in ("nf4", "int8"):
         kept = a.width  # products with what is quantised are computed again

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from tunelang.runtime.losses import Split, chunk_logits, head_copies, pick
+from tunelang.runtime.losses import Split, chunk_logits, pick, with_head
 from tunelang.runtime.sharding import Layout
 
 Kind = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
@@ -80,10 +80,11 @@ def divergence(
     no gradient.
     """
     split = Split.of(student_hidden.shape, chunk, layout)
+    teacher, teacher_copies = with_head(teacher_hidden, teacher_head, split, layout)
     return _chunked(
         _Settings(kind, beta, temperature, hard, student_cap, teacher_cap),
-        split(student_hidden), head_copies(student_head, student_hidden.dtype, split, layout),
-        (split(teacher_hidden),), head_copies(teacher_head, teacher_hidden.dtype, split, layout),
+        *with_head(student_hidden, student_head, split, layout),
+        (teacher,), teacher_copies,
         split(targets), split(weights.astype(jnp.float32)),
     )  # fmt: skip
 
@@ -114,7 +115,7 @@ def top_k_divergence(
     split = Split.of(student_hidden.shape, chunk, layout)
     return _chunked(
         _Settings(kind, beta, temperature, hard, student_cap, None),
-        split(student_hidden), head_copies(student_head, student_hidden.dtype, split, layout),
+        *with_head(student_hidden, student_head, split, layout),
         (split(teacher_ids), split(teacher_log_probs.astype(jnp.float32))), None,
         split(targets), split(weights.astype(jnp.float32)),
     )  # fmt: skip
@@ -136,13 +137,13 @@ def top_k(
     temperature. Arguments as of `divergence`. Without gradients.
     """
     split = Split.of(hidden.shape, chunk, layout)
-    copies = head_copies(jax.lax.stop_gradient(head), hidden.dtype, split, layout)
+    states, copies = with_head(*jax.lax.stop_gradient((hidden, head)), split, layout)
 
     def body(_: None, hidden: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
         logits = chunk_logits(hidden, copies, cap) / temperature
         return None, _likeliest(jax.nn.log_softmax(logits), k, layout)
 
-    _, (log_probs, ids) = jax.lax.scan(body, None, split(jax.lax.stop_gradient(hidden)))
+    _, (log_probs, ids) = jax.lax.scan(body, None, states)
     return split.join(ids), split.join(log_probs)
 
 

@@ -27,7 +27,7 @@ from tunelang.runtime.examples import Example
 from tunelang.runtime.rewards import Reward, Scores
 from tunelang.runtime.rollout import Prompt, Rollouts, rollout
 from tunelang.runtime.scorers import Row, function_of
-from tunelang.runtime.sharding import DECODE_RULES, Layout, sampling
+from tunelang.runtime.sharding import DECODE_RULES, Layout, make_layout, sampling
 from tunelang.runtime.tokenizers import StreamDecoder
 from tunelang.runtime.workers import Workers
 from tunelang.runtime.workshop import Model, Workshop
@@ -112,6 +112,19 @@ def sampled_on(architecture: Architecture, dtype: Any, layout: Layout) -> Layout
     width = np.dtype(dtype).itemsize
     tensor = 1 if chip is None else sampling_tensor(architecture, width, count, chip.memory)
     return sampling(layout, count // tensor, tensor)
+
+
+def sampled_everywhere(workshop: Workshop, model: Model) -> Layout:
+    """Return where a model lies that is only sampled from, or asked: on all devices."""
+    everywhere = make_layout(fsdp=len(workshop.devices), devices=workshop.devices)
+    return sampled_on(model.architecture, model.dtype, everywhere)
+
+
+def slots_on(layout: Layout, count: int, most: int = MOST_SLOTS) -> int:
+    """Return how many of `count` completions to sample at once, where each group of devices of a
+    layout of sampling has `most` at most.
+    """
+    return min(most * layout.batch_shards, 1 << (count - 1).bit_length())
 
 
 def engine_of(
@@ -280,10 +293,10 @@ def _completions(
     """Sample, or search for, `samples` completions of each prompt."""
     stops, pad = model.renderer.stops, model.renderer.tokenizer.pad
     a, dtype = model.architecture, model.dtype
+    layout = sampled_on(a, dtype, layout)
     if kind.beams is not None:
         beams = kind.beams
-        layout = sampled_on(a, dtype, layout)
-        size = max(1, min(MOST_SLOTS // beams, 1 << (len(prompts) - 1).bit_length()))
+        size = slots_on(layout, len(prompts), max(1, MOST_SLOTS // beams))
         search = workshop.once(
             ("search", a, str(dtype), size, beams, capacity, layout),
             lambda: make_search(
@@ -300,7 +313,7 @@ def _completions(
         top_p=kind.top_p,
         top_k=kind.top_k,
     )
-    slots = min(MOST_SLOTS, 1 << (len(prompts) * kind.samples - 1).bit_length())
+    slots = slots_on(layout, len(prompts) * kind.samples)
     engine = engine_of(workshop, model, slots, capacity, layout)
     return rollout(
         engine, params, prompts, settings, group=kind.samples, stop_ids=stops, seed=_SEED, step=0,

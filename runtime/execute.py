@@ -41,7 +41,7 @@ from tunelang.runtime.bad_rows import BadRows
 from tunelang.runtime.checkpoints import Checkpoints, load_params
 from tunelang.runtime.custom import bound
 from tunelang.runtime.distilling import compared, forget_teacher
-from tunelang.runtime.evaluate import Evaluation, evaluate, named
+from tunelang.runtime.evaluate import Evaluation, evaluate, named, sampled_everywhere
 from tunelang.runtime.export import export
 from tunelang.runtime.fused import BranchTrainer, Fused
 from tunelang.runtime.judges import Ask
@@ -214,9 +214,7 @@ class _Run:
         self.workshop.learned = self._learned
 
     def _judge(self, reference: Reference) -> Ask:
-        origin = self.origins.anywhere(reference)
-        model = self.workshop.model(origin.model)
-        return Speaker(model, loaded(origin, model, make_layout(), 0)).judge
+        return Speaker.of(self.origins.anywhere(reference), self.workshop).judge
 
     def _sampled(self, kind: Sampled) -> Path:
         return self.origins.folder(kind.from_).path / FILES[kind.rows]
@@ -225,7 +223,7 @@ class _Run:
         origin = self.origins.anywhere(reference)
         model = self.workshop.model(origin.model)
         model = replace(model, architecture=replace(plain(model.architecture), scores=True))
-        layout = make_layout()
+        layout = sampled_everywhere(self.workshop, model)
         return learned(self.workshop, model, loaded(origin, model, layout, 0), layout)
 
     def stage(self, planned: StagePlan) -> None:

@@ -40,8 +40,8 @@ def cross_entropy(
     """
     split = Split.of(hidden.shape, chunk, layout)
     total = _chunked_cross_entropy(
-        split(hidden), head_copies(head, hidden.dtype, split, layout), split(targets),
-        split(weights.astype(jnp.float32)), cap,
+        *with_head(hidden, head, split, layout), split(targets), split(weights.astype(jnp.float32)),
+        cap,
     )  # fmt: skip
     return total, jnp.sum(weights, dtype=jnp.float32)
 
@@ -63,7 +63,7 @@ def custom_loss(
     Arguments as of `cross_entropy`. The backward pass computes each chunk's logits again.
     """
     split = Split.of(hidden.shape, chunk, layout)
-    copies = head_copies(head, hidden.dtype, split, layout)
+    parts, copies = with_head(hidden, head, split, layout)
 
     @jax.checkpoint
     def one(copies: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
@@ -77,8 +77,8 @@ def custom_loss(
         losses = jnp.where(weights > 0, one(copies, *inputs) * weights, 0.0)
         return None, jnp.sum(losses, axis=(1, 2))
 
-    parts = (split(hidden), split(targets), split(weights.astype(jnp.float32)))
-    _, sums = jax.lax.scan(body, None, parts)
+    each = (parts, split(targets), split(weights.astype(jnp.float32)))
+    _, sums = jax.lax.scan(body, None, each)
     return jnp.sum(sums)
 
 
@@ -132,7 +132,7 @@ def _scores(
     entropies: Literal["none", "measured", "flows"],
 ) -> tuple[jax.Array, jax.Array | None]:
     split = Split.of(hidden.shape, chunk, layout)
-    copies = head_copies(head, hidden.dtype, split, layout)
+    parts, copies = with_head(hidden, head, split, layout)
 
     @jax.checkpoint
     def one(copies: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
@@ -151,7 +151,7 @@ def _scores(
     def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
         return None, one(copies, *chunk)
 
-    _, found = jax.lax.scan(body, None, (split(hidden), split(targets)))
+    _, found = jax.lax.scan(body, None, (parts, split(targets)))
     log_probs, entropy = jax.tree.map(split.join, found)
     return log_probs, entropy
 
@@ -194,15 +194,41 @@ class Split:
         return apart.reshape(shards * rows, across * length, *rest)
 
 
-def head_copies(head: jax.Array, dtype: Any, split: Split, layout: Layout | None) -> jax.Array:
-    """Copy the head for each part, `[parts, vocab, width]`; a device has its own.
+def with_head(
+    hidden: jax.Array, head: jax.Array, split: Split, layout: Layout | None
+) -> tuple[jax.Array, jax.Array]:
+    """Return hidden states, split, and a copy of the head for each part, `[parts, vocab, width]`;
+    a device has its own.
 
-    It is gathered as it is used, and its gradient is scattered as it is summed.
+    The head is gathered as it is used, and its gradient is scattered as it is summed: ahead of the
+    backward pass of the layers, in which it would else lie whole in each device.
     """
-    own = constrain(layout, head.astype(dtype), ("vocab", "embed"))
-    copies = jnp.broadcast_to(own, (split.parts, *head.shape))
+    own = constrain(layout, head.astype(hidden.dtype), ("vocab", "embed"))
     axes = ("part" if split.across > 1 else "batch" if split.parts > 1 else None, "vocab", None)
-    return constrain(layout, copies, axes)
+
+    def copied(own: jax.Array) -> jax.Array:
+        return constrain(layout, jnp.broadcast_to(own, (split.parts, *own.shape)), axes)
+
+    if split.parts == 1:
+        return split(hidden), copied(own)
+
+    @jax.custom_vjp
+    def through(hidden: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return hidden, copied(own)
+
+    def forward(hidden: Any, own: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[()] | None]:
+        return through(hidden.value, own.value), () if own.perturbed else None
+
+    def backward(trained: tuple[()] | None, gradients: tuple[jax.Array, jax.Array]) -> Any:
+        of_hidden, of_copies = gradients
+        if trained is None:  # without a head's gradient, nothing is to compute it
+            return of_hidden, None
+        of_own = constrain(layout, jax.lax.reduce_sum(of_copies, (0,)), ("vocab", "embed"))
+        return jax.lax.optimization_barrier((of_hidden, of_own))
+
+    through.defvjp(forward, backward, symbolic_zeros=True)
+    hidden, copies = through(hidden, own)
+    return split(hidden), copies
 
 
 def chunk_logits(hidden: jax.Array, copies: jax.Array, cap: float | None) -> jax.Array:

@@ -59,13 +59,16 @@ def _backward(
     rows = tuple(range(batched, x.ndim - contracted))
     columns = tuple(range(batched + contracted, y.ndim))
     behind = tuple(range(x.ndim - contracted, gradient.ndim))
-    of_x = jax.lax.dot_general(gradient, y, ((behind, columns), (batch, batch)))
     over_rows = ((rows, rows), (batch, batch))
     if x.size <= gradient.size:
-        return of_x, jax.lax.dot_general(x, gradient, over_rows)
-    of_y = jax.lax.dot_general(gradient, x, over_rows)
-    end = range(y.ndim - contracted, y.ndim)
-    return of_x, jnp.moveaxis(of_y, end, range(batched, batched + contracted))
+        of_y = jax.lax.dot_general(x, gradient, over_rows)
+    else:
+        end = range(y.ndim - contracted, y.ndim)
+        of_y = jax.lax.dot_general(gradient, x, over_rows)
+        of_y = jnp.moveaxis(of_y, end, range(batched, batched + contracted))
+        if batched > 1:  # the weights of attention are let go before their gradient is there
+            gradient, of_y = jax.lax.optimization_barrier((gradient, of_y))
+    return jax.lax.dot_general(gradient, y, ((behind, columns), (batch, batch))), of_y
 
 
 _product.defvjp(_forward, _backward)

@@ -153,8 +153,15 @@ class Reward:
         return Scores(found.values, batch.parts, tuple(batch.events), found.credit)
 
     def submit(self, rows: Sequence[Row]) -> Future[Scores]:
-        """`score` in a thread, so that the host scores while the devices sample."""
-        return self._driver.submit(self.score, rows)
+        """`score` in a thread, so that the host scores while the devices sample. What a model on
+        the devices scores is scored at once: programs over several devices that two threads launch
+        may come to them in different orders, and wait for each other.
+        """
+        if self._around.on_devices.isdisjoint(self._declared):
+            return self._driver.submit(self.score, rows)
+        done: Future[Scores] = Future()
+        done.set_result(self.score(rows))
+        return done
 
     def close(self) -> None:
         """End all processes and wait for the threads."""

@@ -60,6 +60,8 @@ class Surroundings:
     """Declared reward of a kind of its own (a rubric) -> what makes what scores it."""
     on_error: Mapping[str, float] = field(default_factory=dict)
     """Declared reward of a kind of its own -> what stands in for a value that it has not."""
+    on_devices: frozenset[str] = frozenset()
+    """Declared rewards that a model on the devices scores."""
     generators: Mapping[str, Procedural] = field(default_factory=dict)
     """Procedural data by name, for `verified`."""
     folder: Path = Path()

@@ -12,11 +12,19 @@ from tunelang.compiler.costs import VERDICT, VERDICTS
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.beam import beam_search, make_search
 from tunelang.runtime.decode_loop import Engine, make_engine
-from tunelang.runtime.evaluate import capacity_of, rows_of, texts_of
+from tunelang.runtime.evaluate import (
+    capacity_of,
+    rows_of,
+    sampled_everywhere,
+    slots_on,
+    texts_of,
+)
 from tunelang.runtime.examples import Example, Message
+from tunelang.runtime.origins import Origin, loaded
 from tunelang.runtime.rewards import Reward
 from tunelang.runtime.rollout import Prompt, Rollouts, rollout
-from tunelang.runtime.workshop import Model
+from tunelang.runtime.sharding import Layout
+from tunelang.runtime.workshop import Model, Workshop
 
 _VERDICT = Sampling.fixed(max_tokens=VERDICT, temperature=0.0)
 _SHORTEST = 64
@@ -38,8 +46,16 @@ class Speaker:
 
     model: Model
     params: Any
+    layout: Layout
     engines: dict[tuple[int, int], Engine] = field(default_factory=dict)
     """Slots and capacity -> the programs."""
+
+    @classmethod
+    def of(cls, origin: Origin, workshop: Workshop) -> Speaker:
+        """Load a model, over all devices; raises what `loaded` and `Workshop.model` raise."""
+        model = workshop.model(origin.model)
+        layout = sampled_everywhere(workshop, model)
+        return cls(model, loaded(origin, model, layout, 0), layout)
 
     def complete(
         self, prompts: Sequence[str], sampling: Sampling, samples: int, seed: int, raw: bool
@@ -95,10 +111,11 @@ class Speaker:
         longest = max(len(prompt.tokens) for prompt in asked)
         program = make_search(
             model.architecture,
-            prompts=max(1, min(len(asked), VERDICTS // beams)),
+            prompts=slots_on(self.layout, len(asked), max(1, VERDICTS // beams)),
             beams=beams,
             capacity=capacity_of(model, longest, max_tokens),
             dtype=model.dtype,
+            layout=self.layout,
         )
         found = beam_search(
             program,
@@ -144,14 +161,15 @@ class Speaker:
         count = len(tokens) * samples
         longest = max(_SHORTEST, *(len(prompt.tokens) for prompt in asked))
         sizes = (
-            min(VERDICTS, 1 << (count - 1).bit_length()),
+            slots_on(self.layout, count, VERDICTS),
             capacity_of(model, 1 << (longest - 1).bit_length(), most),
         )
         if sizes not in self.engines:
             slots, capacity = sizes
             self.engines[sizes] = make_engine(
-                model.architecture, slots=slots, capacity=capacity, dtype=model.dtype
-            )
+                model.architecture, slots=slots, capacity=capacity, dtype=model.dtype,
+                layout=self.layout,
+            )  # fmt: skip
         return rollout(
             self.engines[sizes],
             self.params,

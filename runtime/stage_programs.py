@@ -18,7 +18,7 @@ from jax import ShapeDtypeStruct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tunelang.compiler.architecture import Architecture, plain
-from tunelang.compiler.costs import MOST_SLOTS, has_reference
+from tunelang.compiler.costs import MOST_SLOTS, VERDICT, VERDICTS, Judge, has_reference
 from tunelang.compiler.layout import CHUNK, StageLayout
 from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity
 from tunelang.dsl.vocabulary.stages import (
@@ -36,12 +36,12 @@ from tunelang.dsl.vocabulary.stages import (
     Training,
 )
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime import train
+from tunelang.runtime import beam, train
 from tunelang.runtime.answers import TOKENS
 from tunelang.runtime.comparing import segment_program
 from tunelang.runtime.critic import learner_of
 from tunelang.runtime.decode_loop import Request, abstract_slots, make_engine
-from tunelang.runtime.evaluate import sampled_on
+from tunelang.runtime.evaluate import sampled_on, slots_on
 from tunelang.runtime.layers import DTYPES
 from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate, moved_to
 from tunelang.runtime.policy import decode_layout
@@ -287,6 +287,12 @@ def _policy(
         score = score_program(a, program, sampling.temperature)
         yield Program("score", lambda: score.lower(*given), beside + reference)  # type: ignore[attr-defined]
 
+    count = stage.batch * stage.group
+    everything = _bytes(state) - at_host + stays
+    for at, judge in enumerate(shapes.judges, 1):
+        name = "judge" if len(shapes.judges) == 1 else f"judge {at}"
+        yield from _judging(judge, count, planned.length, layout, everything, name)
+
     beside += stays - judges
     slots, capacity = planned.slots or 1, planned.length
     apart = decode_layout(planned, layout)
@@ -294,9 +300,33 @@ def _policy(
         params = parameters(a, replace(program, layout=apart))
         beside += _bytes(state.weights)
         layout = apart
-    count = stage.batch * stage.group
     sizes = _Sizes(slots, capacity, prompt, completion, count)
-    yield from _sampler(a, shapes.dtype, params, layout, sizes, sampling, beside)
+    dtype = DTYPES[shapes.dtype]
+    yield from _sampler(a, dtype, params, layout, sizes, sampling, beside)
+
+
+def _judging(
+    judge: Judge, count: int, length: int, layout: Layout, held: int, name: str
+) -> Iterator[Program]:
+    """Give the programs of a model that judges `count` completions of so many tokens, prompts and
+    all; with it, the stage holds `held` bytes in each device.
+    """
+    a, dtype = judge.architecture, DTYPES["bf16" if judge.dtype_bytes == 2 else "f32"]
+    there = sampled_on(a, dtype, layout)
+    program = train.Program(layout=there, dtype=dtype, chunk=CHUNK)
+    params = parameters(a, program)
+    beside = held - _bytes(params)
+    if judge.speaks:
+        said = min(VERDICT, a.context - 1)
+        asked = _Asked(count, min(length, a.context - said), said)
+        sampling = Sampling.fixed(max_tokens=said, temperature=0.0)
+        yield from _sampled(a, dtype, params, there, asked, sampling, beside, f"{name} ", VERDICTS)
+        return
+    length = min(length, a.context)
+    rows = max(1, TOKENS // length // there.batch_shards) * there.batch_shards
+    score: Any = segment_program(a, program, 1)
+    batch = train.Batch(**_tokens(there, rows, length))
+    yield Program(name, lambda: score.lower(params, batch), beside)
 
 
 @dataclass(frozen=True)
@@ -312,7 +342,7 @@ class _Sizes:
 
 def _sampler(
     a: Architecture,
-    dtype: str,
+    dtype: Any,
     params: Any,
     layout: Layout,
     sizes: _Sizes,
@@ -321,9 +351,9 @@ def _sampler(
     name: str = "",
 ) -> Iterator[Program]:
     """Give the programs of a rollout."""
-    slots, capacity, of = sizes.slots, sizes.capacity, DTYPES[dtype]
-    engine: Any = make_engine(a, slots=slots, capacity=capacity, dtype=of, layout=layout)
-    filled = abstract_slots(a, slots, capacity, of, sizes.count, sizes.completion, layout)
+    slots, capacity = sizes.slots, sizes.capacity
+    engine: Any = make_engine(a, slots=slots, capacity=capacity, dtype=dtype, layout=layout)
+    filled = abstract_slots(a, slots, capacity, dtype, sizes.count, sizes.completion, layout)
     whole = NamedSharding(layout.mesh, PartitionSpec())
 
     def ints(*shape: int, dtype: Any = jnp.int32) -> Any:
@@ -359,13 +389,14 @@ def evaluating(
     """Give the programs of the evals of a stage that holds so many bytes in each device."""
     a = replace(shapes.architecture, scores=stage.yields == "scores")
     params = parameters(a, _program_of(shapes, planned, layout))
-    yield from _evaluations(evals, a, shapes.dtype, params, layout, held - _bytes(params))
+    dtype = DTYPES[shapes.dtype]
+    yield from _evaluations(evals, a, dtype, params, layout, held - _bytes(params))
 
 
 def _evaluations(
     evals: Mapping[str, EvalKind],
     a: Architecture,
-    dtype: str,
+    dtype: Any,
     params: Any,
     layout: Layout,
     beside: int,
@@ -375,21 +406,27 @@ def _evaluations(
     """
     seen: set[Any] = set()
     for name, kind in evals.items():
-        if isinstance(kind, Generate) and kind.beams is None:
-            count = kind.samples * (kind.limit or MOST_SLOTS)
-            slots = min(MOST_SLOTS, _power_of_two(count))
+        if isinstance(kind, Generate):
+            count = kind.limit or MOST_SLOTS
             completion = min(kind.max_tokens, a.context - 1)
-            sizes = _Sizes(slots, a.context, a.context - completion, completion, count)
+            asked = _Asked(kind.samples * count, a.context - completion, completion)
+            if kind.beams is not None:
+                asked = replace(asked, completions=count)
             sampling = Sampling.fixed(
                 max_tokens=completion, temperature=kind.temperature, top_p=kind.top_p,
                 top_k=kind.top_k,
             )  # fmt: skip
-            if sizes not in seen:
-                yield from _sampled(a, dtype, params, layout, sizes, sampling, beside, f"{name} ")
-            seen.add(sizes)
-        elif not isinstance(kind, Generate) and type(kind) not in seen:
+            if (asked, kind.beams) in seen:
+                continue
+            seen.add((asked, kind.beams))
+            given = params, layout, asked
+            if kind.beams is not None:
+                yield _searched(a, dtype, *given, kind.beams, beside, f"{name} search")
+            else:
+                yield from _sampled(a, dtype, *given, sampling, beside, f"{name} ")
+        elif type(kind) not in seen:
             seen.add(type(kind))
-            program = train.Program(layout=layout, dtype=DTYPES[dtype])
+            program = train.Program(layout=layout, dtype=dtype)
             rows = max(1, TOKENS // a.context // layout.batch_shards) * layout.batch_shards
             batch = train.Batch(**_tokens(layout, rows, a.context))
             score: Any = (
@@ -400,24 +437,60 @@ def _evaluations(
             yield Program(name, partial(score.lower, params, batch), beside)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """Of a rollout that is no part of a step: completions, the tokens of a prompt and of one."""
+
+    completions: int
+    prompt: int
+    completion: int
+
+
 def _sampled(
-    a: Architecture, dtype: str, params: Any, layout: Layout, sizes: _Sizes, sampling: Sampling,
-    beside: int, name: str = "",
+    a: Architecture, dtype: Any, params: Any, layout: Layout, asked: _Asked, sampling: Sampling,
+    beside: int, name: str = "", most: int = MOST_SLOTS,
 ) -> Iterator[Program]:  # fmt: skip
     """Give the programs of a rollout that is no part of a step, see `evaluate.sampled_on`."""
-    there = sampled_on(a, DTYPES[dtype], layout)
-    if there != layout:
-        beside += _bytes(params)
-        params = parameters(a, train.Program(layout=there, dtype=DTYPES[dtype]))
-    yield from _sampler(a, dtype, params, there, sizes, sampling, beside, name)
+    params, layout, twice = _brought(a, dtype, params, layout)
+    slots = slots_on(layout, asked.completions, most)
+    capacity = asked.prompt + asked.completion
+    sizes = _Sizes(slots, capacity, asked.prompt, asked.completion, asked.completions)
+    yield from _sampler(a, dtype, params, layout, sizes, sampling, beside + twice, name)
+
+
+def _searched(
+    a: Architecture, dtype: Any, params: Any, layout: Layout, asked: _Asked, beams: int,
+    beside: int, name: str,
+) -> Program:  # fmt: skip
+    """Return the program of a beam search."""
+    params, layout, twice = _brought(a, dtype, params, layout)
+    prompts = slots_on(layout, asked.completions, max(1, MOST_SLOTS // beams))
+    capacity = asked.prompt + asked.completion
+    search: Any = beam.make_search(
+        a, prompts=prompts, beams=beams, capacity=capacity, dtype=dtype, layout=layout
+    )
+    given: Any = partial(ShapeDtypeStruct, sharding=NamedSharding(layout.mesh, PartitionSpec()))
+    of = given((prompts, asked.prompt), jnp.int32), given((prompts,), jnp.int32)
+    request = beam.Request(given((4,), jnp.int32), given((), jnp.int32), given((), jnp.float32))
+    return Program(name, lambda: search.run.lower(params, *of, request), beside + twice)
+
+
+def _brought(a: Architecture, dtype: Any, params: Any, layout: Layout) -> tuple[Any, Layout, int]:
+    """Return parameters where they are sampled from, and the bytes in each device of those that
+    stay where they were.
+    """
+    there = sampled_on(a, dtype, layout)
+    if there == layout:
+        return params, layout, 0
+    return parameters(a, train.Program(layout=there, dtype=dtype)), there, _bytes(params)
 
 
 def measuring(
     stage: Sample | Merge | Evaluate, evals: Mapping[str, EvalKind], shapes: Shapes, layout: Layout
 ) -> Iterator[Program]:
     """Give the programs of a stage that samples from a model or measures it."""
-    a, dtype = shapes.architecture, shapes.dtype
-    params = parameters(a, train.Program(layout=layout, dtype=DTYPES[dtype]))
+    a, dtype = shapes.architecture, DTYPES[shapes.dtype]
+    params = parameters(a, train.Program(layout=layout, dtype=dtype))
     # The models that are merged, and what they become.
     beside = len(stage.others) + 1 if isinstance(stage, Merge) else 0
     beside *= _bytes(params)
@@ -426,15 +499,9 @@ def measuring(
         room = a.context - sampling.max_tokens
         prompt = max(1, min(room, sampling.max_prompt or room))
         count = max(1, CHUNK_OF_SAMPLES // stage.samples) * stage.samples
-        slots = min(MOST_SLOTS, _power_of_two(count))
-        capacity = prompt + sampling.max_tokens
-        sizes = _Sizes(slots, capacity, prompt, sampling.max_tokens, count)
-        yield from _sampled(a, dtype, params, layout, sizes, sampling, 0)
+        asked = _Asked(count, prompt, sampling.max_tokens)
+        yield from _sampled(a, dtype, params, layout, asked, sampling, 0)
     yield from _evaluations(evals, a, dtype, params, layout, beside)
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
 
 
 def _head_alone(state: train.TrainState, optimizer: Any, layout: Layout) -> train.TrainState:

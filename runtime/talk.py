@@ -13,7 +13,7 @@ from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.examples import Message
 from tunelang.runtime.execute import compile_cache
 from tunelang.runtime.export import export
-from tunelang.runtime.origins import Origin, Origins, loaded
+from tunelang.runtime.origins import Origin, Origins
 from tunelang.runtime.prepare import prepare
 from tunelang.runtime.rewards import Reward
 from tunelang.runtime.sharding import make_layout
@@ -29,7 +29,7 @@ def open_speaker(program: Program, store: Store, stage: str) -> Speaker:
     `UnknownStage`, `MissingInputError` and `StoreError`.
     """
     origin, _, workshop = _opened(program, store, stage)
-    return _speaker(origin, workshop)
+    return Speaker.of(origin, workshop)
 
 
 def open_ranked(
@@ -41,7 +41,7 @@ def open_ranked(
     Raises also what `Reward` raises.
     """
     origin, _, workshop = _opened(program, store, stage)
-    speaker = _speaker(origin, workshop)
+    speaker = Speaker.of(origin, workshop)
     if by is None:
         return speaker, None
     return speaker, Reward(RewardRef.fixed(name=by), workshop.surroundings(max_tokens))
@@ -65,14 +65,9 @@ def _opened(program: Program, store: Store, stage: str) -> tuple[Origin, Model, 
     prepared = prepare(program, store, only=[stage])
     workshop = Workshop(program, store.root / "cache", tuple(jax.devices()))
     origins = Origins(prepared.plan, prepared.graph, store, workshop)
-    workshop.speaker = lambda judge: _speaker(origins.anywhere(judge), workshop).judge
+    workshop.speaker = lambda judge: Speaker.of(origins.anywhere(judge), workshop).judge
     origin = origins.latest(stage)
     return origin, workshop.model(origin.model), workshop
-
-
-def _speaker(origin: Origin, workshop: Workshop) -> Speaker:
-    model = workshop.model(origin.model)
-    return Speaker(model, loaded(origin, model, make_layout(), 0))
 
 
 def chat(speaker: Speaker, sampling: Sampling) -> None:

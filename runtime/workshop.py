@@ -163,6 +163,11 @@ class Workshop:
             declared=declared,
             scorers={name: partial(self._scorer, name, kind) for name, kind in own.items()},
             on_error={name: kind.on_error for name, kind in own.items()},
+            on_devices=frozenset(
+                name
+                for name, kind in own.items()
+                if not (isinstance(kind, Rubric) and isinstance(kind.judge, Endpoint))
+            ),
             generators=generators,
             folder=self.program.folder,
             max_tokens=max_tokens,

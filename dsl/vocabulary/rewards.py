@@ -189,8 +189,9 @@ class Endpoint(Function):
 
 
 class LocalJudge(Function):
-    """A model of the spec as the judge, whole on the first of the run's own devices. It looks at 64
-    completions at once, and says 256 tokens at most.
+    """A model of the spec as the judge, on all of the run's own devices: with a copy in each group
+    of as few as have room for it. Each copy looks at 64 completions at once, and says 256 tokens at
+    most.
     """
 
     family = "judge"

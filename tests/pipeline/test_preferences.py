@@ -94,13 +94,14 @@ CHAIN = """
 stage judge : reward_model {{ from = baseline, data = pairs, {REST}, evals = [preferred]
   optimizer = adamw(lr = 1e-2), centring = 0.01 }}
 reward helpful : learned {{ from = judge }}
+reward taste : rubric {{ judge = local(baseline), criteria = criterion("Right"), on_error = 0.5 }}
 stage tries : sample {{ from = baseline, data = sums, samples = 4, score = helpful
   rollout = sampling(max_tokens = 4), keep = helpful > -100 }}
 data good : sampled {{ from = tries }}
 data ranked : sampled {{ from = tries, rows = pairs }}
 stage tuned : sft {{ from = baseline, data = good, {REST} }}
 stage moved : dpo {{ from = baseline, data = ranked, {REST} }}
-stage policy : grpo {{ from = baseline, data = sums, reward = 0.5 * helpful + correct
+stage policy : grpo {{ from = baseline, data = sums, reward = 0.5 * helpful + correct + taste
   length = 2 steps, batch = 2 prompts, group = 4, rollout = sampling(max_tokens = 4) }}
 stage soup : merge {{ from = tuned, others = [moved], method = ties(density = 50%)
   evals = [fluency] }}
@@ -135,5 +136,8 @@ def test_from_pairs_to_a_merged_model(workspace: Path, tmp_path: Path) -> None:
         summary("soup")["metrics"]["fluency.loss"]
     )
     assert summary("ranks")["table"]["judge"]["preferred.accuracy"] > 0.7
+    for row in metrics(spec, "policy"):
+        assert row["reward/taste"] == 0.5  # what it says is no score
+        assert {"reward/helpful", "reward/correct"} <= row.keys()
     again = tiny.run(spec)
     assert all(line.endswith("again") for line in again.lines)

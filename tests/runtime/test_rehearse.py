@@ -14,6 +14,7 @@ import pytest
 from tests.pipeline import tiny
 from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, parameter_count
+from tunelang.compiler.costs import Judge
 from tunelang.compiler.hardware import CHIPS, Devices, declared
 from tunelang.compiler.layout import StageLayout
 from tunelang.compiler.search import lay_out
@@ -141,6 +142,21 @@ def test_policy_stages(stage: Training, expected: set[str]) -> None:
         assert not each.findings
 
 
+def test_judges() -> None:
+    stage = Policy.fixed(batch=8, group=2, rollout=ROLLOUT, **REST)
+    judges = Judge(SMALL, 4, speaks=True), Judge(replace(SMALL, scores=True), 4, speaks=False)
+    planned = lay_out(stage, SMALL, 4, DEVICES, judges=judges)
+    layout = make_layout(**planned.mesh)
+    made = {p.name: p for p in programs(stage, Shapes(SMALL, "f32", None, judges), planned, layout)}
+    assert set(made) == {"train", "judge 1 prefill", "judge 1 decode", "judge 2"} | {
+        "prefill", "decode",
+    }  # fmt: skip
+    for name in ("judge 1 decode", "judge 2"):
+        # With the whole state of the stage, and the other judge.
+        assert made[name].beside > made["train"].donated + planned.memory["judges"] // 4
+        assert measure(made[name], made[name].lower()).peak > 0
+
+
 def test_an_adapter_takes_less(tmp_path: Path) -> None:
     whole = found(Sft.fixed(batch=BATCH, **REST), mesh={"fsdp": 8})["train"]
     lora = adapted(SMALL, (Lora.fixed(rank=2),), "f32")
@@ -232,7 +248,8 @@ def test_evaluations_and_stages_that_measure(tmp_path: Path) -> None:
 
 stage tries : sample { from = baseline, data = sums, samples = 4
   rollout = sampling(max_tokens = 4) }
-stage compared : evaluate { models = [base, baseline], evals = [accuracy, fluency] }
+stage compared : evaluate { models = [base, baseline], evals = [accuracy, likeliest, fluency] }
+eval likeliest : generate { data = sums, beams = 2, max_tokens = 4, score = correct }
 """
     )
     prepared, store = tiny.planned(spec)
@@ -243,7 +260,7 @@ stage compared : evaluate { models = [base, baseline], evals = [accuracy, fluenc
     assert names == {
         "baseline": ["train", "accuracy prefill", "accuracy decode", "fluency"],
         "tries": ["prefill", "decode"],
-        "compared": ["accuracy prefill", "accuracy decode", "fluency"],
+        "compared": ["accuracy prefill", "accuracy decode", "likeliest search", "fluency"],
     }
 
 
