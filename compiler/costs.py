@@ -54,14 +54,14 @@ _CACHE_MISSES = 1.15
 
 
 FACTORS = {
-    "gpu": {"full": 1.01, "dots": 1.0, "none": 0.94, "width": 10.74, "hidden": 1.32, "scores": 4.02,
-            "kept scores": 3.3, "mask": 0.46, "logits": 3.27, "states": 2.0, "head": 0.97,
-            "head later": 0.66, "slope later": 1.2, "blocks": 1.59, "frozen": 2.73,
-            "adapted": 0.31},
-    "tpu": {"full": 1.0, "dots": 1.0, "none": 1.03, "width": 15.88, "hidden": 1.08, "scores": 4.5,
-            "kept scores": 3.3, "mask": 0.5, "logits": 2.56, "states": 1.97, "head": 0.86,
-            "head later": 0.3, "slope later": 1.06, "blocks": 1.0, "frozen": 1.01,
-            "adapted": 0.38},
+    "gpu": {"full": 1.02, "dots": 1.0, "none": 0.94, "width": 11.8, "hidden": 1.3, "scores": 3.57,
+            "kept scores": 3.21, "mask": 0.47, "logits": 3.3, "states": 2.03, "head": 0.91,
+            "head later": 0.54, "slope later": 0.78, "blocks": 1.79, "frozen": 2.84,
+            "adapted": 0.28},
+    "tpu": {"full": 0.99, "dots": 1.01, "none": 1.04, "width": 10.85, "hidden": 1.37, "scores": 4.5,
+            "kept scores": 3.3, "mask": 0.5, "logits": 1.26, "states": 1.7, "head": 1.22,
+            "head later": 0.23, "slope later": 0.82, "blocks": 1.16, "frozen": 1.71,
+            "adapted": 0.43},
     "cpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 8.0, "hidden": 3.0, "scores": 4.5,
             "kept scores": 3.3, "mask": 0.5, "logits": 3.0, "states": 2.0, "head": 1.0,
             "head later": 1.0, "slope later": 1.0, "blocks": 2.0, "frozen": 2.0, "adapted": 0.5},
@@ -344,7 +344,8 @@ def _temporaries(
     working = tokens * dtype * at_work
     if ways > 1 or a.storage in ("nf4", "int8"):
         working += factors["frozen" if frozen else "blocks"] * dtype * copies * block / tensor
-    # The head as the activations have it, and its whole gradient: over devices it is summed last.
+    # The head as the activations have it, and its whole gradient: over devices it is summed last,
+    # and while that lasts it is there in their dtype.
     head = slope = 0.0
     if ways > 1 or (sizes.narrow and sizes.table_bytes > dtype):
         head = copies * table * dtype / tensor
@@ -353,7 +354,7 @@ def _temporaries(
     loss = factors["logits"] * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor
     loss += factors["states"] * tokens * dtype * a.width + factors["head"] * (head + slope)
     if ways * layout.mesh["data"] > 1:
-        working += factors["head later"] * head + factors["slope later"] * slope
+        working += factors["head later" if a.adapters else "slope later"] * head
     return {"activations": int(layers), "loss": int(loss), "backward": int(working)}
 
 

@@ -25,13 +25,9 @@ from tunelang.runtime.chat_templates import TemplateFailedError
 from tunelang.runtime.checkpoints import CheckpointError
 from tunelang.runtime.custom import CustomError
 from tunelang.runtime.durable import StoreError
-from tunelang.runtime.execute import (
-    HardwareMissingError,
-    NotAlikeError,
-    OtherTokenizerError,
-    StageFailed,
-)
+from tunelang.runtime.execute import HardwareMissingError, NotAlikeError, StageFailed
 from tunelang.runtime.export import ForeignFileError, NotApartError
+from tunelang.runtime.job import OtherTokenizerError
 from tunelang.runtime.judges import JudgeDownError
 from tunelang.runtime.loop import DivergedError
 from tunelang.runtime.open_tokenizer import BadTokenizerError, VocabularySizeError

@@ -1,0 +1,132 @@
+"""A run of a plan: what its stages share, and who is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from tunelang.compiler.architecture import plain
+from tunelang.compiler.graph import Input
+from tunelang.compiler.plan import StagePlan
+from tunelang.dsl.vocabulary.base import Reference
+from tunelang.dsl.vocabulary.data import Sampled
+from tunelang.runtime.answers import learned
+from tunelang.runtime.bad_rows import BadRows
+from tunelang.runtime.evaluate import Evaluation, evaluate, named, sampled_everywhere
+from tunelang.runtime.judges import Ask
+from tunelang.runtime.locks import Holder
+from tunelang.runtime.loop import Reporter
+from tunelang.runtime.origins import Origins, loaded
+from tunelang.runtime.permutation import derive
+from tunelang.runtime.prepare import Prepared
+from tunelang.runtime.sample import FILES
+from tunelang.runtime.scorers import Scorer
+from tunelang.runtime.sharding import Layout
+from tunelang.runtime.speaker import Speaker
+from tunelang.runtime.store import Store
+from tunelang.runtime.workshop import Model, Workshop
+
+Summary = dict[str, Any]
+"""What a finished stage says of itself; see `Job.run`."""
+
+
+class RunReporter(Reporter, Protocol):
+    """Who is told how a run goes on."""
+
+    def stage(self, planned: StagePlan, steps: int | None) -> None:
+        """A stage begins; later calls are about it."""
+
+    def turn(self, planned: StagePlan) -> None:
+        """Later calls are about this stage again, which began before."""
+
+    def finished(self, planned: StagePlan, summary: Summary, again: bool) -> None:
+        """A stage is done; `again` if it was done before."""
+
+    def selected(self, read: Input, node: str, value: float) -> None:
+        """A sweep was decided."""
+
+    def bad_rows(self, rows: BadRows) -> None:
+        """Rows were dropped."""
+
+    def waiting(self, planned: StagePlan, holder: Holder | None) -> None:
+        """Another process works on the stage."""
+
+
+@dataclass
+class Session:
+    """One run of a plan, and what its stages share."""
+
+    prepared: Prepared
+    store: Store
+    reporter: RunReporter
+    stopping: Callable[[], bool] = lambda: False
+    workshop: Workshop = field(init=False)
+    origins: Origins = field(init=False)
+    _told: int = 0
+    """Bad rows that the user knows of."""
+
+    def __post_init__(self) -> None:
+        self.workshop = Workshop(
+            self.prepared.program, self.store.root / "cache", tuple(jax.devices())
+        )
+        self.origins = Origins(
+            self.prepared.plan,
+            self.prepared.graph,
+            self.store,
+            self.workshop,
+            self.reporter.selected,
+        )
+        self.workshop.speaker = self._judge
+        self.workshop.sampled = self._sampled
+        self.workshop.learned = self._learned
+
+    def _judge(self, reference: Reference) -> Ask:
+        return Speaker.of(self.origins.anywhere(reference), self.workshop).judge
+
+    def _sampled(self, kind: Sampled) -> Path:
+        return self.origins.folder(kind.from_).path / FILES[kind.rows]
+
+    def _learned(self, reference: Reference) -> Scorer:
+        origin = self.origins.anywhere(reference)
+        model = self.workshop.model(origin.model)
+        model = replace(model, architecture=replace(plain(model.architecture), scores=True))
+        layout = sampled_everywhere(self.workshop, model)
+        return learned(self.workshop, model, loaded(origin, model, layout, 0), layout)
+
+    def seed(self, own: int | None) -> int:
+        """Return a stage's seed: its own, or one drawn from the run's."""
+        return derive(self.prepared.program.run.seed, "stage") if own is None else own
+
+    def measured(
+        self,
+        planned: StagePlan,
+        evals: Sequence[Reference],
+        model: Model,
+        params: Any,
+        layout: Layout,
+        known: Mapping[str, Mapping[str, float]],
+    ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """Run evals that are not known; returns what each found by its digest, and by its name."""
+        digests: dict[str, dict[str, float]] = {}
+        found: dict[str, float] = {}
+        for reference in evals:
+            digest = planned.fingerprint.components[f"eval {reference.name}"]
+            if digest not in known:
+                self.reporter.doing(f"evaluating {reference.name}")
+                evaluation = evaluate(self.workshop, reference.name, model, params, layout)
+                digests[digest] = dict(evaluation.metrics)
+            else:
+                digests[digest] = dict(known[digest])
+            found |= named(reference, Evaluation(digests[digest]))
+        return digests, found
+
+    def tell_bad_rows(self) -> None:
+        """Say what rows were dropped since the last time."""
+        bad = self.workshop.library.bad
+        if bad.total > self._told:
+            self.reporter.bad_rows(bad)
+            self._told = bad.total
