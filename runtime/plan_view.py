@@ -139,7 +139,8 @@ def _reasons(layout: Json, cost: Json) -> Iterator[str]:
 def _sweep(sweep: Json, fused: bool) -> str:
     """Say what training branches in one program takes against one after another."""
     if sweep["share"] is None:
-        return f"{sweep['branches']} branches one after another: one program of all does not fit"
+        why = sweep["why"] or "one program of all does not fit"
+        return f"{sweep['branches']} branches one after another: {why}"
     chosen = "in one program" if fused else "one after another"
     return (
         f"{sweep['branches']} branches {chosen}: one program of all takes {sweep['share']:.2f} ×"

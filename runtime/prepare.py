@@ -38,7 +38,6 @@ from tunelang.dsl.vocabulary.stages import (
     Merge,
     Policy,
     Sample,
-    Supervised,
     Training,
 )
 from tunelang.runtime import lengths, weights
@@ -228,10 +227,8 @@ def _sweeps(laid_out: Iterable[_LaidOut]) -> dict[str, Sweep]:
     """
     branches: dict[str, list[Branch]] = {}
     for each in laid_out:
-        if isinstance(each.value, Supervised):
-            alone = each.found.layouts[0]
-            branch = Branch(each.stage, each.value, each.devices, each.rest, alone)
-            branches.setdefault(each.stage.stage, []).append(branch)
+        branch = Branch(each.stage, each.value, each.devices, each.rest, each.found.layouts[0])
+        branches.setdefault(each.stage.stage, []).append(branch)
     known: Known = {}
     found: dict[str, Sweep] = {}
     for stage, those in branches.items():
@@ -268,7 +265,7 @@ def _told(laid_out: _LaidOut, sweep: Sweep | None) -> StagePlan:
         "others": [_brief(each) for each in layouts[1:TOLD]],
         "pinned": list(found.pinned),
         "unpinned": None if found.unpinned is None else _brief(found.unpinned),
-        "sweep": sweep and {"branches": len(sweep.nodes), "share": sweep.share},
+        "sweep": sweep and {"branches": len(sweep.nodes), "share": sweep.share, "why": sweep.why},
     }
     return replace(laid_out.stage, layout=shown, memory=dict(layout.memory), cost=cost)
 

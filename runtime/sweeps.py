@@ -7,7 +7,7 @@ over the mesh, once for all of them; so are the answers of a reference and of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from tunelang.compiler.hardware import Devices
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout
 from tunelang.compiler.plan import StagePlan
 from tunelang.compiler.search import depends, ranked
-from tunelang.dsl.vocabulary.stages import Distill, Supervised
+from tunelang.dsl.vocabulary.stages import Distill, Policy, Training
 from tunelang.runtime.optimizers import at_unit_rate
 
 WORTH = 0.95
@@ -27,7 +27,7 @@ class Branch:
     """A branch with the layout that it would have by itself."""
 
     planned: StagePlan
-    value: Supervised
+    value: Training
     devices: Devices
     given: tuple[Any, ...]
     """What `search.ranked` is given beside the stage."""
@@ -36,7 +36,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Branches that one program could train."""
+    """Branches that differ in the learning rate alone."""
 
     nodes: tuple[str, ...]
     alone: StageLayout
@@ -44,6 +44,8 @@ class Sweep:
     """Of all of them together, the best first; none where they do not fit."""
     fused: bool
     """Whether one program trains them."""
+    why: str = ""
+    """Why one program is out of the question."""
 
     @property
     def share(self) -> float | None:
@@ -71,11 +73,16 @@ def sweeps(branches: Iterable[Branch], known: Known) -> list[Sweep]:
         groups.setdefault((kind, state.step, state.reason == "forced"), []).append(branch)
     found: list[Sweep] = []
     for group in groups.values():
-        if len(kinds) > 1 and group[0].value.sweep == "fused":
+        asked = _asked(group[0])
+        if len(kinds) > 1 and asked == "fused":
             raise NoLayoutError("sweep", "its branches differ in more than the learning rate")
-        if len(group) > 1 and group[0].value.sweep != "in_turn":
-            found += _weighed(group, known)
+        if len(group) > 1 and asked != "in_turn":
+            found.append(_weighed(group, known))
     return found
+
+
+def _asked(branch: Branch) -> str:
+    return getattr(branch.value, "sweep", "auto")
 
 
 def _kind(branch: Branch) -> object:
@@ -85,19 +92,24 @@ def _kind(branch: Branch) -> object:
     return str(unit), branch.planned.inputs
 
 
-def _weighed(group: list[Branch], known: Known) -> Iterator[Sweep]:
+def _weighed(group: list[Branch], known: Known) -> Sweep:
     """Weigh one program for branches of a kind, at one step, against one after another."""
     first, count = group[0], len(group)
-    value, wanted = first.value, first.value.sweep == "fused"
+    value, wanted = first.value, _asked(first) == "fused"
     why = ""
-    if isinstance(value, Distill) and value.on_policy:
-        why = "each branch learns from answers of its own (`on_policy`)"
+    if isinstance(value, Policy):
+        why = "each has rollouts of its own"
+    elif isinstance(value, Distill) and value.on_policy:
+        why = "each learns from answers of its own (`on_policy`)"
     elif first.alone.offload:
         why = "the memory of the host is for the moments of one branch"
     if wanted and why:
         raise NoLayoutError("sweep", why)
-    if not wanted and (why or first.devices.chip.platform == "cpu"):
-        return
+    if first.devices.chip.platform == "cpu" and not wanted:
+        why = why or "on CPUs one program of all is seldom faster"
+    nodes = tuple(branch.planned.node for branch in group)
+    if why:
+        return Sweep(nodes, first.alone, (), fused=False, why=why)
     key = count, depends(value), first.devices, first.given
     if key not in known:
         try:
@@ -106,7 +118,6 @@ def _weighed(group: list[Branch], known: Known) -> Iterator[Sweep]:
             if wanted:
                 raise
             known[key] = ()
-    nodes = tuple(branch.planned.node for branch in group)
     sweep = Sweep(nodes, first.alone, known[key], wanted)
     share = sweep.share
-    yield replace(sweep, fused=wanted or (share is not None and share <= WORTH))
+    return replace(sweep, fused=wanted or (share is not None and share <= WORTH))
