@@ -117,3 +117,18 @@ def test_no_device_talks_to_another_inside_the_scan(given):
     assert bodies
     for body in bodies:
         assert not re.search("all-gather|all-reduce|reduce-scatter|all-to-all", body)
+
+
+def test_the_gradient_of_a_head_is_scattered_before_the_layers_go_back(given):
+    """It is ready when that of the hidden states is; one of a frozen head is not made."""
+    hidden, head, targets, weights = given
+    layout = make_layout(fsdp=8)
+
+    def loss(hidden, head):
+        return cross_entropy(hidden, head, targets, weights, chunk=2, layout=layout)[0]
+
+    trained, frozen = (
+        str(jax.make_jaxpr(jax.grad(loss, which))(hidden, head)) for which in ((0, 1), 0)
+    )
+    assert trained.count("optimization_barrier") == 1
+    assert "optimization_barrier" not in frozen
