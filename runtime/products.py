@@ -23,7 +23,12 @@ def product(
     `contracted` and `batched` are the numbers of inner and of batch axes; `dtype` is the result's,
     otherwise that of `x` and `y`, which are of one. Differentiable once.
     """
-    return _product(x, y, contracted, batched, dtype)
+    columns = y.shape[batched + contracted :]
+    if batched or len(columns) < 2:
+        return _product(x, y, contracted, batched, dtype)
+    # As one axis, in which TPUs do not pad the heads that a layer keeps.
+    found = _product(x, y.reshape(*y.shape[:contracted], -1), contracted, batched, dtype)
+    return found.reshape(*found.shape[:-1], *columns)
 
 
 def _dot(x: jax.Array, y: jax.Array, contracted: int, batched: int, dtype: Any) -> jax.Array:
