@@ -142,6 +142,25 @@ CHOSEN = tuple(
         ("llama-3.1-70b", "lora", "h200", (64,), "1 64 1", 1, 4096, 1, "full"),
         ("llama-3.1-8b", "qlora", "h200", (8,), "1 8 1", 2, 4096, 1, "full"),
         ("gemma-3-1b", "lora", "h200", (8,), "1 8 1", 2, 4096, 1, "full"),
+        ("llama-3.2-1b", "qlora", "v5e", (4, 4), "2 8 1", 2, 4096, 1, "full"),
+        ("gemma-2b", "qlora", "v6e", (4, 4), "1 16 1", 2, 4096, 1, "full"),
+        ("llama-3.1-8b", "qlora", "v5p", (2, 2, 2), "1 8 1", 2, 8192, 1, "full"),
+        ("qwen3-0.6b", "qlora", "v6e", (4, 4), "2 8 1", 4, 8192, 1, "full"),
+        ("gemma-3-1b", "qlora", "v5p", (2, 2, 2), "1 8 1", 4, 4096, 1, "full"),
+        ("llama-3.1-8b", "qlora", "v5e", (4, 4), "1 8 2", 2, 4096, 1, "dots"),
+        ("gemma-2b", "qlora", "tpu7x", (2, 2, 1), "1 4 2", 2, 8192, 1, "full"),
+        ("llama-3.1-8b", "lora", "tpu7x", (2, 2, 1), "1 8 1", 1, 4096, 1, "full"),
+        ("llama-3.1-8b", "lora", "tpu7x", (2, 2, 1), "2 2 2", 2, 2048, 1, "full"),
+        ("llama-3.1-8b", "qlora", "h200", (8,), "1 2 4", 4, 2048, 1, "full"),
+        ("llama-3.2-1b", "qlora", "h200", (8,), "1 8 1", 4, 4096, 1, "full"),
+        ("qwen3-0.6b", "qlora", "h200", (8,), "1 4 2", 4, 4096, 1, "dots"),
+        ("llama-3.1-70b", "qlora", "h200", (64,), "1 64 1", 2, 2048, 1, "full"),
+        ("llama-3.1-8b", "full", "h200", (8,), "1 4 2", 1, 131_072, 1, "full"),
+        ("llama-3.2-1b", "full", "h200", (8,), "1 8 1", 1, 65_536, 1, "full"),
+        ("llama-3.1-8b", "lora", "h200", (8,), "1 8 1", 1, 65_536, 1, "full"),
+        ("llama-3.1-8b", "qlora", "h200", (8,), "1 8 1", 1, 65_536, 1, "dots"),
+        ("llama-3.2-1b", "full", "h200", (1,), "1 1 1", 1, 32_768, 1, "dots"),
+        ("llama-3.1-8b", "full", "v5p", (2, 2, 2), "1 8 1", 1, 65_536, 1, "full"),
     )
 )
 
@@ -311,7 +330,7 @@ def fit(paths: list[Path]) -> None:
             ]
             return [math.log(each.ratio) for each in chosen] + near
 
-        found = least_squares(errors, start, loss="soft_l1", f_scale=0.03, diff_step=1e-3)
+        found = least_squares(errors, start, diff_step=1e-3)
         errors(found.x)
         factors = {name: round(factor, 2) for name, factor in costs.FACTORS[platform].items()}
         print(f"{platform}: {len(chosen)} points\n{factors}\n")

@@ -48,29 +48,43 @@ _FLAT = 0.25
 _IN_TRANSIT = 2
 """Arrays whose moments are in a device at once, where they are offloaded."""
 _LAID_OUT_ANEW = frozenset({"tpu7x"})
-"""Chips for which XLA copies frozen weights in bfloat16 ahead of the layers: it tiles them anew."""
+"""Chips for which XLA copies frozen arrays in bfloat16 ahead of the layers: it tiles them anew."""
 _CACHE_MISSES = 1.15
 """Factor of the time of an update whose activations do not stay in a CPU's cache (measured)."""
 
 
 FACTORS = {
-    "gpu": {"full": 1.02, "dots": 1.0, "none": 0.94, "width": 11.8, "hidden": 1.3, "scores": 3.57,
-            "kept scores": 3.21, "mask": 0.47, "logits": 3.3, "states": 2.03, "head": 0.91,
-            "head later": 0.54, "slope later": 0.78, "blocks": 1.79, "frozen": 2.84,
-            "adapted": 0.28},
-    "tpu": {"full": 0.99, "dots": 1.01, "none": 1.04, "width": 10.85, "hidden": 1.37, "scores": 4.5,
-            "kept scores": 3.3, "mask": 0.5, "logits": 1.26, "states": 1.7, "head": 1.22,
-            "head later": 0.23, "slope later": 0.82, "blocks": 1.16, "frozen": 1.71,
-            "adapted": 0.43},
-    "cpu": {"full": 1.0, "dots": 1.0, "none": 1.0, "width": 8.0, "hidden": 3.0, "scores": 4.5,
-            "kept scores": 3.3, "mask": 0.5, "logits": 3.0, "states": 2.0, "head": 1.0,
-            "head later": 1.0, "slope later": 1.0, "blocks": 2.0, "frozen": 2.0, "adapted": 0.5},
+    "gpu": {
+        "full": 1.02, "dots": 1.0, "none": 0.94, "kept scores": 3.23,
+        "width": 8.18, "hidden": 0.93, "block": 1.08, "later": 1.14,
+        "lora width": 14.19, "lora hidden": 0.51, "lora block": 3.0, "lora later": 0.66,
+        "qlora width": 6.19, "qlora hidden": 1.34, "qlora block": 2.06, "qlora later": 0.65,
+        "heads": 2.03, "scores": 3.89, "mask": 1.88,
+        "logits": 3.33, "states": 2.12, "head": 0.81,
+    },
+    "tpu": {
+        "full": 1.01, "dots": 1.0, "none": 1.03, "kept scores": 3.3,
+        "width": 6.48, "hidden": 1.31, "block": 0.6, "later": 1.17,
+        "lora width": 5.07, "lora hidden": 1.98, "lora block": 1.88, "lora later": 0.29,
+        "qlora width": 10.0, "qlora hidden": 1.04, "qlora block": 0.27, "qlora later": 0.71,
+        "heads": 3.42, "scores": 4.5, "mask": 0.5,
+        "logits": 1.17, "states": 1.37, "head": 1.24,
+    },
+    "cpu": {
+        "full": 1.0, "dots": 1.0, "none": 1.0, "kept scores": 3.3,
+        "width": 8.0, "hidden": 3.0, "block": 2.0, "later": 1.0,
+        "lora width": 8.0, "lora hidden": 3.5, "lora block": 2.0, "lora later": 1.0,
+        "qlora width": 8.0, "qlora hidden": 3.0, "qlora block": 2.0, "qlora later": 1.0,
+        "heads": 3.0, "scores": 4.5, "mask": 0.5,
+        "logits": 3.0, "states": 2.0, "head": 1.0,
+    },
 }  # fmt: skip
 """How often parts are there at the peak, by compiler: what layers keep for the backward pass with
-each kind of `remat`, what a layer works with there (and beside an adapter, whose product is added),
-logits, what the head is made of, a layer's matrices as they come over the mesh. Those of
-GPUs and TPUs are fitted to what the compilers say (`benchmarks/plan_accuracy.py --fit`); those of
-CPUs only rank."""
+each kind of `remat`; what a layer works with there, its matrices as they come over the mesh or out
+of storage, and what is left of the head by then, each for weights that are trained, for frozen ones
+(`lora`) and for quantised ones (`qlora`); logits, and what the head is made of. Those of GPUs and
+TPUs are fitted to what the compilers say (`benchmarks/plan_accuracy.py --fit`); those of CPUs only
+rank."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +179,9 @@ def estimated(
         "gradients": 4 * trained // split,
         **_temporaries(a, sizes, layout, chip, micro, local, scored),
     }
-    if a.adapters and a.storage == "bf16" and chip.name in _LAID_OUT_ANEW:
-        memory["copies of frozen weights"] = sizes.held // split
+    if a.adapters and sizes.table_bytes == 2 and chip.name in _LAID_OUT_ANEW:
+        copied = sizes.held if a.storage == "bf16" else 2 * _tables(a)
+        memory["copies of frozen weights"] = copied // split
     gradients = 1
     if layout.micro_batches > 1:
         gradients = 2
@@ -304,6 +319,8 @@ def _temporaries(
     tokens, local = layout.branches * tokens, layout.branches * local
     copies = 1 if a.adapters else layout.branches
     dtype, tensor = 2 if sizes.narrow else 4, layout.mesh["tensor"]
+    quantised = a.storage in ("nf4", "int8")
+    form = "qlora " if quantised else "lora " if a.adapters else ""
     factors = FACTORS[chip.platform]
     table = a.vocabulary * a.width
     block = (sizes.parameters - table * (1 if a.tied else 2)) / a.layers
@@ -314,27 +331,24 @@ def _temporaries(
         mlp = a.experts.active * (a.experts.width / tensor + a.width)
     keys *= layout.mesh["context"]  # gathered
     heads, hidden = queries + 2 * keys, mlp * (2 if a.gated else 1)
+    norms = 6 if a.norm_placement == "both" else 4  # what goes into each, and comes out
     kept: float = {
         "full": a.width,
         # A norm behind a product needs it in the backward pass.
         "dots": heads + (2 if a.norm_placement == "pre" else 3) * a.width + hidden,
-        "none": (6 if a.norm_placement == "both" else 4) * a.width
-        + 2 * heads
-        + queries
-        + hidden
-        + mlp,
+        "none": norms * a.width + 2 * heads + queries + hidden + mlp,
     }[layout.remat]
-    if layout.remat == "dots" and a.storage in ("nf4", "int8"):
+    if layout.remat == "dots" and quantised:
         kept = a.width  # products with what is quantised are computed again
     scores = 0.0
     if layout.kernel == "xla":  # the only one that holds all logits of attention
         scores = a.heads / tensor * layout.length
     if layout.remat == "none":
         kept += factors["kept scores"] * scores
-    frozen = a.adapters and a.storage not in ("nf4", "int8")
     at_work = (
-        factors["width"] * a.width
-        + (factors["hidden"] + (factors["adapted"] if frozen else 0)) * (heads + hidden)
+        factors[form + "width"] * a.width
+        + factors["heads"] * heads
+        + factors[form + "hidden"] * hidden
         + factors["scores"] * scores
         + (factors["mask"] * layout.length if layout.kernel == "cudnn" else 0)
     )
@@ -342,8 +356,8 @@ def _temporaries(
     layers = tokens * dtype * factors[layout.remat] * a.layers * kept
     # A block as it comes over the mesh, or out of storage.
     working = tokens * dtype * at_work
-    if ways > 1 or a.storage in ("nf4", "int8"):
-        working += factors["frozen" if frozen else "blocks"] * dtype * copies * block / tensor
+    if ways > 1 or quantised:
+        working += factors[form + "block"] * dtype * copies * block / tensor
     # The head as the activations have it, and its whole gradient: over devices it is summed last,
     # and while that lasts it is there in their dtype.
     head = slope = 0.0
@@ -354,7 +368,7 @@ def _temporaries(
     loss = factors["logits"] * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor
     loss += factors["states"] * tokens * dtype * a.width + factors["head"] * (head + slope)
     if ways * layout.mesh["data"] > 1:
-        working += factors["head later" if a.adapters else "slope later"] * head
+        working += factors[form + "later"] * head
     return {"activations": int(layers), "loss": int(loss), "backward": int(working)}
 
 
@@ -378,12 +392,16 @@ def _tokens(stage: Training, layout: StageLayout, local: int) -> tuple[int, int]
 
 def _held(a: Architecture, dtype_bytes: int) -> int:
     """Bytes of all parameters."""
-    tables = a.vocabulary * a.width * (1 if a.tied else 2)
     per_table = _table_bytes(a, dtype_bytes)
-    tables += expert_count(a)
+    tables = _tables(a) + expert_count(a)
     blocks = parameter_count(a) - tables
     adapters = sum(adapter_parameters(a, each) for each in a.adapters)
     return int(STORED_BYTES[a.storage] * blocks + per_table * tables + 4 * adapters)
+
+
+def _tables(a: Architecture) -> int:
+    """Count the numbers of the embedding, and of a head of its own."""
+    return a.vocabulary * a.width * (1 if a.tied else 2)
 
 
 def _largest(a: Architecture) -> int:
