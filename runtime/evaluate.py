@@ -120,11 +120,9 @@ def sampled_everywhere(workshop: Workshop, model: Model) -> Layout:
     return sampled_on(model.architecture, model.dtype, everywhere)
 
 
-def slots_on(layout: Layout, count: int, most: int = MOST_SLOTS) -> int:
-    """Return how many of `count` completions to sample at once, where each group of devices of a
-    layout of sampling has `most` at most.
-    """
-    return min(most * layout.batch_shards, 1 << (count - 1).bit_length())
+def slots_of(count: int, most: int = MOST_SLOTS) -> int:
+    """Return how many of `count` completions to sample at once, over all devices."""
+    return min(most, 1 << (count - 1).bit_length())
 
 
 def engine_of(
@@ -293,10 +291,10 @@ def _completions(
     """Sample, or search for, `samples` completions of each prompt."""
     stops, pad = model.renderer.stops, model.renderer.tokenizer.pad
     a, dtype = model.architecture, model.dtype
-    layout = sampled_on(a, dtype, layout)
     if kind.beams is not None:
         beams = kind.beams
-        size = slots_on(layout, len(prompts), max(1, MOST_SLOTS // beams))
+        layout = sampled_on(a, dtype, layout)
+        size = slots_of(len(prompts), max(1, MOST_SLOTS // beams))
         search = workshop.once(
             ("search", a, str(dtype), size, beams, capacity, layout),
             lambda: make_search(
@@ -313,7 +311,7 @@ def _completions(
         top_p=kind.top_p,
         top_k=kind.top_k,
     )
-    slots = slots_on(layout, len(prompts) * kind.samples)
+    slots = slots_of(len(prompts) * kind.samples)
     engine = engine_of(workshop, model, slots, capacity, layout)
     return rollout(
         engine, params, prompts, settings, group=kind.samples, stop_ids=stops, seed=_SEED, step=0,

@@ -17,14 +17,7 @@ import numpy as np
 from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.stages import Sample
 from tunelang.runtime.durable import RowWriter, keep_rows, read_rows, written_whole
-from tunelang.runtime.evaluate import (
-    capacity_of,
-    engine_of,
-    rows_of,
-    sampled_on,
-    slots_on,
-    texts_of,
-)
+from tunelang.runtime.evaluate import capacity_of, engine_of, rows_of, slots_of, texts_of
 from tunelang.runtime.examples import Example
 from tunelang.runtime.loop import Interrupted
 from tunelang.runtime.rewards import Reward
@@ -62,8 +55,7 @@ def sample(
     examples = list(islice(stream.once(), stage.limit))
     prompts = [Prompt(renderer.prompt(e), at) for at, e in enumerate(examples)]
     each = max(1, CHUNK // stage.samples)
-    layout = sampled_on(model.architecture, model.dtype, layout)
-    slots = slots_on(layout, min(each, len(prompts)) * stage.samples)
+    slots = slots_of(min(each, len(prompts)) * stage.samples)
     longest = max(len(prompt.tokens) for prompt in prompts)
     engine = engine_of(
         workshop, model, slots, capacity_of(model, longest, sampling.max_tokens), layout

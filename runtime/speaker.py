@@ -16,7 +16,7 @@ from tunelang.runtime.evaluate import (
     capacity_of,
     rows_of,
     sampled_everywhere,
-    slots_on,
+    slots_of,
     texts_of,
 )
 from tunelang.runtime.examples import Example, Message
@@ -56,6 +56,11 @@ class Speaker:
         model = workshop.model(origin.model)
         layout = sampled_everywhere(workshop, model)
         return cls(model, loaded(origin, model, layout, 0), layout)
+
+    @property
+    def most(self) -> int:
+        """How many completions it makes at once."""
+        return VERDICTS * self.layout.batch_shards
 
     def complete(
         self, prompts: Sequence[str], sampling: Sampling, samples: int, seed: int, raw: bool
@@ -111,7 +116,7 @@ class Speaker:
         longest = max(len(prompt.tokens) for prompt in asked)
         program = make_search(
             model.architecture,
-            prompts=slots_on(self.layout, len(asked), max(1, VERDICTS // beams)),
+            prompts=slots_of(len(asked), max(1, self.most // beams)),
             beams=beams,
             capacity=capacity_of(model, longest, max_tokens),
             dtype=model.dtype,
@@ -161,7 +166,7 @@ class Speaker:
         count = len(tokens) * samples
         longest = max(_SHORTEST, *(len(prompt.tokens) for prompt in asked))
         sizes = (
-            slots_on(self.layout, count, VERDICTS),
+            slots_of(count, self.most),
             capacity_of(model, 1 << (longest - 1).bit_length(), most),
         )
         if sizes not in self.engines:

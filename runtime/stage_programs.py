@@ -41,7 +41,7 @@ from tunelang.runtime.answers import TOKENS
 from tunelang.runtime.comparing import segment_program
 from tunelang.runtime.critic import learner_of
 from tunelang.runtime.decode_loop import Request, abstract_slots, make_engine
-from tunelang.runtime.evaluate import sampled_on, slots_on
+from tunelang.runtime.evaluate import sampled_on, slots_of
 from tunelang.runtime.layers import DTYPES
 from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate, moved_to
 from tunelang.runtime.policy import decode_layout
@@ -320,7 +320,8 @@ def _judging(
         said = min(VERDICT, a.context - 1)
         asked = _Asked(count, min(length, a.context - said), said)
         sampling = Sampling.fixed(max_tokens=said, temperature=0.0)
-        yield from _sampled(a, dtype, params, there, asked, sampling, beside, f"{name} ", VERDICTS)
+        most = VERDICTS * there.batch_shards
+        yield from _sampled(a, dtype, params, there, asked, sampling, beside, f"{name} ", most)
         return
     length = min(length, a.context)
     rows = max(1, TOKENS // length // there.batch_shards) * there.batch_shards
@@ -452,7 +453,7 @@ def _sampled(
 ) -> Iterator[Program]:  # fmt: skip
     """Give the programs of a rollout that is no part of a step, see `evaluate.sampled_on`."""
     params, layout, twice = _brought(a, dtype, params, layout)
-    slots = slots_on(layout, asked.completions, most)
+    slots = slots_of(asked.completions, most)
     capacity = asked.prompt + asked.completion
     sizes = _Sizes(slots, capacity, asked.prompt, asked.completion, asked.completions)
     yield from _sampler(a, dtype, params, layout, sizes, sampling, beside + twice, name)
@@ -464,7 +465,7 @@ def _searched(
 ) -> Program:  # fmt: skip
     """Return the program of a beam search."""
     params, layout, twice = _brought(a, dtype, params, layout)
-    prompts = slots_on(layout, asked.completions, max(1, MOST_SLOTS // beams))
+    prompts = slots_of(asked.completions, max(1, MOST_SLOTS // beams))
     capacity = asked.prompt + asked.completion
     search: Any = beam.make_search(
         a, prompts=prompts, beams=beams, capacity=capacity, dtype=dtype, layout=layout
