@@ -58,8 +58,8 @@ class Speaker:
         return cls(model, loaded(origin, model, layout, 0), layout)
 
     @property
-    def most(self) -> int:
-        """How many completions it makes at once."""
+    def slots(self) -> int:
+        """How many completions it makes at once: 64 in each group of devices."""
         return VERDICTS * self.layout.batch_shards
 
     def complete(
@@ -116,7 +116,7 @@ class Speaker:
         longest = max(len(prompt.tokens) for prompt in asked)
         program = make_search(
             model.architecture,
-            prompts=slots_of(len(asked), max(1, self.most // beams)),
+            prompts=slots_of(len(asked), max(1, self.slots // beams)),
             beams=beams,
             capacity=capacity_of(model, longest, max_tokens),
             dtype=model.dtype,
@@ -166,7 +166,7 @@ class Speaker:
         count = len(tokens) * samples
         longest = max(_SHORTEST, *(len(prompt.tokens) for prompt in asked))
         sizes = (
-            slots_of(count, self.most),
+            slots_of(count, self.slots),
             capacity_of(model, 1 << (longest - 1).bit_length(), most),
         )
         if sizes not in self.engines:

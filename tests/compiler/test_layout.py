@@ -231,6 +231,32 @@ def test_judges_take_memory_and_time(folder: Path, speaks: bool) -> None:
     assert more.memory["judges"] == 2 * judged.memory["judges"]
 
 
+@pytest.mark.parametrize("speaks", [True, False])
+def test_a_judge_lies_over_all_devices(folder: Path, speaks: bool) -> None:
+    large = Judge(PRESETS["llama-3.1-8b"], 2, speaks)
+    few, many = (
+        lay_out(policy(folder), LLAMA, 2, Devices(CHIPS["v5p"], count, False), judges=(large,))
+        for count in (4, 8)
+    )
+    # In two parts, since whole it would take more than a quarter of a device.
+    assert few.memory["judges"] == many.memory["judges"]
+    assert few.memory["judges"] == pytest.approx(2 * parameter_count(large.architecture), rel=0.01)
+    assert many.times["judging"] == pytest.approx(few.times["judging"] / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(("storage", "numbers"), [("bf16", parameter_count), ("nf4", None)])
+def test_xla_copies_what_is_frozen_in_two_bytes_on_7x(
+    folder: Path, storage: Any, numbers: Any
+) -> None:
+    adapter = adapted(LLAMA, (Lora.fixed(rank=4),), storage)
+    table = LLAMA.vocabulary * LLAMA.width * (1 if LLAMA.tied else 2)
+    for chip, copied in (("tpu7x", True), ("v5p", False)):
+        layout = lay_out(stage(folder), adapter, 2, Devices(CHIPS[chip], 1, False))
+        found = layout.memory.get("copies of frozen weights", 0)
+        count = numbers(LLAMA) if numbers else table
+        assert found == pytest.approx(2 * count if copied else 0, rel=0.02)
+
+
 def test_a_critic_of_its_own_takes_as_much_again(folder: Path) -> None:
     devices = Devices(CHIPS["v5p"], 8, False)
     apart, shared = (

@@ -42,3 +42,22 @@ def test_a_result_of_another_dtype_keeps_the_operands_gradients_dtype():
     assert found.dtype == jnp.float32
     gradients = jax.grad(lambda x, y: product(x, y, dtype=jnp.float32).sum(), (0, 1))(x, y)
     assert [each.dtype for each in gradients] == [jnp.bfloat16, jnp.bfloat16]
+
+
+def test_heads_come_out_of_one_axis():
+    """So that what a layer keeps of them is not padded where the last axis is short."""
+    x, y = jnp.ones((3, 5, 4)), jnp.ones((4, 6, 2))
+    made = jax.make_jaxpr(lambda x, y: jax.vjp(product, x, y))(x, y)
+    dots = [line for line in str(made).splitlines() if "dot_general[" in line]
+    assert dots
+    assert all("f32[3,5,12]" in line for line in dots)
+
+
+@pytest.mark.parametrize(("case", "waits"), [("batched, narrow", True), ("narrow", False)])
+def test_weights_of_attention_are_let_go_before_their_gradient_is_there(case, waits):
+    x_shape, y_shape, _, contracted, batched = CASES[case]
+    x, y = jnp.ones(x_shape), jnp.ones(y_shape)
+    made = jax.make_jaxpr(
+        jax.grad(lambda x, y: product(x, y, contracted, batched).sum(), (0, 1))
+    )(x, y)  # fmt: skip
+    assert ("optimization_barrier" in str(made)) is waits

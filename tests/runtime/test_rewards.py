@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -435,3 +436,23 @@ def test_scoring_runs_beside_the_caller(folder):
         reward.submit([row("hang")])
         start = time.monotonic()
     assert time.monotonic() - start < 10  # leaving does not wait for what hangs
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_a_model_on_the_devices_scores_is_scored_in_the_callers_thread(here: bool) -> None:
+    """Two threads that launch programs over several devices may end up waiting for each other."""
+    threads = []
+
+    def judge(rows: Sequence[Row]) -> list[float]:
+        threads.append(threading.current_thread())
+        return [1.0] * len(rows)
+
+    around = Surroundings(
+        scorers={"taste": lambda: judge},
+        on_devices=frozenset({"taste" if here else "other"}),
+        workers=1,
+    )
+    with Reward(RewardRef(name="taste"), around) as reward:
+        scores = reward.submit([row("a"), row("b")]).result()
+    assert scores.values.tolist() == [1.0, 1.0]
+    assert (threads == [threading.current_thread()]) is here
