@@ -55,20 +55,20 @@ _CACHE_MISSES = 1.15
 
 FACTORS = {
     "gpu": {
-        "full": 1.02, "dots": 1.0, "none": 0.94, "kept scores": 3.23,
-        "width": 8.18, "hidden": 0.93, "block": 1.08, "later": 1.14,
-        "lora width": 14.19, "lora hidden": 0.51, "lora block": 3.0, "lora later": 0.66,
-        "qlora width": 6.19, "qlora hidden": 1.34, "qlora block": 2.06, "qlora later": 0.65,
-        "heads": 2.03, "scores": 3.89, "mask": 1.88,
-        "logits": 3.33, "states": 2.12, "head": 0.81,
+        "full": 1.03, "dots": 1.01, "none": 0.94, "kept scores": 3.23,
+        "width": 7.85, "hidden": 0.78, "block": 0.94, "later": 1.3,
+        "lora width": 16.47, "lora hidden": 0.4, "lora block": 2.12, "lora later": 0.68,
+        "qlora width": 7.76, "qlora hidden": 1.32, "qlora block": 1.76, "qlora later": 0.56,
+        "heads": 1.58, "scores": 3.9, "mask": 1.91,
+        "logits": 3.33, "states": 2.18, "head": 0.77,
     },
     "tpu": {
-        "full": 1.01, "dots": 1.0, "none": 1.03, "kept scores": 3.3,
-        "width": 6.48, "hidden": 1.31, "block": 0.6, "later": 1.17,
-        "lora width": 5.07, "lora hidden": 1.98, "lora block": 1.88, "lora later": 0.29,
-        "qlora width": 10.0, "qlora hidden": 1.04, "qlora block": 0.27, "qlora later": 0.71,
-        "heads": 3.42, "scores": 4.5, "mask": 0.5,
-        "logits": 1.17, "states": 1.37, "head": 1.24,
+        "full": 1.04, "dots": 1.0, "none": 1.04, "kept scores": 3.3,
+        "width": 6.22, "hidden": 1.5, "block": 0.73, "later": 0.92,
+        "lora width": 3.02, "lora hidden": 2.19, "lora block": 1.98, "lora later": 0.24,
+        "qlora width": 9.39, "qlora hidden": 0.99, "qlora block": 0.3, "qlora later": 0.9,
+        "heads": 3.37, "scores": 4.5, "mask": 0.5,
+        "logits": 0.82, "states": 1.12, "head": 1.23,
     },
     "cpu": {
         "full": 1.0, "dots": 1.0, "none": 1.0, "kept scores": 3.3,

@@ -525,13 +525,19 @@ def accumulate(
     Every array of the batch is `[rows, ...]`. Micro-batches of which `counts` is false have neither
     loss nor gradient; behind the last of the others they are skipped.
     """
-    value_and_gradient = jax.value_and_grad(loss, has_aux=True)
-    if program.micro_batches == 1:
-        (value, extra), gradient = value_and_gradient(params, batch)
+
+    def differentiated(part: Any) -> tuple[jax.Array, Any, Any]:
+        value, pull, extra = jax.vjp(lambda params: loss(params, part), params, has_aux=True)
+        # Nothing of the way back is begun on the way there, such as copies of frozen weights.
+        value, pull = jax.lax.optimization_barrier((value, pull))
+        (gradient,) = pull(jnp.ones_like(value))
         return value, extra, gradient
 
+    if program.micro_batches == 1:
+        return differentiated(batch)
+
     def added(carry: tuple[jax.Array, Any, Any], part: Any) -> tuple[jax.Array, Any, Any]:
-        (value, extra), gradient = value_and_gradient(params, part)
+        value, extra, gradient = differentiated(part)
         total, extras, gradients = carry
         return total + value, add(extras, extra), jax.tree.map(jnp.add, gradients, gradient)
 
