@@ -16,6 +16,7 @@ from tunelang.runtime.train import (
     Batch,
     Program,
     abstract_state,
+    accumulate,
     init_state,
     shift,
     state_of,
@@ -133,6 +134,22 @@ def test_dropout_does_not_depend_on_micro_batches():
     same(train(Program(layout=make_layout(fsdp=2), micro_batches=4), architecture), expected)
     other = train(Program(layout=ONE, seed=1), architecture)
     assert abs(other[1].loss[0] - expected[1].loss[0]) > 1e-3
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_what_is_kept_waits_for_the_loss(micro_batches):
+    """Else XLA may begin the backward pass, with copies of its own, ahead of the forward pass."""
+    program = Program(layout=ONE, micro_batches=micro_batches)
+    weights, rows = jnp.ones(3), jnp.ones((2, 3))
+    made = jax.make_jaxpr(
+        lambda weights, rows: accumulate(
+            lambda weights, part: (jnp.sum(jnp.sin(part * weights)), None), weights, rows, program
+        )
+    )(weights, rows)
+    waits = [line for line in str(made).splitlines() if "optimization_barrier" in line]
+    assert len(waits) == 1
+    # The loss, and what its gradient is made from.
+    assert len(waits[0].split(" = ")[0].split()) > 1
 
 
 def test_two_steps_in_a_call_equal_two_calls(whole):
