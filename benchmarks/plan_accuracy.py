@@ -84,10 +84,10 @@ LARGER = {
     ),
     **PRESETS,
 }  # fmt: skip
-DRAWN = 264
-"""Points that are drawn."""
-FITTED = 132
-"""Of these, the first, that the plan's factors may be fitted to; later ones are held out."""
+FITTED = range(132)
+"""Of the points that are drawn those that the plan's factors may be fitted to."""
+HELD_OUT = range(330, 462)
+"""Those that nothing is fitted to. What lies between was looked at when the estimate was made."""
 BY_HAND = 1000
 """The number of the first point that was chosen by hand, which are fitted to as well: of what the
 rule draws too little of."""
@@ -163,14 +163,27 @@ CHOSEN = tuple(
         ("llama-3.1-8b", "full", "v5p", (2, 2, 2), "1 8 1", 1, 65_536, 1, "full"),
         ("llama-3.1-70b", "lora", "tpu7x", (2, 2, 1), "1 8 1", 1, 2048, 1, "full"),
         ("llama-3.1-8b", "lora", "tpu7x", (2, 2, 1), "1 8 1", 1, 2048, 1, "full"),
+        ("qwen3-0.6b", "qlora", "h200", (1,), "1 1 1", 8, 2048, 1, "dots"),
+        ("gemma-3-1b", "qlora", "h200", (1,), "1 1 1", 8, 2048, 1, "full"),
+        ("llama-3.2-1b", "lora", "h200", (1,), "1 1 1", 8, 2048, 1, "dots"),
+        ("llama-3.1-8b", "qlora", "h200", (8,), "1 8 1", 8, 2048, 1, "full"),
+        ("llama-3.1-8b", "qlora", "tpu7x", (2, 2, 1), "1 8 1", 1, 2048, 1, "full"),
+        ("gemma-3-1b", "qlora", "v5e", (4, 4), "1 16 1", 8, 2048, 1, "dots"),
+        ("llama-3.1-8b", "qlora", "h200", (8,), "1 2 4", 8, 8192, 1, "full"),
+        ("gemma-2b", "qlora", "h200", (8,), "1 2 4", 4, 8192, 1, "full"),
+        ("gemma-2b", "lora", "v5e", (4, 4), "2 8 1", 8, 4096, 1, "full"),
+        ("gemma-3-1b", "lora", "v5e", (8, 8), "4 16 1", 4, 4096, 1, "full"),
+        ("llama-3.1-70b", "lora", "v5p", (4, 4, 4), "1 64 1", 1, 4096, 1, "full"),
+        ("gemma-2b", "qlora", "tpu7x", (2, 2, 1), "2 4 1", 8, 8192, 1, "full"),
     )
 )
 
 
 def numbered() -> dict[int, Point]:
     """Return all points by their numbers."""
+    drawn = dict(enumerate(points(HELD_OUT.stop)))
     chosen = {BY_HAND + at: point for at, point in enumerate(CHOSEN)}
-    return {**dict(enumerate(points(DRAWN))), **chosen}
+    return {**{at: drawn[at] for half in (FITTED, HELD_OUT) for at in half}, **chosen}
 
 
 def architecture(point: Point) -> Architecture:
@@ -267,8 +280,8 @@ class Said:
 
     @property
     def held_out(self) -> bool:
-        """Whether nothing was fitted to it: what is drawn behind the first half."""
-        return FITTED <= self.at < BY_HAND
+        """Whether nothing was fitted to it."""
+        return self.at in HELD_OUT
 
     @property
     def ratio(self) -> float:
@@ -310,7 +323,7 @@ def read(path: Path) -> list[Said]:
 
 
 def fit(paths: list[Path]) -> None:
-    """Print the factors of the plan's memory that suit the first half of the points best."""
+    """Print the factors of the plan's memory that suit the points best that are not held out."""
     from scipy.optimize import least_squares
 
     every = [each for path in paths for each in read(path) if each.peak and not each.held_out]

@@ -55,20 +55,20 @@ _CACHE_MISSES = 1.15
 
 FACTORS = {
     "gpu": {
-        "full": 1.03, "dots": 1.01, "none": 0.94, "kept scores": 3.23,
-        "width": 7.85, "hidden": 0.78, "block": 0.94, "later": 1.3,
-        "lora width": 16.47, "lora hidden": 0.4, "lora block": 2.12, "lora later": 0.68,
-        "qlora width": 7.76, "qlora hidden": 1.32, "qlora block": 1.76, "qlora later": 0.56,
-        "heads": 1.58, "scores": 3.9, "mask": 1.91,
-        "logits": 3.33, "states": 2.18, "head": 0.77,
+        "full": 1.04, "dots": 1.01, "none": 0.94, "kept scores": 3.21,
+        "width": 7.89, "hidden": 0.68, "block": 0.73, "later": 1.42,
+        "lora width": 16.91, "lora hidden": 0.29, "lora block": 2.04, "lora later": 0.71,
+        "qlora width": 5.23, "qlora hidden": 1.53, "qlora block": 1.76, "qlora later": 0.62,
+        "heads": 1.68, "scores": 3.91, "mask": 1.92,
+        "logits": 3.33, "frozen logits": 2.17, "states": 1.61, "head": 0.9,
     },
     "tpu": {
-        "full": 1.04, "dots": 1.0, "none": 1.04, "kept scores": 3.3,
-        "width": 6.22, "hidden": 1.5, "block": 0.73, "later": 0.92,
-        "lora width": 3.02, "lora hidden": 2.19, "lora block": 1.98, "lora later": 0.24,
-        "qlora width": 9.39, "qlora hidden": 0.99, "qlora block": 0.3, "qlora later": 0.9,
-        "heads": 3.37, "scores": 4.5, "mask": 0.5,
-        "logits": 0.82, "states": 1.12, "head": 1.23,
+        "full": 1.07, "dots": 1.0, "none": 1.04, "kept scores": 3.3,
+        "width": 8.21, "hidden": 0.76, "block": 0.38, "later": 1.67,
+        "lora width": 3.08, "lora hidden": 2.14, "lora block": 1.62, "lora later": 0.39,
+        "qlora width": 10.98, "qlora hidden": 1.23, "qlora block": 0.2, "qlora later": 0.24,
+        "v6e": 0.72, "heads": 3.34, "scores": 4.5, "mask": 0.5,
+        "logits": 1.37, "frozen logits": 1.46, "states": 0.85, "head": 0.98,
     },
     "cpu": {
         "full": 1.0, "dots": 1.0, "none": 1.0, "kept scores": 3.3,
@@ -76,15 +76,16 @@ FACTORS = {
         "lora width": 8.0, "lora hidden": 3.5, "lora block": 2.0, "lora later": 1.0,
         "qlora width": 8.0, "qlora hidden": 3.0, "qlora block": 2.0, "qlora later": 1.0,
         "heads": 3.0, "scores": 4.5, "mask": 0.5,
-        "logits": 3.0, "states": 2.0, "head": 1.0,
+        "logits": 3.0, "frozen logits": 3.0, "states": 2.0, "head": 1.0,
     },
 }  # fmt: skip
 """How often parts are there at the peak, by compiler: what layers keep for the backward pass with
 each kind of `remat`; what a layer works with there, its matrices as they come over the mesh or out
 of storage, and what is left of the head by then, each for weights that are trained, for frozen ones
-(`lora`) and for quantised ones (`qlora`); logits, and what the head is made of. Those of GPUs and
-TPUs are fitted to what the compilers say (`benchmarks/plan_accuracy.py --fit`); those of CPUs only
-rank."""
+(`lora`) and for quantised ones (`qlora`); how much of the hidden units there is on a chip of the
+name against others; logits, of a head that is trained and of a frozen one, and what the head is
+made of. Those of GPUs and TPUs are fitted to what the compilers say (`benchmarks/plan_accuracy.py
+--fit`); those of CPUs only rank."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,9 @@ def estimated(
         "gradients": 4 * trained // split,
         **_temporaries(a, sizes, layout, chip, micro, local, scored),
     }
-    if a.adapters and sizes.table_bytes == 2 and chip.name in _LAID_OUT_ANEW:
-        copied = sizes.held if a.storage == "bf16" else 2 * _tables(a)
+    if _anew(a, sizes, chip):
+        tables = 2 * _tables(a)
+        copied = sizes.held - tables if a.storage == "bf16" else tables
         memory["copies of frozen weights"] = copied // split
     gradients = 1
     if layout.micro_batches > 1:
@@ -348,7 +350,7 @@ def _temporaries(
     at_work = (
         factors[form + "width"] * a.width
         + factors["heads"] * heads
-        + factors[form + "hidden"] * hidden
+        + factors[form + "hidden"] * hidden * factors.get(chip.name, 1.0)
         + factors["scores"] * scores
         + (factors["mask"] * layout.length if layout.kernel == "cudnn" else 0)
     )
@@ -365,11 +367,18 @@ def _temporaries(
         head = copies * table * dtype / tensor
     if not a.adapters:
         slope = 4 * copies * table / tensor
-    loss = factors["logits"] * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor
-    loss += factors["states"] * tokens * dtype * a.width + factors["head"] * (head + slope)
+    anew = table * dtype / tensor if _anew(a, sizes, chip) else 0
+    logits = factors["frozen logits" if a.adapters else "logits"]
+    loss = logits * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor
+    loss += factors["states"] * tokens * dtype * a.width + factors["head"] * (head + slope) + anew
     if ways * layout.mesh["data"] > 1:
         working += factors[form + "later"] * head
     return {"activations": int(layers), "loss": int(loss), "backward": int(working)}
+
+
+def _anew(a: Architecture, sizes: _Sizes, chip: Chip) -> bool:
+    """Whether XLA copies what is frozen and not quantised."""
+    return bool(a.adapters) and sizes.table_bytes == 2 and chip.name in _LAID_OUT_ANEW
 
 
 def _key_shards(a: Architecture, tensor: int) -> int:

@@ -31,7 +31,7 @@ from tunelang.runtime.attention import Kernel
 from tunelang.runtime.decode_loop import Given
 from tunelang.runtime.decoder import KEYS, VALUES, Cache, Decoder, Unstacked, empty_cache, insert
 from tunelang.runtime.rollout import SHORTEST, Floats, Prompt, Rollouts, Work
-from tunelang.runtime.sharding import Layout, brought, constrain
+from tunelang.runtime.sharding import Layout, brought, constrain, jit
 from tunelang.runtime.train import abstract_decoder
 
 Tree = TypeVar("Tree")
@@ -163,7 +163,7 @@ def make_search(
         state = jax.lax.while_loop(lambda state: jnp.any(state.going), turn, _placed(layout, state))
         return state.finished, state.turn
 
-    return Search(prompts, beams, capacity, jax.jit(run), layout)
+    return Search(prompts, beams, capacity, jit(run, layout), layout)
 
 
 def beam_search(

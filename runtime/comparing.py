@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from tunelang.dsl.vocabulary.stages import Kto, Preference, RewardModel
 from tunelang.runtime.decoder import Decoder
 from tunelang.runtime.losses import token_logprobs
 from tunelang.runtime.preferences import Pairs, bradley_terry, kto_losses, pair_losses
+from tunelang.runtime.sharding import jit
 from tunelang.runtime.train import (
     Batch,
     Models,
@@ -267,4 +269,8 @@ def segment_program(architecture: Architecture, program: Program, count: int) ->
         found, _ = answers(decoder, batch, count, program)
         return found.log_probs, found.tokens
 
-    return jax.jit(lambda params, batches: jax.lax.map(lambda batch: one(params, batch), batches))
+    def run(params: Any, batches: Batch) -> tuple[jax.Array, jax.Array]:
+        found: tuple[jax.Array, jax.Array] = jax.lax.map(partial(one, params), batches)
+        return found
+
+    return jit(run, program.layout)

@@ -30,7 +30,7 @@ from tunelang.compiler.architecture import Architecture
 from tunelang.runtime.attention import Kernel
 from tunelang.runtime.decoder import KEYS, VALUES, Cache, Decoder, Unstacked, empty_cache, insert
 from tunelang.runtime.sampling import SlotSettings, sample, token_keys
-from tunelang.runtime.sharding import Axes, Layout, constrain
+from tunelang.runtime.sharding import Axes, Layout, constrain, jit, platform
 from tunelang.runtime.train import abstract_decoder
 
 Given = Array | NDArray[Any] | np.generic
@@ -170,7 +170,7 @@ def make_engine(
     # Where every turn would convert or copy the weights, that is done once, ahead of the loop.
     # Quantised ones are not: the copy would take the memory that they save.
     quantised = architecture.storage in ("nf4", "int8")
-    ahead = not quantised and (dtype != jnp.float32 or _platform(layout) == "cpu")
+    ahead = not quantised and (dtype != jnp.float32 or platform(layout) == "cpu")
 
     def empty(rows: int, max_tokens: int, penalised: bool) -> Slots:
         state = _empty(architecture, slots, capacity, dtype, rows, max_tokens, penalised)
@@ -207,10 +207,10 @@ def make_engine(
 
     return Engine(
         slots, capacity, refill_at,
-        empty=jax.jit(empty, static_argnums=(0, 1, 2)),
-        prefill=jax.jit(prefill),
-        admit=jax.jit(admit, donate_argnums=0),
-        decode=jax.jit(decode, donate_argnums=1),
+        empty=jit(empty, layout, static_argnums=(0, 1, 2)),
+        prefill=jit(prefill, layout),
+        admit=jit(admit, layout, donate_argnums=0),
+        decode=jit(decode, layout, donate_argnums=1),
         layout=layout,
     )  # fmt: skip
 
@@ -277,12 +277,6 @@ def _occurring(prompts: Prefilled, vocab: int) -> Array:
     tokens = jnp.where(inside, prompts.tokens, vocab)
     rows = jnp.arange(count)[:, None]
     return jnp.zeros((count, vocab), bool).at[rows, tokens].set(True, mode="drop")
-
-
-def _platform(layout: Layout | None) -> str:
-    devices = jax.devices() if layout is None else layout.mesh.devices.flat
-    platform: str = next(iter(devices)).platform
-    return platform
 
 
 def _turn(

@@ -34,7 +34,7 @@ from tunelang.runtime.distillation import (
 from tunelang.runtime.evaluate import capacity_of, engine_of
 from tunelang.runtime.permutation import derive
 from tunelang.runtime.rollout import Prompt, rollout
-from tunelang.runtime.sharding import Layout
+from tunelang.runtime.sharding import Layout, jit
 from tunelang.runtime.train import Batch, Models, abstract_decoder, balance, shift
 from tunelang.runtime.workshop import Model, Workshop
 
@@ -242,7 +242,7 @@ def store_teacher(
             common = min(vocabulary, architecture.vocabulary)
             return _likeliest(hidden, decoder, stage, common, program.layout)
 
-        run = jax.jit(one)
+        run = jit(one, program.layout)
         batches, items = epoch(corpus, None, program.layout)
         for step in range(len(items)):
             found = jax.device_get(run(params, jax.tree.map(lambda a, s=step: a[s], batches)))

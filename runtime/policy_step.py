@@ -29,7 +29,7 @@ from tunelang.runtime.losses import token_logprobs, token_scores
 from tunelang.runtime.objectives import Completions, Totals
 from tunelang.runtime.optimizers import Schedule
 from tunelang.runtime.rollout import Rollouts
-from tunelang.runtime.sharding import constrain
+from tunelang.runtime.sharding import constrain, jit
 from tunelang.runtime.train import (
     AnyArray,
     Kept,
@@ -282,7 +282,7 @@ def policy_step(
         found = objectives.metrics(jnp.sum(value), summed)
         return state, {**found, **jax.tree.map(jnp.mean, norms), "learning_rate": rate[-1, -1]}
 
-    return StateProgram(jax.jit(step, donate_argnums=0))
+    return StateProgram(jit(step, program.layout, donate_argnums=0))
 
 
 def _value_loss(
@@ -332,7 +332,7 @@ def score_program(architecture: Architecture, program: Program, temperature: flo
         scores: jax.Array = found.swapaxes(0, 1).reshape(given[2].shape)
         return scores
 
-    return jax.jit(score)
+    return jit(score, program.layout)
 
 
 def _continued(

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from tunelang.runtime.custom import bound
 from tunelang.runtime.durable import read_json, write_json
 from tunelang.runtime.optimizers import at_unit_rate
 from tunelang.runtime.prepare import Prepared
-from tunelang.runtime.sharding import Layout, is_variable, make_layout
+from tunelang.runtime.sharding import OPTIONS, Layout, is_variable, make_layout
 from tunelang.runtime.stage_programs import (
     Program,
     evaluating,
@@ -60,6 +60,8 @@ _NOT_COMPILED = ("from_", "data", "seed", "length", "reward")
 """What branches may differ in and still have the same programs."""
 _FORMAT = "2"
 """Of what is kept of a compilation."""
+_COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt")
+"""Packages of which another version may compile otherwise."""
 _TRIES = 3
 """Layouts that are compiled to find one that fits."""
 
@@ -190,8 +192,11 @@ def _pinned(layout: StageLayout) -> str:
 def _compiled(program: Program, devices: Devices, cache: Path) -> Rehearsed:
     lowered = program.lower()
     text = lowered.as_text()
-    versions = [_FORMAT, version("jax"), version("jaxlib")]
-    key = "\n".join([str(devices), str(devices.shape), *versions, text])
+    by = [_FORMAT, str(OPTIONS)]
+    for name in _COMPILERS:
+        with suppress(PackageNotFoundError):
+            by.append(version(name))
+    key = "\n".join([str(devices), str(devices.shape), *by, text])
     path = cache / f"rehearsal-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
     found = read_json(path) if path.exists() else None
     if found is None:

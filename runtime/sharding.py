@@ -8,7 +8,7 @@ from the constraints at block boundaries.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -47,6 +47,16 @@ both.
 DECODE_RULES: Mapping[str, tuple[str, ...]] = MappingProxyType({**RULES, "embed": (), "length": ()})
 """Where completions are sampled: weights are whole in each tensor group, for a turn of the loop is
 too short to gather them.
+"""
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
+)
+"""Options of the compilers, by platform.
+
+A product with a matrix that is split along what is contracted would be made on TPUs in turns, each
+with the part of another device, and each reads and writes the whole result. To gather the matrix
+beforehand is faster, and MaxText's recipes have it so.
 """
 
 Axes = tuple[str | None, ...]
@@ -120,6 +130,20 @@ def make_layout(
         raise ValueError(f"a mesh of {count} devices, and there are {len(chosen)}")
     grid = np.array(chosen).reshape(data, fsdp, expert, context, tensor)
     return Layout(Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)))
+
+
+def platform(layout: Layout | None) -> str:
+    """Return what kind of devices a layout is over: `cpu`, `gpu`, `tpu`."""
+    devices = jax.devices() if layout is None else layout.mesh.devices.flat
+    found: str = next(iter(devices)).platform
+    return found
+
+
+def jit(function: Callable[..., Any], layout: Layout | None, **how: Any) -> jax.stages.Wrapped:
+    """`jax.jit` with the `OPTIONS` of the compiler for a layout's devices; what it makes cannot be
+    part of another program.
+    """
+    return jax.jit(function, compiler_options=dict(OPTIONS.get(platform(layout), {})), **how)
 
 
 def constrain(layout: Layout | None, array: jax.Array, axes: Axes) -> jax.Array:

@@ -50,7 +50,7 @@ from tunelang.runtime.prepare import Shapes
 from tunelang.runtime.rollout import PREFILL
 from tunelang.runtime.sample import CHUNK as CHUNK_OF_SAMPLES
 from tunelang.runtime.sampling import slot_settings
-from tunelang.runtime.sharding import HOST, Layout, shardings
+from tunelang.runtime.sharding import HOST, Layout, jit, shardings
 from tunelang.runtime.supervised import compiled, objective_of
 
 _STEPS = 1000
@@ -189,7 +189,7 @@ def _lowered(
         return moved(changed, "Device"), metrics
 
     places = jax.tree.map(lambda leaf: leaf.sharding, changing)
-    jitted = jax.jit(around, donate_argnums=0, out_shardings=(places, None))
+    jitted = jit(around, program.layout, donate_argnums=0, out_shardings=(places, None))
     return jitted.lower(changing, kept, batch)
 
 

@@ -25,7 +25,7 @@ from tunelang.runtime.decoder import Decoder, Remat
 from tunelang.runtime.layers import balance_loss
 from tunelang.runtime.losses import cross_entropy, custom_loss
 from tunelang.runtime.optimizers import Schedule
-from tunelang.runtime.sharding import HOST, Layout, shardings
+from tunelang.runtime.sharding import HOST, Layout, jit, shardings
 
 AnyArray = Any
 """An array of JAX or of numpy: what the host makes goes into programs as it is."""
@@ -428,8 +428,9 @@ def train_step(
         stacked = side_by_side(parts(abstract)[0], program.branches)
         changing = jax.tree.map(lambda leaf: leaf.sharding, stacked)
         run = jax.vmap(steps, in_axes=(0, None, None))
-    jitted = jax.jit(
+    jitted = jit(
         run,
+        layout,
         # What is kept may lie anywhere: a reference can have a layout of its own.
         in_shardings=(changing, Kept(places.frozen, None), batch_place),
         out_shardings=(changing, everywhere),
@@ -593,4 +594,4 @@ def loss_program(architecture: Architecture, program: Program) -> jax.stages.Wra
         sums, _ = jax.lax.scan(body, (zero, zero), batches)
         return sums
 
-    return jax.jit(total)
+    return jit(total, program.layout)

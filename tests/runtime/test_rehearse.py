@@ -31,7 +31,7 @@ from tunelang.dsl.vocabulary.stages import (
     Training,
 )
 from tunelang.dsl.vocabulary.training import K3, AdamW, Axes, Critic, Lora, Sampling
-from tunelang.runtime import collectives
+from tunelang.runtime import collectives, sharding
 from tunelang.runtime.prepare import Shapes
 from tunelang.runtime.rehearse import measure, rehearse, unsplit
 from tunelang.runtime.sharding import make_layout
@@ -85,6 +85,30 @@ def test_supervised_stages(stage: Training) -> None:
     for each in made.values():
         assert each.peak > 0
         assert not each.findings
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        SUPERVISED[0],
+        SUPERVISED[1],
+        Policy.fixed(
+            batch=8, group=2, rollout=ROLLOUT, minibatches=2, kl=K3.fixed(coefficient=0.1), **REST
+        ),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_the_options_of_the_compiler_reach_every_program(
+    stage: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "OPTIONS", {"cpu": {"xla_no_such_option": True}})
+    planned = lay_out(stage, SMALL, 4, DEVICES)
+    layout = make_layout(**planned.mesh)
+    made = list(programs(stage, Shapes(SMALL, "f32", SMALL), planned, layout))
+    assert made
+    for program in made:
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+            program.lower().compile()
 
 
 def test_the_gradient_of_a_table_is_summed_whole_for_the_head_alone() -> None:
@@ -194,6 +218,30 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
     assert collectives.exchanged(text) == {"all-reduce": (1, 64), "all-gather": (5, 640)}
 
 
+def test_loops_of_tpus_turn_until_their_condition_says() -> None:
+    text = """HloModule m
+%body.1 (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %k = f32[2,4]{1,0:T(8,128)} custom-call(%x), kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="attention"}
+  %g = f32[8,4]{1,0:T(8,128)} all-gather(%k), dimensions={0}
+  ROOT %t = (s32[]{:T(128)}, f32[8,4]) tuple(%i, %g)
+}
+
+%until.2 (p: (s32[], f32[8,4])) -> pred[] {
+  %constant.7.clone = s32[]{:T(128)} constant(18), metadata={stack_frame_id=59}
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.56 = pred[]{:T(512)} compare(%i, %constant.7.clone), direction=LT
+}
+
+ENTRY %main (p: f32[2,4]) -> f32[8,4] {
+  %w = (s32[]{:T(128)}, f32[8,4]) while(%t), condition=%until.2, body=%body.1
+  ROOT %o = f32[8,4]{1,0:T(8,128)} get-tuple-element(%w), index=1
+}
+"""
+    assert collectives.exchanged(text) == {"all-gather": (18, 18 * 128)}
+
+
 def test_what_is_not_donated_is_found() -> None:
     shapes = jax.ShapeDtypeStruct((1024, 1024), "float32")
     program = Program("p", lambda: jax.jit(lambda a: a + 1).lower(shapes), donated=4 * 2**20)
@@ -240,7 +288,9 @@ def test_what_is_gathered_needlessly_is_found() -> None:
         assert found[0].startswith(said)
 
 
-def test_evaluations_and_stages_that_measure(tmp_path: Path) -> None:
+def test_evaluations_and_stages_that_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = tiny.workspace(tmp_path)
     spec.write_text(
         spec.read_text()
@@ -253,8 +303,9 @@ eval likeliest : generate { data = sums, beams = 2, max_tokens = 4, score = corr
 """
     )
     prepared, store = tiny.planned(spec)
+    cache = store.root / "cache"
     names = {
-        node: [each.name for each in rehearse(prepared, node, store.root / "cache")]
+        node: [each.name for each in rehearse(prepared, node, cache)]
         for node in ("baseline", "tries", "compared")
     }
     assert names == {
@@ -262,6 +313,12 @@ eval likeliest : generate { data = sums, beams = 2, max_tokens = 4, score = corr
         "tries": ["prefill", "decode"],
         "compared": ["accuracy prefill", "accuracy decode", "likeliest search", "fluency"],
     }
+    kept = list(cache.glob("rehearsal-*"))
+    list(rehearse(prepared, "tries", cache))
+    assert len(list(cache.glob("rehearsal-*"))) == len(kept)
+    monkeypatch.setattr("tunelang.runtime.rehearse.OPTIONS", {"cpu": {"xla_an_option": 1}})
+    list(rehearse(prepared, "tries", cache))
+    assert len(list(cache.glob("rehearsal-*"))) == len(kept) + 2
 
 
 def test_axes_that_do_not_divide_are_named() -> None:
@@ -333,6 +390,22 @@ def test_what_lies_at_the_host_does_not_count(devices: Devices, plug_in: str) ->
         assert peaks[where] == pytest.approx(planned.total, rel=0.5)
     saved = peaks["none"] - peaks["optimizer"]
     assert saved > 0.6 * 8 * parameter_count(a) / devices.count
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_matrices_are_gathered_ahead_of_their_products() -> None:
+    devices = Devices(CHIPS["v6e"], 8, False, (2, 4))
+    a = adapted(replace(BIGGER, width=1024, mlp=4096, context=1024), (Lora.fixed(),), "bf16")
+    pin = {"mesh": Axes.fixed(fsdp=8), "remat": "full"}
+    stage = Sft.fixed(batch=Measure.fixed(value=16, unit="sequences"), **REST, **pin)
+    planned = lay_out(stage, a, 2, devices)
+    layout = make_layout(**planned.mesh, devices=compilable(devices))
+    program = next(iter(programs(stage, Shapes(a, "bf16"), planned, layout)))
+    said = program.lower().compile().as_text()
+    assert said is not None
+    assert "all-gather" in said
+    assert "windowed_dot_general" not in said
 
 
 @pytest.mark.slow
