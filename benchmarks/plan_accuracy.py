@@ -84,10 +84,11 @@ LARGER = {
     ),
     **PRESETS,
 }  # fmt: skip
-FITTED = range(132)
-"""Of the points that are drawn those that the plan's factors may be fitted to."""
-HELD_OUT = range(330, 462)
-"""Those that nothing is fitted to. What lies between was looked at when the estimate was made."""
+FITTED = (*range(132), *range(330, 462))
+"""Of the points that are drawn those that the plan's factors may be fitted to. What lies between
+was looked at when the estimate was made, and compiled with programs of before."""
+HELD_OUT = range(462, 594)
+"""Those that nothing is fitted to."""
 BY_HAND = 1000
 """The number of the first point that was chosen by hand, which are fitted to as well: of what the
 rule draws too little of."""

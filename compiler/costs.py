@@ -49,6 +49,9 @@ _IN_TRANSIT = 2
 """Arrays whose moments are in a device at once, where they are offloaded."""
 _LAID_OUT_ANEW = frozenset({"tpu7x"})
 """Chips for which XLA copies frozen arrays in bfloat16 ahead of the layers: it tiles them anew."""
+_LANES = 128
+"""Numbers that TPUs pad the last axis of an array to. What is gathered along a shorter one, XLA
+transposes."""
 _CACHE_MISSES = 1.15
 """Factor of the time of an update whose activations do not stay in a CPU's cache (measured)."""
 
@@ -56,19 +59,19 @@ _CACHE_MISSES = 1.15
 FACTORS = {
     "gpu": {
         "full": 1.04, "dots": 1.01, "none": 0.94, "kept scores": 3.21,
-        "width": 7.89, "hidden": 0.68, "block": 0.73, "later": 1.42,
-        "lora width": 16.91, "lora hidden": 0.29, "lora block": 2.04, "lora later": 0.71,
-        "qlora width": 5.23, "qlora hidden": 1.53, "qlora block": 1.76, "qlora later": 0.62,
-        "heads": 1.68, "scores": 3.91, "mask": 1.92,
-        "logits": 3.33, "frozen logits": 2.17, "states": 1.61, "head": 0.9,
+        "width": 7.7, "hidden": 0.57, "block": 0.74, "later": 1.58,
+        "lora width": 13.38, "lora hidden": 0.67, "lora block": 2.15, "lora later": 0.81,
+        "qlora width": 4.19, "qlora hidden": 1.99, "qlora block": 1.7, "qlora later": 0.49,
+        "heads": 1.63, "scores": 3.76, "mask": 1.91,
+        "logits": 3.91, "frozen logits": 2.19, "states": 1.42, "head": 1.04,
     },
     "tpu": {
-        "full": 1.07, "dots": 1.0, "none": 1.04, "kept scores": 3.3,
-        "width": 8.21, "hidden": 0.76, "block": 0.38, "later": 1.67,
-        "lora width": 3.08, "lora hidden": 2.14, "lora block": 1.62, "lora later": 0.39,
-        "qlora width": 10.98, "qlora hidden": 1.23, "qlora block": 0.2, "qlora later": 0.24,
-        "v6e": 0.72, "heads": 3.34, "scores": 4.5, "mask": 0.5,
-        "logits": 1.37, "frozen logits": 1.46, "states": 0.85, "head": 0.98,
+        "full": 1.02, "dots": 1.0, "none": 1.03, "kept scores": 3.3,
+        "width": 7.2, "hidden": 0.71, "block": 0.36, "later": 1.4,
+        "lora width": 4.33, "lora hidden": 1.55, "lora block": 1.99, "lora later": 0.21,
+        "qlora width": 6.55, "qlora hidden": 1.51, "qlora block": 0.53, "qlora later": 0.23,
+        "geglu on v5e": 1.29, "heads": 4.59, "scores": 4.5, "mask": 0.5,
+        "logits": 0.79, "frozen logits": 0.7, "states": 0.73, "head": 1.18,
     },
     "cpu": {
         "full": 1.0, "dots": 1.0, "none": 1.0, "kept scores": 3.3,
@@ -82,8 +85,8 @@ FACTORS = {
 """How often parts are there at the peak, by compiler: what layers keep for the backward pass with
 each kind of `remat`; what a layer works with there, its matrices as they come over the mesh or out
 of storage, and what is left of the head by then, each for weights that are trained, for frozen ones
-(`lora`) and for quantised ones (`qlora`); how much of the hidden units there is on a chip of the
-name against others; logits, of a head that is trained and of a frozen one, and what the head is
+(`lora`) and for quantised ones (`qlora`); how much of the hidden units there is with an
+activation on a chip; logits, of a head that is trained and of a frozen one, and what the head is
 made of. Those of GPUs and TPUs are fitted to what the compilers say (`benchmarks/plan_accuracy.py
 --fit`); those of CPUs only rank."""
 
@@ -350,7 +353,7 @@ def _temporaries(
     at_work = (
         factors[form + "width"] * a.width
         + factors["heads"] * heads
-        + factors[form + "hidden"] * hidden * factors.get(chip.name, 1.0)
+        + factors[form + "hidden"] * hidden * factors.get(f"{a.activation} on {chip.name}", 1.0)
         + factors["scores"] * scores
         + (factors["mask"] * layout.length if layout.kernel == "cudnn" else 0)
     )
@@ -367,7 +370,10 @@ def _temporaries(
         head = copies * table * dtype / tensor
     if not a.adapters:
         slope = 4 * copies * table / tensor
-    anew = table * dtype / tensor if _anew(a, sizes, chip) else 0
+    anew = 0.0
+    narrow = chip.platform == "tpu" and a.width // ways % _LANES > 0
+    if a.adapters and (_anew(a, sizes, chip) or narrow):
+        anew = table * dtype / tensor
     logits = factors["frozen logits" if a.adapters else "logits"]
     loss = logits * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor
     loss += factors["states"] * tokens * dtype * a.width + factors["head"] * (head + slope) + anew
