@@ -58,12 +58,12 @@ _CACHE_MISSES = 1.15
 
 FACTORS = {
     "gpu": {
-        "full": 1.04, "dots": 1.01, "none": 0.94, "kept scores": 3.21,
-        "width": 7.7, "hidden": 0.57, "block": 0.74, "later": 1.58,
-        "lora width": 13.38, "lora hidden": 0.67, "lora block": 2.15, "lora later": 0.81,
-        "qlora width": 4.19, "qlora hidden": 1.99, "qlora block": 1.7, "qlora later": 0.49,
-        "heads": 1.63, "scores": 3.76, "mask": 1.91,
-        "logits": 3.91, "frozen logits": 2.19, "states": 1.42, "head": 1.04,
+        "full": 1.04, "dots": 1.01, "none": 0.94, "kept scores": 3.22,
+        "width": 7.42, "hidden": 0.53, "block": 0.72, "later": 1.62,
+        "lora width": 10.08, "lora hidden": 1.03, "lora block": 2.42, "lora later": 0.68,
+        "qlora width": 5.35, "qlora hidden": 1.33, "qlora block": 1.48, "qlora later": 0.82,
+        "geglu": 1.97, "heads": 2.1, "scores": 3.2, "mask": 1.93,
+        "logits": 3.92, "frozen logits": 1.92, "states": 1.41, "head": 1.15,
     },
     "tpu": {
         "full": 1.02, "dots": 1.0, "none": 1.03, "kept scores": 3.3,
@@ -85,7 +85,7 @@ FACTORS = {
 """How often parts are there at the peak, by compiler: what layers keep for the backward pass with
 each kind of `remat`; what a layer works with there, its matrices as they come over the mesh or out
 of storage, and what is left of the head by then, each for weights that are trained, for frozen ones
-(`lora`) and for quantised ones (`qlora`); how much of the hidden units there is with an
+(`lora`) and for quantised ones (`qlora`); how much more of the hidden units there is with an
 activation on a chip; logits, of a head that is trained and of a frozen one, and what the head is
 made of. Those of GPUs and TPUs are fitted to what the compilers say (`benchmarks/plan_accuracy.py
 --fit`); those of CPUs only rank."""
@@ -350,10 +350,12 @@ def _temporaries(
         scores = a.heads / tensor * layout.length
     if layout.remat == "none":
         kept += factors["kept scores"] * scores
+    # What is between its products differs by activation.
+    more = factors.get(f"{a.activation} on {chip.name}", factors.get(a.activation, 1.0))
     at_work = (
         factors[form + "width"] * a.width
         + factors["heads"] * heads
-        + factors[form + "hidden"] * hidden * factors.get(f"{a.activation} on {chip.name}", 1.0)
+        + factors[form + "hidden"] * hidden * more
         + factors["scores"] * scores
         + (factors["mask"] * layout.length if layout.kernel == "cudnn" else 0)
     )

@@ -126,7 +126,7 @@ def _turns(loop: str, blocks: dict[str, str]) -> int:
     if below is None:
         return 1
     name = re.escape(below[1])
-    constant = re.search(rf"%?{name} = s32\[\]\S* constant\((\d+)\)", compared)
+    constant = re.search(rf"%?{name} = [su]32\[\]\S* constant\((\d+)\)", compared)
     return 1 if constant is None else int(constant[1])
 
 
