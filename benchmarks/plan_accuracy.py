@@ -88,7 +88,7 @@ FITTED = (*range(132), *range(330, 462))
 """Of the points that are drawn those that the plan's factors may be fitted to. What lies between
 was looked at when the estimate was made, and compiled with programs of before."""
 HELD_OUT = range(462, 594)
-"""Those that nothing is fitted to."""
+"""Those that nothing is fitted to, but for what the rule has drawn before, which is left out."""
 BY_HAND = 1000
 """The number of the first point that was chosen by hand, which are fitted to as well: of what the
 rule draws too little of."""
@@ -182,9 +182,12 @@ CHOSEN = tuple(
 
 def numbered() -> dict[int, Point]:
     """Return all points by their numbers."""
-    drawn = dict(enumerate(points(HELD_OUT.stop)))
+    drawn = list(points(HELD_OUT.stop))
+    fitted = {at: drawn[at] for at in FITTED}
     chosen = {BY_HAND + at: point for at, point in enumerate(CHOSEN)}
-    return {**{at: drawn[at] for half in (FITTED, HELD_OUT) for at in half}, **chosen}
+    known = [*drawn[: HELD_OUT.start], *CHOSEN]
+    held_out = {at: drawn[at] for at in HELD_OUT if drawn[at] not in known}
+    return {**fitted, **held_out, **chosen}
 
 
 def architecture(point: Point) -> Architecture:

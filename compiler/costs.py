@@ -50,8 +50,8 @@ _IN_TRANSIT = 2
 _LAID_OUT_ANEW = frozenset({"tpu7x"})
 """Chips for which XLA copies frozen arrays in bfloat16 ahead of the layers: it tiles them anew."""
 _LANES = 128
-"""Numbers that TPUs pad the last axis of an array to. What is gathered along a shorter one, XLA
-transposes."""
+"""Numbers that TPUs pad the last axis of an array to. A frozen head whose part in a device is not a
+multiple of it along the width is transposed as it is gathered, and there twice."""
 _CACHE_MISSES = 1.15
 """Factor of the time of an update whose activations do not stay in a CPU's cache (measured)."""
 
@@ -373,8 +373,8 @@ def _temporaries(
     if not a.adapters:
         slope = 4 * copies * table / tensor
     anew = 0.0
-    narrow = chip.platform == "tpu" and a.width // ways % _LANES > 0
-    if a.adapters and (_anew(a, sizes, chip) or narrow):
+    narrow = chip.platform == "tpu" and ways > 1 and a.width // ways % _LANES > 0
+    if _anew(a, sizes, chip) or (a.adapters and narrow):
         anew = table * dtype / tensor
     logits = factors["frozen logits" if a.adapters else "logits"]
     loss = logits * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor
