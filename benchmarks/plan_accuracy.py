@@ -84,10 +84,10 @@ LARGER = {
     ),
     **PRESETS,
 }  # fmt: skip
-FITTED = (*range(132), *range(330, 462))
+FITTED = (*range(132), *range(330, 594))
 """Of the points that are drawn those that the plan's factors may be fitted to. What lies between
 was looked at when the estimate was made, and compiled with programs of before."""
-HELD_OUT = range(462, 594)
+HELD_OUT = range(594, 726)
 """Those that nothing is fitted to, but for what the rule has drawn before, which is left out."""
 BY_HAND = 1000
 """The number of the first point that was chosen by hand, which are fitted to as well: of what the
@@ -341,12 +341,8 @@ def fit(paths: list[Path]) -> None:
             platform: str = platform,
         ) -> list[float]:  # fmt: skip
             costs.FACTORS[platform] = dict(zip(names, map(math.exp, logs), strict=True))
-            # A little towards where it began, where the points say nothing; what layers keep is
-            # counted, and there once.
-            near = [
-                now if name in ("full", "dots", "none") else 0.05 * (now - before)
-                for name, now, before in zip(names, logs, start, strict=True)  # noqa: B023
-            ]
+            # A little towards where it began, where the points say nothing.
+            near = [0.05 * (now - before) for now, before in zip(logs, start, strict=True)]  # noqa: B023
             return [math.log(each.ratio) for each in chosen] + near
 
         found = least_squares(errors, start, diff_step=1e-3)

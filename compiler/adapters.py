@@ -127,3 +127,15 @@ def adapter_parameters(architecture: Architecture, adapter: Adapter) -> int:
             times = architecture.layers if path.startswith("blocks") else 1
             total += times * (adapter.rank * (inputs + outputs) + adapter.magnitudes * outputs)
     return total
+
+
+def off_width(architecture: Architecture, adapter: Adapter) -> int:
+    """Count the numbers of an adapter that are not along the width, which alone is split by fully
+    sharded data parallelism.
+    """
+    total = 0
+    for path, (inputs, outputs) in matrices(architecture).items():
+        if path in adapter.matrices:
+            times = architecture.layers if path.startswith("blocks") else 1
+            total += times * adapter.rank * (inputs + outputs - architecture.width)
+    return total

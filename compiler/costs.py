@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from tunelang.compiler.adapters import STORED_BYTES, adapter_parameters
+from tunelang.compiler.adapters import STORED_BYTES, adapter_parameters, off_width
 from tunelang.compiler.architecture import (
     Architecture,
     expert_count,
@@ -50,45 +50,44 @@ _IN_TRANSIT = 2
 _LAID_OUT_ANEW = frozenset({"tpu7x"})
 """Chips for which XLA copies frozen arrays in bfloat16 ahead of the layers: it tiles them anew."""
 _LANES = 128
-"""Numbers that TPUs pad the last axis of an array to. A frozen head whose part in a device is not a
-multiple of it along the width is transposed as it is gathered, and there twice."""
+"""Numbers that TPUs pad the last axis of an array to, such as that of a narrow attention head. A
+frozen table whose part in a device is not a multiple of it along the width is transposed as it is
+gathered, and there twice."""
 _CACHE_MISSES = 1.15
 """Factor of the time of an update whose activations do not stay in a CPU's cache (measured)."""
 
 
 FACTORS = {
     "gpu": {
-        "full": 1.04, "dots": 1.01, "none": 0.94, "kept scores": 3.22,
-        "width": 7.42, "hidden": 0.53, "block": 0.72, "later": 1.62,
-        "lora width": 10.08, "lora hidden": 1.03, "lora block": 2.42, "lora later": 0.68,
-        "qlora width": 5.35, "qlora hidden": 1.33, "qlora block": 1.48, "qlora later": 0.82,
-        "geglu": 1.97, "heads": 2.1, "scores": 3.2, "mask": 1.93,
-        "logits": 3.92, "frozen logits": 1.92, "states": 1.41, "head": 1.15,
+        "width": 7.78, "hidden": 0.65, "block": 0.97, "later": 1.44,
+        "lora width": 6.81, "lora hidden": 1.48, "lora block": 0.95, "lora later": 0.16,
+        "qlora width": 5.88, "qlora hidden": 1.48, "qlora block": 1.05, "qlora later": 0.36,
+        "geglu": 1.74, "heads": 3.24, "scores": 3.34, "mask": 1.88,
+        "logits": 2.98, "frozen logits": 1.91, "states": 1.36, "head": 1.37, "slope": 1.15,
     },
     "tpu": {
-        "full": 1.02, "dots": 1.0, "none": 1.03, "kept scores": 3.3,
-        "width": 7.2, "hidden": 0.71, "block": 0.36, "later": 1.4,
-        "lora width": 4.33, "lora hidden": 1.55, "lora block": 1.99, "lora later": 0.21,
-        "qlora width": 6.55, "qlora hidden": 1.51, "qlora block": 0.53, "qlora later": 0.23,
-        "geglu on v5e": 1.29, "heads": 4.59, "scores": 4.5, "mask": 0.5,
-        "logits": 0.79, "frozen logits": 0.7, "states": 0.73, "head": 1.18,
+        "width": 5.71, "hidden": 1.51, "block": 0.54, "later": 0.27,
+        "lora width": 6.64, "lora hidden": 1.55, "lora block": 1.02, "lora later": 0.11,
+        "qlora width": 6.09, "qlora hidden": 1.73, "qlora block": 0.3, "qlora later": 0.07,
+        "geglu on v5e": 1.26, "heads": 2.64, "scores": 4.5, "mask": 0.5, "cast": 0.79,
+        "logits": 0.89, "frozen logits": 0.67, "states": 0.4, "head": 1.01, "slope": 1.13,
     },
     "cpu": {
-        "full": 1.0, "dots": 1.0, "none": 1.0, "kept scores": 3.3,
         "width": 8.0, "hidden": 3.0, "block": 2.0, "later": 1.0,
         "lora width": 8.0, "lora hidden": 3.5, "lora block": 2.0, "lora later": 1.0,
         "qlora width": 8.0, "qlora hidden": 3.0, "qlora block": 2.0, "qlora later": 1.0,
         "heads": 3.0, "scores": 4.5, "mask": 0.5,
-        "logits": 3.0, "frozen logits": 3.0, "states": 2.0, "head": 1.0,
+        "logits": 3.0, "frozen logits": 3.0, "states": 2.0, "head": 1.0, "slope": 1.0,
     },
 }  # fmt: skip
-"""How often parts are there at the peak, by compiler: what layers keep for the backward pass with
-each kind of `remat`; what a layer works with there, its matrices as they come over the mesh or out
-of storage, and what is left of the head by then, each for weights that are trained, for frozen ones
-(`lora`) and for quantised ones (`qlora`); how much more of the hidden units there is with an
-activation on a chip; logits, of a head that is trained and of a frozen one, and what the head is
-made of. Those of GPUs and TPUs are fitted to what the compilers say (`benchmarks/plan_accuracy.py
---fit`); those of CPUs only rank."""
+"""How often parts are there at the peak, by compiler: what a layer works with in the backward pass,
+its matrices as they come over the mesh or out of storage, and what is left of the head by then,
+each for weights that are trained, for frozen ones (`lora`) and for quantised ones (`qlora`); how
+much more of the hidden units there is with an activation on a chip; logits, of a head that is
+trained and of a frozen one; the head as the activations have it, and its gradient (`slope`); the
+casts of what is trained. Those of GPUs and TPUs are fitted to what the compilers say
+(`benchmarks/plan_accuracy.py --fit`); those of CPUs only rank. What layers keep for the backward
+pass needs none: it was counted in the compiled programs."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +164,9 @@ def estimated(
     # What is trained, each branch has of its own; of what is frozen there is one.
     branches = layout.branches
     parameters, trained = alone + (branches - 1) * own, branches * own
+    # Of a pair of matrices only one is along a width.
+    whole = branches * off_width(a, a.adapters[-1]) if a.adapters else 0
+    here = (trained - whole) // split + whole // tensor
     stored = sizes.held - int(sizes.table_bytes * elsewhere) + (branches - 1) * 4 * own
     moments = _MOMENTS[type(stage.optimizer)]
     shards = shards_of(layout.mesh)
@@ -173,20 +175,18 @@ def estimated(
     tokens = micro * layout.micro_batches
     brought = 0  # over the link to the host, in each direction
     if "optimizer" in layout.offload:
-        brought = 4 * moments * trained // split
+        brought = 4 * moments * here
         kept = {"moments in transit": _IN_TRANSIT * 4 * moments * sizes.largest // split}
     else:
-        kept = {"optimizer": 4 * moments * trained // split}
+        kept = {"optimizer": 4 * moments * here}
     memory = {
-        "parameters": stored // split,
+        "parameters": (stored - 4 * whole) // split + 4 * whole // tensor,
         **kept,
-        "gradients": 4 * trained // split,
+        "gradients": 4 * here,
         **_temporaries(a, sizes, layout, chip, micro, local, scored),
     }
-    if _anew(a, sizes, chip):
-        tables = 2 * _tables(a)
-        copied = sizes.held - tables if a.storage == "bf16" else tables
-        memory["copies of frozen weights"] = copied // split
+    if copied := _copied(a, sizes, layout, chip, here):
+        memory["copies of weights"] = copied
     gradients = 1
     if layout.micro_batches > 1:
         gradients = 2
@@ -337,11 +337,20 @@ def _temporaries(
     keys *= layout.mesh["context"]  # gathered
     heads, hidden = queries + 2 * keys, mlp * (2 if a.gated else 1)
     norms = 6 if a.norm_placement == "both" else 4  # what goes into each, and comes out
+    # Queries, keys, values and what they attend to, as attention has them.
+    lanes = max(1.0, _LANES / a.head_dim) if chip.platform == "tpu" else 1.0
+    attended = 2 * (queries + keys) * lanes
+    if chip.platform == "tpu":  # what they attend to is transposed for the product that follows
+        attended += queries
+    if a.qk_norm:
+        attended += queries + keys
+    if a.rope_local_base is not None:  # sines and cosines, float32, differ by layer
+        attended += 2 * a.head_dim
     kept: float = {
         "full": a.width,
         # A norm behind a product needs it in the backward pass.
         "dots": heads + (2 if a.norm_placement == "pre" else 3) * a.width + hidden,
-        "none": norms * a.width + 2 * heads + queries + hidden + mlp,
+        "none": norms * a.width + attended + hidden + mlp,
     }[layout.remat]
     if layout.remat == "dots" and quantised:
         kept = a.width  # products with what is quantised are computed again
@@ -349,18 +358,18 @@ def _temporaries(
     if layout.kernel == "xla":  # the only one that holds all logits of attention
         scores = a.heads / tensor * layout.length
     if layout.remat == "none":
-        kept += factors["kept scores"] * scores
+        kept += 3 * scores  # logits, float32, and what they come to
     # What is between its products differs by activation.
     more = factors.get(f"{a.activation} on {chip.name}", factors.get(a.activation, 1.0))
     at_work = (
         factors[form + "width"] * a.width
-        + factors["heads"] * heads
+        + factors["heads"] * heads * lanes
         + factors[form + "hidden"] * hidden * more
         + factors["scores"] * scores
         + (factors["mask"] * layout.length if layout.kernel == "cudnn" else 0)
     )
     ways = layout.mesh["fsdp"] * layout.mesh["context"]
-    layers = tokens * dtype * factors[layout.remat] * a.layers * kept
+    layers = tokens * dtype * a.layers * kept
     # A block as it comes over the mesh, or out of storage.
     working = tokens * dtype * at_work
     if ways > 1 or quantised:
@@ -378,10 +387,31 @@ def _temporaries(
         anew = table * dtype / tensor
     logits = factors["frozen logits" if a.adapters else "logits"]
     loss = logits * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor
-    loss += factors["states"] * tokens * dtype * a.width + factors["head"] * (head + slope) + anew
+    loss += factors["states"] * tokens * dtype * a.width + anew
+    loss += factors["head"] * head + factors["slope"] * slope
     if ways * layout.mesh["data"] > 1:
         working += factors[form + "later"] * head
     return {"activations": int(layers), "loss": int(loss), "backward": int(working)}
+
+
+def _copied(a: Architecture, sizes: _Sizes, layout: StageLayout, chip: Chip, trained: int) -> int:
+    """Return the bytes in a device of the weights that XLA copies ahead of the layers, of which
+    `trained` numbers are trained.
+    """
+    mesh = layout.mesh
+    split = mesh["fsdp"] * mesh["context"] * mesh["tensor"]
+    copied = 0.0
+    if chip.platform == "tpu" and sizes.narrow:
+        tables = 0 if a.adapters else layout.branches * _tables(a)
+        copied += FACTORS["tpu"]["cast"] * 2 * (trained - tables / split)
+    if _anew(a, sizes, chip):
+        tables = 2 * _tables(a)
+        copied += (sizes.held - tables if a.storage == "bf16" else tables) / split
+    if chip.platform == "gpu" and a.adapters and a.storage == "bf16" and split > mesh["tensor"]:
+        # What is split along its last axis is transposed: what writes to the residual stream.
+        down = a.layers * a.mlp * a.width if a.experts is None else sizes.experts / 3
+        copied += 2 * (a.layers * a.heads * a.head_dim * a.width + down) / split
+    return int(copied)
 
 
 def _anew(a: Architecture, sizes: _Sizes, chip: Chip) -> bool:

@@ -28,7 +28,7 @@ _THERE = {
     "reference in transit": (_SCORING,),
     "loss": (_SCORING, _LOSS),
     "activations": (_LOSS, _BACKWARD),
-    "copies of frozen weights": (_LOSS, _BACKWARD),
+    "copies of weights": (_LOSS, _BACKWARD),
     "backward": (_BACKWARD,),
     "gradients": (_BACKWARD, _UPDATE),
     "summed gradients": (_LOSS, _BACKWARD, _UPDATE),

@@ -254,10 +254,39 @@ def test_xla_copies_what_is_frozen_in_two_bytes_on_7x(folder: Path, storage: Any
         lay_out(stage(folder, pinned), adapter, 2, Devices(CHIPS[chip], 1, False)).memory
         for chip in ("v5p", "tpu7x")
     )
-    assert "copies of frozen weights" not in plain
     count = tables if storage == "nf4" else parameter_count(LLAMA) - tables
-    assert copying["copies of frozen weights"] == pytest.approx(2 * count, rel=0.02)
+    copied = copying["copies of weights"] - plain["copies of weights"]
+    assert copied == pytest.approx(2 * count, rel=0.02)
+    # The adapters alone are cast.
+    assert plain["copies of weights"] < copied / 50
     assert copying["loss"] - plain["loss"] == pytest.approx(2 * table, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("model", "chip", "mesh", "rows", "length", "counted"),
+    [
+        ("llama-3.2-1b", "tpu7x", {"fsdp": 8}, 4, 2048, 11.0),
+        ("gemma-3-1b", "v5p", {"fsdp": 2}, 2, 4096, 13.1),
+        ("gemma-3-1b", "v5p", {"fsdp": 4, "tensor": 2}, 8, 4096, 33.11),
+        ("qwen3-0.6b", "tpu7x", {"fsdp": 8}, 8, 2048, 21.0),
+        ("qwen3-0.6b", "h200", {"fsdp": 4}, 4, 4096, 19.25),
+        ("gemma-3-1b", "h200", {"fsdp": 8}, 4, 4096, 64.55),
+    ],
+)
+def test_what_layers_keep_is_what_compiled_programs_hold(
+    model: str, chip: str, mesh: dict[str, int], rows: int, length: int, counted: float
+) -> None:
+    """`counted`: GiB of the arrays by layers that XLA hands to the backward pass."""
+    a = replace(PRESETS[model], context=length)
+    devices = math.prod(mesh.values())
+    batch = Measure.fixed(value=rows * mesh["fsdp"], unit="sequences")
+    asked = Sft.fixed(
+        batch=batch, micro_batch=rows, remat="none", mesh=Axes.fixed(**mesh),
+        optimizer=AdamW.fixed(lr=1e-4),
+    )  # fmt: skip
+    there = Devices(CHIPS[chip], devices, False)
+    planned = lay_out(asked, a, 2, there)
+    assert planned.memory["activations"] / 2**30 == pytest.approx(counted, rel=0.025)
 
 
 def test_a_critic_of_its_own_takes_as_much_again(folder: Path) -> None:
@@ -412,7 +441,7 @@ def test_branches_in_one_program_share_what_is_frozen(folder: Path) -> None:
     """What they gather of it, too, which takes most of the time of a few tokens."""
     devices = Devices(CHIPS["v5e"], 64, False, (8, 8))
     few = stage(folder, "mesh = axes(fsdp = 64)")
-    lora = adapted(replace(LLAMA, context=256), (Lora(),), "bf16")
+    lora = adapted(replace(LLAMA, context=256), (Lora.fixed(rank=2),), "bf16")
     alone, together = (lay_out(few, lora, 2, devices, branches=count) for count in (1, 4))
     gathering = "gathering parameters over `fsdp`"
     assert alone.times[gathering] > alone.times["computing"]
@@ -435,7 +464,7 @@ def test_adapters_take_less(folder: Path) -> None:
     }
     full = lay_out(pinned, LLAMA, 2, devices)
     assert sizes["nf4"].memory["parameters"] < sizes["bf16"].memory["parameters"]
-    assert sizes["bf16"].memory["optimizer"] < full.memory["optimizer"] / 50
+    assert sizes["bf16"].memory["optimizer"] < full.memory["optimizer"] / 30
     assert sizes["bf16"].flops < full.flops
 
 

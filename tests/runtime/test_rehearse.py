@@ -87,6 +87,23 @@ def test_supervised_stages(stage: Training) -> None:
         assert not each.findings
 
 
+@pytest.mark.parametrize("trained", ["all", "adapters"])
+def test_the_plan_says_what_a_program_is_given(trained: str) -> None:
+    a = replace(SMALL, width=128, mlp=1024, heads=8, kv_heads=4, head_dim=16)
+    if trained == "adapters":
+        a = adapted(a, (Lora.fixed(rank=8),), "bf16")
+    pin = {"mesh": Axes.fixed(fsdp=4, tensor=2)}
+    planned = lay_out(Sft.fixed(batch=BATCH, **REST, **pin), a, 2, DEVICES)
+    layout = make_layout(**planned.mesh)
+    program = next(
+        iter(programs(Sft.fixed(batch=BATCH, **REST), Shapes(a, "bf16"), planned, layout))
+    )
+    given = program.lower().compile().memory_analysis()
+    assert given is not None
+    said = planned.memory["parameters"] + planned.memory["optimizer"]
+    assert given.argument_size_in_bytes == pytest.approx(said, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "stage",
     [
