@@ -1,0 +1,92 @@
+"""What is inside the training programs of points of `plan_accuracy.py`, without a device.
+
+`python benchmarks/inside.py 108 1023` compiles them, and prints what XLA for TPUs takes a step to
+cost: the cycles that it writes at each operation, as often as its loops turn. They leave out what
+devices exchange, which stands beside them. `--options '{}'` compiles without the runtime's options,
+or with others in their place. `--kept` prints the arrays by layers that the loop forward hands to
+the loop backward, weights and gradients among them: what the plan's activations are counted from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections import Counter
+
+from plan_accuracy import architecture, devices, numbered, planned
+
+from tunelang.runtime import sharding
+from tunelang.runtime.collectives import exchanged, operations
+from tunelang.runtime.prepare import Shapes
+from tunelang.runtime.stage_programs import programs
+from tunelang.runtime.topologies import compilable
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d{1,14})"')
+_LOOP = re.compile(r"= \((.*)\) while\(")
+_ARRAY = re.compile(r"(bf16|f32|u8|s8)\[([\d,]+)\]\{([\d,]+)(?::T\(([\d,]+)\))?")
+_BYTES = {"bf16": 2, "f32": 4, "u8": 1, "s8": 1}
+
+
+def kept(text: str, layers: int) -> Counter[str]:
+    """Return the arrays by layers of the loop that has the most of them: bytes in a device with
+    what they are padded to, by dtype, shape and how many there are.
+    """
+    loops = [Counter[str]()]
+    for line, _, depth in operations(text):
+        loop = _LOOP.search(line)
+        if loop is None or depth > 2:
+            continue
+        found, times = Counter[str](), Counter[str]()
+        for dtype, shape, order, tiles in _ARRAY.findall(loop[1]):
+            sizes = [int(size) for size in shape.split(",")]
+            if sizes[0] != layers:
+                continue
+            minor = [int(axis) for axis in order.split(",")]
+            for axis, tile in zip(minor, reversed((tiles or "1").split(",")), strict=False):
+                sizes[axis] = -(-sizes[axis] // int(tile)) * int(tile)
+            name = f"{dtype}[{shape}]"
+            found[name] += math.prod(sizes) * _BYTES[dtype]
+            times[name] += 1
+        loops.append(Counter({f"{times[name]} × {name}": found[name] for name in found}))
+    return max(loops, key=Counter.total)
+
+
+def main() -> None:
+    """Compile points and print what is in each."""
+    parser = argparse.ArgumentParser(description="What is inside compiled programs.")
+    parser.add_argument("points", type=int, nargs="+", help="numbers of points")
+    parser.add_argument("--options", type=json.loads, help="of the compiler for TPUs, as JSON")
+    parser.add_argument("--kept", action="store_true", help="arrays by layers")
+    given = parser.parse_args()
+    if given.options is not None:
+        sharding.OPTIONS = {"tpu": given.options}
+    every = numbered()
+    for at in given.points:
+        point = every[at]
+        stage, layout = planned(point)
+        mesh = sharding.make_layout(**point.mesh, devices=compilable(devices(point)))
+        shapes = Shapes(architecture(point), "bf16")
+        program = next(iter(programs(stage, shapes, layout, mesh)))
+        compiled = program.lower().compile()
+        text = compiled.as_text() or ""
+        cycles = sum(
+            times * int(found[1])
+            for line, times, _ in operations(text)
+            if (found := _CYCLES.search(line)) is not None
+        )
+        gib = compiled.memory_analysis().peak_memory_in_bytes / 2**30
+        moved = ", ".join(
+            f"{count} {kind} {size / 2**30:.1f} GiB"
+            for kind, (count, size) in exchanged(text).items()
+        )
+        name = f"{point.model} {point.form} {point.chip} {point.remat}"
+        print(f"{at} {name}: {cycles:.3g} cycles, {gib:.2f} GiB; {moved}", flush=True)
+        if given.kept:
+            for array, size in kept(text, shapes.architecture.layers).most_common(12):
+                print(f"  {size / 2**30:7.3f} GiB  {array}")
+
+
+if __name__ == "__main__":
+    main()
