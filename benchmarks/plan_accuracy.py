@@ -84,10 +84,10 @@ LARGER = {
     ),
     **PRESETS,
 }  # fmt: skip
-FITTED = (*range(132), *range(330, 594))
+FITTED = (*range(132), *range(330, 726))
 """Of the points that are drawn those that the plan's factors may be fitted to. What lies between
 was looked at when the estimate was made, and compiled with programs of before."""
-HELD_OUT = range(594, 726)
+HELD_OUT = range(726, 810)
 """Those that nothing is fitted to, but for what the rule has drawn before, which is left out."""
 BY_HAND = 1000
 """The number of the first point that was chosen by hand, which are fitted to as well: of what the

@@ -48,44 +48,49 @@ _FLAT = 0.25
 _IN_TRANSIT = 2
 """Arrays whose moments are in a device at once, where they are offloaded."""
 _LAID_OUT_ANEW = frozenset({"tpu7x"})
-"""Chips for which XLA copies frozen arrays in bfloat16 ahead of the layers: it tiles them anew."""
+"""Chips for which XLA tiles frozen arrays in bfloat16 anew: it copies those of all layers ahead of
+them, and the head as it is gathered."""
 _LANES = 128
 """Numbers that TPUs pad the last axis of an array to, such as that of a narrow attention head. A
-frozen table whose part in a device is not a multiple of it along the width is transposed as it is
-gathered, and there twice."""
+table whose part in a device is not a multiple of it along the width is transposed as it is
+gathered: a frozen one is there twice."""
 _CACHE_MISSES = 1.15
 """Factor of the time of an update whose activations do not stay in a CPU's cache (measured)."""
 
 
 FACTORS = {
     "gpu": {
-        "width": 7.78, "hidden": 0.65, "block": 0.97, "later": 1.44,
-        "lora width": 6.81, "lora hidden": 1.48, "lora block": 0.95, "lora later": 0.16,
-        "qlora width": 5.88, "qlora hidden": 1.48, "qlora block": 1.05, "qlora later": 0.36,
-        "geglu": 1.74, "heads": 3.24, "scores": 3.34, "mask": 1.88,
-        "logits": 2.98, "frozen logits": 1.91, "states": 1.36, "head": 1.37, "slope": 1.15,
+        "width": 8.27, "hidden": 0.66, "block": 0.67, "later": 1.4,
+        "lora width": 7.74, "lora hidden": 1.47, "lora block": 1.02, "lora later": 0.1,
+        "qlora width": 6.43, "qlora hidden": 1.44, "qlora block": 1.13, "qlora later": 0.34,
+        "geglu": 1.75, "heads": 3.18, "scores": 3.35, "mask": 1.86,
+        "logits": 2.28, "frozen logits": 1.92, "states": 1.32, "head": 1.38,
+        "slope": 1.13, "summed slope": 1.18,
     },
     "tpu": {
-        "width": 5.71, "hidden": 1.51, "block": 0.54, "later": 0.27,
-        "lora width": 6.64, "lora hidden": 1.55, "lora block": 1.02, "lora later": 0.11,
-        "qlora width": 6.09, "qlora hidden": 1.73, "qlora block": 0.3, "qlora later": 0.07,
-        "geglu on v5e": 1.26, "heads": 2.64, "scores": 4.5, "mask": 0.5, "cast": 0.79,
-        "logits": 0.89, "frozen logits": 0.67, "states": 0.4, "head": 1.01, "slope": 1.13,
+        "width": 5.1, "hidden": 1.59, "block": 0.65, "later": 0.16,
+        "lora width": 5.95, "lora hidden": 1.7, "lora block": 1.05, "lora later": 0.09,
+        "qlora width": 7.82, "qlora hidden": 1.71, "qlora block": 0.29, "qlora later": 0.04,
+        "geglu on v5e": 1.19, "heads": 2.41, "scores": 4.5, "mask": 0.5, "cast": 0.86,
+        "logits": 1.22, "frozen logits": 0.62, "states": 0.41, "head": 1.06,
+        "slope": 0.82, "summed slope": 1.08, "narrow table": 0.65,
     },
     "cpu": {
         "width": 8.0, "hidden": 3.0, "block": 2.0, "later": 1.0,
         "lora width": 8.0, "lora hidden": 3.5, "lora block": 2.0, "lora later": 1.0,
         "qlora width": 8.0, "qlora hidden": 3.0, "qlora block": 2.0, "qlora later": 1.0,
         "heads": 3.0, "scores": 4.5, "mask": 0.5,
-        "logits": 3.0, "frozen logits": 3.0, "states": 2.0, "head": 1.0, "slope": 1.0,
+        "logits": 3.0, "frozen logits": 3.0, "states": 2.0, "head": 1.0,
+        "slope": 1.0, "summed slope": 1.0,
     },
 }  # fmt: skip
 """How often parts are there at the peak, by compiler: what a layer works with in the backward pass,
 its matrices as they come over the mesh or out of storage, and what is left of the head by then,
 each for weights that are trained, for frozen ones (`lora`) and for quantised ones (`qlora`); how
-much more of the hidden units there is with an activation on a chip; logits, of a head that is
-trained and of a frozen one; the head as the activations have it, and its gradient (`slope`); the
-casts of what is trained. Those of GPUs and TPUs are fitted to what the compilers say
+much more of the hidden units there is with an activation on a chip; casts of what is trained;
+logits, of a head that is trained and of a frozen one; the head as the activations have it, its
+gradient (`slope`), also where gradients of parts are summed, and a trained table that is
+transposed. Those of GPUs and TPUs are fitted to what the compilers say
 (`benchmarks/plan_accuracy.py --fit`); those of CPUs only rank. What layers keep for the backward
 pass needs none: it was counted in the compiled programs."""
 
@@ -383,12 +388,15 @@ def _temporaries(
         slope = 4 * copies * table / tensor
     anew = 0.0
     narrow = chip.platform == "tpu" and ways > 1 and a.width // ways % _LANES > 0
-    if _anew(a, sizes, chip) or (a.adapters and narrow):
+    if _anew(a, sizes, chip) or (narrow and a.adapters):
         anew = table * dtype / tensor
+    elif narrow:
+        anew = factors["narrow table"] * table * dtype / tensor
     logits = factors["frozen logits" if a.adapters else "logits"]
     loss = logits * 4 * local * min(CHUNK, scored) * a.vocabulary / tensor
     loss += factors["states"] * tokens * dtype * a.width + anew
-    loss += factors["head"] * head + factors["slope"] * slope
+    parts = "summed slope" if layout.micro_batches > 1 else "slope"
+    loss += factors["head"] * head + factors[parts] * slope
     if ways * layout.mesh["data"] > 1:
         working += factors[form + "later"] * head
     return {"activations": int(layers), "loss": int(loss), "backward": int(working)}
@@ -404,9 +412,8 @@ def _copied(a: Architecture, sizes: _Sizes, layout: StageLayout, chip: Chip, tra
     if chip.platform == "tpu" and sizes.narrow:
         tables = 0 if a.adapters else layout.branches * _tables(a)
         copied += FACTORS["tpu"]["cast"] * 2 * (trained - tables / split)
-    if _anew(a, sizes, chip):
-        tables = 2 * _tables(a)
-        copied += (sizes.held - tables if a.storage == "bf16" else tables) / split
+    if _anew(a, sizes, chip) and a.storage == "bf16":
+        copied += (sizes.held - 2 * _tables(a)) / split
     if chip.platform == "gpu" and a.adapters and a.storage == "bf16" and split > mesh["tensor"]:
         # What is split along its last axis is transposed: what writes to the residual stream.
         down = a.layers * a.mlp * a.width if a.experts is None else sizes.experts / 3
@@ -415,7 +422,7 @@ def _copied(a: Architecture, sizes: _Sizes, layout: StageLayout, chip: Chip, tra
 
 
 def _anew(a: Architecture, sizes: _Sizes, chip: Chip) -> bool:
-    """Whether XLA copies what is frozen and not quantised."""
+    """Whether XLA tiles anew what is frozen and not quantised."""
     return bool(a.adapters) and sizes.table_bytes == 2 and chip.name in _LAID_OUT_ANEW
 
 

@@ -254,11 +254,11 @@ def test_xla_copies_what_is_frozen_in_two_bytes_on_7x(folder: Path, storage: Any
         lay_out(stage(folder, pinned), adapter, 2, Devices(CHIPS[chip], 1, False)).memory
         for chip in ("v5p", "tpu7x")
     )
-    count = tables if storage == "nf4" else parameter_count(LLAMA) - tables
+    count = 0 if storage == "nf4" else parameter_count(LLAMA) - tables
     copied = copying["copies of weights"] - plain["copies of weights"]
     assert copied == pytest.approx(2 * count, rel=0.02)
     # The adapters alone are cast.
-    assert plain["copies of weights"] < copied / 50
+    assert 0 < plain["copies of weights"] < parameter_count(LLAMA) / 100
     assert copying["loss"] - plain["loss"] == pytest.approx(2 * table, rel=0.02)
 
 
