@@ -84,10 +84,10 @@ LARGER = {
     ),
     **PRESETS,
 }  # fmt: skip
-FITTED = (*range(132), *range(330, 726))
+FITTED = (*range(132), *range(330, 810))
 """Of the points that are drawn those that the plan's factors may be fitted to. What lies between
 was looked at when the estimate was made, and compiled with programs of before."""
-HELD_OUT = range(726, 810)
+HELD_OUT = range(810, 894)
 """Those that nothing is fitted to, but for what the rule has drawn before, which is left out."""
 BY_HAND = 1000
 """The number of the first point that was chosen by hand, which are fitted to as well: of what the
@@ -176,6 +176,20 @@ CHOSEN = tuple(
         ("gemma-3-1b", "lora", "v5e", (8, 8), "4 16 1", 4, 4096, 1, "full"),
         ("llama-3.1-70b", "lora", "v5p", (4, 4, 4), "1 64 1", 1, 4096, 1, "full"),
         ("gemma-2b", "qlora", "tpu7x", (2, 2, 1), "2 4 1", 8, 8192, 1, "full"),
+        ("tiny-0.3b", "qlora", "v5e", (4, 4), "4 2 2", 1, 2048, 1, "full"),
+        ("tiny-0.3b", "lora", "v5e", (4, 4), "2 8 1", 1, 2048, 1, "dots"),
+        ("qwen3-0.6b", "qlora", "v5e", (4, 4), "2 8 1", 1, 2048, 1, "full"),
+        ("llama-3.2-1b", "qlora", "v5e", (4, 4), "1 8 2", 1, 2048, 1, "full"),
+        ("gemma-3-1b", "lora", "v5e", (4, 4), "1 16 1", 1, 2048, 1, "full"),
+        ("tiny-0.3b", "full", "v6e", (4, 4), "1 16 1", 1, 2048, 1, "full"),
+        ("qwen3-0.6b", "lora", "v6e", (4, 4), "2 4 2", 1, 2048, 1, "full"),
+        ("llama-3.2-1b", "qlora", "v6e", (4, 4), "1 16 1", 1, 2048, 1, "dots"),
+        ("tiny-0.3b", "qlora", "v5p", (2, 2, 2), "2 4 1", 1, 2048, 1, "full"),
+        ("qwen3-0.6b", "qlora", "v5p", (2, 2, 2), "1 4 2", 1, 2048, 1, "full"),
+        ("tiny-0.3b", "qlora", "tpu7x", (2, 2, 1), "1 4 2", 1, 2048, 1, "full"),
+        ("qwen3-0.6b", "lora", "tpu7x", (2, 2, 1), "1 8 1", 1, 2048, 1, "full"),
+        ("tiny-0.3b", "qlora", "v6e", (4, 4), "4 2 2", 2, 2048, 1, "none"),
+        ("tiny-0.3b", "full", "v5e", (4, 4), "2 4 2", 1, 2048, 1, "full"),
     )
 )
 

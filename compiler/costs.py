@@ -68,12 +68,12 @@ FACTORS = {
         "slope": 1.13, "summed slope": 1.18,
     },
     "tpu": {
-        "width": 5.1, "hidden": 1.59, "block": 0.65, "later": 0.16,
-        "lora width": 5.95, "lora hidden": 1.7, "lora block": 1.05, "lora later": 0.09,
-        "qlora width": 7.82, "qlora hidden": 1.71, "qlora block": 0.29, "qlora later": 0.04,
-        "geglu on v5e": 1.19, "heads": 2.41, "scores": 4.5, "mask": 0.5, "cast": 0.86,
-        "logits": 1.22, "frozen logits": 0.62, "states": 0.41, "head": 1.06,
-        "slope": 0.82, "summed slope": 1.08, "narrow table": 0.65,
+        "width": 5.37, "hidden": 1.53, "block": 0.68, "later": 0.14,
+        "lora width": 7.02, "lora hidden": 1.52, "lora block": 1.11, "lora later": 0.08,
+        "qlora width": 7.94, "qlora hidden": 1.64, "qlora block": 0.61, "qlora later": 0.04,
+        "geglu on v5e": 1.24, "heads": 2.61, "scores": 4.5, "mask": 0.5, "cast": 0.88, "vmem": 0.36,
+        "logits": 1.19, "frozen logits": 0.63, "states": 0.68, "head": 1.05,
+        "slope": 0.84, "summed slope": 1.11, "narrow table": 0.68,
     },
     "cpu": {
         "width": 8.0, "hidden": 3.0, "block": 2.0, "later": 1.0,
@@ -87,12 +87,12 @@ FACTORS = {
 """How often parts are there at the peak, by compiler: what a layer works with in the backward pass,
 its matrices as they come over the mesh or out of storage, and what is left of the head by then,
 each for weights that are trained, for frozen ones (`lora`) and for quantised ones (`qlora`); how
-much more of the hidden units there is with an activation on a chip; casts of what is trained;
-logits, of a head that is trained and of a frozen one; the head as the activations have it, its
-gradient (`slope`), also where gradients of parts are summed, and a trained table that is
-transposed. Those of GPUs and TPUs are fitted to what the compilers say
-(`benchmarks/plan_accuracy.py --fit`); those of CPUs only rank. What layers keep for the backward
-pass needs none: it was counted in the compiled programs."""
+much more of the hidden units there is with an activation on a chip; casts of what is trained; what
+of a TPU core's vector memory is used for it; logits, of a head that is trained and of a frozen one;
+the head as the activations have it, its gradient (`slope`), also where gradients of parts are
+summed, and a trained table that is transposed. Those of GPUs and TPUs are fitted to what the
+compilers say (`benchmarks/plan_accuracy.py --fit`); those of CPUs only rank. What layers keep for
+the backward pass needs none: it was counted in the compiled programs."""
 
 
 @dataclass(frozen=True)
@@ -399,6 +399,9 @@ def _temporaries(
     loss += factors["head"] * head + factors[parts] * slope
     if ways * layout.mesh["data"] > 1:
         working += factors[form + "later"] * head
+    if chip.vmem:  # what is small and soon used is not in the memory; the logits mostly are
+        working = max(0.0, working - factors["vmem"] * chip.vmem)
+        loss = max(0.0, loss - factors["vmem"] * chip.vmem / 2)
     return {"activations": int(layers), "loss": int(loss), "backward": int(working)}
 
 
@@ -414,6 +417,9 @@ def _copied(a: Architecture, sizes: _Sizes, layout: StageLayout, chip: Chip, tra
         copied += FACTORS["tpu"]["cast"] * 2 * (trained - tables / split)
     if _anew(a, sizes, chip) and a.storage == "bf16":
         copied += (sizes.held - 2 * _tables(a)) / split
+        if a.head_dim == _LANES:  # their tiles are those of queries, keys and values already
+            heads = a.heads + 2 * a.kv_heads
+            copied -= 2 * a.layers * a.width * heads * a.head_dim / split
     if chip.platform == "gpu" and a.adapters and a.storage == "bf16" and split > mesh["tensor"]:
         # What is split along its last axis is transposed: what writes to the residual stream.
         down = a.layers * a.mlp * a.width if a.experts is None else sizes.experts / 3

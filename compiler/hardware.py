@@ -44,6 +44,8 @@ class Chip:
     tpu7x, h100 and h200 fitted to published runs (`benchmarks/plan_accuracy.py`), else assumed."""
     source: str = "measured here"
     """Of the figures."""
+    vmem: int = 0
+    """Bytes of a TPU core's vector memory, in which compilers keep what is small and soon used."""
     cache: int | None = None
     """Bytes of activations beyond which a CPU waits for its memory; None where none counts."""
 
@@ -60,12 +62,19 @@ _SHEET = "NVIDIA's data sheet; a tenth of the memory is left to the runtime and 
 
 
 def _tpu(
-    name: str, peak: float, memory: float, bandwidth: float, link: float, axes: int, **more: Any
+    name: str,
+    peak: float,
+    memory: float,
+    bandwidth: float,
+    link: float,
+    axes: int,
+    vmem: int,
+    **more: Any,
 ) -> Chip:
     wraps = 16 if axes == 2 else 4
     return Chip(
         name, peak, int(memory * GIB), bandwidth, link, axes=axes, wraps=wraps,
-        hosts=8 if axes == 2 else 4, source=_CLOUD, **more,
+        hosts=8 if axes == 2 else 4, source=_CLOUD, vmem=vmem << 20, **more,
     )  # fmt: skip
 
 
@@ -75,17 +84,17 @@ def _gpu(name: str, peak: float, memory: float, bandwidth: float, link: float, *
 
 
 _CHIPS = (
-    _tpu("v4", 275e12, 30.75, 1228e9, 45e9, 3,
+    _tpu("v4", 275e12, 30.75, 1228e9, 45e9, 3, 16,
          peak8=275e12, across=3.1e9, efficiency=0.6),
-    _tpu("v5e", 197e12, 15.75, 819e9, 45e9, 2,
+    _tpu("v5e", 197e12, 15.75, 819e9, 45e9, 2, 128,
          peak8=394e12, across=3.1e9, efficiency=0.6),
-    _tpu("v5p", 459e12, 95.74, 2765e9, 90e9, 3,
+    _tpu("v5p", 459e12, 95.74, 2765e9, 90e9, 3, 64,
          peak8=918e12, across=6.2e9, efficiency=0.7),
-    _tpu("v6e", 918e12, 31.25, 1638e9, 90e9, 2,
+    _tpu("v6e", 918e12, 31.25, 1638e9, 90e9, 2, 128,
          peak8=1836e12, across=12.5e9, efficiency=0.55, host=32e9),
     # A device is half a chip.
     _tpu(
-        "tpu7x", 1153.5e12, 94.75, 3690e9, 45e9, 3, peak8=2307e12, across=6.2e9,
+        "tpu7x", 1153.5e12, 94.75, 3690e9, 45e9, 3, 64, peak8=2307e12, across=6.2e9,
         per_chip=2, efficiency=0.68,
     ),
     _gpu("a100", 312e12, 79.3, 2039e9, 300e9, peak8=624e12, efficiency=0.6, host=25e9),
