@@ -479,7 +479,11 @@ def published() -> None:
         try:
             layout = lay_out(stage, replace(LARGER[name], context=length), 2, there)
         except DoesNotFitError as error:
-            print(f"| {name} | {length} | {where} | {rate:,} | does not fit: {error} |")
+            needed, there_is = error.nearest.total / 2**30, chip.memory / 2**30
+            why = (
+                f"does not fit: {needed:.1f} GiB of {there_is:.1f}, of which {MARGIN:.0%} are used"
+            )
+            print(f"| {name} | {length} | {where} | {rate:,} | {why} |")
             continue
         found = rows * length / layout.seconds / there.count * chip.per_chip
         errors.append(found / rate - 1)

@@ -45,7 +45,8 @@ class Chip:
     source: str = "measured here"
     """Of the figures."""
     vmem: int = 0
-    """Bytes of a TPU core's vector memory, in which compilers keep what is small and soon used."""
+    """Bytes of a TPU core's vector memory, in which compilers keep what is small and soon used (as
+    Pallas has it)."""
     cache: int | None = None
     """Bytes of activations beyond which a CPU waits for its memory; None where none counts."""
 

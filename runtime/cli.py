@@ -316,6 +316,8 @@ def plan_command(
 ) -> None:
     """Say what a run would do, and why: stages, layout, memory, cost. Runs nothing."""
     program = _checked(spec, sets)
+    if compile:  # what does not fit is said here, and not by XLA as well
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from tunelang.runtime import plan_view, prepare  # JAX is slow to import
 
     with _failing(program, traceback):

@@ -64,7 +64,7 @@ def _summary(prepared: Prepared) -> str:
         costs = [stage.cost for stage in plan.stages if stage.cost]
         hours = sum(cost["device_hours"] or 0.0 for cost in costs)
         if any(not devices.here for devices in prepared.devices.values()):
-            parts.append(f"{hours:,.1f} device-hours")
+            parts.append(f"{hours:,.{1 if hours >= 1 else 3}f} device-hours")
         if any(cost["price"] for cost in costs):
             parts.append(f"price {sum(cost['price'] or 0.0 for cost in costs):,.2f}")
     return "; ".join(parts)

@@ -18,7 +18,7 @@ _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # or it asks a metadata server that is not there
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any that it knows, or it warns; the topology counts
 }
 _GPUS = {
     # name: capability, cores, shared memory of a core, L2 cache, clock in GHz
