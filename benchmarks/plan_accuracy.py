@@ -376,7 +376,7 @@ def report(paths: list[Path]) -> None:
     every = [each for path in paths for each in read(path)]
     for each in every:
         layout = planned(each.point)[1]
-        gib = f"{each.peak / 2**30:.2f}" + (" refused" if each.refused else "")
+        gib = f"{each.peak / 2**30:.3f}" + (" refused" if each.refused else "")
         print(
             f"{cells(each.point)} {layout.total / 2**30:.2f} | {gib} | {each.ratio - 1:+.1%} |"
             f" {'held out' if each.held_out else 'fitted'} |"
