@@ -95,14 +95,21 @@ class StageLayout:
 
 class DoesNotFitError(Exception):
     """No layout fits; `nearest` is the one that needs the least memory, `devices` what it is for,
-    `pinned` what the spec itself decides.
+    `pinned` what the spec itself decides, `asked` what was searched for.
     """
 
-    def __init__(self, nearest: StageLayout, devices: Devices, pinned: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        nearest: StageLayout,
+        devices: Devices,
+        pinned: tuple[str, ...],
+        asked: tuple[Any, ...],
+    ) -> None:
         super().__init__(f"needs {nearest.total} bytes of {devices.chip.memory}")
         self.nearest = nearest
         self.devices = devices
         self.pinned = pinned
+        self.asked = asked
 
 
 class NoLayoutError(Exception):

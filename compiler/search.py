@@ -6,10 +6,12 @@ simpler layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from tunelang.compiler.adapters import Storage, adapted
 from tunelang.compiler.architecture import Architecture
 from tunelang.compiler.costs import Judge, estimated, has_reference
 from tunelang.compiler.hardware import Chip, Devices
@@ -21,6 +23,7 @@ from tunelang.compiler.layout import (
     shards_of,
 )
 from tunelang.dsl.vocabulary.stages import PAIRS, Policy, Supervised, Training
+from tunelang.dsl.vocabulary.training import Lora
 
 MARGIN = 0.9
 """Share of the memory that a plan may take by the estimate, which can be too low."""
@@ -197,7 +200,68 @@ def _ranked(
             "mesh" if stage.mesh is not None else "batch",
             f"{rows} sequences do not divide over {size} devices",
         )
-    raise DoesNotFitError(nearest, devices, pinned)
+    asked = stage, architecture, dtype_bytes, devices, attention, teacher, judges, branches
+    raise DoesNotFitError(nearest, devices, pinned, asked)
+
+
+def remedies(
+    stage: Training,
+    architecture: Architecture,
+    dtype_bytes: int,
+    devices: Devices,
+    attention: str = "auto",
+    teacher: Architecture | None = None,
+    judges: tuple[Judge, ...] = (),
+    branches: int = 1,
+) -> Iterator[tuple[str, int]]:
+    """Give what would make a stage fit that does not, each by itself, and the bytes that a device
+    would then need by the estimate. The arguments are those of `ranked`.
+    """
+    for changes in _changes(stage, architecture, dtype_bytes, devices, branches):
+        for what, changed, a, there in changes:
+            with suppress(DoesNotFitError, NoLayoutError):
+                layouts = ranked(changed, a, dtype_bytes, there, attention, teacher, judges)
+                yield what, layouts[0].total
+                break
+
+
+_Change = tuple[str, Training, Architecture, Devices]
+
+
+def _changes(
+    stage: Training, a: Architecture, dtype_bytes: int, devices: Devices, branches: int
+) -> Iterator[Iterable[_Change]]:
+    """Give kinds of changes to a stage that may make it fit; of each the smallest first."""
+    if branches > 1:
+        yield [("`sweep = in_turn`", stage, a, devices)]
+        return
+    if pinned := pins(stage):
+        names = ", ".join(f"`{name}`" for name in pinned)
+        yield [(f"{names} left to the plan", unpinned(stage), a, devices)]
+    by = (2, 4, 8, 16)
+    batch: Any = stage.batch  # type: ignore[attr-defined]
+    unit, count = getattr(batch, "unit", "prompts"), int(getattr(batch, "value", batch))
+    fewer = (count // part for part in by if count % part == 0)
+    yield ((f"`batch = {n} {unit}`", _with_batch(stage, n), a, devices) for n in fewer)
+    if devices.chip.platform != "cpu":  # those that are simulated share a memory
+        several = (replace(devices, count=times * devices.count) for times in by)
+        yield ((str(more), stage, a, more) for more in several)
+    if not a.adapters:
+        plain: Storage = "bf16" if dtype_bytes == 2 else "f32"
+        lora, adapter = "`adapter = lora()`", (Lora.fixed(),)
+        yield [
+            (lora, stage, adapted(a, adapter, plain), devices),
+            (f"{lora}, `weights = nf4` of the model", stage, adapted(a, adapter, "nf4"), devices),
+        ]
+    if isinstance(stage, Supervised):
+        contexts = [a.context // part for part in by if a.context // part >= SHORTEST]
+        yield ((f"a context of {n}", stage, replace(a, context=n), devices) for n in contexts)
+
+
+def _with_batch(stage: Training, count: int) -> Training:
+    batch: Any = stage.batch  # type: ignore[attr-defined]
+    less = count if isinstance(batch, int) else batch.model_copy(update={"value": count})
+    return stage.model_copy(update={"batch": less})
 
 
 def pins(stage: Training) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ class Checked:
     program: Program | None
 
 
-def check_file(path: Path, sets: Sequence[str] = ()) -> Checked:
+def check_file(path: Path, sets: Sequence[str] = (), *, elsewhere: bool = False) -> Checked:
     """Check a file; one that cannot be read is a diagnostic too."""
     try:
         source = read(path)
@@ -45,16 +45,18 @@ def check_file(path: Path, sets: Sequence[str] = ()) -> Checked:
         diagnostics = Diagnostics()
         diagnostics.add(messages.unreadable(Source(str(path), ""), error))
         return Checked(diagnostics, None)
-    return check(source, sets)
+    return check(source, sets, elsewhere=elsewhere)
 
 
-def check(source: Source, sets: Sequence[str] = ()) -> Checked:
-    """Check the text of a spec with `--set` overrides."""
+def check(source: Source, sets: Sequence[str] = (), *, elsewhere: bool = False) -> Checked:
+    """Check the text of a spec with `--set` overrides. `elsewhere` says that it is for other
+    hardware than its own.
+    """
     diagnostics = Diagnostics()
     loaded = load(source, diagnostics)
     overrides.apply(list(sets), loaded, diagnostics)
     checker = _Checker(loaded, diagnostics, source.folder)
-    program = checker.program()
+    program = checker.program(elsewhere)
     return Checked(diagnostics, None if diagnostics.errors else program)
 
 
@@ -68,7 +70,7 @@ class _Checker:
         symbols = dict.fromkeys(s for m in loaded.modules for s in m.names.values())
         self.symbols = {symbol.name: symbol for symbol in symbols}
 
-    def program(self) -> Program:
+    def program(self, elsewhere: bool) -> Program:
         """Evaluate, apply the rules, and put the Program together."""
         declared: dict[str, Declared] = {}
         for symbol in in_order(list(self.symbols.values()), self.diagnostics):
@@ -77,7 +79,7 @@ class _Checker:
                 declared[symbol.name] = found
         run = self._run()
         program = Program(declared, run, self.folder, self.origins)
-        rules.apply(program, self.places, self.diagnostics)
+        rules.apply(program, self.places, self.diagnostics, elsewhere)
         if not self.diagnostics.errors:  # what is wrong may be what would have used it
             rules.unused(self.loaded.root, self.diagnostics)
         return Program(_reachable(program, self.loaded.root), run, self.folder, self.origins)

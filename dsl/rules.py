@@ -55,9 +55,13 @@ def unused(root: Module, diagnostics: Diagnostics) -> None:
                 diagnostics.add(messages.unused(symbol))
 
 
-def apply(program: Program, places: dict[int, Place], diagnostics: Diagnostics) -> None:
-    """Check a Program that may lack declarations which were reported already."""
-    book = Book(program, places, diagnostics)
+def apply(
+    program: Program, places: dict[int, Place], diagnostics: Diagnostics, elsewhere: bool
+) -> None:
+    """Check a Program that may lack declarations which were reported already. `elsewhere` says that
+    it is for other hardware than its own.
+    """
+    book = Book(program, places, diagnostics, elsewhere)
     content.check(book)
     for declared in program.declarations.values():
         values = [branch.value for branch in declared.branches] or [declared.value]
@@ -93,6 +97,7 @@ class Book:
     program: Program
     places: dict[int, Place]
     diagnostics: Diagnostics
+    elsewhere: bool
     fields: dict[str, frozenset[str] | None] = field(default_factory=dict)
     contexts: dict[str, int | None] = field(default_factory=dict)
     """Model -> its context as its own files say."""
@@ -413,7 +418,7 @@ def _division(book: Book, declared: Declared, stage: stages.Training) -> None:
             book.add(
                 messages.batch_does_not_divide(span, sequences, formula, parts, step, group, pinned)
             )
-    devices = _devices(book, stage)
+    devices = None if book.elsewhere else _devices(book, stage)
     if mesh is not None and devices is not None:
         size = copies * mesh.tensor * mesh.expert * mesh.context
         if size != devices[0]:

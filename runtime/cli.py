@@ -315,7 +315,7 @@ def plan_command(
     traceback: Traceback = False,
 ) -> None:
     """Say what a run would do, and why: stages, layout, memory, cost. Runs nothing."""
-    program = _checked(spec, sets)
+    program = _checked(spec, sets, on)
     if compile:  # what does not fit is said here, and not by XLA as well
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from tunelang.runtime import plan_view, prepare  # JAX is slow to import
@@ -368,7 +368,7 @@ def run_command(
     traceback: Traceback = False,
 ) -> None:
     """Plan a spec, and run what is not up to date; what was interrupted goes on."""
-    program = _checked(spec, sets)
+    program = _checked(spec, sets, on)
     from tunelang.runtime import run  # JAX is slow to import
 
     gc.enable()
@@ -533,9 +533,9 @@ def export_command(
             typer.echo(folder / name)
 
 
-def _checked(spec: Path, sets: list[str]) -> Program:
+def _checked(spec: Path, sets: list[str], on: str | None = None) -> Program:
     """Return the program of a spec; ends the command where it is wrong."""
-    checked = check_file(spec, sets)
+    checked = check_file(spec, sets, elsewhere=on is not None)
     report(checked.diagnostics)
     if checked.program is None:
         raise typer.Exit(WRONG_SPEC)

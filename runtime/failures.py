@@ -9,7 +9,7 @@ from tunelang.compiler.content import ContentError
 from tunelang.compiler.families import UndescribedError
 from tunelang.compiler.graph import GraphError
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError
-from tunelang.compiler.search import MARGIN
+from tunelang.compiler.search import MARGIN, remedies
 from tunelang.dsl.diagnostics import Diagnostic
 from tunelang.dsl.messages.wording import error as message
 from tunelang.dsl.program import Program
@@ -141,22 +141,26 @@ def _does_not_fit(error: DoesNotFitError, place: _Place) -> Diagnostic:
     largest = sorted(nearest.memory.items(), key=lambda part: -part[1])[:4]
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
     mesh = " × ".join(f"{axis} {size}" for axis, size in nearest.mesh.items() if size > 1)
-    pinned = f"; pinned by the spec: {', '.join(error.pinned)}" if error.pinned else ""
     several = f", {nearest.branches} branches in one program" if nearest.branches > 1 else ""
     notes = [
         f"the smallest layout ({mesh or 'one device'}, remat {nearest.remat}{several}): {parts}"
     ]
-    instead = "`sweep = in_turn`, " if several else ""
+    if error.pinned:
+        notes.append(f"the spec itself decides {', '.join(f'`{name}`' for name in error.pinned)}")
     if nearest.total <= chip.memory:
         share = f"{size_text(int(MARGIN * chip.memory))}, {MARGIN:.0%} of the memory"
         notes.append(f"a plan takes no more than {share}: its estimate can be too low")
+    would = [f"{what} ({size_text(size)})" for what, size in remedies(*error.asked)]
+    nothing = (
+        "neither 16 times the devices nor a 16th of the batch nor an adapter would do by itself"
+    )
     return message(
         "does-not-fit",
         f"`{place.stage}` needs {size_text(nearest.total)} of {size_text(chip.memory)} in a device",
         place.declared(place.stage),
         f"on {error.devices}",
         notes=notes,
-        help=f"{instead}more devices, a smaller batch or a shorter context{pinned}",
+        help=f"by the estimate it would fit with {' or '.join(would)}" if would else nothing,
     )
 
 

@@ -20,12 +20,11 @@ from typing import Any
 
 import jax
 
-from tunelang.compiler.adapters import adapted
+from tunelang.compiler import search
 from tunelang.compiler.architecture import Architecture
 from tunelang.compiler.hardware import Devices
 from tunelang.compiler.layout import (
     DoesNotFitError,
-    NoLayoutError,
     StageLayout,
     shards_of,
 )
@@ -36,7 +35,6 @@ from tunelang.dsl.vocabulary.stages import (
     Sample,
     Training,
 )
-from tunelang.dsl.vocabulary.training import Lora
 from tunelang.runtime import train
 from tunelang.runtime.collectives import exchanged, wasteful
 from tunelang.runtime.custom import bound
@@ -136,7 +134,7 @@ def fits(prepared: Prepared, node: str, found: Rehearsed) -> bool:
 
 def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> Iterator[str]:
     """Say what would make a stage fit of which a program does not: another layout, compiled as
-    well; or more devices, or frozen weights in four bits, by the estimate.
+    well; or what `search.remedies` gives, by the estimate.
     """
     stage = prepared.graph.nodes[node].value
     if not isinstance(stage, Training) or found.name not in STEP:
@@ -162,22 +160,9 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
         if all(not each.refused and each.peak <= devices.chip.memory for each in made):
             yield f"{_pinned(layout)}: {size_text(worst)}, as the compiler says"
             return
-    if planned.branches > 1:
-        size = size_text(prepared.layouts[node].total)
-        yield f"`sweep = in_turn`: {size}, by the estimate"
-        return
-    for times in (2, 4, 8, 16):
-        more = replace(devices, count=times * devices.count)
-        with suppress(DoesNotFitError, NoLayoutError):
-            layout = lay_out(stage, a, width, more, "auto", *beside)
-            yield f"{more}: {size_text(layout.total)}, by the estimate"
-            break
-    if not a.adapters:
-        with suppress(DoesNotFitError, NoLayoutError):
-            frozen = adapted(a, (Lora.fixed(),), "nf4")
-            layout = lay_out(stage, frozen, width, devices, "auto", *beside)
-            size = size_text(layout.total)
-            yield f"`adapter = lora()`, `weights = nf4` of the model: {size}, by the estimate"
+    given = a, width, smaller, planned.kernel, *beside, planned.branches
+    for what, size in search.remedies(stage, *given):
+        yield f"{what}: {size_text(size)}, by the estimate"
 
 
 def _pinned(layout: StageLayout) -> str:

@@ -229,3 +229,37 @@ def test_check_renders_examples_with_what_is_trained(tmp_path: Path) -> None:
     wrong = tune("check", "spec.tune", "--render", "bok", cwd=tmp_path)
     assert wrong.returncode == 2
     assert wrong.stderr == "no stage reads data called `bok`: they read `book`, `rows`\n"
+
+
+PINNED = """\
+tokenizer letters : bytes {}
+model m : transformer {
+  preset = "llama-3.1-8b", tokenizer = letters, context = 4096, dtype = bf16
+}
+run { on = pod }
+hardware pod : gpu { kind = "a100", devices = 1 }
+data d : jsonl { path = "d.jsonl", prompt = "{q}", response = "{a}" }
+stage s : sft { from = m, data = d, batch = 16 sequences, length = 1 steps }
+"""
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"q": "1+1=", "a": "2"}\n')
+    (tmp_path / "spec.tune").write_text(PINNED)
+    done = tune("plan", "spec.tune", cwd=tmp_path)
+    assert done.returncode == 4
+    assert done.stderr.startswith("error[does-not-fit]: `s` needs ")
+    assert "by the estimate it would fit with `batch = 4 sequences` (" in done.stderr
+    assert "or 2 × a100 (" in done.stderr
+
+
+def test_a_pinned_mesh_is_held_against_the_hardware_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"q": "1+1=", "a": "2"}\n')
+    pinned = PINNED.replace("1 steps", "1 steps, mesh = axes(fsdp = 4, tensor = 4)")
+    (tmp_path / "spec.tune").write_text(pinned)
+    done = tune("plan", "spec.tune", cwd=tmp_path)
+    assert (done.returncode, "mesh-does-not-fit" in done.stderr) == (1, True)
+    done = tune("plan", "spec.tune", "--on", "v5p:2x2x4", cwd=tmp_path)
+    assert (done.returncode, "fsdp 4 × tensor 4" in done.stdout) == (0, True)
+    done = tune("plan", "spec.tune", "--on", "v5e:2x4", cwd=tmp_path)
+    assert (done.returncode, "need more than the 8 devices" in done.stderr) == (1, True)

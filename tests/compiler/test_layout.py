@@ -17,7 +17,7 @@ from tunelang.compiler.costs import Judge
 from tunelang.compiler.hardware import CHIPS, Devices, chip_of, declared, named
 from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, shards_of
 from tunelang.compiler.presets import PRESETS
-from tunelang.compiler.search import MARGIN, lay_out, ranked
+from tunelang.compiler.search import MARGIN, lay_out, ranked, remedies
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import Policy, Sft, Training
 from tunelang.dsl.vocabulary.training import AdamW, Axes, Lora, Sampling
@@ -175,6 +175,36 @@ def test_what_does_not_fit_says_what_it_needs(folder: Path) -> None:
     nearest = caught.value.nearest
     assert nearest.offload == ("optimizer",)
     assert nearest.memory["gradients"] == nearest.memory["parameters"]
+
+
+def test_what_would_fit_is_computed_and_is_the_least_change(folder: Path) -> None:
+    one = Devices(replace(CHIPS["a100"], memory=80 << 30), 1, False)
+    asked = stage(folder, batch="batch = 16 sequences"), LLAMA, 2, one
+    found = dict(remedies(*asked))
+    assert list(found) == [
+        "`batch = 4 sequences`", "2 × a100", "`adapter = lora()`", "a context of 1024",
+    ]  # fmt: skip
+    assert all(size <= MARGIN * one.chip.memory for size in found.values())
+    with pytest.raises(DoesNotFitError) as caught:
+        lay_out(stage(folder, batch="batch = 8 sequences"), *asked[1:])
+    assert next(remedies(*caught.value.asked))[0] == "`batch = 4 sequences`"
+    smaller = lay_out(stage(folder, batch="batch = 4 sequences"), *asked[1:])
+    assert smaller.total == found["`batch = 4 sequences`"]
+
+
+def test_what_the_spec_pins_may_be_what_does_not_fit(folder: Path) -> None:
+    there = Devices(CHIPS["v5p"], 16, False)
+    asked = stage(folder, "mesh = axes(data = 16)"), LLAMA, 2, there
+    what, size = next(remedies(*asked))
+    assert what == "`mesh` left to the plan"
+    assert size == lay_out(stage(folder), *asked[1:]).total
+
+
+def test_branches_that_do_not_fit_together_may_fit_in_turn(folder: Path) -> None:
+    there = Devices(CHIPS["v5p"], 4, False)
+    with pytest.raises(DoesNotFitError) as caught:
+        ranked(stage(folder), LLAMA, 2, there, branches=16)
+    assert [what for what, _ in remedies(*caught.value.asked)] == ["`sweep = in_turn`"]
 
 
 @pytest.mark.parametrize(
