@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from tunelang.compiler.adapters import adapted
 from tunelang.compiler.architecture import Architecture, parameter_count
 from tunelang.compiler.costs import Judge
 from tunelang.compiler.hardware import CHIPS, Devices, declared
-from tunelang.compiler.layout import StageLayout
+from tunelang.compiler.layout import DoesNotFitError, StageLayout
 from tunelang.compiler.search import lay_out
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure
@@ -33,7 +34,7 @@ from tunelang.dsl.vocabulary.stages import (
 from tunelang.dsl.vocabulary.training import K3, AdamW, Axes, Critic, Lora, Sampling
 from tunelang.runtime import collectives, sharding
 from tunelang.runtime.prepare import Shapes
-from tunelang.runtime.rehearse import measure, rehearse, unsplit
+from tunelang.runtime.rehearse import Rehearsed, measure, rehearse, remedies, unsplit
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stage_programs import Program, programs
 from tunelang.runtime.topologies import compilable
@@ -338,6 +339,40 @@ eval likeliest : generate { data = sums, beams = 2, max_tokens = 4, score = corr
     monkeypatch.setattr("tunelang.runtime.rehearse.OPTIONS", {"cpu": {"xla_an_option": 1}})
     list(rehearse(prepared, "tries", cache))
     assert len(list(cache.glob("rehearsal-*"))) == len(kept) + 2
+
+
+def refused(stage: Training, devices: Devices, peak: int, cache: Path) -> list[str]:
+    """What would make a stage fit whose program takes `peak` bytes."""
+    planned = lay_out(stage, SMALL, 4, replace(devices, chip=replace(devices.chip, memory=2**30)))
+    prepared: Any = SimpleNamespace(
+        graph=SimpleNamespace(nodes={"s": SimpleNamespace(value=stage)}),
+        shapes={"s": Shapes(SMALL, "f32", None)},
+        devices={"s": devices},
+        program=SimpleNamespace(folder=cache),
+        layout=lambda node: planned,
+    )
+    return list(remedies(prepared, "s", Rehearsed("train", peak, 0.0), cache))
+
+
+def test_what_would_make_a_refused_program_fit_is_compiled(tmp_path: Path) -> None:
+    stage = Sft.fixed(batch=Measure.fixed(value=64, unit="sequences"), **REST)
+    planned = lay_out(stage, SMALL, 4, DEVICES).total
+    devices = replace(DEVICES, chip=replace(CHIP, memory=2 * planned))
+    (said,) = refused(stage, devices, 3 * planned, tmp_path)
+    assert said.startswith("`mesh = axes(")
+    assert said.endswith(", as the compiler says")
+
+
+def test_what_no_layout_makes_fit_needs_another_stage(tmp_path: Path) -> None:
+    stage = Sft.fixed(batch=Measure.fixed(value=64, unit="sequences"), **REST)
+    none = Devices(replace(CHIPS["h200"], memory=1), 8, False)
+    with pytest.raises(DoesNotFitError) as caught:
+        lay_out(stage, SMALL, 4, none)
+    smallest = caught.value.nearest.total
+    devices = replace(none, chip=replace(none.chip, memory=int(1.15 * smallest)))
+    said = refused(stage, devices, smallest + devices.chip.memory, tmp_path)
+    assert any(each.startswith("16 × h200: ") for each in said)
+    assert all(each.endswith(", by the estimate") for each in said)
 
 
 def test_axes_that_do_not_divide_are_named() -> None:
