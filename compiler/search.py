@@ -6,8 +6,7 @@ simpler layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -205,24 +204,25 @@ def _ranked(
 
 
 def remedies(
-    stage: Training,
-    architecture: Architecture,
-    dtype_bytes: int,
-    devices: Devices,
-    attention: str = "auto",
-    teacher: Architecture | None = None,
-    judges: tuple[Judge, ...] = (),
-    branches: int = 1,
+    stage: Training, architecture: Architecture, dtype_bytes: int, devices: Devices, *rest: Any
 ) -> Iterator[tuple[str, int]]:
-    """Give what would make a stage fit that does not, each by itself, and the bytes that a device
-    would then need by the estimate. The arguments are those of `ranked`.
+    """Give what would make a stage fit that does not, each by itself and as little of it as will
+    do, and the bytes that a device would then need by the estimate. The arguments are those of
+    `ranked`.
     """
+    beside = rest[:3]
+    branches = rest[3] if len(rest) > 3 else 1
     for changes in _changes(stage, architecture, dtype_bytes, devices, branches):
-        for what, changed, a, there in changes:
-            with suppress(DoesNotFitError, NoLayoutError):
-                layouts = ranked(changed, a, dtype_bytes, there, attention, teacher, judges)
-                yield what, layouts[0].total
+        least: tuple[str, int] | None = None
+        for what, changed, a, there in reversed(changes):
+            try:
+                least = what, ranked(changed, a, dtype_bytes, there, *beside)[0].total
+            except NoLayoutError:
+                continue
+            except DoesNotFitError:  # then nothing less does
                 break
+        if least is not None:
+            yield least
 
 
 _Change = tuple[str, Training, Architecture, Devices]
@@ -230,7 +230,7 @@ _Change = tuple[str, Training, Architecture, Devices]
 
 def _changes(
     stage: Training, a: Architecture, dtype_bytes: int, devices: Devices, branches: int
-) -> Iterator[Iterable[_Change]]:
+) -> Iterator[list[_Change]]:
     """Give kinds of changes to a stage that may make it fit; of each the smallest first."""
     if branches > 1:
         yield [("`sweep = in_turn`", stage, a, devices)]
@@ -241,11 +241,15 @@ def _changes(
     by = (2, 4, 8, 16)
     batch: Any = stage.batch  # type: ignore[attr-defined]
     unit, count = getattr(batch, "unit", "prompts"), int(getattr(batch, "value", batch))
-    fewer = (count // part for part in by if count % part == 0)
-    yield ((f"`batch = {n} {unit}`", _with_batch(stage, n), a, devices) for n in fewer)
+    smaller: list[_Change] = []
+    for less in (count // part for part in by if count % part == 0):
+        given = less if isinstance(batch, int) else batch.model_copy(update={"value": less})
+        changed = stage.model_copy(update={"batch": given})
+        smaller.append((f"`batch = {less} {unit}`", changed, a, devices))
+    yield smaller
     if devices.chip.platform != "cpu":  # those that are simulated share a memory
         several = (replace(devices, count=times * devices.count) for times in by)
-        yield ((str(more), stage, a, more) for more in several)
+        yield [(str(more), stage, a, more) for more in several]
     if not a.adapters:
         plain: Storage = "bf16" if dtype_bytes == 2 else "f32"
         lora, adapter = "`adapter = lora()`", (Lora.fixed(),)
@@ -255,13 +259,7 @@ def _changes(
         ]
     if isinstance(stage, Supervised):
         contexts = [a.context // part for part in by if a.context // part >= SHORTEST]
-        yield ((f"a context of {n}", stage, replace(a, context=n), devices) for n in contexts)
-
-
-def _with_batch(stage: Training, count: int) -> Training:
-    batch: Any = stage.batch  # type: ignore[attr-defined]
-    less = count if isinstance(batch, int) else batch.model_copy(update={"value": count})
-    return stage.model_copy(update={"batch": less})
+        yield [(f"a context of {n}", stage, replace(a, context=n), devices) for n in contexts]
 
 
 def pins(stage: Training) -> tuple[str, ...]:

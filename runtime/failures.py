@@ -151,9 +151,7 @@ def _does_not_fit(error: DoesNotFitError, place: _Place) -> Diagnostic:
         share = f"{size_text(int(MARGIN * chip.memory))}, {MARGIN:.0%} of the memory"
         notes.append(f"a plan takes no more than {share}: its estimate can be too low")
     would = [f"{what} ({size_text(size)})" for what, size in remedies(*error.asked)]
-    nothing = (
-        "neither 16 times the devices nor a 16th of the batch nor an adapter would do by itself"
-    )
+    nothing = "no single change would do, as far as the estimate goes"
     return message(
         "does-not-fit",
         f"`{place.stage}` needs {size_text(nearest.total)} of {size_text(chip.memory)} in a device",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Collection, Iterable
@@ -25,7 +26,7 @@ from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout
 from tunelang.compiler.plan import Plan, StagePlan, State
 from tunelang.compiler.planning import plan as plan_stages
 from tunelang.compiler.presets import PRESETS
-from tunelang.compiler.search import TOLD, depends, pins, ranked, unpinned
+from tunelang.compiler.search import AXES, TOLD, depends, pins, ranked, unpinned
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Reference
@@ -163,6 +164,8 @@ def prepare(
         rest = architecture, dtype_bytes, devices, asked, teacher, judges
         key = (depends(value), *rest)
         try:
+            if on is not None:  # of the spec's own hardware it was checked with the spec
+                _fills(value, devices)
             if key not in searched:
                 searched[key] = _search(value, *rest)
         except Exception as error:
@@ -208,6 +211,14 @@ class _LaidOut:
     found: _Found
     steps: tuple[int, bool] | None
     """See `lengths.steps`."""
+
+
+def _fills(value: Training, devices: Devices) -> None:
+    """Raise `NoLayoutError` where a pinned mesh would leave devices of a slice or node idle."""
+    if value.mesh is not None and not devices.here:
+        size = math.prod(getattr(value.mesh, axis) for axis in AXES)
+        if size < devices.count:
+            raise NoLayoutError("mesh", f"this mesh is for {size} devices, and there are {devices}")
 
 
 def _search(value: Training, *rest: Any) -> _Found:

@@ -263,3 +263,5 @@ def test_a_pinned_mesh_is_held_against_the_hardware_of_the_command(tmp_path: Pat
     assert (done.returncode, "fsdp 4 × tensor 4" in done.stdout) == (0, True)
     done = tune("plan", "spec.tune", "--on", "v5e:2x4", cwd=tmp_path)
     assert (done.returncode, "need more than the 8 devices" in done.stderr) == (1, True)
+    done = tune("plan", "spec.tune", "--on", "v5p:4x4x4", cwd=tmp_path)
+    assert (done.returncode, "and there are 64 × v5p" in done.stderr) == (1, True)
