@@ -15,13 +15,13 @@ from dataclasses import replace
 import jax
 import numpy as np
 
-from tunelang.compiler.adapters import adapted
-from tunelang.compiler.architecture import Architecture, parameter_count, train_flops
+from tunelang.compiler.models.adapters import adapted
+from tunelang.compiler.models.architecture import Architecture, parameter_count, train_flops
 from tunelang.dsl.vocabulary.training import AdamW, Dora, Lora
-from tunelang.runtime.layers import DTYPES
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import Batch, Program, init_state, train_step
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import Batch, Program, init_state, train_step
 
 MIB = 2**20
 SPEC = AdamW.fixed(lr=1e-4)

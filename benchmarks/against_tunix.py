@@ -37,23 +37,30 @@ import sentencepiece
 from rollout import skewed
 from tunix_side import Found, Given, Meter, examples_of, random_batches, report, reward_of
 
-from tunelang.compiler.architecture import Architecture, parameter_count
-from tunelang.compiler.layout import CHUNK
-from tunelang.compiler.search import lay_out
+from tunelang.compiler.layout.layout_search import lay_out
+from tunelang.compiler.layout.stage_layout import CHUNK
+from tunelang.compiler.models.architecture import Architecture, parameter_count
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import Policy, Sft, Training
 from tunelang.dsl.vocabulary.training import K3, AdamW, Sampling
-from tunelang.runtime import objectives, packing
-from tunelang.runtime.bad_rows import BadRows
-from tunelang.runtime.corpus import Corpus, Items, Piece
-from tunelang.runtime.decode_loop import make_engine
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.order import Order
-from tunelang.runtime.policy_step import batch_of, in_parts, placed, policy_step, score_program
-from tunelang.runtime.prepare import local_devices
-from tunelang.runtime.rollout import Prompt, rollout
+from tunelang.runtime.data.row_errors import BadRows
+from tunelang.runtime.data.sample_order import Order
+from tunelang.runtime.generation.engine import make_engine
+from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.objectives import policy_gradient
+from tunelang.runtime.planning.prepare import local_devices
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import Batch, Program, TrainState, init_state, train_step
+from tunelang.runtime.stages.policy_step import (
+    batch_of,
+    in_parts,
+    placed,
+    policy_step,
+    score_program,
+)
+from tunelang.runtime.tokenize import packing
+from tunelang.runtime.tokenize.token_cache import Corpus, Items, Piece
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import Batch, Program, TrainState, init_state, train_step
 
 TIMEOUT = 180
 SIDES = ("ours", "tunix")
@@ -129,7 +136,7 @@ CASES = {
 }  # fmt: skip
 
 
-# What we do, in a process of its own. It follows `runtime/supervised.py` and `runtime/policy.py`.
+# What we do, in a process of its own. It follows `supervised` and `policy` in `runtime/stages/`.
 
 
 def architecture_of(given: Given) -> Architecture:
@@ -313,7 +320,7 @@ def grpo(given: Given) -> Found:
     )
     update = policy_step(architecture, optimizer, schedule, policy, program)
     score = score_program(architecture, program, given["temperature"])
-    advantages = jax.jit(objectives.advantages, static_argnames="how")
+    advantages = jax.jit(policy_gradient.advantages, static_argnames="how")
     part = math.gcd(group, given["prompts"] * group // program.micro_batches)
     state = init_state(architecture, optimizer, program, 0)
     reference = jax.tree.map(jnp.copy, state.params)

@@ -18,10 +18,10 @@ from collections import Counter
 from plan_accuracy import architecture, devices, numbered, planned
 
 from tunelang.runtime import sharding
-from tunelang.runtime.collectives import exchanged, operations
-from tunelang.runtime.prepare import Shapes
-from tunelang.runtime.stage_programs import programs
-from tunelang.runtime.topologies import compilable
+from tunelang.runtime.planning.prepare import Shapes
+from tunelang.runtime.rehearsal.abstract_programs import programs
+from tunelang.runtime.rehearsal.collectives import exchanged, operations
+from tunelang.runtime.rehearsal.topologies import compilable
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d{1,14})"')
 _LOOP = re.compile(r"= \((.*)\) while\(")

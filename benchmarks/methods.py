@@ -20,25 +20,30 @@ from typing import Any
 import jax
 import numpy as np
 
-from tunelang.compiler.architecture import (
+from tunelang.compiler.layout.stage_layout import CHUNK
+from tunelang.compiler.models.architecture import (
     Architecture,
     forward_flops,
     parameter_count,
     train_flops,
 )
-from tunelang.compiler.layout import CHUNK
 from tunelang.dsl.vocabulary.stages import Distill, Kto, Ppo, Preference, RewardModel
 from tunelang.dsl.vocabulary.training import AdamW, Critic, Sampling
-from tunelang.runtime.comparing import KtoObjective, PairObjective, Reference, ScoreObjective
-from tunelang.runtime.critic import learner_of, with_critic
-from tunelang.runtime.distilling import DistillObjective
-from tunelang.runtime.layers import DTYPES
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.origins import score_head
-from tunelang.runtime.policy_step import PolicyBatch, policy_step
+from tunelang.runtime.models.layers import DTYPES
+from tunelang.runtime.objectives.answer_scores import (
+    KtoObjective,
+    PairObjective,
+    Reference,
+    ScoreObjective,
+)
+from tunelang.runtime.pipeline.initial_weights import score_head
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.supervised import mismatched
-from tunelang.runtime.train import Batch, Objective, Program, init_state, train_step
+from tunelang.runtime.stages.distill import DistillObjective
+from tunelang.runtime.stages.policy_step import PolicyBatch, policy_step
+from tunelang.runtime.stages.ppo import learner_of, with_critic
+from tunelang.runtime.stages.supervised import mismatched
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import Batch, Objective, Program, init_state, train_step
 
 SPEC = AdamW.fixed(lr=1e-4)
 STEPS = 1000

@@ -22,14 +22,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunelang.compiler import costs
-from tunelang.compiler.adapters import adapted
-from tunelang.compiler.architecture import Architecture, parameter_count
-from tunelang.compiler.costs import estimated
-from tunelang.compiler.hardware import CHIPS, Devices
-from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout
-from tunelang.compiler.presets import PRESETS
-from tunelang.compiler.search import MARGIN, attention_kernel, lay_out, ranked
+from tunelang.compiler.costs import step_costs
+from tunelang.compiler.costs.step_costs import estimated
+from tunelang.compiler.layout.hardware import CHIPS, Devices
+from tunelang.compiler.layout.layout_search import MARGIN, attention_kernel, lay_out, ranked
+from tunelang.compiler.layout.stage_layout import DoesNotFitError, NoLayoutError, StageLayout
+from tunelang.compiler.models.adapters import adapted
+from tunelang.compiler.models.architecture import Architecture, parameter_count
+from tunelang.compiler.models.presets import PRESETS
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import Sft
 from tunelang.dsl.vocabulary.training import AdamW, Lora
@@ -270,11 +270,11 @@ def points(count: int) -> Iterator[Point]:
 def compiled(point: Point) -> dict[str, Any]:
     """Return what the compiler says of a point's training program."""
     # Compilers are needed here only: a report reads what is known.
-    from tunelang.runtime.prepare import Shapes
-    from tunelang.runtime.rehearse import measure
+    from tunelang.runtime.planning.prepare import Shapes
+    from tunelang.runtime.rehearsal.abstract_programs import programs
+    from tunelang.runtime.rehearsal.rehearse import measure
+    from tunelang.runtime.rehearsal.topologies import compilable
     from tunelang.runtime.sharding import make_layout
-    from tunelang.runtime.stage_programs import programs
-    from tunelang.runtime.topologies import compilable
 
     stage, layout = planned(point)
     mesh = make_layout(**point.mesh, devices=compilable(devices(point)))
@@ -347,21 +347,21 @@ def fit(paths: list[Path]) -> None:
     every = [each for path in paths for each in read(path) if each.peak and not each.held_out]
     for platform in ("gpu", "tpu"):
         chosen = [each for each in every if CHIPS[each.point.chip].platform == platform]
-        names = list(costs.FACTORS[platform])
-        start = [math.log(each) for each in costs.FACTORS[platform].values()]
+        names = list(step_costs.FACTORS[platform])
+        start = [math.log(each) for each in step_costs.FACTORS[platform].values()]
 
         def errors(
             logs: Any, chosen: list[Said] = chosen, names: list[str] = names,
             platform: str = platform,
         ) -> list[float]:  # fmt: skip
-            costs.FACTORS[platform] = dict(zip(names, map(math.exp, logs), strict=True))
+            step_costs.FACTORS[platform] = dict(zip(names, map(math.exp, logs), strict=True))
             # A little towards where it began, where the points say nothing.
             near = [0.05 * (now - before) for now, before in zip(logs, start, strict=True)]  # noqa: B023
             return [math.log(each.ratio) for each in chosen] + near
 
         found = least_squares(errors, start, diff_step=1e-3)
         errors(found.x)
-        factors = {name: round(factor, 2) for name, factor in costs.FACTORS[platform].items()}
+        factors = {name: round(factor, 2) for name, factor in step_costs.FACTORS[platform].items()}
         print(f"{platform}: {len(chosen)} points\n{factors}\n")
     report(paths)
 

@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tunelang.compiler.architecture import Architecture, parameter_count
+from tunelang.compiler.models.architecture import Architecture, parameter_count
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.decode_loop import Admission, Engine, Prefilled, Slots, make_engine
-from tunelang.runtime.decoder import Decoder
-from tunelang.runtime.layers import DTYPES
-from tunelang.runtime.rollout import Prompt, Rollouts, rollout
+from tunelang.runtime.generation.engine import Admission, Engine, Prefilled, Slots, make_engine
+from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.sharding import make_layout, shardings
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime import sampling
+from tunelang.runtime.generation import token_sampling
 
 SLOTS = 8
 CASES = {
@@ -54,16 +54,18 @@ def main() -> None:
     for vocab in (256, 32_768, 150_000):
         logits = 3 * jax.random.normal(jax.random.key(0), (SLOTS, vocab))
         slots = jnp.arange(SLOTS)
-        keys = sampling.token_keys(jnp.int32(0), jnp.int32(0), slots, slots, slots)
-        nucleus = sampling.slot_settings(CASES["top-p 95%"], SLOTS)
-        scaled = sampling.scale(logits, nucleus.temperature)
+        keys = token_sampling.token_keys(jnp.int32(0), jnp.int32(0), slots, slots, slots)
+        nucleus = token_sampling.slot_settings(CASES["top-p 95%"], SLOTS)
+        scaled = token_sampling.scale(logits, nucleus.temperature)
         row = [
             milliseconds(by_sort, scaled, nucleus.top_p),
-            milliseconds(sampling.kept, scaled, nucleus),
+            milliseconds(token_sampling.kept, scaled, nucleus),
         ]
         for case in CASES.values():
             row.append(
-                milliseconds(sampling.sample, logits, keys, sampling.slot_settings(case, SLOTS))
+                milliseconds(
+                    token_sampling.sample, logits, keys, token_sampling.slot_settings(case, SLOTS)
+                )
             )
         print(f"{vocab:>10}  {row[0]:>14.2f}  {row[1]:>10.2f}", end="")
         print("".join(f"  {value:>16.2f}" for value in row[2:]), flush=True)

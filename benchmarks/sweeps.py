@@ -17,12 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tunelang.compiler.adapters import adapted
-from tunelang.compiler.architecture import Architecture, parameter_count
+from tunelang.compiler.models.adapters import adapted
+from tunelang.compiler.models.architecture import Architecture, parameter_count
 from tunelang.dsl.vocabulary.training import AdamW, Lora
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import Batch, Program, TrainState, init_state, parts, train_step
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import (
+    Batch,
+    Program,
+    TrainState,
+    init_state,
+    parts,
+    train_step,
+)
 
 SPEC = AdamW.fixed(lr=1e-4)
 SIZES = ((1, 64), (1, 256), (4, 512))

@@ -17,12 +17,12 @@ import time
 import jax
 import numpy as np
 
-from tunelang.compiler.architecture import Architecture, parameter_count, train_flops
+from tunelang.compiler.models.architecture import Architecture, parameter_count, train_flops
 from tunelang.dsl.vocabulary.training import AdamW
-from tunelang.runtime.decoder import DTYPES
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.models.decoder import DTYPES
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import Batch, Kept, Program, init_state, train_step
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import Batch, Kept, Program, init_state, train_step
 
 MIB = 2**20
 

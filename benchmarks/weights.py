@@ -21,9 +21,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 from safetensors.numpy import save_file
 
-from tunelang.compiler.architecture import parameter_count
-from tunelang.compiler.families import architecture_of
-from tunelang.runtime import weights
+from tunelang.compiler.models.architecture import parameter_count
+from tunelang.compiler.models.families import architecture_of
+from tunelang.runtime.models import pretrained
 from tunelang.runtime.sharding import make_layout
 
 MIB = 2**20
@@ -76,10 +76,10 @@ def resident(what: str) -> float:
 
 def read(folder: Path) -> None:
     """Read the checkpoint and print what it took."""
-    architecture = architecture_of(weights.configuration(folder))
+    architecture = architecture_of(pretrained.configuration(folder))
     layout = make_layout()
     before, start = resident("VmRSS"), time.perf_counter()
-    params = weights.load(folder, architecture, layout)
+    params = pretrained.load(folder, architecture, layout)
     took = time.perf_counter() - start
     size = parameter_count(architecture) * 4 / MIB
     largest = 32_000 * 1024 * 4 / MIB

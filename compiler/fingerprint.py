@@ -21,12 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunelang.compiler.content import Contents, digest
+from tunelang.compiler.file_digests import Contents, digest
 from tunelang.compiler.graph import Selection, StageGraph, StageNode
-from tunelang.dsl import types
 from tunelang.dsl.program import Declared
-from tunelang.dsl.show import literal
-from tunelang.dsl.vocabulary import KINDS, data, models, rewards
+from tunelang.dsl.reference.resolved_text import literal
+from tunelang.dsl.vocabulary import KINDS, data, models, rewards, types
 from tunelang.dsl.vocabulary.base import (
     Attribute,
     Condition,

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 from tunelang.compiler import graph as graphs
 from tunelang.compiler.changes import changes
-from tunelang.compiler.content import Contents
+from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.fingerprint import Fingerprint, fingerprints
 from tunelang.compiler.plan import Json, Plan, StagePlan, State, verify
 from tunelang.dsl.program import Program, plain
-from tunelang.dsl.values import RegexValue, Word
+from tunelang.dsl.resolve.values import RegexValue, Word
 
 _COMPARED = 32
 """Earlier branches that are compared to find the most alike."""

@@ -11,18 +11,21 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tunelang.dsl import messages, overrides, rules, syntax, types
-from tunelang.dsl.binding import Entry, Owner, Place, bind
-from tunelang.dsl.diagnostics import Diagnostics
-from tunelang.dsl.evaluate import NONE_VALUE, Evaluator, each_nodes
-from tunelang.dsl.fit import fit
-from tunelang.dsl.load import Loaded, load, read
+from tunelang.dsl import messages
+from tunelang.dsl.diagnostics.diagnostic import Diagnostics
 from tunelang.dsl.program import Branch, Declared, Origin, Program
-from tunelang.dsl.scope import Module, Symbol, in_order
-from tunelang.dsl.source import Source
-from tunelang.dsl.units import Quantity
-from tunelang.dsl.values import INVALID, Word, article
-from tunelang.dsl.vocabulary import EXPRESSION_NOUNS, KINDS, RUN
+from tunelang.dsl.resolve import overrides
+from tunelang.dsl.resolve.binding import Entry, Owner, Place, bind
+from tunelang.dsl.resolve.expressions import NONE_VALUE, Evaluator, each_nodes
+from tunelang.dsl.resolve.fit import fit
+from tunelang.dsl.resolve.load import Loaded, load, read
+from tunelang.dsl.resolve.scope import Module, Symbol, in_order
+from tunelang.dsl.resolve.values import INVALID, Word, article
+from tunelang.dsl.rules import stage_rules
+from tunelang.dsl.syntax import nodes
+from tunelang.dsl.syntax.source import Source
+from tunelang.dsl.syntax.units import Quantity
+from tunelang.dsl.vocabulary import EXPRESSION_NOUNS, KINDS, RUN, types
 from tunelang.dsl.vocabulary.base import KindInfo
 from tunelang.dsl.vocabulary.stages import Run
 
@@ -79,9 +82,9 @@ class _Checker:
                 declared[symbol.name] = found
         run = self._run()
         program = Program(declared, run, self.folder, self.origins)
-        rules.apply(program, self.places, self.diagnostics, elsewhere)
+        stage_rules.apply(program, self.places, self.diagnostics, elsewhere)
         if not self.diagnostics.errors:  # what is wrong may be what would have used it
-            rules.unused(self.loaded.root, self.diagnostics)
+            stage_rules.unused(self.loaded.root, self.diagnostics)
         return Program(_reachable(program, self.loaded.root), run, self.folder, self.origins)
 
     def _evaluator(self, module: Module, path: str) -> Evaluator:
@@ -131,7 +134,7 @@ class _Checker:
             return NONE_VALUE if value is None else value
         return evaluator.value(node, types.Of(symbol.noun))
 
-    def _param(self, symbol: Symbol, node: syntax.Expr) -> Any:
+    def _param(self, symbol: Symbol, node: nodes.Expr) -> Any:
         declaration, module = symbol.declaration, symbol.module
         if declaration.type is None:
             self.diagnostics.add(messages.param_without_type(declaration))
@@ -153,20 +156,20 @@ class _Checker:
             return Quantity(raw.value, want.units[0])
         return raw
 
-    def _param_type(self, node: syntax.Expr) -> types.Type | None:
-        if isinstance(node, syntax.Name) and node.text in types.PARAMETERS:
+    def _param_type(self, node: nodes.Expr) -> types.Type | None:
+        if isinstance(node, nodes.Name) and node.text in types.PARAMETERS:
             return types.PARAMETERS[node.text]
-        if isinstance(node, syntax.Chain) and isinstance(node.head, syntax.Name):
+        if isinstance(node, nodes.Chain) and isinstance(node.head, nodes.Name):
             call = node.links[0]
-            words = call.arguments if isinstance(call, syntax.Call) else ()
-            names = [a.value.text for a in words if isinstance(a.value, syntax.Name) and not a.name]
+            words = call.arguments if isinstance(call, nodes.Call) else ()
+            names = [a.value.text for a in words if isinstance(a.value, nodes.Name) and not a.name]
             if node.head.text == "choice" and names and len(names) == len(words):
                 return types.Choice(tuple(names))
         self.diagnostics.add(messages.unknown_type(node.span, list(types.PARAMETERS)))
         return None
 
     def _kinded(
-        self, symbol: Symbol, kind: syntax.Name, block: syntax.Block
+        self, symbol: Symbol, kind: nodes.Name, block: nodes.Block
     ) -> tuple[Any, tuple[Branch, ...]]:
         """The value of `noun name : kind { ... }`, and for a stage its branches."""
         info = KINDS.get(symbol.noun, {}).get(kind.text)
@@ -174,7 +177,7 @@ class _Checker:
             found = messages.unknown_kind(symbol.declaration, kind, KINDS)
             self.diagnostics.add(found)
             info = KINDS.get(symbol.noun, {}).get(found.fix[0].text) if found.fix else None
-            block = syntax.Block(block.attributes, block.span, damaged=True)
+            block = nodes.Block(block.attributes, block.span, damaged=True)
         if info is None:
             for attribute in block.attributes:
                 self._touch(attribute.value, symbol.module)
@@ -206,7 +209,7 @@ class _Checker:
         return branches, tuple(branches)
 
     def _block(
-        self, info: KindInfo, block: syntax.Block, evaluator: Evaluator, name: syntax.Name
+        self, info: KindInfo, block: nodes.Block, evaluator: Evaluator, name: nodes.Name
     ) -> Any:
         entries: list[Entry] = [(a.name, a.value, a.span) for a in block.attributes]
         title = f"{article(info.word)} {info.noun}" if info.noun != info.word else "the run block"
@@ -223,18 +226,18 @@ class _Checker:
         if run is None:
             return Run.fixed()
         evaluator = self._evaluator(self.loaded.root, "run")
-        value = self._block(RUN, run.block, evaluator, syntax.Name("run", run.span))
+        value = self._block(RUN, run.block, evaluator, nodes.Name("run", run.span))
         return Run.fixed() if value is INVALID else value
 
-    def _touch(self, node: syntax.Expr, module: Module) -> None:
-        for part in syntax.walk(node):
-            if isinstance(part, syntax.Name) and part.text in module.names:
+    def _touch(self, node: nodes.Expr, module: Module) -> None:
+        for part in nodes.walk(node):
+            if isinstance(part, nodes.Name) and part.text in module.names:
                 module.names[part.text].used = True
 
 
-def _argument(fork: syntax.Chain, at: int) -> syntax.Expr:
+def _argument(fork: nodes.Chain, at: int) -> nodes.Expr:
     call = fork.links[0]
-    assert isinstance(call, syntax.Call)
+    assert isinstance(call, nodes.Call)
     return call.arguments[at].value
 
 
@@ -244,7 +247,7 @@ def _reachable(program: Program, root: Module) -> dict[str, Declared]:
     wanted = set(own)
     for name in reversed(program.declarations):
         if name in wanted:
-            wanted.update(rules.uses(program.declarations[name]))
-    for path_value in rules.references_in(program.run, "run"):
+            wanted.update(stage_rules.uses(program.declarations[name]))
+    for path_value in stage_rules.references_in(program.run, "run"):
         wanted.add(path_value[1].name)
     return {name: d for name, d in program.declarations.items() if name in wanted}

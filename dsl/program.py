@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tunelang.dsl.source import Span
+from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary.base import Kind, Node
 from tunelang.dsl.vocabulary.stages import Run
 

@@ -25,16 +25,16 @@ if _simulated := re.search(r"host_platform_device_count=(\d+)", os.environ.get("
 
 import typer
 
-from tunelang.dsl import render
 from tunelang.dsl.check import check, check_file
-from tunelang.dsl.diagnostics import Diagnostic, Diagnostics
-from tunelang.dsl.load import read
+from tunelang.dsl.diagnostics import render
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Diagnostics
 from tunelang.dsl.program import Program
-from tunelang.dsl.source import Source
+from tunelang.dsl.resolve.load import read
+from tunelang.dsl.syntax.source import Source
 
 if TYPE_CHECKING:
-    from tunelang.runtime.prepare import Prepared
-    from tunelang.runtime.store import Store
+    from tunelang.runtime.planning.prepare import Prepared
+    from tunelang.runtime.store.run_store import Store
 
 WRONG_SPEC = 1
 WRONG_COMMAND = 2
@@ -127,7 +127,9 @@ def check_command(
             continue
         report(checked.diagnostics)
         if checked.program is not None and show:
-            from tunelang.dsl.show import show as show_program  # only this flag needs it
+            from tunelang.dsl.reference.resolved_text import (
+                show as show_program,  # only this flag needs it
+            )
 
             typer.echo(show_program(checked.program), nl=False)
         elif checked.program is not None:
@@ -156,7 +158,7 @@ def _render(specs: list[str], sets: list[str], data: str, count: int) -> None:
     program = _checked(spec, sets)
     from rich.console import Console
 
-    from tunelang.runtime.rendered import UnreadDataError, rendered  # JAX is slow to import
+    from tunelang.runtime.commands.preview import UnreadDataError, rendered  # JAX is slow to import
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with _failing(program, traceback=False):
@@ -182,7 +184,7 @@ def fmt_command(
     """Bring specs into their canonical form, in place; `-` formats standard input to standard
     output.
     """
-    from tunelang.dsl.format import format_source  # only this command needs it
+    from tunelang.dsl.syntax.format import format_source  # only this command needs it
 
     failed = False
     for spec in specs:
@@ -223,8 +225,8 @@ def explain_command(
     ] = False,
 ) -> None:
     """Say what a word of the language means, or what a diagnostic code is about."""
-    from tunelang.dsl import explain  # only this command needs it
     from tunelang.dsl.messages.wording import nearest
+    from tunelang.dsl.reference import explain  # only this command needs it
 
     if everything or name is None:
         _page(explain.reference() if everything else explain.overview())
@@ -241,7 +243,7 @@ def explain_command(
 @app.command("schema")
 def schema_command() -> None:
     """Print the JSON Schema of a resolved spec, as `tune check --show --json` prints it."""
-    from tunelang.dsl.schema import schema  # only this command needs it
+    from tunelang.dsl.reference.schema import schema  # only this command needs it
 
     typer.echo(json.dumps(schema(), indent=2, ensure_ascii=False))
 
@@ -279,7 +281,11 @@ def graph_command(
     ] = None,
 ) -> None:
     """Draw the stages of a spec and what each of them reads."""
-    from tunelang.compiler import draw, graph, svg  # only this command needs them
+    from tunelang.compiler import graph
+    from tunelang.compiler.drawing import (
+        draw,
+        svg,  # only this command needs them
+    )
 
     forms = {"text": lambda p: draw.tree(p, _width()), "mermaid": draw.mermaid, "dot": draw.dot}
     forms["svg"] = svg.svg
@@ -318,7 +324,8 @@ def plan_command(
     program = _checked(spec, sets, on)
     if compile:  # what does not fit is said here, and not by XLA as well
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    from tunelang.runtime import plan_view, prepare  # JAX is slow to import
+    from tunelang.runtime.commands import plan_text
+    from tunelang.runtime.planning import prepare  # JAX is slow to import
 
     with _failing(program, traceback):
         prepared = _prepared(program, spec, store, only, until, force, on)
@@ -328,9 +335,9 @@ def plan_command(
         if as_json:
             typer.echo(prepare.as_json(prepared))
         else:
-            typer.echo(plan_view.show(prepared, verbose=verbose, width=_width()), nl=False)
+            typer.echo(plan_text.show(prepared, verbose=verbose, width=_width()), nl=False)
         if compile:
-            from tunelang.runtime import rehearse  # only this option needs it
+            from tunelang.runtime.rehearsal import rehearse  # only this option needs it
 
             cache = _store(spec, store).root / "cache"
             fits = True
@@ -342,7 +349,7 @@ def plan_command(
                     continue
                 twins[key] = node
                 for found in rehearse.rehearse(prepared, node, cache):
-                    typer.echo(plan_view.rehearsed(prepared, node, found, _width()), nl=False)
+                    typer.echo(plan_text.rehearsed(prepared, node, found, _width()), nl=False)
                     if rehearse.fits(prepared, node, found):
                         continue
                     fits = False
@@ -369,7 +376,7 @@ def run_command(
 ) -> None:
     """Plan a spec, and run what is not up to date; what was interrupted goes on."""
     program = _checked(spec, sets, on)
-    from tunelang.runtime import run  # JAX is slow to import
+    from tunelang.runtime.commands import run  # JAX is slow to import
 
     gc.enable()
     with _failing(program, traceback):
@@ -390,7 +397,7 @@ def show_command(
 ) -> None:
     """Show what the stages of a spec yielded: evaluations, metrics, completions."""
     program = _checked(spec, sets)
-    from tunelang.runtime import show  # only this command needs it
+    from tunelang.runtime.commands import show  # only this command needs it
 
     with _failing(program, False):
         typer.echo(show.show(program, _store(spec, store), stage, samples, _width()), nl=False)
@@ -458,8 +465,8 @@ def generate_command(
         typer.echo(f"no reward is called `{by}`: the spec declares {known}", err=True)
         raise typer.Exit(WRONG_COMMAND)
     from tunelang.dsl.vocabulary.training import Sampling
-    from tunelang.runtime import talk  # JAX is slow to import
-    from tunelang.runtime.speaker import UnscoredError
+    from tunelang.runtime.commands import generate  # JAX is slow to import
+    from tunelang.runtime.generation.generator import UnscoredError
 
     if temperature is None:
         temperature = 1.0 if best_of else 0.0
@@ -467,7 +474,7 @@ def generate_command(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p
     )
     with _failing(program, traceback):
-        speaker, reward = talk.open_ranked(program, _store(spec, store), stage, by, max_tokens)
+        speaker, reward = generate.open_ranked(program, _store(spec, store), stage, by, max_tokens)
         asked = prompts or [line.rstrip("\n") for line in sys.stdin]
         if beams:
             penalty = 1.0 if length_penalty is None else length_penalty
@@ -502,11 +509,11 @@ def chat_command(
     """Talk to the model that a stage yielded; an empty line or Ctrl-D ends it."""
     program = _checked(spec, sets)
     from tunelang.dsl.vocabulary.training import Sampling
-    from tunelang.runtime import talk  # JAX is slow to import
+    from tunelang.runtime.commands import generate  # JAX is slow to import
 
     sampling = Sampling.fixed(max_tokens=max_tokens, temperature=temperature)
     with _failing(program, traceback):
-        talk.chat(talk.open_speaker(program, _store(spec, store), stage), sampling)
+        generate.chat(generate.open_speaker(program, _store(spec, store), stage), sampling)
 
 
 @app.command("export")
@@ -526,10 +533,10 @@ def export_command(
     if dtype not in ("f32", "bf16", "f16"):
         raise typer.BadParameter("f32, bf16 or f16", param_hint="--dtype")
     program = _checked(spec, sets)
-    from tunelang.runtime import talk  # JAX is slow to import
+    from tunelang.runtime.commands import generate  # JAX is slow to import
 
     with _failing(program, traceback):
-        for name in talk.write(program, _store(spec, store), stage, folder, apart, dtype):
+        for name in generate.write(program, _store(spec, store), stage, folder, apart, dtype):
             typer.echo(folder / name)
 
 
@@ -543,7 +550,7 @@ def _checked(spec: Path, sets: list[str], on: str | None = None) -> Program:
 
 
 def _store(spec: Path, given: Path | None) -> Store:
-    from tunelang.runtime.store import Store, root
+    from tunelang.runtime.store.run_store import Store, root
 
     return Store(root(spec, given, os.environ))
 
@@ -557,8 +564,8 @@ def _prepared(
     force: list[str],
     on: str | None,
 ) -> Prepared:
-    from tunelang.compiler.hardware import named
-    from tunelang.runtime.prepare import prepare
+    from tunelang.compiler.layout.hardware import named
+    from tunelang.runtime.planning.prepare import prepare
 
     hardware = {declared.name: declared.value for declared in program.of("hardware")}
     chosen = None
@@ -582,7 +589,7 @@ def _failing(program: Program, traceback: bool) -> Iterator[None]:
         if traceback or isinstance(error, typer.Exit | BrokenPipeError):
             raise
         from tunelang.compiler.graph import UnknownStage
-        from tunelang.runtime.failures import diagnose
+        from tunelang.runtime.commands.diagnose import diagnose
 
         if isinstance(error, UnknownStage):
             known = ", ".join(f"`{name}`" for name in error.known)

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
-from tunelang.dsl import types
+from tunelang.dsl.vocabulary import types
 from tunelang.dsl.vocabulary.base import Function, Node, RewardExpression, attributes
 from tunelang.dsl.vocabulary.custom import Python
 from tunelang.dsl.vocabulary.data import PythonData
-from tunelang.runtime import worker
-from tunelang.runtime.durable import written_whole
+from tunelang.runtime.store.atomic_files import written_whole
+from tunelang.runtime.workers import worker_process
 
 _Node = TypeVar("_Node", bound=Node)
 
@@ -44,9 +44,11 @@ class Custom:
         shape, and where the function raises.
         """
         try:
-            value = self.function(**worker.taken(worker.parameters(self.function), given))
+            value = self.function(
+                **worker_process.taken(worker_process.parameters(self.function), given)
+            )
         except Exception as error:
-            raise CustomError(self.reference, worker.explain(error)) from error
+            raise CustomError(self.reference, worker_process.explain(error)) from error
         found = jnp.shape(value)
         if found != shape:
             raise CustomError(self.reference, f"it returned the shape {found}, not {shape}")
@@ -91,7 +93,7 @@ def made_rows(kind: PythonData, folder: Path, cache: Path) -> Path:
                         raise TypeError(f"a row has to be a dict, and one is {row!r:.80}")
                     file.write(json.dumps(row, default=_plain) + "\n")
             except Exception as error:
-                raise CustomError(kind.function, worker.explain(error)) from error
+                raise CustomError(kind.function, worker_process.explain(error)) from error
     return path
 
 
@@ -108,6 +110,6 @@ def _path(reference: str, folder: Path) -> Path:
 def _loaded(reference: str, folder: Path) -> Custom:
     path, name = str(_path(reference, folder)), reference.rpartition(":")[2]
     try:
-        return Custom(reference, worker.load_function(path, name))
+        return Custom(reference, worker_process.load_function(path, name))
     except Exception as error:
-        raise CustomError(reference, worker.explain(error)) from error
+        raise CustomError(reference, worker_process.explain(error)) from error

@@ -16,10 +16,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tunelang.compiler.families import architecture_of
-from tunelang.runtime import weights
-from tunelang.runtime.chat_templates import NAMED
-from tunelang.runtime.decoder import Decoder
+from tunelang.compiler.models.families import architecture_of
+from tunelang.runtime.models import pretrained
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.tokenize.chat_templates import NAMED
 
 SIZES: dict[str, Any] = {
     "model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_size": 64,
@@ -54,7 +54,7 @@ def write(folder: Path, texts: Iterable[str], vocabulary: int = 512, **sizes: An
     config |= {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     _, params = nnx.split(Decoder(architecture_of(config), nnx.Rngs(0)))
-    save_file(dict(weights.tensors(params, config)), folder / "model.safetensors")
+    save_file(dict(pretrained.tensors(params, config)), folder / "model.safetensors")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import pytest
 
 from tests.test_ui import expect
 from tunelang.dsl.check import check_file
-from tunelang.runtime import plan_view
-from tunelang.runtime.prepare import prepare
-from tunelang.runtime.store import Store
+from tunelang.runtime.commands import plan_text
+from tunelang.runtime.planning.prepare import prepare
+from tunelang.runtime.store.run_store import Store
 
 ROOT = Path(__file__).parent.parent
 HEAD = """\
@@ -72,6 +72,6 @@ def test_plan(name: str, tmp_path: Path, bless: bool) -> None:
         ]
     program = check_file(spec, sets).program
     assert program is not None
-    shown = plan_view.show(prepare(program, Store(tmp_path / "store")), verbose=True, width=100)
+    shown = plan_text.show(prepare(program, Store(tmp_path / "store")), verbose=True, width=100)
     text = re.sub(r"fingerprint [0-9a-f]{32}", "fingerprint ...", shown)
     expect(Path(__file__).parent / "plans" / f"{name}.txt", text, bless)

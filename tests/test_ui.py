@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tunelang.dsl import render
 from tunelang.dsl.check import Checked, check
-from tunelang.dsl.codes import codes
-from tunelang.dsl.format import format_source
-from tunelang.dsl.show import show
-from tunelang.dsl.source import Source
+from tunelang.dsl.diagnostics import render
+from tunelang.dsl.diagnostics.codes import codes
+from tunelang.dsl.reference.resolved_text import show
+from tunelang.dsl.syntax.format import format_source
+from tunelang.dsl.syntax.source import Source
 
 UI = Path(__file__).parent / "ui"
 WORKSPACE = UI / "workspace"

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from tunelang.compiler.adapters import STORED_BYTES, adapter_parameters, off_width
-from tunelang.compiler.architecture import (
+from tunelang.compiler.layout.hardware import Chip, Devices
+from tunelang.compiler.layout.stage_layout import CHUNK, NoLayoutError, StageLayout, held, shards_of
+from tunelang.compiler.models.adapters import STORED_BYTES, adapter_parameters, off_width
+from tunelang.compiler.models.architecture import (
     Architecture,
     expert_count,
     forward_flops,
@@ -22,8 +24,6 @@ from tunelang.compiler.architecture import (
     train_flops,
     trained_count,
 )
-from tunelang.compiler.hardware import Chip, Devices
-from tunelang.compiler.layout import CHUNK, NoLayoutError, StageLayout, held, shards_of
 from tunelang.dsl.vocabulary.stages import Compared, Policy, Ppo, Training
 from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tunelang.compiler.graph import StageGraph, StageNode
-from tunelang.dsl.examples import examples
 from tunelang.dsl.program import Program
-from tunelang.dsl.rules import references_in
-from tunelang.dsl.show import literal
+from tunelang.dsl.reference.resolved_text import literal
+from tunelang.dsl.rules.data_fields import examples
+from tunelang.dsl.rules.stage_rules import references_in
 from tunelang.dsl.vocabulary import stages
 from tunelang.dsl.vocabulary.base import Reference
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from xml.sax.saxutils import escape
 
-from tunelang.compiler.draw import Box, Picture
+from tunelang.compiler.drawing.draw import Box, Picture
 
 _CHARACTER = 7.3
 """Width of a character in pixels, monospaced at 12 px."""

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from tunelang.compiler.adapters import Storage, adapted
-from tunelang.compiler.architecture import Architecture
-from tunelang.compiler.costs import Judge, estimated, has_reference
-from tunelang.compiler.hardware import Chip, Devices
-from tunelang.compiler.layout import (
+from tunelang.compiler.costs.step_costs import Judge, estimated, has_reference
+from tunelang.compiler.layout.hardware import Chip, Devices
+from tunelang.compiler.layout.stage_layout import (
     OFFLOADS,
     DoesNotFitError,
     NoLayoutError,
     StageLayout,
     shards_of,
 )
+from tunelang.compiler.models.adapters import Storage, adapted
+from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.stages import PAIRS, Policy, Supervised, Training
 from tunelang.dsl.vocabulary.training import Lora
 

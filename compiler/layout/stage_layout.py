@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from tunelang.compiler.hardware import Devices
+from tunelang.compiler.layout.hardware import Devices
 
 CHUNK = 128
 """Tokens of a sequence whose logits are in memory at once."""

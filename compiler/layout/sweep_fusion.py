@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tunelang.compiler.hardware import Devices
-from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout
+from tunelang.compiler.layout.hardware import Devices
+from tunelang.compiler.layout.layout_search import depends, ranked
+from tunelang.compiler.layout.stage_layout import DoesNotFitError, NoLayoutError, StageLayout
 from tunelang.compiler.plan import StagePlan
-from tunelang.compiler.search import depends, ranked
 from tunelang.dsl.vocabulary.stages import Distill, Policy, Training
-from tunelang.runtime.optimizers import at_unit_rate
+from tunelang.dsl.vocabulary.training import Muon, Optimizer
 
 WORTH = 0.95
 """Share of the time of one after another that side by side takes at most, to be chosen."""
@@ -121,3 +121,11 @@ def _weighed(group: list[Branch], known: Known) -> Sweep:
     sweep = Sweep(nodes, first.alone, known[key], wanted)
     share = sweep.share
     return replace(sweep, fused=wanted or (share is not None and share <= WORTH))
+
+
+def at_unit_rate(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer with a peak rate of 1: its updates are proportional to its rate."""
+    change: dict[str, float] = {"lr": 1.0}
+    if isinstance(optimizer, Muon) and optimizer.adam_lr is not None:
+        change["adam_lr"] = optimizer.adam_lr / optimizer.lr
+    return optimizer.model_copy(update=change)

@@ -15,7 +15,7 @@ from tunelang.dsl.vocabulary.models import Pretrained, Transformer
 from tunelang.dsl.vocabulary.training import TARGETS, Dora, Lora
 
 if TYPE_CHECKING:
-    from tunelang.compiler.architecture import Architecture
+    from tunelang.compiler.models.architecture import Architecture
 
 Storage = Literal["f32", "bf16", "nf4", "int8"]
 """How matrices are kept; only frozen ones are in less than float32."""

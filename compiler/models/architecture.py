@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tunelang.compiler.adapters import Adapter, Storage, adapter_parameters
+from tunelang.compiler.models.adapters import Adapter, Storage, adapter_parameters
 from tunelang.dsl.vocabulary.models import Transformer
 
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from tunelang.compiler.architecture import (
+from tunelang.compiler.models.architecture import (
     Architecture,
     LinearScaling,
     Llama3Scaling,

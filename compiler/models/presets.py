@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from tunelang.compiler.architecture import Architecture, Llama3Scaling
+from tunelang.compiler.models.architecture import Architecture, Llama3Scaling
 
 _GEMMA_2B = Architecture(
     vocabulary=256_000, layers=18, width=2048, heads=8, kv_heads=1, head_dim=256, mlp=16_384,

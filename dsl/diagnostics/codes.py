@@ -51,7 +51,7 @@ class Code:
 
 @cache
 def _read() -> dict[str, Code]:
-    text = resources.files("tunelang.dsl").joinpath("codes.md").read_text("utf-8")
+    text = resources.files("tunelang.dsl.diagnostics").joinpath("codes.md").read_text("utf-8")
     found: dict[str, Code] = {}
     for part in re.split(r"^# ", text, flags=re.MULTILINE)[1:]:
         name, _, body = part.partition("\n")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from tunelang.dsl.source import Span
+from tunelang.dsl.syntax.source import Span
 
 Severity = Literal["error", "warning"]
 

@@ -6,8 +6,8 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from tunelang.dsl.diagnostics import Diagnostic, Label
-from tunelang.dsl.source import Source, Span
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Label
+from tunelang.dsl.syntax.source import Source, Span
 
 WIDTH = 100
 _STYLES = {

@@ -6,7 +6,7 @@ The modules are read on first use: a spec without errors needs none of them.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from tunelang.dsl.diagnostics import Diagnostic
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic
 
 if TYPE_CHECKING:
     from tunelang.dsl.messages.attributes import *
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from tunelang.dsl.messages.misfits import *
     from tunelang.dsl.messages.names import *
     from tunelang.dsl.messages.pipeline import *
-    from tunelang.dsl.messages.values import *
     from tunelang.dsl.messages.world import *
+    from tunelang.dsl.messages.wrong_values import *
 
-_MODULES = ("attributes", "forms", "misfits", "names", "pipeline", "values", "world")
+_MODULES = ("attributes", "forms", "misfits", "names", "pipeline", "wrong_values", "world")
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tunelang.dsl import types
-from tunelang.dsl.diagnostics import Diagnostic, Edit, Label
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label
 from tunelang.dsl.messages.wording import (
     SHORT_LIST,
     error,
@@ -14,13 +13,13 @@ from tunelang.dsl.messages.wording import (
     nearest,
     quoted,
 )
-from tunelang.dsl.source import Span
-from tunelang.dsl.values import article
-from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, foreign
+from tunelang.dsl.resolve.values import article
+from tunelang.dsl.syntax.source import Span
+from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, foreign, types
 
 if TYPE_CHECKING:
-    from tunelang.dsl import syntax
-    from tunelang.dsl.binding import Owner
+    from tunelang.dsl.resolve.binding import Owner
+    from tunelang.dsl.syntax import nodes
     from tunelang.dsl.vocabulary.base import Attribute
 
 
@@ -200,7 +199,7 @@ def needs_names(span: Span, function: str) -> Diagnostic:
     )
 
 
-def param_without_type(item: syntax.Declaration) -> Diagnostic:
+def param_without_type(item: nodes.Declaration) -> Diagnostic:
     """`param lr = 1e-5`."""
     end = Span(item.name.span.source, item.name.span.end, item.name.span.end)
     return error(

@@ -6,11 +6,11 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING
 
-from tunelang.dsl.diagnostics import Diagnostic, Edit
-from tunelang.dsl.lexer import LOOKALIKES
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit
 from tunelang.dsl.messages.wording import error, listed, nearest, quoted
-from tunelang.dsl.source import Source, Span
-from tunelang.dsl.units import BYTES, COUNTED, SCALES, SECONDS, UNITS
+from tunelang.dsl.syntax.lexer import LOOKALIKES
+from tunelang.dsl.syntax.source import Source, Span
+from tunelang.dsl.syntax.units import BYTES, COUNTED, SCALES, SECONDS, UNITS
 
 if TYPE_CHECKING:
     pass

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from tunelang.dsl.diagnostics import Diagnostic, Edit
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit
 from tunelang.dsl.messages.wording import error, quoted
-from tunelang.dsl.source import Span
+from tunelang.dsl.syntax.source import Span
 
 if TYPE_CHECKING:
-    from tunelang.dsl.lexer import Lexeme
+    from tunelang.dsl.syntax.lexer import Lexeme
 
 _OPERAND_END = {"NAME", "NUMBER", "TEXT", "REGEX", "TRUE", "FALSE", "NONE", "RPAR", "RSQB"}
 _OPERAND_START = {"NAME", "NUMBER", "TEXT", "REGEX", "TRUE", "FALSE", "NONE", "LPAR", "LSQB", "NOT"}

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunelang.dsl import types
-from tunelang.dsl.diagnostics import Diagnostic, Edit, Label
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label
 from tunelang.dsl.messages.wording import (
     KNOWN_AFTER,
     choose,
@@ -17,13 +16,13 @@ from tunelang.dsl.messages.wording import (
     quoted,
     replace_fix,
 )
-from tunelang.dsl.source import Span
-from tunelang.dsl.values import article, describe
-from tunelang.dsl.vocabulary import FUNCTIONS, NOUNS, foreign
+from tunelang.dsl.resolve.values import article, describe
+from tunelang.dsl.syntax.source import Span
+from tunelang.dsl.vocabulary import FUNCTIONS, NOUNS, foreign, types
 
 if TYPE_CHECKING:
-    from tunelang.dsl import syntax
-    from tunelang.dsl.scope import Symbol
+    from tunelang.dsl.resolve.scope import Symbol
+    from tunelang.dsl.syntax import nodes
     from tunelang.dsl.vocabulary.base import KindInfo
 
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def unknown_noun(
-    item: syntax.Declaration, nouns: list[str], kinds: Mapping[str, Mapping[str, Any]]
+    item: nodes.Declaration, nouns: list[str], kinds: Mapping[str, Mapping[str, Any]]
 ) -> Diagnostic:
     """`modle gemma : pretrained`."""
     word, span = item.noun.text, item.noun.span
@@ -55,7 +54,7 @@ def unknown_noun(
 
 
 def unknown_kind(
-    item: syntax.Declaration, kind: syntax.Name, kinds: Mapping[str, Mapping[str, Any]]
+    item: nodes.Declaration, kind: nodes.Name, kinds: Mapping[str, Mapping[str, Any]]
 ) -> Diagnostic:
     """`stage s : stf`."""
     noun, word = item.noun.text, kind.text
@@ -90,7 +89,7 @@ def unknown_kind(
     return error("unknown-kind", title, kind.span, help=help, fix=replace_fix(kind.span, word, own))
 
 
-def needs_kind(item: syntax.Declaration, kinds: Mapping[str, KindInfo]) -> Diagnostic:
+def needs_kind(item: nodes.Declaration, kinds: Mapping[str, KindInfo]) -> Diagnostic:
     """`model m = gemma`."""
     noun, name = item.noun.text, item.name.text
     return error(

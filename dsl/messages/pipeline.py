@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from tunelang.dsl import units
-from tunelang.dsl.diagnostics import Diagnostic, Edit, Label
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label
 from tunelang.dsl.messages.wording import choose, error, listed, nearest, replace_fix
-from tunelang.dsl.source import Span
-from tunelang.dsl.values import article
+from tunelang.dsl.resolve.values import article
+from tunelang.dsl.syntax import units
+from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary.base import Measure
 
 if TYPE_CHECKING:

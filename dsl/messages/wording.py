@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tunelang.dsl.diagnostics import Diagnostic, Edit, Label, Severity
-from tunelang.dsl.source import Span
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label, Severity
+from tunelang.dsl.syntax.source import Span
 
 SHORT_LIST = 8
 KNOWN_AFTER = "what a run measures is known only after the run, so it cannot be a setting"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from tunelang.dsl.diagnostics import Diagnostic, Label
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Label
 from tunelang.dsl.messages.wording import (
     SHORT_LIST,
     choose,
@@ -15,7 +15,7 @@ from tunelang.dsl.messages.wording import (
     quoted,
     replace_fix,
 )
-from tunelang.dsl.source import Span
+from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary.data import ROLES
 
 Use = tuple[Span, str] | None

@@ -6,17 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tunelang.dsl import types, units
-from tunelang.dsl.diagnostics import Diagnostic, Edit, Label
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label
 from tunelang.dsl.messages.wording import KNOWN_AFTER, error, listed, nearest, plural
-from tunelang.dsl.source import Span
-from tunelang.dsl.units import Quantity
-from tunelang.dsl.values import describe
-from tunelang.dsl.vocabulary import data, foreign
+from tunelang.dsl.resolve.values import describe
+from tunelang.dsl.syntax import units
+from tunelang.dsl.syntax.source import Span
+from tunelang.dsl.syntax.units import Quantity
+from tunelang.dsl.vocabulary import data, foreign, types
 from tunelang.dsl.vocabulary.base import DataExpression, Reference
 
 if TYPE_CHECKING:
-    from tunelang.dsl import syntax
+    from tunelang.dsl.syntax import nodes
 
 
 def wrong_type(
@@ -327,7 +327,7 @@ def each_name(span: Span) -> Diagnostic:
     return error("unknown-attribute", "`each` takes values without names", span)
 
 
-def each_too_few(span: Span, count: int, listed: syntax.ListOf | None) -> Diagnostic:
+def each_too_few(span: Span, count: int, listed: nodes.ListOf | None) -> Diagnostic:
     """`each(1)`."""
     if listed is not None:
         plain = f"each({listed.span.text[1:-1].strip()})"

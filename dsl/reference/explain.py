@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tunelang.dsl import types, units
-from tunelang.dsl.codes import Code, codes
-from tunelang.dsl.show import literal
-from tunelang.dsl.vocabulary import FORMS, FUNCTIONS, KINDS, NOUNS, RUN, data, foreign
+from tunelang.dsl.diagnostics.codes import Code, codes
+from tunelang.dsl.reference.resolved_text import literal
+from tunelang.dsl.syntax import units
+from tunelang.dsl.vocabulary import FORMS, FUNCTIONS, KINDS, NOUNS, RUN, data, foreign, types
 from tunelang.dsl.vocabulary.base import EFFECTS, Attribute, Function, KindInfo, attributes, doc_of
 
 TOPICS: dict[str, str] = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunelang.dsl import types, units
 from tunelang.dsl.program import Declared, Program
-from tunelang.dsl.units import Quantity
-from tunelang.dsl.values import RegexValue, Word
-from tunelang.dsl.vocabulary import KINDS, RUN, data, rewards
+from tunelang.dsl.resolve.values import RegexValue, Word
+from tunelang.dsl.syntax import units
+from tunelang.dsl.syntax.units import Quantity
+from tunelang.dsl.vocabulary import KINDS, RUN, data, rewards, types
 from tunelang.dsl.vocabulary.base import (
     Attribute,
     DataExpression,

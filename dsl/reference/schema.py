@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tunelang.dsl import types
 from tunelang.dsl.program import plain
-from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, NOUNS, RUN, data, rewards
+from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, NOUNS, RUN, data, rewards, types
 from tunelang.dsl.vocabulary.base import (
     Attribute,
     Function,

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tunelang.dsl import messages, syntax, types
-from tunelang.dsl.scope import Module
-from tunelang.dsl.source import Span
-from tunelang.dsl.values import INVALID, Word
-from tunelang.dsl.vocabulary import data
+from tunelang.dsl import messages
+from tunelang.dsl.resolve.scope import Module
+from tunelang.dsl.resolve.values import INVALID, Word
+from tunelang.dsl.syntax import nodes
+from tunelang.dsl.syntax.source import Span
+from tunelang.dsl.vocabulary import data, types
 from tunelang.dsl.vocabulary.base import Attribute, Function, Node, attributes
 
 if TYPE_CHECKING:
-    from tunelang.dsl.evaluate import Evaluator
+    from tunelang.dsl.resolve.expressions import Evaluator
 
-Entry = tuple[syntax.Name | None, syntax.Expr, Span]
+Entry = tuple[nodes.Name | None, nodes.Expr, Span]
 """Name, value and place of an argument or attribute."""
 
 
@@ -49,8 +50,8 @@ class Owner:
 def bind_call(
     evaluator: Evaluator,
     function: type[Function],
-    head: syntax.Name,
-    call: syntax.Call,
+    head: nodes.Name,
+    call: nodes.Call,
     given: dict[str, Any],
 ) -> Any:
     """The value of a call: `given` fields, and its arguments; `INVALID` after reports."""
@@ -75,8 +76,8 @@ def _bind_variadic(
     evaluator: Evaluator,
     function: type[Function],
     into: str,
-    head: syntax.Name,
-    call: syntax.Call,
+    head: nodes.Name,
+    call: nodes.Call,
     given: dict[str, Any],
 ) -> Any:
     """Functions that take any names: `settings`, `split`, `by_source`."""
@@ -182,7 +183,7 @@ def bind(
     return INVALID if failed else bound
 
 
-def entries(call: syntax.Call) -> list[Entry]:
+def entries(call: nodes.Call) -> list[Entry]:
     """The arguments of a call."""
     return [(a.name, a.value, a.span) for a in call.arguments]
 
@@ -196,10 +197,10 @@ def _setting(value: Any) -> Any:
     return getattr(value, "value", value)
 
 
-def mark_used(node: syntax.Expr, module: Module) -> None:
+def mark_used(node: nodes.Expr, module: Module) -> None:
     """Names in an expression that is not evaluated are used all the same: no cascades."""
-    for part in syntax.walk(node):
-        if isinstance(part, syntax.Name):
+    for part in nodes.walk(node):
+        if isinstance(part, nodes.Name):
             symbol = module.names.get(part.text)
             if symbol is not None:
                 symbol.used = True

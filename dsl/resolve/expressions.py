@@ -11,14 +11,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tunelang.dsl import messages, operators, syntax, types
-from tunelang.dsl.binding import Owner, Place, bind, bind_call, entries, mark_used, placed
-from tunelang.dsl.diagnostics import Diagnostic
-from tunelang.dsl.fit import Site, fit
+from tunelang.dsl import messages
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic
 from tunelang.dsl.program import Origin
-from tunelang.dsl.scope import Module, Symbol
-from tunelang.dsl.source import Span
-from tunelang.dsl.values import INVALID, RegexValue, Word
+from tunelang.dsl.resolve import operators
+from tunelang.dsl.resolve.binding import Owner, Place, bind, bind_call, entries, mark_used, placed
+from tunelang.dsl.resolve.fit import Site, fit
+from tunelang.dsl.resolve.scope import Module, Symbol
+from tunelang.dsl.resolve.values import INVALID, RegexValue, Word
+from tunelang.dsl.syntax import nodes
+from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary import (
     FORMS,
     FUNCTIONS,
@@ -26,6 +28,7 @@ from tunelang.dsl.vocabulary import (
     data,
     functions_of,
     rewards,
+    types,
 )
 from tunelang.dsl.vocabulary.base import (
     Attribute,
@@ -85,18 +88,18 @@ class Evaluator:
 
     # Expressions.
 
-    def value(self, node: syntax.Expr, want: types.Type, attribute: Attribute | None = None) -> Any:
+    def value(self, node: nodes.Expr, want: types.Type, attribute: Attribute | None = None) -> Any:
         """The value of an expression, fitted to a type; `INVALID` after a report."""
         match node:
-            case syntax.Group():
+            case nodes.Group():
                 return self.value(node.inner, want, attribute)
-            case syntax.Conditional():
+            case nodes.Conditional():
                 test = self.value(node.test, types.Flag())
                 both = [self.value(side, want, attribute) for side in (node.then, node.otherwise)]
                 return INVALID if test is INVALID or INVALID in both else both[0 if test else 1]
-            case syntax.Chain() if _is_each(node):
+            case nodes.Chain() if _is_each(node):
                 return self._each(node, want, attribute)
-            case syntax.ListOf() if isinstance(want, types.ListOf):
+            case nodes.ListOf() if isinstance(want, types.ListOf):
                 items = tuple(self.value(item, want.item, attribute) for item in node.items)
                 if len(items) < want.low:
                     owner = self.site(node.span).owner
@@ -119,7 +122,7 @@ class Evaluator:
         special = self._word(node, want)
         if special is not None:
             return special
-        if isinstance(node, syntax.Constant) and node.value is None:
+        if isinstance(node, nodes.Constant) and node.value is None:
             if attribute is not None and attribute.optional:
                 return None
         raw = self._raw(node, want)
@@ -127,29 +130,29 @@ class Evaluator:
             return None
         return fit(raw, want, self.site(node.span, attribute))
 
-    def _raw(self, node: syntax.Expr, want: types.Type) -> Any:
+    def _raw(self, node: nodes.Expr, want: types.Type) -> Any:
         match node:
-            case syntax.Number():
+            case nodes.Number():
                 return INVALID if node.quantity is None else node.quantity
-            case syntax.Text() | syntax.Constant():
+            case nodes.Text() | nodes.Constant():
                 return node.value
-            case syntax.Regex():
+            case nodes.Regex():
                 return RegexValue(node.pattern, node)
-            case syntax.Name():
+            case nodes.Name():
                 return self._name(node, want)
-            case syntax.ListOf():
+            case nodes.ListOf():
                 items = tuple(self.value(item, types.Anything()) for item in node.items)
                 return INVALID if INVALID in items else items
-            case syntax.Chain():
+            case nodes.Chain():
                 return self._chain(node, want)
-            case syntax.Unary():
+            case nodes.Unary():
                 operand = self.value(node.operand, types.Anything())
                 return operators.unary(node.operator, operand, node.span, self.complain)
-            case syntax.Operation():
+            case nodes.Operation():
                 return self._operation(node)
         raise AssertionError(node)
 
-    def _operation(self, node: syntax.Operation) -> Any:
+    def _operation(self, node: nodes.Operation) -> Any:
         left = self.value(node.first, types.Anything())
         span = node.first.span
         failed = left is INVALID
@@ -164,9 +167,9 @@ class Evaluator:
             return INVALID
         return operators.finish(left, node.span, self.complain)
 
-    def _word(self, node: syntax.Expr, want: types.Type) -> Any:
+    def _word(self, node: nodes.Expr, want: types.Type) -> Any:
         """A bare word that the wanted type gives a meaning; None if it does not."""
-        if not isinstance(node, syntax.Name):
+        if not isinstance(node, nodes.Name):
             return None
         options = want.options if isinstance(want, types.Either) else (want,)
         for option in options:
@@ -190,7 +193,7 @@ class Evaluator:
                     return INVALID
         return None
 
-    def _name(self, node: syntax.Name, want: types.Type) -> Any:
+    def _name(self, node: nodes.Name, want: types.Type) -> Any:
         symbol = self.module.names.get(node.text)
         if symbol is not None:
             return self._symbol(symbol)
@@ -228,15 +231,15 @@ class Evaluator:
 
     # Chains: calls, members, methods.
 
-    def _chain(self, node: syntax.Chain, want: types.Type) -> Any:
+    def _chain(self, node: nodes.Chain, want: types.Type) -> Any:
         links = list(node.links)
         head = node.head
-        if isinstance(head, syntax.Name) and isinstance(links[0], syntax.Call):
+        if isinstance(head, nodes.Name) and isinstance(links[0], nodes.Call):
             value = self._call(head, links.pop(0), want)  # type: ignore[arg-type]
             span = head.span.to(node.links[0].span)
-        elif isinstance(head, syntax.Name) and self._is_prefix(head.text):
+        elif isinstance(head, nodes.Name) and self._is_prefix(head.text):
             member = links.pop(0)
-            assert isinstance(member, syntax.Member)
+            assert isinstance(member, nodes.Member)
             span = head.span.to(member.span)
             module = self.module.prefixes[head.text]
             symbol = module.names.get(member.name.text)
@@ -256,12 +259,12 @@ class Evaluator:
         while links and value is not INVALID:
             link = links.pop(0)
             span = span.to(link.span)
-            if isinstance(link, syntax.Call):
+            if isinstance(link, nodes.Call):
                 self.complain(messages.not_callable(link.span, value))
                 return INVALID
-            if links and isinstance(links[0], syntax.Call):
+            if links and isinstance(links[0], nodes.Call):
                 call = links.pop(0)
-                assert isinstance(call, syntax.Call)
+                assert isinstance(call, nodes.Call)
                 value = self._method(value, link.name, call)
             else:
                 value = self._member(value, link.name)
@@ -270,7 +273,7 @@ class Evaluator:
     def _is_prefix(self, name: str) -> bool:
         return name in self.module.prefixes and name not in self.module.names
 
-    def _method(self, value: Any, name: syntax.Name, call: syntax.Call) -> Any:
+    def _method(self, value: Any, name: nodes.Name, call: nodes.Call) -> Any:
         if isinstance(value, DataExpression):
             if isinstance(value, data.Split) and value.part is None:
                 self.complain(messages.split_needs_part(name.span, value))
@@ -304,7 +307,7 @@ class Evaluator:
         self.complain(messages.unknown_method(name.span, name.text, value, known))
         return INVALID
 
-    def _member(self, value: Any, name: syntax.Name) -> Any:
+    def _member(self, value: Any, name: nodes.Name) -> Any:
         if isinstance(value, data.Split) and value.part is None:
             parts = [*value.parts, "train"]
             if name.text in parts:
@@ -316,7 +319,7 @@ class Evaluator:
         self.complain(messages.unknown_method(name.span, name.text, value, known))
         return INVALID
 
-    def _call(self, head: syntax.Name, call: syntax.Call, want: types.Type) -> Any:
+    def _call(self, head: nodes.Name, call: nodes.Call, want: types.Type) -> Any:
         function = FUNCTIONS.get(head.text)
         if function is None:
             if head.text in FORMS:
@@ -342,9 +345,9 @@ class Evaluator:
 
     # Forms.
 
-    def _each(self, node: syntax.Chain, want: types.Type, attribute: Attribute | None) -> Any:
+    def _each(self, node: nodes.Chain, want: types.Type, attribute: Attribute | None) -> Any:
         call = node.links[0]
-        assert isinstance(call, syntax.Call)
+        assert isinstance(call, nodes.Call)
         if self.choice is None:
             self.complain(messages.each_outside(node.span))
             return INVALID
@@ -354,7 +357,7 @@ class Evaluator:
                 return INVALID
         if len(call.arguments) < 2:
             inside = call.arguments[0].value if call.arguments else None
-            listed = inside if isinstance(inside, syntax.ListOf) and len(inside.items) > 1 else None
+            listed = inside if isinstance(inside, nodes.ListOf) and len(inside.items) > 1 else None
             self.complain(messages.each_too_few(node.span, len(call.arguments), listed))
             return INVALID
         chosen = call.arguments[self.choice.get(node.span, 0)].value
@@ -362,15 +365,15 @@ class Evaluator:
         self.forks[node.span] = ".".join(self.path[2:])
         return self.value(chosen, want, attribute)
 
-    def _metric(self, node: syntax.Expr) -> Any:
+    def _metric(self, node: nodes.Expr) -> Any:
         """`accuracy`, `accuracy.pass_at_k`, `loss`, `math.reward`: checked against the stage in
         `rules`.
         """
         names: list[str] = []
-        if isinstance(node, syntax.Name):
+        if isinstance(node, nodes.Name):
             names = [node.text]
-        elif isinstance(node, syntax.Chain) and isinstance(node.head, syntax.Name):
-            if all(isinstance(link, syntax.Member) for link in node.links):
+        elif isinstance(node, nodes.Chain) and isinstance(node.head, nodes.Name):
+            if all(isinstance(link, nodes.Member) for link in node.links):
                 names = [node.head.text, *(link.name.text for link in node.links)]  # type: ignore[union-attr]
         if not names:
             self.complain(messages.not_a_metric(node.span))
@@ -384,27 +387,27 @@ class Evaluator:
             return ".".join([symbol.name, *names[1:]])
         return ".".join(names)
 
-    def _condition(self, node: syntax.Expr) -> Any:
+    def _condition(self, node: nodes.Expr) -> Any:
         match node:
-            case syntax.Group():
+            case nodes.Group():
                 return self._condition(node.inner)
-            case syntax.Name():
+            case nodes.Name():
                 return data.FieldValue.fixed(name=node.text)
-            case syntax.Chain() if isinstance(node.head, syntax.Name) and all(
-                isinstance(link, syntax.Member) for link in node.links
+            case nodes.Chain() if isinstance(node.head, nodes.Name) and all(
+                isinstance(link, nodes.Member) for link in node.links
             ):
                 parts = [node.head.text, *(link.name.text for link in node.links)]  # type: ignore[union-attr]
                 return data.FieldValue.fixed(name=".".join(parts))
-            case syntax.Number() | syntax.Text() | syntax.Constant():
+            case nodes.Number() | nodes.Text() | nodes.Constant():
                 raw = self._raw(node, types.Anything())
                 value = getattr(raw, "value", raw)
                 return INVALID if raw is INVALID else data.Literal.fixed(value=value)
-            case syntax.Unary():
+            case nodes.Unary():
                 operand = self._condition(node.operand)
                 if operand is INVALID:
                     return INVALID
                 return data.Operator.fixed(operator=node.operator, operands=(operand,))
-            case syntax.Operation():
+            case nodes.Operation():
                 left = self._condition(node.first)
                 for operator, operand in node.rest:
                     right = self._condition(operand)
@@ -423,33 +426,33 @@ class _NoneValue:
 NONE_VALUE = _NoneValue()
 
 
-def _is_each(node: syntax.Chain) -> bool:
+def _is_each(node: nodes.Chain) -> bool:
     return (
-        isinstance(node.head, syntax.Name)
+        isinstance(node.head, nodes.Name)
         and node.head.text == "each"
-        and isinstance(node.links[0], syntax.Call)
+        and isinstance(node.links[0], nodes.Call)
     )
 
 
-def _names_list(node: syntax.Expr, module: Module) -> bool:
+def _names_list(node: nodes.Expr, module: Module) -> bool:
     """Whether an expression is the name of a list, so that it is not one item of it."""
-    if isinstance(node, syntax.Name):
+    if isinstance(node, nodes.Name):
         symbol = module.names.get(node.text)
         return symbol is not None and isinstance(symbol.value, tuple)
-    if isinstance(node, syntax.Chain) and isinstance(node.head, syntax.Name):
+    if isinstance(node, nodes.Chain) and isinstance(node.head, nodes.Name):
         other = module.prefixes.get(node.head.text)
         link = node.links[0]
-        if other is not None and isinstance(link, syntax.Member):
+        if other is not None and isinstance(link, nodes.Member):
             symbol = other.names.get(link.name.text)
             return symbol is not None and isinstance(symbol.value, tuple)
     return False
 
 
-def each_nodes(expressions: list[syntax.Expr]) -> list[syntax.Chain]:
+def each_nodes(expressions: list[nodes.Expr]) -> list[nodes.Chain]:
     """The `each(...)` calls inside expressions, in the order of the text."""
     return [
         node
         for expression in expressions
-        for node in syntax.walk(expression)
-        if isinstance(node, syntax.Chain) and _is_each(node)
+        for node in nodes.walk(expression)
+        if isinstance(node, nodes.Chain) and _is_each(node)
     ]

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunelang.dsl import messages, types
-from tunelang.dsl.diagnostics import Diagnostic, Label
-from tunelang.dsl.files import is_hub_id
-from tunelang.dsl.scope import Symbol
-from tunelang.dsl.source import Span
-from tunelang.dsl.units import Quantity
-from tunelang.dsl.values import INVALID, RegexValue, Word, template_fields
-from tunelang.dsl.vocabulary import data
+from tunelang.dsl import messages
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Label
+from tunelang.dsl.resolve.scope import Symbol
+from tunelang.dsl.resolve.values import INVALID, RegexValue, Word, template_fields
+from tunelang.dsl.rules.named_files import is_hub_id
+from tunelang.dsl.syntax.source import Span
+from tunelang.dsl.syntax.units import Quantity
+from tunelang.dsl.vocabulary import data, types
 from tunelang.dsl.vocabulary.base import (
     DataExpression,
     Function,

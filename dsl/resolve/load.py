@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tunelang.dsl import messages, syntax
-from tunelang.dsl.diagnostics import Diagnostics
-from tunelang.dsl.parser import parse
-from tunelang.dsl.scope import Module
-from tunelang.dsl.source import Source
+from tunelang.dsl import messages
+from tunelang.dsl.diagnostics.diagnostic import Diagnostics
+from tunelang.dsl.resolve.scope import Module
+from tunelang.dsl.syntax import nodes
+from tunelang.dsl.syntax.parser import parse
+from tunelang.dsl.syntax.source import Source
 from tunelang.dsl.vocabulary import KINDS, NOUNS
 
 
@@ -25,7 +26,7 @@ class Loaded:
 
     root: Module
     modules: list[Module] = field(default_factory=list)
-    run: syntax.Run | None = None
+    run: nodes.Run | None = None
 
 
 def load(source: Source, diagnostics: Diagnostics) -> Loaded:
@@ -36,7 +37,7 @@ def load(source: Source, diagnostics: Diagnostics) -> Loaded:
 @dataclass
 class _Loader:
     diagnostics: Diagnostics
-    files: dict[Path, syntax.File] = field(default_factory=dict)
+    files: dict[Path, nodes.File] = field(default_factory=dict)
     modules: dict[tuple[Path, str], Module] = field(default_factory=dict)
     order: list[Module] = field(default_factory=list)
     stack: list[tuple[Path, str]] = field(default_factory=list)
@@ -47,38 +48,38 @@ class _Loader:
         module = self._module(root_path, self.files[root_path], "")
         run = None
         for item in module.file.items:
-            if isinstance(item, syntax.Run):
+            if isinstance(item, nodes.Run):
                 if run is not None:
                     self.diagnostics.add(messages.second_run(item.span, run.span))
                 else:
                     run = item
         return Loaded(module, self.order, run)
 
-    def _parse(self, source: Source) -> syntax.File:
+    def _parse(self, source: Source) -> nodes.File:
         tree, found = parse(source)
         self.diagnostics.extend(found)
         return tree
 
-    def _module(self, path: Path, tree: syntax.File, prefix: str) -> Module:
+    def _module(self, path: Path, tree: nodes.File, prefix: str) -> Module:
         module = Module(tree, prefix, broken=set(tree.broken))
         self.order.append(module)
         self.stack.append((path, tree.source.name))
         for item in tree.items:
-            if isinstance(item, syntax.Declaration):
+            if isinstance(item, nodes.Declaration):
                 if item.noun.text in NOUNS:
                     module.declare(item, self.diagnostics)
                 else:
                     self.diagnostics.add(messages.unknown_noun(item, list(NOUNS), KINDS))
                     module.broken.add(item.name.text)
-            elif isinstance(item, syntax.Run) and len(self.stack) > 1:
+            elif isinstance(item, nodes.Run) and len(self.stack) > 1:
                 self.diagnostics.add(messages.run_in_import(item.span))
         for item in tree.items:
-            if isinstance(item, syntax.Import):
+            if isinstance(item, nodes.Import):
                 self._import(module, item)
         self.stack.pop()
         return module
 
-    def _import(self, module: Module, item: syntax.Import) -> None:
+    def _import(self, module: Module, item: nodes.Import) -> None:
         here = module.file.source
         path = here.folder / item.path.value
         if item.prefix is not None:
@@ -116,14 +117,12 @@ class _Loader:
                 self.diagnostics.add(messages.name_taken(item.prefix.span, taken))
             module.prefixes[item.prefix.text] = imported
 
-    def _unreadable(
-        self, module: Module, item: syntax.Import, path: Path, error: Exception
-    ) -> None:
+    def _unreadable(self, module: Module, item: nodes.Import, path: Path, error: Exception) -> None:
         self.diagnostics.add(messages.unreadable_import(item.path.span, path, error))
         if item.prefix is None:
             module.anything = True
 
-    def _arguments(self, module: Module, imported: Module, item: syntax.Import) -> None:
+    def _arguments(self, module: Module, imported: Module, item: nodes.Import) -> None:
         params = [
             n for n, s in imported.names.items() if s.noun == "param" and s.module is imported
         ]

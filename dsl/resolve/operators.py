@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from tunelang.dsl import messages
-from tunelang.dsl.diagnostics import Diagnostic
-from tunelang.dsl.source import Span
-from tunelang.dsl.units import Quantity
-from tunelang.dsl.values import INVALID
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic
+from tunelang.dsl.resolve.values import INVALID
+from tunelang.dsl.syntax.source import Span
+from tunelang.dsl.syntax.units import Quantity
 from tunelang.dsl.vocabulary import data, rewards
 from tunelang.dsl.vocabulary.base import DataExpression, RewardExpression
 

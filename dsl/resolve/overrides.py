@@ -7,14 +7,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tunelang.dsl import messages, syntax, types
-from tunelang.dsl.diagnostics import Diagnostic, Diagnostics
-from tunelang.dsl.load import Loaded
-from tunelang.dsl.parser import parse_expression
-from tunelang.dsl.scope import Module, Symbol
-from tunelang.dsl.source import Source, Span
-from tunelang.dsl.units import Quantity
-from tunelang.dsl.vocabulary import KINDS, RUN
+from tunelang.dsl import messages
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Diagnostics
+from tunelang.dsl.resolve.load import Loaded
+from tunelang.dsl.resolve.scope import Module, Symbol
+from tunelang.dsl.syntax import nodes
+from tunelang.dsl.syntax.parser import parse_expression
+from tunelang.dsl.syntax.source import Source, Span
+from tunelang.dsl.syntax.units import Quantity
+from tunelang.dsl.vocabulary import KINDS, RUN, types
 from tunelang.dsl.vocabulary.base import Attribute, Function
 
 
@@ -63,23 +64,23 @@ def _is_text(want: types.Type | None) -> bool:
     return isinstance(want, types.Text | types.Path)
 
 
-def _reads_as_text(value: syntax.Expr | None, root: Module) -> bool:
+def _reads_as_text(value: nodes.Expr | None, root: Module) -> bool:
     """Whether an expression may be text: anything but words and operators without quotes."""
-    if isinstance(value, syntax.Name):
+    if isinstance(value, nodes.Name):
         return value.text in root.names
-    return isinstance(value, syntax.Text | syntax.Constant | syntax.ListOf | syntax.Conditional)
+    return isinstance(value, nodes.Text | nodes.Constant | nodes.ListOf | nodes.Conditional)
 
 
 class _Override:
-    def __init__(self, loaded: Loaded, target: Span, value: syntax.Expr) -> None:
+    def __init__(self, loaded: Loaded, target: Span, value: nodes.Expr) -> None:
         self.loaded, self.target, self.value = loaded, target, value
 
     def apply(self, path: list[str]) -> Diagnostic | None:
         if path[0] == "run" and len(path) > 1:
-            empty = syntax.Run(syntax.Block((), self.target), self.target)
+            empty = nodes.Run(nodes.Block((), self.target), self.target)
             run = self.loaded.run or empty
             block = self._block(run.block, path[1:])
-            if not isinstance(block, syntax.Block):
+            if not isinstance(block, nodes.Block):
                 return block
             self.loaded.run = replace(run, block=block)
             return None
@@ -116,18 +117,18 @@ class _Override:
         if declaration.block is None:
             return messages.override_of_expression(self.target, symbol)
         block = self._block(declaration.block, path, symbol)
-        if not isinstance(block, syntax.Block):
+        if not isinstance(block, nodes.Block):
             return block
         symbol.declaration = replace(declaration, block=block)
         return None
 
     def _block(
-        self, block: syntax.Block, path: list[str], symbol: Symbol | None = None
-    ) -> syntax.Block | Diagnostic:
+        self, block: nodes.Block, path: list[str], symbol: Symbol | None = None
+    ) -> nodes.Block | Diagnostic:
         """The block with the attribute at `path` replaced or added."""
-        name = syntax.Name(path[0], self.target)
+        name = nodes.Name(path[0], self.target)
         found = next((a for a in block.attributes if a.name.text == path[0]), None)
-        value: syntax.Expr | Diagnostic = self.value
+        value: nodes.Expr | Diagnostic = self.value
         if len(path) > 1:
             known = self._known(symbol)
             if found is None and path[0] not in known:
@@ -138,7 +139,7 @@ class _Override:
         if isinstance(value, Diagnostic):
             return value
         if found is None:
-            added = syntax.Attribute(name, value, self.target)
+            added = nodes.Attribute(name, value, self.target)
             return replace(block, attributes=(*block.attributes, added))
         changed = replace(found, value=value)
         return replace(
@@ -146,24 +147,24 @@ class _Override:
         )
 
     def _call(
-        self, node: syntax.Expr | None, path: list[str], symbol: Symbol | None
-    ) -> syntax.Expr | Diagnostic:
+        self, node: nodes.Expr | None, path: list[str], symbol: Symbol | None
+    ) -> nodes.Expr | Diagnostic:
         """A call with one argument replaced or added; a name stands for the `let` behind it."""
-        if isinstance(node, syntax.Name) and symbol is not None:
+        if isinstance(node, nodes.Name) and symbol is not None:
             target = symbol.module.names.get(node.text)
             if target is not None and target.noun == "let":
                 target.used = True
                 node = target.declaration.value
-        if not isinstance(node, syntax.Chain) or not isinstance(node.links[-1], syntax.Call):
+        if not isinstance(node, nodes.Chain) or not isinstance(node.links[-1], nodes.Call):
             return messages.override_needs_call(self.target, path[0])
         call = node.links[-1]
         found = next((a for a in call.arguments if a.name and a.name.text == path[0]), None)
-        value: syntax.Expr | Diagnostic = self.value
+        value: nodes.Expr | Diagnostic = self.value
         if len(path) > 1:
             value = self._call(found.value if found else None, path[1:], symbol)
         if isinstance(value, Diagnostic):
             return value
-        new = syntax.Argument(syntax.Name(path[0], self.target), value, self.target)
+        new = nodes.Argument(nodes.Name(path[0], self.target), value, self.target)
         if found is None:
             arguments = (*call.arguments, new)
         else:
@@ -177,24 +178,22 @@ class _Override:
         info = KINDS[symbol.noun].get(symbol.declaration.kind.text)
         return info.attributes if info else {}
 
-    def _default(self, symbol: Symbol | None, name: str) -> syntax.Expr | None:
+    def _default(self, symbol: Symbol | None, name: str) -> nodes.Expr | None:
         """The default of an attribute as an empty call, where it is a call: `rollout.max_tokens`
         alone.
         """
         attribute = self._known(symbol).get(name)
         if attribute is None or not isinstance(attribute.default, Function):
             return None
-        head = syntax.Name(attribute.default.word, self.target)
+        head = nodes.Name(attribute.default.word, self.target)
         arguments = tuple(
-            syntax.Argument(
-                syntax.Name(key, self.target), _literal(value, self.target), self.target
-            )
+            nodes.Argument(nodes.Name(key, self.target), _literal(value, self.target), self.target)
             for key, value in attribute.default
             if value != type(attribute.default).model_fields[key].default
             and isinstance(value, int | float)
         )
-        return syntax.Chain(head, (syntax.Call(arguments, self.target),), self.target)
+        return nodes.Chain(head, (nodes.Call(arguments, self.target),), self.target)
 
 
-def _literal(value: int | float, span: Span) -> syntax.Expr:
-    return syntax.Number(Quantity(value), span)
+def _literal(value: int | float, span: Span) -> nodes.Expr:
+    return nodes.Number(Quantity(value), span)

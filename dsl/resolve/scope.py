@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunelang.dsl import messages, syntax
-from tunelang.dsl.diagnostics import Diagnostics
-from tunelang.dsl.source import Span
+from tunelang.dsl import messages
+from tunelang.dsl.diagnostics.diagnostic import Diagnostics
+from tunelang.dsl.syntax import nodes
+from tunelang.dsl.syntax.source import Span
 
 
 @dataclass(eq=False)
@@ -18,7 +19,7 @@ class Symbol:
     noun: str
     name: str
     """Qualified: `base.math`."""
-    declaration: syntax.Declaration
+    declaration: nodes.Declaration
     module: Module
     value: Any = None
     used: bool = False
@@ -38,11 +39,11 @@ class Symbol:
 class Module:
     """One file as imported: its declarations and what it sees."""
 
-    file: syntax.File
+    file: nodes.File
     prefix: str
     names: dict[str, Symbol] = field(default_factory=dict)
     prefixes: dict[str, Module] = field(default_factory=dict)
-    arguments: dict[str, tuple[syntax.Argument, Module]] = field(default_factory=dict)
+    arguments: dict[str, tuple[nodes.Argument, Module]] = field(default_factory=dict)
     """Parameters that the importing file sets, with that file's own names."""
     broken: set[str] = field(default_factory=set)
     """Names that are declared somewhere in a form that could not be read: no further complaints."""
@@ -53,7 +54,7 @@ class Module:
         """Whether an unknown name is the consequence of something reported already."""
         return self.anything or name in self.broken
 
-    def declare(self, declaration: syntax.Declaration, diagnostics: Diagnostics) -> Symbol | None:
+    def declare(self, declaration: nodes.Declaration, diagnostics: Diagnostics) -> Symbol | None:
         """Add a declaration; a name that is taken already is reported."""
         name = declaration.name.text
         taken = self.names.get(name)
@@ -79,7 +80,7 @@ class Module:
 def references(symbol: Symbol) -> Iterator[tuple[Symbol, Span]]:
     """The symbols that a declaration's expressions name, with the places."""
     declaration, module = symbol.declaration, symbol.module
-    pending: list[syntax.Expr] = []
+    pending: list[nodes.Expr] = []
     if declaration.value is not None:
         pending.append(declaration.value)
     if declaration.block is not None:
@@ -90,11 +91,11 @@ def references(symbol: Symbol) -> Iterator[tuple[Symbol, Span]]:
     while pending:
         node = pending.pop()
         found: Symbol | None = None
-        if isinstance(node, syntax.Name):
+        if isinstance(node, nodes.Name):
             found = module.names.get(node.text)
-        elif isinstance(node, syntax.Chain) and isinstance(node.head, syntax.Name):
+        elif isinstance(node, nodes.Chain) and isinstance(node.head, nodes.Name):
             first = node.links[0]
-            if isinstance(first, syntax.Member):
+            if isinstance(first, nodes.Member):
                 other = module.prefixes.get(node.head.text)
                 if other is not None and node.head.text not in module.names:
                     found = other.names.get(first.name.text)
@@ -102,16 +103,16 @@ def references(symbol: Symbol) -> Iterator[tuple[Symbol, Span]]:
                     found = module.names.get(node.head.text)
             pending += _arguments(node)
         else:
-            pending += list(syntax.children(node))
+            pending += list(nodes.children(node))
         if found is not None:
             yield found, node.span
 
 
-def _arguments(node: syntax.Chain) -> Iterator[syntax.Expr]:
+def _arguments(node: nodes.Chain) -> Iterator[nodes.Expr]:
     """The arguments of a chain's calls, without conditions, whose names are fields."""
     method = ""
     for link in node.links:
-        if isinstance(link, syntax.Member):
+        if isinstance(link, nodes.Member):
             method = link.name.text
         elif method != "where":
             for argument in link.arguments:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from tunelang.dsl import units
+from tunelang.dsl.syntax import units
 from tunelang.dsl.vocabulary import data
 from tunelang.dsl.vocabulary.base import (
     Condition,
@@ -18,7 +18,7 @@ from tunelang.dsl.vocabulary.base import (
 )
 
 if TYPE_CHECKING:
-    from tunelang.dsl import syntax
+    from tunelang.dsl.syntax import nodes
 
 
 class Invalid:
@@ -40,7 +40,7 @@ class RegexValue:
     """A regular expression and the place of its literal."""
 
     pattern: str
-    node: syntax.Regex = field(compare=False)
+    node: nodes.Regex = field(compare=False)
 
 
 def describe(value: Any) -> str:

@@ -9,13 +9,14 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunelang.dsl import files, messages, types
-from tunelang.dsl.examples import Examples, examples
+from tunelang.dsl import messages
 from tunelang.dsl.messages.wording import nearest
 from tunelang.dsl.program import Declared
-from tunelang.dsl.source import Source, Span
-from tunelang.dsl.values import template_fields
-from tunelang.dsl.vocabulary import custom, data, models, rewards, stages
+from tunelang.dsl.resolve.values import template_fields
+from tunelang.dsl.rules import named_files
+from tunelang.dsl.rules.data_fields import Examples, examples
+from tunelang.dsl.syntax.source import Source, Span
+from tunelang.dsl.vocabulary import custom, data, models, rewards, stages, types
 from tunelang.dsl.vocabulary.base import (
     DataExpression,
     Function,
@@ -26,7 +27,7 @@ from tunelang.dsl.vocabulary.base import (
 )
 
 if TYPE_CHECKING:
-    from tunelang.dsl.rules import Book
+    from tunelang.dsl.rules.stage_rules import Book
 
 _NOWHERE = Span(Source("", ""), 0, 0)
 RUBRIC_FIELDS = ("criteria", *rewards.COMPLETION_FIELDS)
@@ -90,7 +91,7 @@ def _file(book: Book, span: Span, name: str) -> Path | None:
     if path.exists():
         book.add(messages.not_a_file(span, name, path))
     else:
-        book.add(messages.missing_file(span, name, path, files.nearest(path)))
+        book.add(messages.missing_file(span, name, path, named_files.nearest(path)))
     return None
 
 
@@ -99,9 +100,9 @@ def _folder(book: Book, span: Span, name: str) -> Path | None:
     path = book.program.folder / Path(name).expanduser()
     if path.is_dir():
         return path
-    if files.is_hub_id(name) and not path.exists():
+    if named_files.is_hub_id(name) and not path.exists():
         return None
-    book.add(messages.missing_folder(span, name, path, files.nearest(path)))
+    book.add(messages.missing_folder(span, name, path, named_files.nearest(path)))
     return None
 
 
@@ -111,8 +112,8 @@ def _model(book: Book, declared: Declared, model: models.Pretrained) -> None:
     if path is None:
         return
     try:
-        config = files.model_config(path)
-    except files.BadFile as error:
+        config = named_files.model_config(path)
+    except named_files.BadFile as error:
         book.add(messages.bad_file(span, model.path, str(error.args[0]), None))
         return
     longest = config.get("max_position_embeddings")
@@ -203,8 +204,8 @@ def _samples(book: Book, declared: Declared, source: data.DataKind) -> dict[str,
             return None
         separator = getattr(source, "separator", ",")
         try:
-            found = files.sample(path, declared.kind or "", separator)
-        except files.BadFile as error:
+            found = named_files.sample(path, declared.kind or "", separator)
+        except named_files.BadFile as error:
             book.add(messages.bad_file(span, name, *error.args))
             return None
         except OSError as error:
@@ -245,14 +246,14 @@ def _known_field(
 
 def _procedural(book: Book, declared: Declared, source: data.Procedural) -> None:
     span = book.span(declared, "task")
-    if files.procedural_file(source.task) is None:
-        tasks = files.procedural_tasks()
+    if named_files.procedural_file(source.task) is None:
+        tasks = named_files.procedural_tasks()
         if tasks is None:
             book.add(messages.no_generators(span))
         else:
             book.add(messages.unknown_task(span, source.task, list(tasks)))
     elif source.settings is not None:
-        known = files.procedural_settings(source.task)
+        known = named_files.procedural_settings(source.task)
         for name in source.settings.values if known is not None else ():
             if name not in known or name in ("size", "seed"):  # type: ignore[operator]
                 at = book.argument(source.settings, name, book.span(declared, "settings"))
@@ -441,7 +442,7 @@ def _python(
 
 def _filled(
     book: Book,
-    found: files.PythonFunction,
+    found: named_files.PythonFunction,
     reference: str,
     at: Span,
     given: Collection[str],
@@ -461,15 +462,15 @@ def _filled(
                 break
 
 
-def _function(book: Book, span: Span, reference: str) -> files.PythonFunction | None:
+def _function(book: Book, span: Span, reference: str) -> named_files.PythonFunction | None:
     """The function of a file; None after a report."""
     file, _, function = reference.rpartition(":")
     path = _file(book, span, file)
     if path is None:
         return None
     try:
-        functions = files.python_functions(path)
-    except files.BadFile as error:
+        functions = named_files.python_functions(path)
+    except named_files.BadFile as error:
         book.add(messages.bad_file(span, file, *error.args))
         return None
     if function not in functions:
@@ -478,7 +479,7 @@ def _function(book: Book, span: Span, reference: str) -> files.PythonFunction | 
     return functions[function]
 
 
-def _called_function(book: Book, span: Span, reference: str) -> files.PythonFunction | None:
+def _called_function(book: Book, span: Span, reference: str) -> named_files.PythonFunction | None:
     """A function that returns what it makes; None after a report."""
     found = _function(book, span, reference)
     if found is not None and found.awaited:
@@ -487,7 +488,9 @@ def _called_function(book: Book, span: Span, reference: str) -> files.PythonFunc
     return found
 
 
-def _reward_function(book: Book, reward: custom.Python, span: Span) -> files.PythonFunction | None:
+def _reward_function(
+    book: Book, reward: custom.Python, span: Span
+) -> named_files.PythonFunction | None:
     found = _called_function(book, span, reward.reference)
     if found is None:
         return None

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunelang.dsl import content, messages
-from tunelang.dsl.binding import Place
-from tunelang.dsl.diagnostics import Diagnostic, Diagnostics
-from tunelang.dsl.examples import declared_names, examples
+from tunelang.dsl import messages
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Diagnostics
 from tunelang.dsl.program import Declared, Program
-from tunelang.dsl.scope import Module
-from tunelang.dsl.source import Span
+from tunelang.dsl.resolve.binding import Place
+from tunelang.dsl.resolve.scope import Module
+from tunelang.dsl.rules import external
+from tunelang.dsl.rules.data_fields import declared_names, examples
+from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary import data, models, rewards, stages, training
 from tunelang.dsl.vocabulary.base import (
     DataExpression,
@@ -62,7 +63,7 @@ def apply(
     it is for other hardware than its own.
     """
     book = Book(program, places, diagnostics, elsewhere)
-    content.check(book)
+    external.check(book)
     for declared in program.declarations.values():
         values = [branch.value for branch in declared.branches] or [declared.value]
         for value in values:

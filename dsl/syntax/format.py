@@ -12,11 +12,11 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
-from tunelang.dsl import syntax, units
-from tunelang.dsl.diagnostics import Diagnostic
-from tunelang.dsl.lexer import Comment, lex
-from tunelang.dsl.parser import parse
-from tunelang.dsl.source import Source, Span
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic
+from tunelang.dsl.syntax import nodes, units
+from tunelang.dsl.syntax.lexer import Comment, lex
+from tunelang.dsl.syntax.parser import parse
+from tunelang.dsl.syntax.source import Source, Span
 
 WIDTH = 100
 INDENT = "  "
@@ -55,7 +55,7 @@ class _Entry:
 
 
 class _Printer:
-    def __init__(self, tree: syntax.File) -> None:
+    def __init__(self, tree: nodes.File) -> None:
         self.tree = tree
         self.source: Source = tree.source
         self.comments = list(tree.comments)
@@ -119,7 +119,7 @@ class _Printer:
                 items[stop - 1], items[stop], texts[stop - 1 : stop + 1]
             ):
                 stop += 1
-            run = [item for item in items[start:stop] if isinstance(item, syntax.Declaration)]
+            run = [item for item in items[start:stop] if isinstance(item, nodes.Declaration)]
             width = max((len(item.name.text) for item in run), default=0)
             padded = [self.item(item, width) for item in run]
             if stop - start > 1 and all("\n" not in text and len(text) <= WIDTH for text in padded):
@@ -127,9 +127,9 @@ class _Printer:
             start = stop
         return texts
 
-    def neighbours(self, first: syntax.Item, second: syntax.Item, texts: list[str]) -> bool:
+    def neighbours(self, first: nodes.Item, second: nodes.Item, texts: list[str]) -> bool:
         """Whether two items stand line under line and are declarations of one noun and form."""
-        if not (isinstance(first, syntax.Declaration) and isinstance(second, syntax.Declaration)):
+        if not (isinstance(first, nodes.Declaration) and isinstance(second, nodes.Declaration)):
             return False
         alike = first.noun.text == second.noun.text and (first.kind is None) == (
             second.kind is None
@@ -139,13 +139,13 @@ class _Printer:
         return alike and between.strip(" \t\r") == "\n" and not any("\n" in text for text in texts)
 
     def may_touch(
-        self, previous: syntax.Item | None, item: syntax.Item, before: str, text: str
+        self, previous: nodes.Item | None, item: nodes.Item, before: str, text: str
     ) -> bool:
         """Whether two items may stand without an empty line: both short, and alike."""
-        if "\n" in before or "\n" in text or isinstance(item, syntax.Run):
+        if "\n" in before or "\n" in text or isinstance(item, nodes.Run):
             return False
-        if isinstance(item, syntax.Import) or isinstance(previous, syntax.Import):
-            return isinstance(item, syntax.Import) and isinstance(previous, syntax.Import)
+        if isinstance(item, nodes.Import) or isinstance(previous, nodes.Import):
+            return isinstance(item, nodes.Import) and isinstance(previous, nodes.Import)
         return True
 
     def comment_lines(self, comments: list[Comment], floor: int, end: int) -> list[str]:
@@ -164,12 +164,12 @@ class _Printer:
 
     # Items.
 
-    def item(self, item: syntax.Item, width: int = 0) -> str:
+    def item(self, item: nodes.Item, width: int = 0) -> str:
         """One item, its name padded to a width."""
         match item:
-            case syntax.Run():
+            case nodes.Run():
                 return self.block("run", item.block)
-            case syntax.Import():
+            case nodes.Import():
                 head = f"import {item.path.span.text}"
                 head += f" as {item.prefix.text}" if item.prefix else ""
                 if item.arguments:
@@ -188,7 +188,7 @@ class _Printer:
         head += " = "
         return self.hoisted(item, head + self.expression(item.value, "", len(head)))
 
-    def hoisted(self, item: syntax.Item, text: str) -> str:
+    def hoisted(self, item: nodes.Item, text: str) -> str:
         """Comments inside an item that stand in no bracket of their own go above it."""
         lost = self.lost(item.span, text)
         return "\n".join([*lost, text])
@@ -209,7 +209,7 @@ class _Printer:
                 shown[at] = shown[at].removesuffix(words)
         return lost
 
-    def block(self, head: str, block: syntax.Block) -> str:
+    def block(self, head: str, block: nodes.Block) -> str:
         inside = self.between(block.span.start, block.span.end)
         if not block.attributes and not inside:
             return f"{head} {{}}"
@@ -278,25 +278,25 @@ class _Printer:
 
     # Expressions.
 
-    def expression(self, node: syntax.Expr, indent: str, column: int) -> str:
+    def expression(self, node: nodes.Expr, indent: str, column: int) -> str:
         """An expression that starts at a column; broken over lines where it must be."""
         flat = self.flat(node)
         breaks = self.must_break(node)
         if not breaks and (column + len(flat) <= WIDTH or "\n" in flat):
             return flat
         match node:
-            case syntax.ListOf() if node.items:
+            case nodes.ListOf() if node.items:
                 items: list[Any] = list(node.items)
                 return self.bracket("[", items, "]", node.span, indent, column, force=True)
-            case syntax.Group():
+            case nodes.Group():
                 return self.group(node, indent)
-            case syntax.Chain():
+            case nodes.Chain():
                 return self.chain(node, indent, column)
-            case syntax.Operation() | syntax.Conditional() | syntax.Unary():
+            case nodes.Operation() | nodes.Conditional() | nodes.Unary():
                 return self.operands(node, indent, column)
         return flat
 
-    def must_break(self, node: syntax.Expr) -> bool:
+    def must_break(self, node: nodes.Expr) -> bool:
         """Whether a bracket inside was opened at a line's end, or holds a comment."""
         if "\n" not in node.span.text:
             return False
@@ -309,13 +309,13 @@ class _Printer:
             return True
         return re.match(r"[(\[][ \t]*\r?\n", text) is not None and text[1:-1].strip() != ""
 
-    def chain(self, node: syntax.Chain, indent: str, column: int) -> str:
+    def chain(self, node: nodes.Chain, indent: str, column: int) -> str:
         text = self.expression(node.head, indent, column)
         last = max(
-            (i for i, link in enumerate(node.links) if isinstance(link, syntax.Call)), default=-1
+            (i for i, link in enumerate(node.links) if isinstance(link, nodes.Call)), default=-1
         )
         for index, link in enumerate(node.links):
-            if isinstance(link, syntax.Member):
+            if isinstance(link, nodes.Member):
                 text += f".{link.name.text}"
                 continue
             here = column + len(text) if "\n" not in text else len(text.rsplit("\n", 1)[1])
@@ -326,16 +326,16 @@ class _Printer:
             )
         return text
 
-    def group(self, node: syntax.Group, indent: str) -> str:
+    def group(self, node: nodes.Group, indent: str) -> str:
         inner = indent + INDENT
         above = [tidy(c.text) for c in self.own_comments(node.span, [node.inner])]
         body = self.expression(node.inner, inner, len(inner))
         return "\n".join(["(", *(inner + c for c in above), f"{inner}{body}", f"{indent})"])
 
-    def operands(self, node: syntax.Expr, indent: str, column: int) -> str:
+    def operands(self, node: nodes.Expr, indent: str, column: int) -> str:
         """Operators stay on their line; the operands break by themselves."""
         match node:
-            case syntax.Operation():
+            case nodes.Operation():
                 text = self.expression(node.first, indent, column)
                 for operator, operand in node.rest:
                     here = len(text.rsplit("\n", 1)[-1]) + (column if "\n" not in text else 0)
@@ -348,13 +348,13 @@ class _Printer:
                             operand, indent, here + len(operator) + 2
                         )
                 return text
-            case syntax.Conditional():
+            case nodes.Conditional():
                 parts = [
                     self.expression(p, indent, column)
                     for p in (node.then, node.test, node.otherwise)
                 ]
                 return f"{parts[0]} if {parts[1]} else {parts[2]}"
-            case syntax.Unary():
+            case nodes.Unary():
                 gap = " " if node.operator == "not" else ""
                 return node.operator + gap + self.expression(node.operand, indent, column + 1)
         raise AssertionError(node)
@@ -381,7 +381,7 @@ class _Printer:
             behind = self.behind(item.span.end, end)
             first = above[0].span.start if above else item.span.start
             gap = bool(entries) and self.gap_before(first, at)
-            named = isinstance(item, syntax.Argument) and item.name is not None
+            named = isinstance(item, nodes.Argument) and item.name is not None
             name = item.name.text if named else ""
             entries.append(_Entry([tidy(c.text) for c in above], name, "", behind, gap))
             at = item.span.end
@@ -398,7 +398,7 @@ class _Printer:
         lines += [inner + comment for comment in rest]
         return "\n".join([opening, *lines, f"{indent}{closing}"])
 
-    def own_comments(self, span: Span, inner: list[syntax.Expr]) -> list[Comment]:
+    def own_comments(self, span: Span, inner: list[nodes.Expr]) -> list[Comment]:
         """Comments inside a bracket but in none of its items."""
         return [
             comment
@@ -407,65 +407,65 @@ class _Printer:
         ]
 
     def flat_item(self, item: Any) -> str:
-        if isinstance(item, syntax.Argument):
+        if isinstance(item, nodes.Argument):
             value = self.flat(item.value)
             return f"{item.name.text} = {value}" if item.name else value
         return self.flat(item)
 
-    def flat_call(self, call: syntax.Call) -> str:
+    def flat_call(self, call: nodes.Call) -> str:
         return "(" + ", ".join(self.flat_item(a) for a in call.arguments) + ")"
 
-    def flat(self, node: syntax.Expr) -> str:
+    def flat(self, node: nodes.Expr) -> str:
         """An expression on one line (long text keeps its lines)."""
         match node:
-            case syntax.Name():
+            case nodes.Name():
                 return node.text
-            case syntax.Number():
+            case nodes.Number():
                 return units.tidy(node.span.text)
-            case syntax.ListOf():
+            case nodes.ListOf():
                 return "[" + ", ".join(self.flat(item) for item in node.items) + "]"
-            case syntax.Group():
+            case nodes.Group():
                 return f"({self.flat(node.inner)})"
-            case syntax.Chain():
+            case nodes.Chain():
                 text = self.flat(node.head)
                 for link in node.links:
                     text += (
                         f".{link.name.text}"
-                        if isinstance(link, syntax.Member)
+                        if isinstance(link, nodes.Member)
                         else self.flat_call(link)
                     )
                 return text
-            case syntax.Unary():
+            case nodes.Unary():
                 gap = " " if node.operator == "not" else ""
                 return f"{node.operator}{gap}{self.flat(node.operand)}"
-            case syntax.Operation():
+            case nodes.Operation():
                 rest = "".join(
                     f" {operator} {self.flat(operand)}" for operator, operand in node.rest
                 )
                 return self.flat(node.first) + rest
-            case syntax.Conditional():
+            case nodes.Conditional():
                 parts = [self.flat(part) for part in (node.then, node.test, node.otherwise)]
                 return f"{parts[0]} if {parts[1]} else {parts[2]}"
         return node.span.text
 
 
-def _value(item: Any) -> syntax.Expr:
-    value: syntax.Expr = item.value if isinstance(item, syntax.Argument) else item
+def _value(item: Any) -> nodes.Expr:
+    value: nodes.Expr = item.value if isinstance(item, nodes.Argument) else item
     return value
 
 
-def brackets(node: syntax.Expr) -> list[Span]:
+def brackets(node: nodes.Expr) -> list[Span]:
     """The spans of all brackets inside an expression."""
     found: list[Span] = []
-    for part in syntax.walk(node):
-        if isinstance(part, syntax.ListOf | syntax.Group):
+    for part in nodes.walk(node):
+        if isinstance(part, nodes.ListOf | nodes.Group):
             found.append(part.span)
-        elif isinstance(part, syntax.Chain):
-            found += [link.span for link in part.links if isinstance(link, syntax.Call)]
+        elif isinstance(part, nodes.Chain):
+            found += [link.span for link in part.links if isinstance(link, nodes.Call)]
     return found
 
 
-def inner_brackets(call: syntax.Call) -> list[Span]:
+def inner_brackets(call: nodes.Call) -> list[Span]:
     """The brackets inside a call's arguments."""
     return [span for argument in call.arguments for span in brackets(argument.value)]
 

@@ -13,9 +13,9 @@ import lark
 from lark import Lark, Token, Transformer
 from lark.lexer import Lexer
 
-from tunelang.dsl import syntax
-from tunelang.dsl.lexer import Lexeme
-from tunelang.dsl.source import Span
+from tunelang.dsl.syntax import nodes
+from tunelang.dsl.syntax.lexer import Lexeme
+from tunelang.dsl.syntax.source import Span
 
 
 class _NoLexer(Lexer):
@@ -31,7 +31,7 @@ class _NoLexer(Lexer):
 @cache
 def item_parser() -> Lark:
     """The parser of one item, built once a process."""
-    text = resources.files("tunelang.dsl").joinpath("grammar.lark").read_text("utf-8")
+    text = resources.files("tunelang.dsl.syntax").joinpath("grammar.lark").read_text("utf-8")
     return Lark(
         text,
         parser="lalr",
@@ -58,7 +58,7 @@ def _cache(grammar: str) -> str | bool:
     return os.path.join(folder, f"grammar-{version}-{zlib.crc32(grammar.encode()):08x}.lark")
 
 
-def parse_item(tokens: list[Lexeme]) -> syntax.Item:
+def parse_item(tokens: list[Lexeme]) -> nodes.Item:
     """The tokens of one item as a node; raises lark's `UnexpectedToken` at the first that does not
     fit.
     """
@@ -67,12 +67,12 @@ def parse_item(tokens: list[Lexeme]) -> syntax.Item:
         interactive.feed_token(token)  # type: ignore[arg-type]
     end = Lexeme("$END", Span(tokens[-1].span.source, tokens[-1].span.end, tokens[-1].span.end), 0)
     item = interactive.feed_token(end)  # type: ignore[arg-type]
-    assert isinstance(item, syntax.Item)
+    assert isinstance(item, nodes.Item)
     return item
 
 
-def _name(token: Lexeme) -> syntax.Name:
-    return syntax.Name(token.text, token.span)
+def _name(token: Lexeme) -> nodes.Name:
+    return nodes.Name(token.text, token.span)
 
 
 def _around(children: list[Any]) -> Span:
@@ -83,108 +83,108 @@ def _around(children: list[Any]) -> Span:
 class _Builder(Transformer[Token, Any]):
     """One method for each rule or alias of the grammar."""
 
-    def kinded(self, c: list[Any]) -> syntax.Declaration:
+    def kinded(self, c: list[Any]) -> nodes.Declaration:
         """`noun name : kind { ... }`."""
-        return syntax.Declaration(_name(c[0]), _name(c[1]), _around(c), _name(c[3]), c[4])
+        return nodes.Declaration(_name(c[0]), _name(c[1]), _around(c), _name(c[3]), c[4])
 
-    def bound(self, c: list[Any]) -> syntax.Declaration:
+    def bound(self, c: list[Any]) -> nodes.Declaration:
         """`noun name = value`."""
-        return syntax.Declaration(_name(c[0]), _name(c[1]), _around(c), value=c[3])
+        return nodes.Declaration(_name(c[0]), _name(c[1]), _around(c), value=c[3])
 
-    def typed(self, c: list[Any]) -> syntax.Declaration:
+    def typed(self, c: list[Any]) -> nodes.Declaration:
         """`param name : type = value`."""
-        return syntax.Declaration(_name(c[0]), _name(c[1]), _around(c), type=c[3], value=c[5])
+        return nodes.Declaration(_name(c[0]), _name(c[1]), _around(c), type=c[3], value=c[5])
 
-    def run(self, c: list[Any]) -> syntax.Run:
+    def run(self, c: list[Any]) -> nodes.Run:
         """`run { ... }`."""
-        return syntax.Run(c[1], _around(c))
+        return nodes.Run(c[1], _around(c))
 
-    def import_(self, c: list[Any]) -> syntax.Import:
+    def import_(self, c: list[Any]) -> nodes.Import:
         """`import "path" as prefix with (...)`."""
         prefix = next(
             (c[i + 1] for i, t in enumerate(c) if isinstance(t, Lexeme) and t.type == "AS"), None
         )
         arguments = next((x for x in c if isinstance(x, tuple)), ())
-        path = syntax.Text(c[1].meaning, c[1].span)
-        return syntax.Import(path, prefix and _name(prefix), arguments, _around(c))
+        path = nodes.Text(c[1].meaning, c[1].span)
+        return nodes.Import(path, prefix and _name(prefix), arguments, _around(c))
 
-    def block(self, c: list[Any]) -> syntax.Block:
+    def block(self, c: list[Any]) -> nodes.Block:
         """`{ ... }`."""
-        return syntax.Block(tuple(x for x in c if isinstance(x, syntax.Attribute)), _around(c))
+        return nodes.Block(tuple(x for x in c if isinstance(x, nodes.Attribute)), _around(c))
 
-    def attribute(self, c: list[Any]) -> syntax.Attribute:
+    def attribute(self, c: list[Any]) -> nodes.Attribute:
         """`name = value`."""
-        return syntax.Attribute(_name(c[0]), c[2], _around(c))
+        return nodes.Attribute(_name(c[0]), c[2], _around(c))
 
-    def name(self, c: list[Any]) -> syntax.Name:
+    def name(self, c: list[Any]) -> nodes.Name:
         """A bare word."""
         return _name(c[0])
 
-    def type_call(self, c: list[Any]) -> syntax.Chain:
+    def type_call(self, c: list[Any]) -> nodes.Chain:
         """`choice(a, b)` as a parameter's type."""
-        call = syntax.Call(c[2], c[1].span.to(c[3].span))
-        return syntax.Chain(_name(c[0]), (call,), _around(c))
+        call = nodes.Call(c[2], c[1].span.to(c[3].span))
+        return nodes.Chain(_name(c[0]), (call,), _around(c))
 
-    def number(self, c: list[Any]) -> syntax.Number:
+    def number(self, c: list[Any]) -> nodes.Number:
         """A number with its unit."""
-        return syntax.Number(c[0].meaning, c[0].span)
+        return nodes.Number(c[0].meaning, c[0].span)
 
-    def text(self, c: list[Any]) -> syntax.Text:
+    def text(self, c: list[Any]) -> nodes.Text:
         """Text."""
-        return syntax.Text(c[0].meaning, c[0].span)
+        return nodes.Text(c[0].meaning, c[0].span)
 
-    def regex(self, c: list[Any]) -> syntax.Regex:
+    def regex(self, c: list[Any]) -> nodes.Regex:
         """A regular expression."""
-        return syntax.Regex(c[0].meaning, c[0].span)
+        return nodes.Regex(c[0].meaning, c[0].span)
 
-    def constant(self, c: list[Any]) -> syntax.Constant:
+    def constant(self, c: list[Any]) -> nodes.Constant:
         """`true`, `false`, `none`."""
         value = {"TRUE": True, "FALSE": False, "NONE": None}[c[0].type]
-        return syntax.Constant(value, c[0].span)
+        return nodes.Constant(value, c[0].span)
 
-    def list_of(self, c: list[Any]) -> syntax.ListOf:
+    def list_of(self, c: list[Any]) -> nodes.ListOf:
         """`[a, b]`."""
         items = tuple(x for x in c if not isinstance(x, Lexeme))
-        return syntax.ListOf(items, _around(c))
+        return nodes.ListOf(items, _around(c))
 
-    def group(self, c: list[Any]) -> syntax.Group:
+    def group(self, c: list[Any]) -> nodes.Group:
         """`(a)`."""
-        return syntax.Group(c[1], _around(c))
+        return nodes.Group(c[1], _around(c))
 
-    def member(self, c: list[Any]) -> syntax.Member:
+    def member(self, c: list[Any]) -> nodes.Member:
         """`.name`."""
-        return syntax.Member(_name(c[1]), _around(c))
+        return nodes.Member(_name(c[1]), _around(c))
 
-    def call(self, c: list[Any]) -> syntax.Call:
+    def call(self, c: list[Any]) -> nodes.Call:
         """`(arguments)`."""
-        return syntax.Call(c[1], _around([c[0], c[2]]))
+        return nodes.Call(c[1], _around([c[0], c[2]]))
 
-    def arguments(self, c: list[Any]) -> tuple[syntax.Argument, ...]:
+    def arguments(self, c: list[Any]) -> tuple[nodes.Argument, ...]:
         """What stands between the parentheses of a call."""
-        return tuple(x for x in c if isinstance(x, syntax.Argument))
+        return tuple(x for x in c if isinstance(x, nodes.Argument))
 
-    def named(self, c: list[Any]) -> syntax.Argument:
+    def named(self, c: list[Any]) -> nodes.Argument:
         """`name = value` in a call."""
-        return syntax.Argument(_name(c[0]), c[2], _around(c))
+        return nodes.Argument(_name(c[0]), c[2], _around(c))
 
-    def positional(self, c: list[Any]) -> syntax.Argument:
+    def positional(self, c: list[Any]) -> nodes.Argument:
         """A value in a call."""
-        return syntax.Argument(None, c[0], c[0].span)
+        return nodes.Argument(None, c[0], c[0].span)
 
-    def chain(self, c: list[Any]) -> syntax.Chain:
+    def chain(self, c: list[Any]) -> nodes.Chain:
         """Members and calls after an operand."""
-        return syntax.Chain(c[0], tuple(c[1:]), _around(c))
+        return nodes.Chain(c[0], tuple(c[1:]), _around(c))
 
-    def unary(self, c: list[Any]) -> syntax.Unary:
+    def unary(self, c: list[Any]) -> nodes.Unary:
         """`-x`, `not x`."""
-        return syntax.Unary(c[0].text, c[1], _around(c))
+        return nodes.Unary(c[0].text, c[1], _around(c))
 
-    def _operation(self, c: list[Any]) -> syntax.Operation:
+    def _operation(self, c: list[Any]) -> nodes.Operation:
         rest = tuple((c[i].text, c[i + 1]) for i in range(1, len(c), 2))
-        return syntax.Operation(c[0], rest, _around(c))
+        return nodes.Operation(c[0], rest, _around(c))
 
     logic = compare = arithmetic = _operation
 
-    def conditional(self, c: list[Any]) -> syntax.Conditional:
+    def conditional(self, c: list[Any]) -> nodes.Conditional:
         """`a if c else b`."""
-        return syntax.Conditional(c[0], c[2], c[4], _around(c))
+        return nodes.Conditional(c[0], c[2], c[4], _around(c))

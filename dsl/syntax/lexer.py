@@ -7,9 +7,10 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tunelang.dsl import messages, units
-from tunelang.dsl.diagnostics import Diagnostic
-from tunelang.dsl.source import Source, Span
+from tunelang.dsl import messages
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic
+from tunelang.dsl.syntax import units
+from tunelang.dsl.syntax.source import Source, Span
 
 KEYWORDS = {
     word: word.upper() for word in ("if", "else", "and", "or", "not", "true", "false", "none")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tunelang.dsl.lexer import Comment
-from tunelang.dsl.source import Source, Span
-from tunelang.dsl.units import Quantity
+from tunelang.dsl.syntax.lexer import Comment
+from tunelang.dsl.syntax.source import Source, Span
+from tunelang.dsl.syntax.units import Quantity
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 
 from lark.exceptions import UnexpectedToken
 
-from tunelang.dsl import messages, syntax
-from tunelang.dsl.diagnostics import Diagnostic
-from tunelang.dsl.lexer import KEYWORDS, Comment, Lexeme, lex
-from tunelang.dsl.source import Source, Span
-from tunelang.dsl.tree import parse_item
+from tunelang.dsl import messages
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic
+from tunelang.dsl.syntax import nodes
+from tunelang.dsl.syntax.item_parser import parse_item
+from tunelang.dsl.syntax.lexer import KEYWORDS, Comment, Lexeme, lex
+from tunelang.dsl.syntax.source import Source, Span
 
 MAX_SYNTAX_ERRORS = 20
 MAX_DEPTH = 100
@@ -40,7 +41,7 @@ class _State:
             raise _Unreadable
 
 
-def parse(source: Source) -> tuple[syntax.File, list[Diagnostic]]:
+def parse(source: Source) -> tuple[nodes.File, list[Diagnostic]]:
     """A source as a syntax tree, and everything that is wrong with its form.
 
     Never raises for bad text: items that cannot be read are left out and reported.
@@ -48,22 +49,22 @@ def parse(source: Source) -> tuple[syntax.File, list[Diagnostic]]:
     lexed = lex(source)
     state = _State(source, lexed.diagnostics[:MAX_SYNTAX_ERRORS], unreadable=lexed.unreadable)
     docs = _docs(lexed.comments, source)
-    items: list[syntax.Item] = []
+    items: list[nodes.Item] = []
     for chunk in _cut(lexed.tokens, state):
         if len(state.diagnostics) >= MAX_SYNTAX_ERRORS:
             state.diagnostics[-1] = messages.too_many_errors(chunk[0].span)
             state.broken.update(token.text for token in lexed.tokens if token.type == "NAME")
             break
         item = _read_item(chunk, state)
-        if isinstance(item, syntax.Declaration):
+        if isinstance(item, nodes.Declaration):
             item = replace(item, doc=docs.get(chunk[0].line, ""))
         if item is not None:
             items.append(item)
-    tree = syntax.File(source, tuple(items), tuple(lexed.comments), frozenset(state.broken))
+    tree = nodes.File(source, tuple(items), tuple(lexed.comments), frozenset(state.broken))
     return tree, state.diagnostics
 
 
-def parse_expression(source: Source) -> tuple[syntax.Expr | None, list[Diagnostic]]:
+def parse_expression(source: Source) -> tuple[nodes.Expr | None, list[Diagnostic]]:
     """The right side of a `--set name=expression`, by the same grammar; the source is the whole of
     it.
     """
@@ -79,7 +80,7 @@ def parse_expression(source: Source) -> tuple[syntax.Expr | None, list[Diagnosti
         return None, state.diagnostics
     noun = Lexeme("NAME", Span(source, 0, 0), 0)
     item = _read_item([noun, noun, *lexed.tokens[start:]], state)
-    return (item.value if isinstance(item, syntax.Declaration) else None), state.diagnostics
+    return (item.value if isinstance(item, nodes.Declaration) else None), state.diagnostics
 
 
 def _docs(comments: list[Comment], source: Source) -> dict[int, str]:
@@ -172,7 +173,7 @@ def _lacks_brace(chunk: list[Lexeme], tokens: list[Lexeme], at: int) -> bool:
     return head and follows in (["NAME", "EQUALS"], ["NAME", "COLON"])
 
 
-def _read_item(chunk: list[Lexeme], state: _State) -> syntax.Item | None:
+def _read_item(chunk: list[Lexeme], state: _State) -> nodes.Item | None:
     """One item; after a syntax error its smallest damaged part is taken out and the rest is
     kept.
     """
@@ -203,7 +204,7 @@ def _read_item(chunk: list[Lexeme], state: _State) -> syntax.Item | None:
         d.where.span.start >= span.start and d.where.span.end <= span.end
         for d in state.diagnostics[:before]
     )
-    if (damaged or len(state.diagnostics) > before) and not isinstance(item, syntax.Import):
+    if (damaged or len(state.diagnostics) > before) and not isinstance(item, nodes.Import):
         if item.block is not None:
             item = replace(item, block=replace(item.block, damaged=True))
     return item
@@ -322,17 +323,17 @@ def _without_attribute(tokens: list[Lexeme], bad: object) -> list[Lexeme]:
     raise _Unreadable
 
 
-def _too_deep(item: syntax.Item) -> bool:
+def _too_deep(item: nodes.Item) -> bool:
     """Whether an expression nests deeper than anybody writes: evaluation is recursive."""
-    level: list[syntax.Expr] = []
-    if isinstance(item, syntax.Declaration):
+    level: list[nodes.Expr] = []
+    if isinstance(item, nodes.Declaration):
         level = [part for part in (item.type, item.value) if part is not None]
-    if not isinstance(item, syntax.Import) and item.block is not None:
+    if not isinstance(item, nodes.Import) and item.block is not None:
         level += [attribute.value for attribute in item.block.attributes]
-    if isinstance(item, syntax.Import):
+    if isinstance(item, nodes.Import):
         level = [argument.value for argument in item.arguments]
     for _ in range(MAX_DEPTH):
-        level = [child for node in level for child in syntax.children(node)]
+        level = [child for node in level for child in nodes.children(node)]
         if not level:
             return False
     return True

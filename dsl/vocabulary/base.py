@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 from pydantic_core import PydanticUndefined
 
-from tunelang.dsl import types
+from tunelang.dsl.vocabulary import types
 
 Effect = Literal["result", "placement", "observe"]
 EFFECTS: dict[Effect, str] = {

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from tunelang.dsl import types
+from tunelang.dsl.vocabulary import types
 from tunelang.dsl.vocabulary.base import RewardExpression, placement, result
 
 PIECES = "completion_tokens"

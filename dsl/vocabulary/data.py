@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import SerializeAsAny
 
-from tunelang.dsl import types
+from tunelang.dsl.vocabulary import types
 from tunelang.dsl.vocabulary.base import (
     Condition,
     Count,

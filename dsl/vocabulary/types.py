@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunelang.dsl.units import COUNTED, show
+from tunelang.dsl.syntax.units import COUNTED, show
 
 Json = dict[str, Any]
 

@@ -4,42 +4,52 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tunelang.compiler.adapters import NoTargetError
-from tunelang.compiler.content import ContentError
-from tunelang.compiler.families import UndescribedError
+from tunelang.compiler.file_digests import ContentError
 from tunelang.compiler.graph import GraphError
-from tunelang.compiler.layout import DoesNotFitError, NoLayoutError
-from tunelang.compiler.search import MARGIN, remedies
-from tunelang.dsl.diagnostics import Diagnostic
+from tunelang.compiler.layout.layout_search import MARGIN, remedies
+from tunelang.compiler.layout.stage_layout import DoesNotFitError, NoLayoutError
+from tunelang.compiler.models.adapters import NoTargetError
+from tunelang.compiler.models.families import UndescribedError
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic
 from tunelang.dsl.messages.wording import error as message
 from tunelang.dsl.program import Program
-from tunelang.dsl.source import Source, Span
-from tunelang.runtime.bad_rows import BadRowError, NoRowsError, NotARowError, TooLongError, excerpt
-from tunelang.runtime.chat import (
+from tunelang.dsl.syntax.source import Source, Span
+from tunelang.runtime.data.procedural import GeneratorError
+from tunelang.runtime.data.row_errors import (
+    BadRowError,
+    NoRowsError,
+    NotARowError,
+    TooLongError,
+    excerpt,
+)
+from tunelang.runtime.human_units import size_text
+from tunelang.runtime.models.pretrained import BadWeightsError
+from tunelang.runtime.pipeline.initial_weights import (
+    MissingInputError,
+    NoCheckpointError,
+    NoMetricError,
+)
+from tunelang.runtime.pipeline.resources import NotBuiltError
+from tunelang.runtime.pipeline.runner import HardwareMissingError, NotAlikeError, StageFailed
+from tunelang.runtime.pipeline.training_stage import OtherTokenizerError
+from tunelang.runtime.planning.prepare import LayoutError
+from tunelang.runtime.rewards.judges import JudgeDownError
+from tunelang.runtime.stages.export import ForeignFileError, NotApartError
+from tunelang.runtime.store.atomic_files import StoreError
+from tunelang.runtime.tokenize.chat_renderer import (
     EmptyMaskError,
     NoStopTokenError,
     TemplateRewritesError,
     TruncatedAnswerError,
 )
-from tunelang.runtime.chat_templates import TemplateFailedError
-from tunelang.runtime.checkpoints import CheckpointError
-from tunelang.runtime.custom import CustomError
-from tunelang.runtime.durable import StoreError
-from tunelang.runtime.execute import HardwareMissingError, NotAlikeError, StageFailed
-from tunelang.runtime.export import ForeignFileError, NotApartError
-from tunelang.runtime.job import OtherTokenizerError
-from tunelang.runtime.judges import JudgeDownError
-from tunelang.runtime.loop import DivergedError
-from tunelang.runtime.open_tokenizer import BadTokenizerError, VocabularySizeError
-from tunelang.runtime.origins import MissingInputError, NoCheckpointError, NoMetricError
-from tunelang.runtime.prepare import LayoutError
-from tunelang.runtime.procedural import GeneratorError
-from tunelang.runtime.recorder import MissingExtraError
-from tunelang.runtime.tokenizer_files import NoTokenizerFileError
-from tunelang.runtime.weights import BadWeightsError
-from tunelang.runtime.words import size_text
-from tunelang.runtime.workers import LoadError
-from tunelang.runtime.workshop import NotBuiltError
+from tunelang.runtime.tokenize.chat_templates import TemplateFailedError
+from tunelang.runtime.tokenize.hf_files import NoTokenizerFileError
+from tunelang.runtime.tokenize.open_tokenizer import BadTokenizerError, VocabularySizeError
+from tunelang.runtime.training.checkpoints import CheckpointError
+from tunelang.runtime.training.metrics import MissingExtraError
+from tunelang.runtime.training.training_loop import DivergedError
+from tunelang.runtime.user_functions import CustomError
+from tunelang.runtime.workers.worker_pool import LoadError
 
 FAILED, DOES_NOT_FIT, WRONG_SPEC = 3, 4, 1
 

@@ -10,16 +10,16 @@ from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary.rewards import RewardRef
 from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.examples import Message
-from tunelang.runtime.execute import compile_cache
-from tunelang.runtime.export import export
-from tunelang.runtime.origins import Origin, Origins
-from tunelang.runtime.prepare import prepare
-from tunelang.runtime.rewards import Reward
+from tunelang.runtime.data.examples import Message
+from tunelang.runtime.generation.generator import Speaker
+from tunelang.runtime.pipeline.initial_weights import Origin, Origins
+from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.pipeline.runner import compile_cache
+from tunelang.runtime.planning.prepare import prepare
+from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.speaker import Speaker
-from tunelang.runtime.store import Store
-from tunelang.runtime.workshop import Model, Workshop
+from tunelang.runtime.stages.export import export
+from tunelang.runtime.store.run_store import Store
 
 
 def open_speaker(program: Program, store: Store, stage: str) -> Speaker:

@@ -7,14 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from tunelang.compiler.draw import picture, tree
-from tunelang.compiler.layout import peak
+from tunelang.compiler.drawing.draw import picture, tree
+from tunelang.compiler.layout.stage_layout import peak
 from tunelang.compiler.plan import Json, StagePlan, describe
-from tunelang.runtime.prepare import Prepared
-from tunelang.runtime.words import count_text, duration, size_text
+from tunelang.runtime.human_units import count_text, duration, size_text
+from tunelang.runtime.planning.prepare import Prepared
 
 if TYPE_CHECKING:
-    from tunelang.runtime.rehearse import Rehearsed
+    from tunelang.runtime.rehearsal.rehearse import Rehearsed
 
 
 def show(prepared: Prepared, *, verbose: bool = False, width: int = 100) -> str:

@@ -13,9 +13,9 @@ from tunelang.compiler.graph import build, models_of
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary.data import DataRef
 from tunelang.dsl.vocabulary.stages import Policy
-from tunelang.runtime.chat import Renderer
-from tunelang.runtime.store import Store
-from tunelang.runtime.workshop import Workshop
+from tunelang.runtime.pipeline.resources import Workshop
+from tunelang.runtime.store.run_store import Store
+from tunelang.runtime.tokenize.chat_renderer import Renderer
 
 TRAINED = "bold green"
 _MARKS = "⟦", "⟧"

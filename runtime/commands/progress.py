@@ -15,10 +15,10 @@ from rich.text import Text
 
 from tunelang.compiler.graph import Input
 from tunelang.compiler.plan import StagePlan
-from tunelang.runtime.bad_rows import BadRows
-from tunelang.runtime.failures import row_problem
-from tunelang.runtime.locks import Holder
-from tunelang.runtime.words import count_text, duration, number
+from tunelang.runtime.commands.diagnose import row_problem
+from tunelang.runtime.data.row_errors import BadRows
+from tunelang.runtime.human_units import count_text, duration, number
+from tunelang.runtime.store.locks import Holder
 
 _PIPE_SECONDS = 10.0
 """Time between lines where the output is no terminal."""

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tunelang.runtime import plan_view
-from tunelang.runtime.execute import execute
-from tunelang.runtime.loop import Interrupted
-from tunelang.runtime.prepare import Prepared
-from tunelang.runtime.progress import Progress
-from tunelang.runtime.show import table
-from tunelang.runtime.store import Store
+from tunelang.runtime.commands import plan_text
+from tunelang.runtime.commands.progress import Progress
+from tunelang.runtime.commands.show import table
+from tunelang.runtime.pipeline.runner import execute
+from tunelang.runtime.planning.prepare import Prepared
+from tunelang.runtime.store.run_store import Store
+from tunelang.runtime.training.training_loop import Interrupted
 
 INTERRUPTED = 130
 
@@ -26,7 +26,7 @@ def run(prepared: Prepared, store: Store, spec: Path, command: tuple[str, ...], 
         print(table(prepared.graph, store, width), end="")
         console.print("everything is up to date")
         return 0
-    console.out(plan_view.show(prepared, width=width), end="\n")
+    console.out(plan_text.show(prepared, width=width), end="\n")
     entry = store.begin_run(str(spec), command, json.loads(plan.dumps()))
     outcome = "failed"
     try:

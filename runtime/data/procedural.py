@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tunelang.dsl.vocabulary.data import Procedural
-from tunelang.runtime.durable import written_whole
+from tunelang.runtime.store.atomic_files import written_whole
 
 
 class GeneratorError(Exception):

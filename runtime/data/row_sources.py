@@ -31,10 +31,10 @@ from tunelang.dsl.vocabulary.data import (
     PythonData,
     TextFiles,
 )
-from tunelang.runtime.bad_rows import NotARowError, excerpt
-from tunelang.runtime.custom import made_rows
-from tunelang.runtime.durable import written_whole
-from tunelang.runtime.procedural import generate
+from tunelang.runtime.data.procedural import generate
+from tunelang.runtime.data.row_errors import NotARowError, excerpt
+from tunelang.runtime.store.atomic_files import written_whole
+from tunelang.runtime.user_functions import made_rows
 
 _BLOCK = 1 << 20
 

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.runtime.mixture import Assignment, assign
-from tunelang.runtime.permutation import derive, permute
+from tunelang.runtime.data.feistel import derive, permute
+from tunelang.runtime.data.mixture import Assignment, assign
 
 Indices = NDArray[np.int64]
 

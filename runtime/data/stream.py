@@ -20,16 +20,22 @@ from numpy.typing import NDArray
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import data
 from tunelang.dsl.vocabulary.base import DataExpression
-from tunelang.runtime.bad_rows import BadRowError, BadRows, NoRowsError, NotARowError, TooLongError
-from tunelang.runtime.chat import EmptyMaskError
-from tunelang.runtime.chat_templates import ChatError
-from tunelang.runtime.conditions import holds
-from tunelang.runtime.examples import Example, Roles, example_of, roles_of
-from tunelang.runtime.mixture import assign
-from tunelang.runtime.order import Order, batch_positions
-from tunelang.runtime.permutation import derive, permute
-from tunelang.runtime.sources import Rows, content_hash, open_lines, open_rows
-from tunelang.runtime.templates import MissingFieldError, WrongTypeError
+from tunelang.runtime.data.examples import Example, Roles, example_of, roles_of
+from tunelang.runtime.data.feistel import derive, permute
+from tunelang.runtime.data.filters import holds
+from tunelang.runtime.data.mixture import assign
+from tunelang.runtime.data.row_errors import (
+    BadRowError,
+    BadRows,
+    NoRowsError,
+    NotARowError,
+    TooLongError,
+)
+from tunelang.runtime.data.row_sources import Rows, content_hash, open_lines, open_rows
+from tunelang.runtime.data.sample_order import Order, batch_positions
+from tunelang.runtime.data.text_templates import MissingFieldError, WrongTypeError
+from tunelang.runtime.tokenize.chat_renderer import EmptyMaskError
+from tunelang.runtime.tokenize.chat_templates import ChatError
 
 Indices = NDArray[np.int64]
 _READ = 256

@@ -11,26 +11,28 @@ from typing import Any
 import jax
 import numpy as np
 
-from tunelang.compiler.architecture import Architecture
-from tunelang.compiler.costs import MOST_SLOTS, sampling_tensor
-from tunelang.compiler.hardware import chip_of
+from tunelang.compiler.costs.step_costs import MOST_SLOTS, sampling_tensor
+from tunelang.compiler.layout.hardware import chip_of
+from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity, Preference
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime import numeric, statistics, train
-from tunelang.runtime.answers import epoch, score_answers
-from tunelang.runtime.beam import beam_search, make_search
-from tunelang.runtime.corpus import Corpus, tokenise
-from tunelang.runtime.custom import CustomError
-from tunelang.runtime.decode_loop import Engine, make_engine
-from tunelang.runtime.examples import Example
-from tunelang.runtime.rewards import Reward, Scores
-from tunelang.runtime.rollout import Prompt, Rollouts, rollout
-from tunelang.runtime.scorers import Row, function_of
+from tunelang.runtime.data.examples import Example
+from tunelang.runtime.evals import statistics
+from tunelang.runtime.evals.score_answers import epoch, score_answers
+from tunelang.runtime.generation.beam_search import beam_search, make_search
+from tunelang.runtime.generation.engine import Engine, make_engine
+from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
+from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.rewards import number_match
+from tunelang.runtime.rewards.reward_functions import Reward, Scores
+from tunelang.runtime.rewards.reward_parts import Row, function_of
 from tunelang.runtime.sharding import DECODE_RULES, Layout, make_layout, sampling
-from tunelang.runtime.tokenizers import StreamDecoder
-from tunelang.runtime.workers import Workers
-from tunelang.runtime.workshop import Model, Workshop
+from tunelang.runtime.tokenize.token_cache import Corpus, tokenise
+from tunelang.runtime.tokenize.tokenizers import StreamDecoder
+from tunelang.runtime.training import train_step
+from tunelang.runtime.user_functions import CustomError
+from tunelang.runtime.workers.worker_pool import Workers
 
 _ROUND = 32
 """Slots hold a multiple of so many tokens, so that stages share programs."""
@@ -321,7 +323,7 @@ def _completions(
 
 def _answer(text: str) -> Any:
     """Return the answer that a completion votes for: its last number, or its text."""
-    number = numeric.last_number(text)
+    number = number_match.last_number(text)
     return text.strip() if number is None else number
 
 
@@ -337,9 +339,9 @@ def _perplexity(
     workshop: Workshop, name: str, kind: Perplexity, model: Model, params: Params, layout: Layout
 ) -> Evaluation:
     a = model.architecture
-    program = train.Program(layout=layout, dtype=model.dtype)
+    program = train_step.Program(layout=layout, dtype=model.dtype)
     loss = workshop.once(
-        ("loss", a, str(model.dtype), layout), lambda: train.loss_program(a, program)
+        ("loss", a, str(model.dtype), layout), lambda: train_step.loss_program(a, program)
     )
     batches = workshop.once(
         ("eval batches", name, model.renderer.digest, a.context, layout.batch_shards),

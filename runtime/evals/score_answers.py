@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunelang.compiler.layout import CHUNK
+from tunelang.compiler.layout.stage_layout import CHUNK
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.runtime import packing, train
-from tunelang.runtime.chat import EmptyMaskError, Renderer
-from tunelang.runtime.chat_templates import ChatError
-from tunelang.runtime.comparing import segment_program
-from tunelang.runtime.corpus import Corpus
-from tunelang.runtime.examples import Example, conversation
-from tunelang.runtime.scorers import Row, Scorer
+from tunelang.runtime.data.examples import Example, conversation
+from tunelang.runtime.data.text_templates import WrongTypeError
+from tunelang.runtime.objectives.answer_scores import segment_program
+from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.rewards.reward_parts import Row, Scorer
 from tunelang.runtime.sharding import Layout
-from tunelang.runtime.templates import WrongTypeError
-from tunelang.runtime.workers import Result
-from tunelang.runtime.workshop import Model, Workshop
+from tunelang.runtime.tokenize import packing
+from tunelang.runtime.tokenize.chat_renderer import EmptyMaskError, Renderer
+from tunelang.runtime.tokenize.chat_templates import ChatError
+from tunelang.runtime.tokenize.token_cache import Corpus
+from tunelang.runtime.training import train_step
+from tunelang.runtime.workers.worker_pool import Result
 
 TOKENS = 16_384
 """Tokens that one step of a program reads, about."""
@@ -54,7 +55,7 @@ def score_answers(
     """Score each piece of the first items of a corpus once; without a limit, of all."""
     batch, items = epoch(corpus, limit, layout)
     a = model.architecture
-    program = train.Program(layout=layout, dtype=model.dtype, chunk=CHUNK)
+    program = train_step.Program(layout=layout, dtype=model.dtype, chunk=CHUNK)
     count = items.shape[-1] * corpus.pieces
     score = workshop.once(
         ("answers", a, str(model.dtype), layout, count),
@@ -70,7 +71,7 @@ def score_answers(
 
 def epoch(
     corpus: Corpus, limit: int | None, layout: Layout
-) -> tuple[train.Batch, NDArray[np.int64]]:
+) -> tuple[train_step.Batch, NDArray[np.int64]]:
     """Return the first items of a corpus once, packed, `[steps, batch, length]`; and the numbers of
     the items in each sequence, `[steps, batch, most]`, -1 where there is none.
     """
@@ -96,7 +97,7 @@ def epoch(
         padding = ((0, steps * rows - len(whole)), (0, 0))
         return np.pad(whole, padding, constant_values=empty).reshape(steps, rows, -1)
 
-    batch = train.Batch(
+    batch = train_step.Batch(
         tokens=stack([one.tokens for one in found]),
         trained=stack([one.mask for one in found]),
         segments=stack([one.segments for one in found]),
@@ -125,7 +126,7 @@ def margin_of(example: Example) -> tuple[float, float]:
 def learned(workshop: Workshop, model: Model, params: Any, layout: Layout) -> Scorer:
     """Make a scorer of a reward model: the score of a completion as the answer to its prompt."""
     a, renderer = model.architecture, model.renderer
-    program = train.Program(layout=layout, dtype=model.dtype, chunk=CHUNK)
+    program = train_step.Program(layout=layout, dtype=model.dtype, chunk=CHUNK)
     score = workshop.once(
         ("answers", a, str(model.dtype), layout, 1), lambda: segment_program(a, program, 1)
     )
@@ -151,7 +152,7 @@ def learned(workshop: Workshop, model: Model, params: Any, layout: Layout) -> Sc
                 tokens[0, row, : len(found[at])] = found[at]
                 segments[0, row, : len(found[at])] = 1
             places = np.broadcast_to(np.arange(longest, dtype=np.int32), tokens.shape)
-            batch = train.Batch(tokens, segments > 0, segments, places)
+            batch = train_step.Batch(tokens, segments > 0, segments, places)
             values = np.asarray(score(params, batch)[0])[0, :, 0]
             for row, at in enumerate(own):
                 results[at] = float(values[row])

@@ -26,13 +26,21 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from tunelang.compiler.architecture import Architecture
-from tunelang.runtime.attention import Kernel
-from tunelang.runtime.decode_loop import Given
-from tunelang.runtime.decoder import KEYS, VALUES, Cache, Decoder, Unstacked, empty_cache, insert
-from tunelang.runtime.rollout import SHORTEST, Floats, Prompt, Rollouts, Work
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.runtime.generation.engine import Given
+from tunelang.runtime.generation.rollout import SHORTEST, Floats, Prompt, Rollouts, Work
+from tunelang.runtime.models.attention import Kernel
+from tunelang.runtime.models.decoder import (
+    KEYS,
+    VALUES,
+    Cache,
+    Decoder,
+    Unstacked,
+    empty_cache,
+    insert,
+)
 from tunelang.runtime.sharding import Layout, brought, constrain, jit
-from tunelang.runtime.train import abstract_decoder
+from tunelang.runtime.training.train_step import abstract_decoder
 
 Tree = TypeVar("Tree")
 

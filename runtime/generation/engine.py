@@ -26,12 +26,20 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from tunelang.compiler.architecture import Architecture
-from tunelang.runtime.attention import Kernel
-from tunelang.runtime.decoder import KEYS, VALUES, Cache, Decoder, Unstacked, empty_cache, insert
-from tunelang.runtime.sampling import SlotSettings, sample, token_keys
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.runtime.generation.token_sampling import SlotSettings, sample, token_keys
+from tunelang.runtime.models.attention import Kernel
+from tunelang.runtime.models.decoder import (
+    KEYS,
+    VALUES,
+    Cache,
+    Decoder,
+    Unstacked,
+    empty_cache,
+    insert,
+)
 from tunelang.runtime.sharding import Axes, Layout, constrain, jit, platform
-from tunelang.runtime.train import abstract_decoder
+from tunelang.runtime.training.train_step import abstract_decoder
 
 Given = Array | NDArray[Any] | np.generic
 """What the host hands to a program: numpy as a rule, which is the same on every host."""

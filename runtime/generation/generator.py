@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from tunelang.compiler.costs import VERDICT, VERDICTS
+from tunelang.compiler.costs.step_costs import VERDICT, VERDICTS
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.beam import beam_search, make_search
-from tunelang.runtime.decode_loop import Engine, make_engine
-from tunelang.runtime.evaluate import (
+from tunelang.runtime.data.examples import Example, Message
+from tunelang.runtime.evals.run_evals import (
     capacity_of,
     rows_of,
     sampled_everywhere,
     slots_of,
     texts_of,
 )
-from tunelang.runtime.examples import Example, Message
-from tunelang.runtime.origins import Origin, loaded
-from tunelang.runtime.rewards import Reward
-from tunelang.runtime.rollout import Prompt, Rollouts, rollout
+from tunelang.runtime.generation.beam_search import beam_search, make_search
+from tunelang.runtime.generation.engine import Engine, make_engine
+from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
+from tunelang.runtime.pipeline.initial_weights import Origin, loaded
+from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.sharding import Layout
-from tunelang.runtime.workshop import Model, Workshop
 
 _VERDICT = Sampling.fixed(max_tokens=VERDICT, temperature=0.0)
 _SHORTEST = 64

@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.decode_loop import Admission, Engine, Prefilled, Request, Slots
-from tunelang.runtime.sampling import slot_settings
+from tunelang.runtime.generation.engine import Admission, Engine, Prefilled, Request, Slots
+from tunelang.runtime.generation.token_sampling import slot_settings
 from tunelang.runtime.sharding import brought
-from tunelang.runtime.tokenizers import Tokenizer
+from tunelang.runtime.tokenize.tokenizers import Tokenizer
 
 PREFILL = 8
 """Prompts that are run together where there are so many."""

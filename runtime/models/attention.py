@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tunelang.runtime.products import product
+from tunelang.runtime.models.matmul import product
 from tunelang.runtime.sharding import Layout
 
 Kernel = Literal["xla", "cudnn", "splash", "cudnn beside"]

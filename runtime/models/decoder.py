@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tunelang.compiler.architecture import Architecture, Span, plain
-from tunelang.runtime import rope
-from tunelang.runtime.attention import (
+from tunelang.compiler.models.architecture import Architecture, Span, plain
+from tunelang.runtime.models import rope
+from tunelang.runtime.models.attention import (
     Kernel,
     Window,
     attention_maps,
@@ -31,7 +31,7 @@ from tunelang.runtime.attention import (
     prefixed_attention,
     self_attention,
 )
-from tunelang.runtime.layers import (
+from tunelang.runtime.models.layers import (
     DTYPES,
     Block,
     LowRank,
@@ -43,7 +43,7 @@ from tunelang.runtime.layers import (
     parameter,
     replaced,
 )
-from tunelang.runtime.products import product
+from tunelang.runtime.models.matmul import product
 from tunelang.runtime.sharding import Layout, constrain
 
 Remat = Literal["none", "dots", "full"]

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from tunelang.compiler.adapters import Adapter
-from tunelang.compiler.architecture import Architecture, Mixture
-from tunelang.runtime.products import product
-from tunelang.runtime.quantize import dequantized, frozen_product, quantized
-from tunelang.runtime.rope import Rotation, rotate
+from tunelang.compiler.models.adapters import Adapter
+from tunelang.compiler.models.architecture import Architecture, Mixture
+from tunelang.runtime.models.matmul import product
+from tunelang.runtime.models.quantization import dequantized, frozen_product, quantized
+from tunelang.runtime.models.rope import Rotation, rotate
 from tunelang.runtime.sharding import Layout, constrain
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]

@@ -22,9 +22,9 @@ from flax import nnx
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from tunelang.compiler.adapters import Storage
-from tunelang.compiler.architecture import Architecture
-from tunelang.compiler.families import (
+from tunelang.compiler.models.adapters import Storage
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.families import (
     BadConfigError,
     Config,
     UnknownFamilyError,
@@ -32,13 +32,13 @@ from tunelang.compiler.families import (
     family_of,
     names_of,
 )
-from tunelang.compiler.presets import PRESETS, PUBLISHED
+from tunelang.compiler.models.presets import PRESETS, PUBLISHED
 from tunelang.dsl.vocabulary.models import Pretrained
-from tunelang.runtime import hub
-from tunelang.runtime.layers import DTYPES
-from tunelang.runtime.quantize import quantized
+from tunelang.runtime.models import hub
+from tunelang.runtime.models.layers import DTYPES
+from tunelang.runtime.models.quantization import quantized
 from tunelang.runtime.sharding import Layout, logical_axes
-from tunelang.runtime.train import abstract_decoder
+from tunelang.runtime.training.train_step import abstract_decoder
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 4

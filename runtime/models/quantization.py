@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 
-from tunelang.runtime.products import product
+from tunelang.runtime.models.matmul import product
 
 TILE = 64
 """Weights that share a scale, along the last axis of the inputs (arXiv:2305.14314, section 4)."""

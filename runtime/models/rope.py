@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from tunelang.compiler.architecture import Architecture, LinearScaling, Llama3Scaling, Span
+from tunelang.compiler.models.architecture import Architecture, LinearScaling, Llama3Scaling, Span
 
 Rotation = tuple[jax.Array, jax.Array]
 """Cosines and sines `[batch or 1, length, 1, head_dim / 2]`, float32."""

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from tunelang.dsl.vocabulary.training import Dare, Linear, Merging, Slerp, Ties
-from tunelang.runtime.checkpoints import flat, unflat
+from tunelang.runtime.training.checkpoints import flat, unflat
 
 _PARALLEL = 0.9995
 """Cosine from which the arc between two tensors is taken for a straight line, as in mergekit."""

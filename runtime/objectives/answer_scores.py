@@ -15,13 +15,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tunelang.compiler.architecture import Architecture
+from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.stages import Kto, Preference, RewardModel
-from tunelang.runtime.decoder import Decoder
-from tunelang.runtime.losses import token_logprobs
-from tunelang.runtime.preferences import Pairs, bradley_terry, kto_losses, pair_losses
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.objectives.preference_losses import (
+    Pairs,
+    bradley_terry,
+    kto_losses,
+    pair_losses,
+)
 from tunelang.runtime.sharding import jit
-from tunelang.runtime.train import (
+from tunelang.runtime.training.cross_entropy import token_logprobs
+from tunelang.runtime.training.train_step import (
     Batch,
     Models,
     Objective,

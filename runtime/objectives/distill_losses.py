@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from tunelang.runtime.losses import Split, chunk_logits, pick, with_head
 from tunelang.runtime.sharding import Layout
+from tunelang.runtime.training.cross_entropy import Split, chunk_logits, pick, with_head
 
 Kind = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 

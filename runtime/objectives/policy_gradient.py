@@ -21,7 +21,7 @@ from jax import Array, lax
 
 from tunelang.dsl.vocabulary.stages import Policy
 from tunelang.dsl.vocabulary.training import K1, K2, Clip, ClipWeights, KlTerm, Masked, Truncated
-from tunelang.runtime.custom import Custom
+from tunelang.runtime.user_functions import Custom
 
 MISMATCH_BOUNDS = {"mismatch_error": 1.05, "mismatch_kl": 5e-4}
 """Bounds of a healthy run on two metrics: NeMo-RL's probability error and PRIME-RL's divergence."""

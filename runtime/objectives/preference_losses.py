@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tunelang.dsl.vocabulary.stages import Kto, Preference
-from tunelang.runtime.custom import Custom
+from tunelang.runtime.user_functions import Custom
 
 # That of the largest probability below 1 in float32.
 _LARGEST_LOG_PROB = -(2.0**-24)

@@ -14,22 +14,22 @@ from typing import Any, TypeVar
 
 import jax
 
-from tunelang.compiler.adapters import Storage, storage_of
-from tunelang.compiler.architecture import Architecture, from_transformer
-from tunelang.compiler.presets import PRESETS
+from tunelang.compiler.models.adapters import Storage, storage_of
+from tunelang.compiler.models.architecture import Architecture, from_transformer
+from tunelang.compiler.models.presets import PRESETS
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import DataExpression, Reference, RewardExpression
 from tunelang.dsl.vocabulary.data import Procedural, Sampled
 from tunelang.dsl.vocabulary.rewards import Endpoint, Learned, RewardKind, Rubric
-from tunelang.runtime import weights
-from tunelang.runtime.chat import Renderer
-from tunelang.runtime.examples import Example, texts_of
-from tunelang.runtime.judges import Ask, EndpointJudge, rubric
-from tunelang.runtime.layers import DTYPES
-from tunelang.runtime.open_tokenizer import open_renderer
-from tunelang.runtime.scorers import Scorer, Surroundings
-from tunelang.runtime.stream import Library, Stream
+from tunelang.runtime.data.examples import Example, texts_of
+from tunelang.runtime.data.stream import Library, Stream
+from tunelang.runtime.models import pretrained
+from tunelang.runtime.models.layers import DTYPES
+from tunelang.runtime.rewards.judges import Ask, EndpointJudge, rubric
+from tunelang.runtime.rewards.reward_parts import Scorer, Surroundings
+from tunelang.runtime.tokenize.chat_renderer import Renderer
+from tunelang.runtime.tokenize.open_tokenizer import open_renderer
 
 Made = TypeVar("Made")
 
@@ -97,7 +97,7 @@ class Workshop:
         kind = self.program.declarations[model].value
         if kind.tokenizer is not None:
             return self.renderer(kind.tokenizer.name)
-        folder = weights.folder_of(kind, self.program.folder)
+        folder = pretrained.folder_of(kind, self.program.folder)
         own = models.HuggingFace.model_construct(path=str(folder), chat=None, special=())
         return self.once(
             ("renderer of", kind.path),
@@ -111,9 +111,9 @@ class Workshop:
         """
         kind, renderer = self.program.declarations[name].value, self.renderer_of(name)
         if isinstance(kind, models.Pretrained):
-            folder = weights.folder_of(kind, self.program.folder)
-            architecture = weights.resized(
-                weights.architecture(kind, folder), renderer.tokenizer.size
+            folder = pretrained.folder_of(kind, self.program.folder)
+            architecture = pretrained.resized(
+                pretrained.architecture(kind, folder), renderer.tokenizer.size
             )
             return Model(name, architecture, renderer, DTYPES[kind.dtype], storage_of(kind), folder)
         architecture = from_transformer(kind, renderer.tokenizer.size, PRESETS)

@@ -9,26 +9,26 @@ from typing import Any, Protocol
 
 import jax
 
-from tunelang.compiler.architecture import plain
 from tunelang.compiler.graph import Input
+from tunelang.compiler.models.architecture import plain
 from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.data import Sampled
-from tunelang.runtime.answers import learned
-from tunelang.runtime.bad_rows import BadRows
-from tunelang.runtime.evaluate import Evaluation, evaluate, named, sampled_everywhere
-from tunelang.runtime.judges import Ask
-from tunelang.runtime.locks import Holder
-from tunelang.runtime.loop import Reporter
-from tunelang.runtime.origins import Origins, loaded
-from tunelang.runtime.permutation import derive
-from tunelang.runtime.prepare import Prepared
-from tunelang.runtime.sample import FILES
-from tunelang.runtime.scorers import Scorer
+from tunelang.runtime.data.feistel import derive
+from tunelang.runtime.data.row_errors import BadRows
+from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named, sampled_everywhere
+from tunelang.runtime.evals.score_answers import learned
+from tunelang.runtime.generation.generator import Speaker
+from tunelang.runtime.pipeline.initial_weights import Origins, loaded
+from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.planning.prepare import Prepared
+from tunelang.runtime.rewards.judges import Ask
+from tunelang.runtime.rewards.reward_parts import Scorer
 from tunelang.runtime.sharding import Layout
-from tunelang.runtime.speaker import Speaker
-from tunelang.runtime.store import Store
-from tunelang.runtime.workshop import Model, Workshop
+from tunelang.runtime.stages.sample import FILES
+from tunelang.runtime.store.locks import Holder
+from tunelang.runtime.store.run_store import Store
+from tunelang.runtime.training.training_loop import Reporter
 
 Summary = dict[str, Any]
 """What a finished stage says of itself; see `Job.run`."""

@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 
-from tunelang.compiler.architecture import plain
 from tunelang.compiler.graph import StageNode
+from tunelang.compiler.layout.sweep_fusion import Sweep
+from tunelang.compiler.models.architecture import plain
 from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.stages import (
@@ -26,23 +27,22 @@ from tunelang.dsl.vocabulary.stages import (
     Training,
 )
 from tunelang.dsl.vocabulary.training import Dare, Ties
-from tunelang.runtime.checkpoints import Checkpoints
-from tunelang.runtime.custom import bound
-from tunelang.runtime.export import export
-from tunelang.runtime.job import Job, Together
-from tunelang.runtime.locks import Holder
-from tunelang.runtime.loop import DivergedError, Interrupted
-from tunelang.runtime.manifest import export_folder
-from tunelang.runtime.merging import merged
-from tunelang.runtime.origins import Origin, loaded
-from tunelang.runtime.prepare import Prepared
-from tunelang.runtime.recorder import check_trackers
-from tunelang.runtime.sample import sample
-from tunelang.runtime.session import RunReporter, Session, Summary
+from tunelang.runtime.models.weight_merging import merged
+from tunelang.runtime.pipeline.initial_weights import Origin, loaded
+from tunelang.runtime.pipeline.resources import Model, NotBuiltError
+from tunelang.runtime.pipeline.run_context import RunReporter, Session, Summary
+from tunelang.runtime.pipeline.training_stage import Job, Together
+from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.sharding import Layout, make_layout
-from tunelang.runtime.store import StageFolder, Store
-from tunelang.runtime.sweeps import Sweep
-from tunelang.runtime.workshop import Model, NotBuiltError
+from tunelang.runtime.stages.export import export
+from tunelang.runtime.stages.sample import sample
+from tunelang.runtime.store.export_manifest import export_folder
+from tunelang.runtime.store.locks import Holder
+from tunelang.runtime.store.run_store import StageFolder, Store
+from tunelang.runtime.training.checkpoints import Checkpoints
+from tunelang.runtime.training.metrics import check_trackers
+from tunelang.runtime.training.training_loop import DivergedError, Interrupted
+from tunelang.runtime.user_functions import bound
 
 
 class HardwareMissingError(Exception):

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tunelang.compiler.architecture import Architecture, plain
 from tunelang.compiler.graph import StageNode
-from tunelang.compiler.layout import StageLayout
+from tunelang.compiler.layout.stage_layout import StageLayout
+from tunelang.compiler.models.architecture import Architecture, plain
 from tunelang.compiler.plan import StagePlan
-from tunelang.dsl.rules import references_in
+from tunelang.dsl.rules.stage_rules import references_in
 from tunelang.dsl.vocabulary.stages import (
     Distill,
     Policy,
@@ -24,22 +24,22 @@ from tunelang.dsl.vocabulary.stages import (
     Training,
 )
 from tunelang.dsl.vocabulary.training import Continued
-from tunelang.runtime import train
-from tunelang.runtime.checkpoints import Checkpoints, load_params
-from tunelang.runtime.distilling import compared, forget_teacher
-from tunelang.runtime.evaluate import Evaluation, evaluate, named
-from tunelang.runtime.fused import BranchTrainer, Fused
-from tunelang.runtime.loop import Loop, Saving, Trainer
-from tunelang.runtime.origins import Origin, loaded, score_head, scoring, starting
-from tunelang.runtime.permutation import derive
-from tunelang.runtime.policy import policy_trainer
-from tunelang.runtime.recorder import Recorder, open_trackers
-from tunelang.runtime.rewards import Reward
-from tunelang.runtime.session import Session, Summary
+from tunelang.runtime.data.feistel import derive
+from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named
+from tunelang.runtime.pipeline.initial_weights import Origin, loaded, score_head, scoring, starting
+from tunelang.runtime.pipeline.resources import Model, NotBuiltError
+from tunelang.runtime.pipeline.run_context import Session, Summary
+from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.sharding import Layout, make_layout, shardings
-from tunelang.runtime.store import StageFolder
-from tunelang.runtime.supervised import SupervisedTrainer, supervised_trainer
-from tunelang.runtime.workshop import Model, NotBuiltError
+from tunelang.runtime.stages.distill import compared, forget_teacher
+from tunelang.runtime.stages.fused_sweep import BranchTrainer, Fused
+from tunelang.runtime.stages.policy import policy_trainer
+from tunelang.runtime.stages.supervised import SupervisedTrainer, supervised_trainer
+from tunelang.runtime.store.run_store import StageFolder
+from tunelang.runtime.training import train_step
+from tunelang.runtime.training.checkpoints import Checkpoints, load_params
+from tunelang.runtime.training.metrics import Recorder, open_trackers
+from tunelang.runtime.training.training_loop import Loop, Saving, Trainer
 
 
 class OtherTokenizerError(Exception):
@@ -221,12 +221,12 @@ class Job:
 
         def begin(
             optimizer: Any,
-            program: train.Program,
+            program: train_step.Program,
             extra: Any = nnx.State({}),  # noqa: B008
-        ) -> train.TrainState:
+        ) -> train_step.TrainState:
             extra = jax.device_put(extra, shardings(extra, layout))
-            whole = train.whole(params, extra)
-            return train.state_of(architecture, whole, optimizer, program, scale)
+            whole = train_step.whole(params, extra)
+            return train_step.state_of(architecture, whole, optimizer, program, scale)
 
         def reference() -> tuple[Architecture, Any]:
             if isinstance(stage, Distill):
@@ -242,8 +242,8 @@ class Job:
 
         def beginning() -> tuple[Architecture, Any]:
             # What an adapter leaves frozen and its beginning are the model that it starts from.
-            own, frozen = train.divided(architecture, params)
-            return architecture, train.whole(jax.tree.map(jnp.copy, own), frozen)
+            own, frozen = train_step.divided(architecture, params)
+            return architecture, train_step.whole(jax.tree.map(jnp.copy, own), frozen)
 
         def critic() -> tuple[Architecture, Any]:
             assert isinstance(stage, Ppo)
@@ -298,7 +298,7 @@ class Job:
         stage: Distill,
         recorder: Recorder,
         model: Model,
-        state: train.TrainState,
+        state: train_step.TrainState,
         layout: Layout,
         step: int,
     ) -> dict[str, float]:

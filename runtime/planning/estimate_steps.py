@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
-from tunelang.compiler.layout import StageLayout
+from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import data
 from tunelang.dsl.vocabulary.base import DataExpression
 from tunelang.dsl.vocabulary.models import Bytes
 from tunelang.dsl.vocabulary.stages import Policy, Supervised, Training
-from tunelang.runtime.examples import example_of, roles_of, texts_of
-from tunelang.runtime.order import steps_of
-from tunelang.runtime.templates import MissingFieldError, WrongTypeError
+from tunelang.runtime.data.examples import example_of, roles_of, texts_of
+from tunelang.runtime.data.sample_order import steps_of
+from tunelang.runtime.data.text_templates import MissingFieldError, WrongTypeError
 
 _READ = 2**18
 """Bytes at the beginning of a file that stand for all of it."""

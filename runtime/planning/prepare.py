@@ -16,17 +16,18 @@ import jax
 import jax.numpy as jnp
 
 from tunelang.compiler import graph as graphs
-from tunelang.compiler.adapters import NoTargetError, adapted, storage_of
-from tunelang.compiler.architecture import Architecture, from_transformer
-from tunelang.compiler.content import Contents
-from tunelang.compiler.costs import Judge
+from tunelang.compiler.costs.step_costs import Judge
+from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.graph import StageGraph
-from tunelang.compiler.hardware import Chip, Devices, chip_of, declared
-from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, StageLayout, plain
+from tunelang.compiler.layout.hardware import Chip, Devices, chip_of, declared
+from tunelang.compiler.layout.layout_search import AXES, TOLD, depends, pins, ranked, unpinned
+from tunelang.compiler.layout.stage_layout import DoesNotFitError, NoLayoutError, StageLayout, plain
+from tunelang.compiler.layout.sweep_fusion import Branch, Known, Sweep, sweeps
+from tunelang.compiler.models.adapters import NoTargetError, adapted, storage_of
+from tunelang.compiler.models.architecture import Architecture, from_transformer
+from tunelang.compiler.models.presets import PRESETS
 from tunelang.compiler.plan import Plan, StagePlan, State
-from tunelang.compiler.planning import plan as plan_stages
-from tunelang.compiler.presets import PRESETS
-from tunelang.compiler.search import AXES, TOLD, depends, pins, ranked, unpinned
+from tunelang.compiler.stage_states import plan as plan_stages
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Reference
@@ -41,12 +42,12 @@ from tunelang.dsl.vocabulary.stages import (
     Sample,
     Training,
 )
-from tunelang.runtime import lengths, weights
-from tunelang.runtime.durable import StoreError, read_json, write_json
-from tunelang.runtime.manifest import export_folder, is_written
-from tunelang.runtime.open_tokenizer import open_renderer
-from tunelang.runtime.store import Store
-from tunelang.runtime.sweeps import Branch, Known, Sweep, sweeps
+from tunelang.runtime.models import pretrained
+from tunelang.runtime.planning import estimate_steps
+from tunelang.runtime.store.atomic_files import StoreError, read_json, write_json
+from tunelang.runtime.store.export_manifest import export_folder, is_written
+from tunelang.runtime.store.run_store import Store
+from tunelang.runtime.tokenize.open_tokenizer import open_renderer
 
 DTYPE_BYTES = {"f32": 4, "bf16": 2}
 _MEASURED = 1024
@@ -94,7 +95,7 @@ class Prepared:
 
 
 class LayoutError(Exception):
-    """A stage cannot be laid out: the `stage`, and the `cause` of `compiler/layout.py`."""
+    """A stage cannot be laid out: the `stage`, and its `cause`."""
 
     def __init__(self, stage: str, cause: Exception) -> None:
         super().__init__(stage, cause)
@@ -127,7 +128,7 @@ def prepare(
     searched: dict[object, _Found] = {}
     here: dict[int | None, Devices] = {}
     measured: dict[str, tuple[Shapes, ...]] = {}
-    extents: dict[str, lengths.Extent] = {}
+    extents: dict[str, estimate_steps.Extent] = {}
     stages = []
     for stage in made.stages:
         value = graph.nodes[stage.node].value
@@ -171,7 +172,7 @@ def prepare(
         except Exception as error:
             raise LayoutError(stage.stage, error) from error
         found = searched[key]
-        steps = lengths.steps(program, value, name, found.layouts[0], extents)
+        steps = estimate_steps.steps(program, value, name, found.layouts[0], extents)
         laid_out[stage.node] = _LaidOut(stage, value, devices, rest, found, steps)
         chosen[stage.node] = devices
         shapes[stage.node] = Shapes(architecture, dtype, teacher, judges)
@@ -334,8 +335,8 @@ def _architecture(program: Program, name: str) -> tuple[Architecture, int]:
         else:
             size = open_renderer(tokenizer, program.folder, cache=Path()).tokenizer.size
     if isinstance(kind, models.Pretrained):
-        found = weights.planned(kind, program.folder)
-        return weights.resized(found, size), DTYPE_BYTES[kind.dtype]
+        found = pretrained.planned(kind, program.folder)
+        return pretrained.resized(found, size), DTYPE_BYTES[kind.dtype]
     return from_transformer(kind, size, PRESETS), DTYPE_BYTES[kind.dtype]
 
 

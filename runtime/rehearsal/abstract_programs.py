@@ -1,5 +1,5 @@
-"""The programs of a stage as shapes, to be lowered: what `execute.py` would run, by the same
-builders and in the same layout.
+"""The programs of a stage as shapes, to be lowered: what a run would compile, by the same builders
+and in the same layout.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tunelang.compiler.architecture import Architecture, plain
-from tunelang.compiler.costs import MOST_SLOTS, VERDICT, VERDICTS, Judge, has_reference
-from tunelang.compiler.layout import CHUNK, StageLayout
+from tunelang.compiler.costs.step_costs import MOST_SLOTS, VERDICT, VERDICTS, Judge, has_reference
+from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
+from tunelang.compiler.layout.sweep_fusion import at_unit_rate
+from tunelang.compiler.models.architecture import Architecture, plain
 from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity
 from tunelang.dsl.vocabulary.stages import (
     Compared,
@@ -36,22 +37,27 @@ from tunelang.dsl.vocabulary.stages import (
     Training,
 )
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime import beam, train
-from tunelang.runtime.answers import TOKENS
-from tunelang.runtime.comparing import segment_program
-from tunelang.runtime.critic import learner_of
-from tunelang.runtime.decode_loop import Request, abstract_slots, make_engine
-from tunelang.runtime.evaluate import sampled_on, slots_of
-from tunelang.runtime.layers import DTYPES
-from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate, moved_to
-from tunelang.runtime.policy import decode_layout
-from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program
-from tunelang.runtime.prepare import Shapes
-from tunelang.runtime.rollout import PREFILL
-from tunelang.runtime.sample import CHUNK as CHUNK_OF_SAMPLES
-from tunelang.runtime.sampling import slot_settings
+from tunelang.runtime.evals.run_evals import sampled_on, slots_of
+from tunelang.runtime.evals.score_answers import TOKENS
+from tunelang.runtime.generation import beam_search
+from tunelang.runtime.generation.engine import Request, abstract_slots, make_engine
+from tunelang.runtime.generation.rollout import PREFILL
+from tunelang.runtime.generation.token_sampling import slot_settings
+from tunelang.runtime.models.layers import DTYPES
+from tunelang.runtime.objectives.answer_scores import segment_program
+from tunelang.runtime.planning.prepare import Shapes
 from tunelang.runtime.sharding import HOST, Layout, jit, shardings
-from tunelang.runtime.supervised import compiled, objective_of
+from tunelang.runtime.stages.policy import decode_layout
+from tunelang.runtime.stages.policy_step import PolicyBatch, policy_step, score_program
+from tunelang.runtime.stages.ppo import learner_of
+from tunelang.runtime.stages.sample import CHUNK as CHUNK_OF_SAMPLES
+from tunelang.runtime.stages.supervised import compiled, objective_of
+from tunelang.runtime.training import train_step
+from tunelang.runtime.training.optimizers import (
+    build_optimizer,
+    learning_rate,
+    moved_to,
+)
 
 _STEPS = 1000
 """Of a schedule; the program is the same for any."""
@@ -88,8 +94,8 @@ def programs(
     return _supervised(stage, shapes, planned, layout)
 
 
-def _program_of(shapes: Shapes, planned: StageLayout, layout: Layout) -> train.Program:
-    return train.Program(
+def _program_of(shapes: Shapes, planned: StageLayout, layout: Layout) -> train_step.Program:
+    return train_step.Program(
         layout=layout,
         dtype=DTYPES[shapes.dtype],
         micro_batches=planned.micro_batches,
@@ -101,9 +107,9 @@ def _program_of(shapes: Shapes, planned: StageLayout, layout: Layout) -> train.P
     )
 
 
-def parameters(architecture: Architecture, program: train.Program) -> Any:
+def parameters(architecture: Architecture, program: train_step.Program) -> Any:
     """Return a model's parameters as shapes and shardings."""
-    return train.abstract_state(architecture, optax.identity(), program).weights
+    return train_step.abstract_state(architecture, optax.identity(), program).weights
 
 
 def _supervised(
@@ -126,10 +132,10 @@ def _supervised(
         beside = None
     objective = objective_of(stage, count, a, live, isinstance(stage, RewardModel))
     optimizer, step = compiled(a, at_unit_rate(stage.optimizer), _STEPS, program, objective)
-    state = train.abstract_state(a, optimizer, program, objective.extra)
+    state = train_step.abstract_state(a, optimizer, program, objective.extra)
     if program.branches > 1:
-        changing, kept = train.parts(state)
-        state = replace(train.side_by_side(changing, program.branches), frozen=kept.frozen)
+        changing, kept = train_step.parts(state)
+        state = replace(train_step.side_by_side(changing, program.branches), frozen=kept.frozen)
     batch = _batch(stage, planned, count, layout)
     yield Program(
         "train",
@@ -146,7 +152,9 @@ def _supervised(
         yield Program("reference", lambda: score.lower(params, batch))  # type: ignore[attr-defined]
 
 
-def _offloaded(state: train.TrainState, program: train.Program) -> list[train.TrainState]:
+def _offloaded(
+    state: train_step.TrainState, program: train_step.Program
+) -> list[train_step.TrainState]:
     """Return the states whose moments lie in the memory of the host."""
     if not program.offloaded:
         return []
@@ -155,35 +163,38 @@ def _offloaded(state: train.TrainState, program: train.Program) -> list[train.Tr
     return [state, critic] if apart and critic is not None else [state]
 
 
-def _at_host(state: train.TrainState, program: train.Program) -> int:
+def _at_host(state: train_step.TrainState, program: train_step.Program) -> int:
     """Count the bytes in the memory of the host for each device."""
     return sum(_bytes(each.optimizer) for each in _offloaded(state, program))
 
 
-def _knows_hosts(program: train.Program) -> bool:
+def _knows_hosts(program: train_step.Program) -> bool:
     """Whether the compiler knows of the memory of hosts; for GPUs that are not here it does not."""
     place = NamedSharding(program.layout.mesh, PartitionSpec(), memory_kind=HOST)
     return place.memory_kind == HOST
 
 
 def _lowered(
-    step: train.StateProgram, state: train.TrainState, batch: Any, program: train.Program
+    step: train_step.StateProgram,
+    state: train_step.TrainState,
+    batch: Any,
+    program: train_step.Program,
 ) -> jax.stages.Lowered:
     """Lower a program that updates a state."""
     if not program.offloaded or _knows_hosts(program):
         return step.lower(state, batch)
     # Moments go to the host first, and come back at last.
-    changing, kept = train.parts(state)
+    changing, kept = train_step.parts(state)
     apart = len(_offloaded(state, program)) > 1
 
-    def moved(state: train.TrainState, where: str) -> train.TrainState:
+    def moved(state: train_step.TrainState, where: str) -> train_step.TrainState:
         def one(leaf: Any) -> Any:
             return moved_to(leaf, where) if leaf.shape else leaf
 
         critic = moved(state.critic, where) if apart and state.critic else state.critic
         return replace(state, optimizer=jax.tree.map(one, state.optimizer), critic=critic)
 
-    def around(changing: train.TrainState, kept: train.Kept, batch: Any) -> Any:
+    def around(changing: train_step.TrainState, kept: train_step.Kept, batch: Any) -> Any:
         plain: Any = step.jitted
         changed, metrics = plain.__wrapped__(moved(changing, "Host"), kept, batch)
         return moved(changed, "Device"), metrics
@@ -204,18 +215,18 @@ def _tokens(layout: Layout, rows: int, length: int) -> dict[str, Any]:
     return {"tokens": whole, "trained": trained, "segments": whole, "positions": whole}
 
 
-def _batch(stage: Supervised, planned: StageLayout, count: int, layout: Layout) -> train.Batch:
+def _batch(stage: Supervised, planned: StageLayout, count: int, layout: Layout) -> train_step.Batch:
     rows, length = planned.rows, planned.length
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return _rows(layout, rows, *shape, dtype=dtype)
 
-    batch = train.Batch(**_tokens(layout, rows, length))
+    batch = train_step.Batch(**_tokens(layout, rows, length))
     numbers = array(count, dtype=jnp.float32)
     if isinstance(stage, Kto | RewardModel):
         batch = replace(batch, values=numbers)
     if isinstance(stage, Kto):
-        batch = replace(batch, mismatched=train.Batch(**_tokens(layout, rows, length)))
+        batch = replace(batch, mismatched=train_step.Batch(**_tokens(layout, rows, length)))
     if isinstance(stage, Preference) and stage.needs_reference:
         if stage.reference_log_probs == "ahead":
             batch = replace(batch, reference=numbers)
@@ -233,12 +244,12 @@ def _policy(
     unit = at_unit_rate(stage.optimizer)
     optimizer = build_optimizer(unit, _STEPS, offloaded=program.offloaded)
     schedule = learning_rate(unit, _STEPS)
-    state = train.abstract_state(a, optimizer, program)
+    state = train_step.abstract_state(a, optimizer, program)
     learner = None
     if isinstance(stage, Ppo):
         scores = replace(a, scores=True)
         learner = learner_of(stage.critic, scores, _STEPS, offloaded=program.offloaded)
-        held = train.abstract_state(scores, learner.optimizer, program)
+        held = train_step.abstract_state(scores, learner.optimizer, program)
         if stage.critic.trunk == "shared":
             held = _head_alone(held, learner.optimizer, layout)
         state = replace(state, critic=replace(held, frozen=nnx.State({})), beside=held.frozen)
@@ -313,7 +324,7 @@ def _judging(
     """
     a, dtype = judge.architecture, DTYPES["bf16" if judge.dtype_bytes == 2 else "f32"]
     there = sampled_on(a, dtype, layout)
-    program = train.Program(layout=there, dtype=dtype, chunk=CHUNK)
+    program = train_step.Program(layout=there, dtype=dtype, chunk=CHUNK)
     params = parameters(a, program)
     beside = held - _bytes(params)
     if judge.speaks:
@@ -326,7 +337,7 @@ def _judging(
     length = min(length, a.context)
     rows = max(1, TOKENS // length // there.batch_shards) * there.batch_shards
     score: Any = segment_program(a, program, 1)
-    batch = train.Batch(**_tokens(there, rows, length))
+    batch = train_step.Batch(**_tokens(there, rows, length))
     yield Program(name, lambda: score.lower(params, batch), beside)
 
 
@@ -427,11 +438,11 @@ def _evaluations(
                 yield from _sampled(a, dtype, *given, sampling, beside, f"{name} ")
         elif type(kind) not in seen:
             seen.add(type(kind))
-            program = train.Program(layout=layout, dtype=dtype)
+            program = train_step.Program(layout=layout, dtype=dtype)
             rows = max(1, TOKENS // a.context // layout.batch_shards) * layout.batch_shards
-            batch = train.Batch(**_tokens(layout, rows, a.context))
+            batch = train_step.Batch(**_tokens(layout, rows, a.context))
             score: Any = (
-                train.loss_program(a, program)
+                train_step.loss_program(a, program)
                 if isinstance(kind, Perplexity)
                 else segment_program(a, program, max(2, a.context // _SEGMENT))
             )
@@ -467,12 +478,14 @@ def _searched(
     params, layout, twice = _brought(a, dtype, params, layout)
     prompts = slots_of(asked.completions, max(1, MOST_SLOTS // beams))
     capacity = asked.prompt + asked.completion
-    search: Any = beam.make_search(
+    search: Any = beam_search.make_search(
         a, prompts=prompts, beams=beams, capacity=capacity, dtype=dtype, layout=layout
     )
     given: Any = partial(ShapeDtypeStruct, sharding=NamedSharding(layout.mesh, PartitionSpec()))
     of = given((prompts, asked.prompt), jnp.int32), given((prompts,), jnp.int32)
-    request = beam.Request(given((4,), jnp.int32), given((), jnp.int32), given((), jnp.float32))
+    request = beam_search.Request(
+        given((4,), jnp.int32), given((), jnp.int32), given((), jnp.float32)
+    )
     return Program(name, lambda: search.run.lower(params, *of, request), beside + twice)
 
 
@@ -483,7 +496,7 @@ def _brought(a: Architecture, dtype: Any, params: Any, layout: Layout) -> tuple[
     there = sampled_on(a, dtype, layout)
     if there == layout:
         return params, layout, 0
-    return parameters(a, train.Program(layout=there, dtype=dtype)), there, _bytes(params)
+    return parameters(a, train_step.Program(layout=there, dtype=dtype)), there, _bytes(params)
 
 
 def measuring(
@@ -491,7 +504,7 @@ def measuring(
 ) -> Iterator[Program]:
     """Give the programs of a stage that samples from a model or measures it."""
     a, dtype = shapes.architecture, DTYPES[shapes.dtype]
-    params = parameters(a, train.Program(layout=layout, dtype=dtype))
+    params = parameters(a, train_step.Program(layout=layout, dtype=dtype))
     # The models that are merged, and what they become.
     beside = len(stage.others) + 1 if isinstance(stage, Merge) else 0
     beside *= _bytes(params)
@@ -505,7 +518,9 @@ def measuring(
     yield from _evaluations(evals, a, dtype, params, layout, beside)
 
 
-def _head_alone(state: train.TrainState, optimizer: Any, layout: Layout) -> train.TrainState:
+def _head_alone(
+    state: train_step.TrainState, optimizer: Any, layout: Layout
+) -> train_step.TrainState:
     """Return the state of a critic that is one more head on the policy."""
     head, _ = nnx.split_state(state.params, lambda path, _: path[0] == "score", ...)
     moments = jax.eval_shape(optimizer.init, head)

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tunelang.compiler.architecture import Architecture
-from tunelang.compiler.layout import CHUNK
+from tunelang.compiler.layout.stage_layout import CHUNK
+from tunelang.compiler.models.architecture import Architecture
 
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _SIZES = {"pred": 1, "s8": 1, "u8": 1, "f8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}

@@ -1,6 +1,6 @@
 """Rehearsal: a stage's own programs, compiled for hardware that need not be here.
 
-What is compiled is what `execute.py` would run (`stage_programs.py`). The compiler says what memory
+What is compiled is what a run would compile (`abstract_programs.py`). The compiler says what memory
 a program takes, and refuses what cannot be; nothing runs.
 """
 
@@ -20,37 +20,37 @@ from typing import Any
 
 import jax
 
-from tunelang.compiler import search
-from tunelang.compiler.architecture import Architecture
-from tunelang.compiler.hardware import Devices
-from tunelang.compiler.layout import (
+from tunelang.compiler.layout import layout_search
+from tunelang.compiler.layout.hardware import Devices
+from tunelang.compiler.layout.layout_search import lay_out, unpinned
+from tunelang.compiler.layout.stage_layout import (
     DoesNotFitError,
     StageLayout,
     shards_of,
 )
-from tunelang.compiler.search import lay_out, unpinned
+from tunelang.compiler.layout.sweep_fusion import at_unit_rate
+from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.stages import (
     Evaluate,
     Merge,
     Sample,
     Training,
 )
-from tunelang.runtime import train
-from tunelang.runtime.collectives import exchanged, wasteful
-from tunelang.runtime.custom import bound
-from tunelang.runtime.durable import read_json, write_json
-from tunelang.runtime.optimizers import at_unit_rate
-from tunelang.runtime.prepare import Prepared
-from tunelang.runtime.sharding import OPTIONS, Layout, is_variable, make_layout
-from tunelang.runtime.stage_programs import (
+from tunelang.runtime.human_units import size_text
+from tunelang.runtime.planning.prepare import Prepared
+from tunelang.runtime.rehearsal.abstract_programs import (
     Program,
     evaluating,
     measuring,
     parameters,
     programs,
 )
-from tunelang.runtime.topologies import compilable
-from tunelang.runtime.words import size_text
+from tunelang.runtime.rehearsal.collectives import exchanged, wasteful
+from tunelang.runtime.rehearsal.topologies import compilable
+from tunelang.runtime.sharding import OPTIONS, Layout, is_variable, make_layout
+from tunelang.runtime.store.atomic_files import read_json, write_json
+from tunelang.runtime.training import train_step
+from tunelang.runtime.user_functions import bound
 
 STEP = ("train", "score", "reference", "prefill", "decode")
 """The programs of a step."""
@@ -161,7 +161,7 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
             yield f"{_pinned(layout)}: {size_text(worst)}, as the compiler says"
             return
     given = a, width, smaller, planned.kernel, *beside, planned.branches
-    for what, size in search.remedies(stage, *given):
+    for what, size in layout_search.remedies(stage, *given):
         yield f"{what}: {size_text(size)}, by the estimate"
 
 
@@ -251,7 +251,7 @@ def _refusal(text: str) -> tuple[int, str] | None:
 
 def unsplit(architecture: Architecture, layout: Layout) -> Sequence[str]:
     """Name the axes of parameters that the mesh should split and does not divide."""
-    program = train.Program(layout=layout)
+    program = train_step.Program(layout=layout)
     found: dict[str, None] = {}
     for node in jax.tree.leaves(parameters(architecture, program), is_leaf=is_variable):
         if not is_variable(node):

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from tunelang.compiler.hardware import Devices
-from tunelang.runtime.recorder import MissingExtraError
+from tunelang.compiler.layout.hardware import Devices
+from tunelang.runtime.training.metrics import MissingExtraError
 
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # or it asks a metadata server that is not there

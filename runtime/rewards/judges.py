@@ -21,9 +21,9 @@ from typing import Any
 import httpx2
 
 from tunelang.dsl.vocabulary.rewards import Endpoint, Rubric
-from tunelang.runtime.scorers import Row, Scorer
-from tunelang.runtime.templates import MissingFieldError, WrongTypeError, render
-from tunelang.runtime.workers import LoadError, Result
+from tunelang.runtime.data.text_templates import MissingFieldError, WrongTypeError, render
+from tunelang.runtime.rewards.reward_parts import Row, Scorer
+from tunelang.runtime.workers.worker_pool import LoadError, Result
 
 HIGHEST = 10.0
 """What the judge gives for a criterion that is met in full."""

@@ -27,7 +27,7 @@ from tunelang.dsl.vocabulary.rewards import (
     RewardOperator,
     RewardRef,
 )
-from tunelang.runtime.scorers import Pools, Row, Scorer, Surroundings, scorer
+from tunelang.runtime.rewards.reward_parts import Pools, Row, Scorer, Surroundings, scorer
 
 Values = NDArray[np.float64]
 Positions = NDArray[np.intp]

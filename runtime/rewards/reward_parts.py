@@ -24,9 +24,9 @@ from tunelang.dsl.vocabulary.rewards import (
     Overlong,
     Verified,
 )
-from tunelang.runtime import numeric
-from tunelang.runtime.templates import MissingFieldError, WrongTypeError, lookup, render
-from tunelang.runtime.workers import Result, Target, Workers
+from tunelang.runtime.data.text_templates import MissingFieldError, WrongTypeError, lookup, render
+from tunelang.runtime.rewards import number_match
+from tunelang.runtime.workers.worker_pool import Result, Target, Workers
 
 TIMEOUT = 10.0
 """Seconds for one verifier or regular expression; a `python` reward states its own."""
@@ -139,11 +139,11 @@ def _each(one: Callable[[Row], Result]) -> Scorer:
 
 
 def _numeric_match(leaf: NumericMatch, row: Row) -> Result:
-    target = numeric.last_number(render(leaf.target, row.fields))
+    target = number_match.last_number(render(leaf.target, row.fields))
     if target is None:
         return "there is no number in the target"
-    answer = numeric.last_number(render(leaf.text, row.fields))
-    return float(answer is not None and numeric.equal(answer, target, leaf.tolerance))
+    answer = number_match.last_number(render(leaf.text, row.fields))
+    return float(answer is not None and number_match.equal(answer, target, leaf.tolerance))
 
 
 def _exact(leaf: Exact, row: Row) -> Result:

@@ -15,15 +15,16 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from tunelang.compiler.architecture import Architecture, parameter_count
+from tunelang.compiler.models.architecture import Architecture, parameter_count
 from tunelang.dsl.vocabulary.stages import Distill
 from tunelang.dsl.vocabulary.training import JensenShannon, Sampling
-from tunelang.runtime import train
-from tunelang.runtime.answers import epoch
-from tunelang.runtime.corpus import Corpus
-from tunelang.runtime.decode_loop import Engine
-from tunelang.runtime.decoder import Decoder
-from tunelang.runtime.distillation import (
+from tunelang.runtime.data.feistel import derive
+from tunelang.runtime.evals.run_evals import capacity_of, engine_of
+from tunelang.runtime.evals.score_answers import epoch
+from tunelang.runtime.generation.engine import Engine
+from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.objectives.distill_losses import (
     attention_transfer,
     divergence,
     feature_transfer,
@@ -31,12 +32,11 @@ from tunelang.runtime.distillation import (
     top_k,
     top_k_divergence,
 )
-from tunelang.runtime.evaluate import capacity_of, engine_of
-from tunelang.runtime.permutation import derive
-from tunelang.runtime.rollout import Prompt, rollout
+from tunelang.runtime.pipeline.resources import Model, Workshop
 from tunelang.runtime.sharding import Layout, jit
-from tunelang.runtime.train import Batch, Models, abstract_decoder, balance, shift
-from tunelang.runtime.workshop import Model, Workshop
+from tunelang.runtime.tokenize.token_cache import Corpus
+from tunelang.runtime.training import train_step
+from tunelang.runtime.training.train_step import Batch, Models, abstract_decoder, balance, shift
 
 CHUNK = 64
 """Tokens of a sequence whose logits are in memory at once, of both models."""
@@ -45,7 +45,7 @@ _TIMED_SLOTS = 8
 
 
 @dataclass(frozen=True)
-class DistillObjective(train.Objective):
+class DistillObjective(train_step.Objective):
     """The mean loss of a token; see `train.Objective`."""
 
     stage: Distill
@@ -63,7 +63,7 @@ class DistillObjective(train.Objective):
             key = jax.random.key(0)
             value = jax.random.normal(key, (layers, width, wide)) * width**-0.5
         leaf = nnx.Param(value, out_sharding=("layers", "embed", None), eager_sharding=False)
-        return nnx.from_flat_state([((train.EXTRA, "projection"), leaf)])
+        return nnx.from_flat_state([((train_step.EXTRA, "projection"), leaf)])
 
     def whole(self, models: Models, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Return the trained tokens, and the tokens that there are."""
@@ -93,10 +93,10 @@ class DistillObjective(train.Objective):
             hidden, routed, maps, states = traced(student, *given, keys)
             known, _, teacher_maps, teacher_states = traced(teacher, *given)
         else:
-            hidden, routed = train.hidden_states(student, batch, keys, program)
+            hidden, routed = train_step.hidden_states(student, batch, keys, program)
             known = hidden  # not read, where the batch holds the teacher's tokens
             if batch.teacher is None:
-                known = train.hidden_states(teacher, batch, None, program)[0]
+                known = train_step.hidden_states(teacher, batch, None, program)[0]
         kind = stage.divergence
         settings: dict[str, Any] = {
             "kind": kind.word,
@@ -143,7 +143,7 @@ class DistillObjective(train.Objective):
             loss += stage.attention.weight * more["attention_loss"]
         if stage.features is not None:
             layers = self._layers(stage.features.layers)
-            projections: Any = models.extra[train.EXTRA]
+            projections: Any = models.extra[train_step.EXTRA]
             projections = projections["projection"].get_value()
             features = [
                 feature_transfer(
@@ -220,7 +220,7 @@ def store_teacher(
     architecture: Architecture,
     params: Any,
     vocabulary: int,
-    program: train.Program,
+    program: train_step.Program,
     folder: Path,
 ) -> Stored:
     """Run the teacher over all items once; what was stored before is taken as it is."""
@@ -238,7 +238,7 @@ def store_teacher(
 
         def one(params: Any, batch: Batch) -> Any:
             decoder = nnx.merge(graph, params)
-            hidden, _ = train.hidden_states(decoder, batch, None, program)
+            hidden, _ = train_step.hidden_states(decoder, batch, None, program)
             common = min(vocabulary, architecture.vocabulary)
             return _likeliest(hidden, decoder, stage, common, program.layout)
 

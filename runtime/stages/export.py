@@ -17,17 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from tunelang.compiler.families import config_of
+from tunelang.compiler.models.families import config_of
 from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Dora, Lora
-from tunelang.runtime import weights
-from tunelang.runtime.checkpoints import load_params
-from tunelang.runtime.durable import read_json, told, write_json, written_whole
-from tunelang.runtime.manifest import MANIFEST
-from tunelang.runtime.origins import Origin, loaded, shaped_adapter
+from tunelang.runtime.models import pretrained
+from tunelang.runtime.pipeline.initial_weights import Origin, loaded, shaped_adapter
+from tunelang.runtime.pipeline.resources import Model
 from tunelang.runtime.sharding import Layout
-from tunelang.runtime.tokenizer_files import tokenizer_files
-from tunelang.runtime.workshop import Model
+from tunelang.runtime.store.atomic_files import read_json, told, write_json, written_whole
+from tunelang.runtime.store.export_manifest import MANIFEST
+from tunelang.runtime.tokenize.hf_files import tokenizer_files
+from tunelang.runtime.training.checkpoints import load_params
 
 DTYPES: dict[str, Any] = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
 _TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -132,10 +132,10 @@ def _model(folder: Folder, origin: Origin, kind: Export, model: Model, layout: L
     dtype = DTYPES[kind.dtype]
 
     def tensors() -> Iterator[tuple[str, NDArray[Any]]]:
-        for name, array in weights.tensors(params, config):
+        for name, array in pretrained.tensors(params, config):
             yield name, array.astype(dtype)
 
-    shapes = [_Tensor(name, shape) for name, shape in weights.tensor_shapes(params, config)]
+    shapes = [_Tensor(name, shape) for name, shape in pretrained.tensor_shapes(params, config)]
     _write_tensors(folder, tensors(), shapes, np.dtype(dtype).itemsize, kind.shard)
     folder.put_json("config.json", config)
     _write_tokenizer(folder, model)
@@ -180,7 +180,7 @@ def _write_tensors(
 def _config(model: Model, dtype: str) -> dict[str, Any]:
     """Return the `config.json` of a model: its own, or one of a family that describes it."""
     a = model.architecture
-    found = dict(weights.configuration(model.folder) if model.folder else config_of(a))
+    found = dict(pretrained.configuration(model.folder) if model.folder else config_of(a))
     tokenizer = model.renderer.tokenizer
     found |= {"vocab_size": a.vocabulary, "dtype": _TORCH[dtype]}
     found.pop("torch_dtype", None)
@@ -221,11 +221,11 @@ def _adapter(folder: Folder, origin: Origin, model: Model, layout: Layout) -> No
         raise NotApartError(f"it has {len(loras)} adapters on top of each other")
     ((lora, path),) = origin.adapters
     params = load_params(path, shaped_adapter(lora, model, layout))
-    config = weights.configuration(model.folder)
+    config = pretrained.configuration(model.folder)
     held: dict[str, NDArray[Any]] = {}
     modules: dict[str, None] = {}
     try:
-        for module, part, array in weights.adapter_tensors(params, config):
+        for module, part, array in pretrained.adapter_tensors(params, config):
             if model.architecture.tied and part.startswith("lora_embedding"):
                 raise NotApartError("its embedding is the head too, which PEFT leaves as it was")
             held[f"{_PREFIX}{module}.{part}"] = np.ascontiguousarray(array, np.float32)

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tunelang.runtime import train
-from tunelang.runtime.evaluate import Completed
-from tunelang.runtime.loop import Row
-from tunelang.runtime.supervised import SupervisedTrainer
+from tunelang.runtime.evals.run_evals import Completed
+from tunelang.runtime.stages.supervised import SupervisedTrainer
+from tunelang.runtime.training import train_step
+from tunelang.runtime.training.training_loop import Row
 
 
 class Fused:
@@ -28,24 +28,26 @@ class Fused:
     def __init__(self, trainer: SupervisedTrainer, rates: Sequence[float]) -> None:
         self.trainer = trainer
         self._until = 0
-        self._called: tuple[train.Metrics, list[float]] | None = None
-        alone, _ = train.parts(trainer.state)
+        self._called: tuple[train_step.Metrics, list[float]] | None = None
+        alone, _ = train_step.parts(trainer.state)
         places = jax.tree.map(lambda leaf: leaf.sharding, alone)
-        together = train.side_by_side(alone, len(rates))
+        together = train_step.side_by_side(alone, len(rates))
         together = jax.tree.map(lambda leaf: leaf.sharding, together)
 
-        def begun(state: train.TrainState, rates: jax.Array) -> train.TrainState:
-            copies: train.TrainState = jax.tree.map(
+        def begun(state: train_step.TrainState, rates: jax.Array) -> train_step.TrainState:
+            copies: train_step.TrainState = jax.tree.map(
                 lambda leaf: jnp.broadcast_to(leaf, (len(rates), *leaf.shape)), state
             )
             return replace(copies, scale=rates)
 
-        def taken(states: train.TrainState, at: Any) -> train.TrainState:
-            found: train.TrainState = jax.tree.map(lambda leaf: leaf[at], states)
+        def taken(states: train_step.TrainState, at: Any) -> train_step.TrainState:
+            found: train_step.TrainState = jax.tree.map(lambda leaf: leaf[at], states)
             return found
 
-        def put(states: train.TrainState, at: Any, state: train.TrainState) -> train.TrainState:
-            found: train.TrainState = jax.tree.map(
+        def put(
+            states: train_step.TrainState, at: Any, state: train_step.TrainState
+        ) -> train_step.TrainState:
+            found: train_step.TrainState = jax.tree.map(
                 lambda leaf, one: leaf.at[at].set(one), states, state
             )
             return found
@@ -54,20 +56,20 @@ class Fused:
         self._put = jax.jit(put, donate_argnums=0, out_shardings=together)
         self._hold(jax.jit(begun, out_shardings=together)(alone, jnp.float32(rates)))
 
-    def _hold(self, states: train.TrainState) -> None:
+    def _hold(self, states: train_step.TrainState) -> None:
         kept = self.trainer.state
         self.trainer.state = replace(states, frozen=kept.frozen, beside=kept.beside)
 
-    def state(self, at: int) -> train.TrainState:
+    def state(self, at: int) -> train_step.TrainState:
         """Return a copy of the state of a branch."""
-        states, kept = train.parts(self.trainer.state)
-        own: train.TrainState = self._taken(states, at)
+        states, kept = train_step.parts(self.trainer.state)
+        own: train_step.TrainState = self._taken(states, at)
         return replace(own, frozen=kept.frozen, beside=kept.beside)
 
-    def put(self, at: int, state: train.TrainState) -> None:
+    def put(self, at: int, state: train_step.TrainState) -> None:
         """Give a branch another state."""
-        states, _ = train.parts(self.trainer.state)
-        self._hold(self._put(states, at, train.parts(state)[0]))
+        states, _ = train_step.parts(self.trainer.state)
+        self._hold(self._put(states, at, train_step.parts(state)[0]))
 
     def advance(self, at: int, step: int, until: int) -> Callable[[], list[Row]]:
         """See `loop.Trainer`, of a branch: the first that asks makes the steps of all."""
@@ -90,12 +92,12 @@ class BranchTrainer:
         self.steps, self.ahead = fused.trainer.steps, fused.trainer.ahead
 
     @property
-    def state(self) -> train.TrainState:
+    def state(self) -> train_step.TrainState:
         """A copy of what the branch has."""
         return self._fused.state(self._at)
 
     @state.setter
-    def state(self, state: train.TrainState) -> None:
+    def state(self, state: train_step.TrainState) -> None:
         self._fused.put(self._at, state)
 
     def until(self, step: int) -> int:
@@ -114,7 +116,7 @@ class BranchTrainer:
         """See `loop.Trainer`."""
         return self._fused.trainer.progress()
 
-    def resume(self, state: train.TrainState, progress: Mapping[str, Any]) -> None:
+    def resume(self, state: train_step.TrainState, progress: Mapping[str, Any]) -> None:
         """See `loop.Trainer`."""
         del progress
         self.state = state

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from tunelang.compiler.architecture import Architecture, forward_flops, train_flops
-from tunelang.compiler.layout import CHUNK, StageLayout
+from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
+from tunelang.compiler.layout.sweep_fusion import at_unit_rate
+from tunelang.compiler.models.architecture import Architecture, forward_flops, train_flops
 from tunelang.dsl.vocabulary.stages import Policy, Ppo
-from tunelang.runtime import objectives, train
-from tunelang.runtime.critic import Critic, learner_of, with_critic
-from tunelang.runtime.decode_loop import Engine
-from tunelang.runtime.evaluate import (
+from tunelang.runtime.data.examples import Example
+from tunelang.runtime.data.feistel import derive
+from tunelang.runtime.data.sample_order import steps_of
+from tunelang.runtime.data.stream import Stream
+from tunelang.runtime.evals.run_evals import (
     Completed,
     capacity_of,
     completed,
@@ -30,12 +32,13 @@ from tunelang.runtime.evaluate import (
     rows_of,
     texts_of,
 )
-from tunelang.runtime.examples import Example
-from tunelang.runtime.loop import Row
-from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
-from tunelang.runtime.order import steps_of
-from tunelang.runtime.permutation import derive
-from tunelang.runtime.policy_step import (
+from tunelang.runtime.generation.engine import Engine
+from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
+from tunelang.runtime.objectives import policy_gradient
+from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.rewards.reward_functions import Reward, Scores
+from tunelang.runtime.sharding import HOST, Layout, on_devices, sampling, shardings
+from tunelang.runtime.stages.policy_step import (
     Learner,
     PolicyBatch,
     ScoreProgram,
@@ -48,18 +51,17 @@ from tunelang.runtime.policy_step import (
     score_program,
     useful_first,
 )
-from tunelang.runtime.rewards import Reward, Scores
-from tunelang.runtime.rollout import Prompt, Rollouts, rollout
-from tunelang.runtime.sharding import HOST, Layout, on_devices, sampling, shardings
-from tunelang.runtime.stream import Stream
-from tunelang.runtime.workshop import Model, Workshop
+from tunelang.runtime.stages.ppo import Critic, learner_of, with_critic
+from tunelang.runtime.training import train_step
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.training_loop import Row
 
 MOST_ROUNDS = 10
 """How often prompts are sampled for one step (`refill`); what differs by then is trained on."""
 _LENGTHS = 4
 """Completions are padded to one of so many lengths: few programs compile, few tokens are wasted."""
 
-_advantages = jax.jit(objectives.advantages, static_argnames="how")
+_advantages = jax.jit(policy_gradient.advantages, static_argnames="how")
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,14 @@ class PolicyTrainer:
     model: Model
     layout: Layout
     seed: int
-    state: train.TrainState
+    state: train_step.TrainState
     steps: int
     marks: frozenset[int]
     stream: Stream
     engine: Engine
     reward: Reward
-    program: train.Program
-    step_program: train.StateProgram
+    program: train_step.Program
+    step_program: train_step.StateProgram
     score: ScoreProgram
     reference: tuple[ScoreProgram, Any] | None
     """The program and parameters of the reference model; None where nothing reads them."""
@@ -136,7 +138,7 @@ class PolicyTrainer:
             {} if self.critic is None else {"coefficient": self.critic.coefficient}
         )
 
-    def resume(self, state: train.TrainState, progress: Mapping[str, Any]) -> None:
+    def resume(self, state: train_step.TrainState, progress: Mapping[str, Any]) -> None:
         """See `loop.Trainer`."""
         self.state = state
         self.cursor = int(progress["cursor"])
@@ -211,7 +213,7 @@ class PolicyTrainer:
         elif stage.kl is not None and stage.kl.at == "reward":
             length = batch.tokens.shape[2]
             rewards = np.asarray(
-                objectives.penalised(
+                policy_gradient.penalised(
                     jnp.asarray(rewards, jnp.float32),
                     stage.kl,
                     jnp.asarray(old).reshape(-1, length),
@@ -353,7 +355,7 @@ def policy_trainer(
     planned: StageLayout,
     layout: Layout,
     seed: int,
-    begin: Callable[[Any, train.Program], train.TrainState],
+    begin: Callable[[Any, train_step.Program], train_step.TrainState],
     reference: Callable[[], tuple[Architecture, Any]],
     critic: Callable[[], tuple[Architecture, Any]],
     reward: Reward,
@@ -384,7 +386,7 @@ def policy_trainer(
     assert planned.slots is not None
     steps = steps_of(stage.length, epoch=len(stream), batch=stage.batch)
     rows = stage.batch * stage.group // stage.minibatches
-    program = train.Program(
+    program = train_step.Program(
         layout=layout,
         dtype=model.dtype,
         micro_batches=math.gcd(planned.micro_batches, rows // layout.batch_shards),

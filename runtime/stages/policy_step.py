@@ -20,17 +20,17 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from tunelang.compiler.architecture import Architecture
+from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.stages import Policy
 from tunelang.dsl.vocabulary.training import Critic
-from tunelang.runtime import objectives, values
-from tunelang.runtime.decoder import RESIDUAL, Decoder, scored
-from tunelang.runtime.losses import token_logprobs, token_scores
-from tunelang.runtime.objectives import Completions, Totals
-from tunelang.runtime.optimizers import Schedule
-from tunelang.runtime.rollout import Rollouts
+from tunelang.runtime.generation.rollout import Rollouts
+from tunelang.runtime.models.decoder import RESIDUAL, Decoder, scored
+from tunelang.runtime.objectives import gae, policy_gradient
+from tunelang.runtime.objectives.policy_gradient import Completions, Totals
 from tunelang.runtime.sharding import constrain, jit
-from tunelang.runtime.train import (
+from tunelang.runtime.training.cross_entropy import token_logprobs, token_scores
+from tunelang.runtime.training.optimizers import Schedule
+from tunelang.runtime.training.train_step import (
     AnyArray,
     Kept,
     Program,
@@ -208,7 +208,7 @@ def policy_step(
             reference=rows(batch.reference),
             entropy=entropy,
         )
-        total, totals = objectives.objective(policy, completions)
+        total, totals = policy_gradient.objective(policy, completions)
         if head is not None:
             assert critic is not None
             found = scored(hidden, head["score"][...])
@@ -228,13 +228,13 @@ def policy_step(
         return total / jnp.maximum(denominator, 1.0), totals
 
     def update(kept: Kept, state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Any]:
-        denominator = objectives.denominator(policy, batch.mask)
+        denominator = policy_gradient.denominator(policy, batch.mask)
         # One for each prompt, so that micro-batches are cut out of it as of all else.
         rows = jnp.broadcast_to(denominator, batch.prompt_lengths.shape)
 
         def added(loss: Any, params: Any) -> Any:
             return accumulate(
-                loss, params, (batch, rows), program, objectives.add,
+                loss, params, (batch, rows), program, policy_gradient.add,
                 lambda part: jnp.any(part[0].mask),
             )  # fmt: skip
 
@@ -258,7 +258,7 @@ def policy_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         if policy.passes * policy.minibatches == 1:
             state, (value, totals, norms, rate) = update(kept, state, batch)
-            found = objectives.metrics(value, totals)
+            found = policy_gradient.metrics(value, totals)
             return state, {**found, **norms, "learning_rate": rate}
 
         def one_pass(state: TrainState, _: None) -> tuple[TrainState, Any]:
@@ -279,7 +279,7 @@ def policy_step(
         summed = Totals(
             summed.denominator, summed.tokens, summed.sums, jax.tree.map(jnp.max, totals.maxima)
         )
-        found = objectives.metrics(jnp.sum(value), summed)
+        found = policy_gradient.metrics(jnp.sum(value), summed)
         return state, {**found, **jax.tree.map(jnp.mean, norms), "learning_rate": rate[-1, -1]}
 
     return StateProgram(jit(step, program.layout, donate_argnums=0))
@@ -292,8 +292,10 @@ def _value_loss(
     old, returns, mask = (
         array.reshape(found.shape) for array in (batch.values, batch.returns, batch.mask)
     )
-    losses, held = values.value_losses(found, old, returns, settings.clip)
-    return objectives.summed(policy, mask, losses, {"value_loss": losses, "value_clip": held}, {})
+    losses, held = gae.value_losses(found, old, returns, settings.clip)
+    return policy_gradient.summed(
+        policy, mask, losses, {"value_loss": losses, "value_clip": held}, {}
+    )
 
 
 def _beside(one: Totals, other: Totals) -> Totals:

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tunelang.compiler.architecture import Architecture, forward_flops, train_flops
+from tunelang.compiler.layout.sweep_fusion import at_unit_rate
+from tunelang.compiler.models.architecture import Architecture, forward_flops, train_flops
 from tunelang.dsl.vocabulary.stages import Ppo
 from tunelang.dsl.vocabulary.training import Critic as Settings
-from tunelang.runtime import objectives, train, values
-from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
-from tunelang.runtime.origins import scoring
-from tunelang.runtime.policy_step import Learner, PolicyBatch, ScoreProgram
-from tunelang.runtime.rewards import Scores
+from tunelang.runtime.objectives import gae, policy_gradient
+from tunelang.runtime.pipeline.initial_weights import scoring
+from tunelang.runtime.rewards.reward_functions import Scores
+from tunelang.runtime.stages.policy_step import Learner, PolicyBatch, ScoreProgram
+from tunelang.runtime.training import train_step
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 
 
 @dataclass
@@ -35,11 +37,11 @@ class Critic:
     def __post_init__(self) -> None:
         self.coefficient = 0.0 if self.stage.kl is None else self.stage.kl.coefficient
 
-    def weights(self, state: train.TrainState) -> Any:
+    def weights(self, state: train_step.TrainState) -> Any:
         """Return what `score` reads."""
         assert state.critic is not None
         if self.stage.critic.trunk == "separate":
-            return train.whole(state.critic.params, state.beside)
+            return train_step.whole(state.critic.params, state.beside)
         return scoring(self.architecture, state.weights, state.critic.params)[1]
 
     def estimated(self, batch: PolicyBatch, found: Any, scores: Scores) -> PolicyBatch:
@@ -55,11 +57,11 @@ class Critic:
         if self._penalised:
             assert stage.kl is not None
             given = (jnp.asarray(each) for each in (batch.old, batch.reference, batch.mask))
-            divergences = np.asarray(objectives.divergences(stage.kl, *given))
+            divergences = np.asarray(policy_gradient.divergences(stage.kl, *given))
             self.divergence = float(divergences.sum(-1).mean())
             own -= self.coefficient * divergences
-        each = values.token_rewards(rewards.reshape(mask.shape[:-1]), own, mask)
-        advantages, returns = values.gae(each, found, mask, stage.discount, stage.trace)
+        each = gae.token_rewards(rewards.reshape(mask.shape[:-1]), own, mask)
+        advantages, returns = gae.gae(each, found, mask, stage.discount, stage.trace)
         return replace(
             batch,
             values=found,
@@ -76,16 +78,16 @@ class Critic:
         row = {
             "value": float(np.sum(batch.values, where=mask)) / count,
             "return": float(np.sum(batch.returns, where=mask)) / count,
-            "explained_variance": values.explained_variance(batch.values, batch.returns, mask),
+            "explained_variance": gae.explained_variance(batch.values, batch.returns, mask),
         }
         if stage.whiten:
-            white = values.whiten(batch.advantages, mask).astype(np.float32)
+            white = gae.whiten(batch.advantages, mask).astype(np.float32)
             batch = replace(batch, advantages=white)
         if self._penalised:
             row["kl_coefficient"] = self.coefficient
             if stage.kl_target is not None:
                 share = stage.batch * stage.group / stage.kl_horizon
-                self.coefficient = values.adapted(
+                self.coefficient = gae.adapted(
                     self.coefficient, self.divergence, stage.kl_target, share
                 )
         return batch, row
@@ -118,10 +120,10 @@ def learner_of(
 
 
 def with_critic(
-    state: train.TrainState, critic: tuple[Architecture, Any], learner: Learner,
-    program: train.Program, rate: float,
-) -> train.TrainState:  # fmt: skip
+    state: train_step.TrainState, critic: tuple[Architecture, Any], learner: Learner,
+    program: train_step.Program, rate: float,
+) -> train_step.TrainState:  # fmt: skip
     """Put a critic, its architecture and parameters, beside the state of a policy."""
     program = replace(program, offloaded=program.offloaded and learner.architecture is not None)
-    made = train.state_of(*critic, learner.optimizer, program, rate)
+    made = train_step.state_of(*critic, learner.optimizer, program, rate)
     return replace(state, critic=replace(made, frozen=nnx.State({})), beside=made.frozen)

@@ -16,14 +16,14 @@ import numpy as np
 
 from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.stages import Sample
-from tunelang.runtime.durable import RowWriter, keep_rows, read_rows, written_whole
-from tunelang.runtime.evaluate import capacity_of, engine_of, rows_of, slots_of, texts_of
-from tunelang.runtime.examples import Example
-from tunelang.runtime.loop import Interrupted
-from tunelang.runtime.rewards import Reward
-from tunelang.runtime.rollout import Prompt, rollout
+from tunelang.runtime.data.examples import Example
+from tunelang.runtime.evals.run_evals import capacity_of, engine_of, rows_of, slots_of, texts_of
+from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.sharding import Layout
-from tunelang.runtime.workshop import Model, Workshop
+from tunelang.runtime.store.atomic_files import RowWriter, keep_rows, read_rows, written_whole
+from tunelang.runtime.training.training_loop import Interrupted
 
 CHUNK = 1024
 """Completions that are sampled, scored and written together, about."""

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from tunelang.compiler.architecture import Architecture, train_flops
-from tunelang.compiler.layout import CHUNK, StageLayout
+from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
+from tunelang.compiler.layout.sweep_fusion import at_unit_rate
+from tunelang.compiler.models.architecture import Architecture, train_flops
 from tunelang.dsl.vocabulary.stages import (
     Compared,
     Distill,
@@ -23,26 +24,32 @@ from tunelang.dsl.vocabulary.stages import (
     RewardModel,
     Supervised,
 )
-from tunelang.runtime import packing, train
-from tunelang.runtime.answers import label_of, margin_of, score_answers
-from tunelang.runtime.comparing import KtoObjective, PairObjective, Reference, ScoreObjective
-from tunelang.runtime.corpus import Corpus, Valued, tokenise, unvalued
-from tunelang.runtime.custom import Custom
-from tunelang.runtime.distilling import (
+from tunelang.runtime.data.feistel import derive
+from tunelang.runtime.data.stream import Stream
+from tunelang.runtime.evals.run_evals import Completed
+from tunelang.runtime.evals.score_answers import label_of, margin_of, score_answers
+from tunelang.runtime.objectives.answer_scores import (
+    KtoObjective,
+    PairObjective,
+    Reference,
+    ScoreObjective,
+)
+from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.sharding import Layout
+from tunelang.runtime.stages.distill import (
     DistillObjective,
     OwnAnswers,
     Stored,
     own_answers,
     store_teacher,
 )
-from tunelang.runtime.durable import written_whole
-from tunelang.runtime.evaluate import Completed
-from tunelang.runtime.loop import Row
-from tunelang.runtime.optimizers import at_unit_rate, build_optimizer, learning_rate
-from tunelang.runtime.permutation import derive
-from tunelang.runtime.sharding import Layout
-from tunelang.runtime.stream import Stream
-from tunelang.runtime.workshop import Model, Workshop
+from tunelang.runtime.store.atomic_files import written_whole
+from tunelang.runtime.tokenize import packing
+from tunelang.runtime.tokenize.token_cache import Corpus, Valued, tokenise, unvalued
+from tunelang.runtime.training import train_step
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.training_loop import Row
+from tunelang.runtime.user_functions import Custom
 
 SHORT_STEP = 2e10
 """FLOPs of a call that is worth starting: shorter steps are made several in a call."""
@@ -56,7 +63,7 @@ _ROUND = 16
 class SupervisedTrainer:
     """See `loop.Trainer`."""
 
-    state: train.TrainState
+    state: train_step.TrainState
     steps: int
     token_flops: float
     """What has to be computed for a token."""
@@ -67,7 +74,9 @@ class SupervisedTrainer:
     marks: frozenset[int]
     corpus: Corpus
     table: packing.Table
-    program: Callable[[train.TrainState, train.Batch], tuple[train.TrainState, train.Metrics]]
+    program: Callable[
+        [train_step.TrainState, train_step.Batch], tuple[train_step.TrainState, train_step.Metrics]
+    ]
     perplexity: bool
     """Whether the loss is of a token, in nats."""
     values: NDArray[np.float32] | None = None
@@ -90,7 +99,7 @@ class SupervisedTrainer:
         metrics, seen = self.make(step, until)
         return lambda: self.rows(metrics, seen)
 
-    def make(self, step: int, until: int) -> tuple[train.Metrics, list[float]]:
+    def make(self, step: int, until: int) -> tuple[train_step.Metrics, list[float]]:
         """Make the steps from `step` to `until`; returns their metrics, and the tokens of each."""
         batches = [self._batch(each) for each in range(step, until)]
         self.state, metrics = self.program(
@@ -98,7 +107,7 @@ class SupervisedTrainer:
         )
         return metrics, [float((batch.segments > 0).sum()) for batch in batches]
 
-    def rows(self, metrics: train.Metrics, seen: Sequence[float]) -> list[Row]:
+    def rows(self, metrics: train_step.Metrics, seen: Sequence[float]) -> list[Row]:
         """Return the metrics `[steps]` of each step, whose tokens are `seen`."""
         held = dict(vars(metrics))
         more = held.pop("more")
@@ -113,9 +122,9 @@ class SupervisedTrainer:
             rows.append(row | {"tokens": tokens, "flops": flops, "trained_tokens": trained[at]})
         return rows
 
-    def _batch(self, step: int) -> train.Batch:
+    def _batch(self, step: int) -> train_step.Batch:
         found = packing.batch_of(self.table, self.corpus, step)
-        batch = train.Batch(found.tokens, found.mask, found.segments, found.positions)
+        batch = train_step.Batch(found.tokens, found.mask, found.segments, found.positions)
         if self.own is not None and self.own.drawn(step):
             return self.own.of(self.state.weights, batch, step)
         if all(e is None for e in (self.values, self.reference, self.teacher)) and not self.rotated:
@@ -146,7 +155,7 @@ class SupervisedTrainer:
         """See `loop.Trainer`: the order of data is a function of the step."""
         return {}
 
-    def resume(self, state: train.TrainState, progress: Mapping[str, Any]) -> None:
+    def resume(self, state: train_step.TrainState, progress: Mapping[str, Any]) -> None:
         """See `loop.Trainer`."""
         del progress
         self.state = state
@@ -159,7 +168,7 @@ def supervised_trainer(
     planned: StageLayout,
     layout: Layout,
     seed: int,
-    begin: Callable[[Any, train.Program, Any], train.TrainState],
+    begin: Callable[[Any, train_step.Program, Any], train_step.TrainState],
     reference: Callable[[], tuple[Architecture, Any]],
     marks: frozenset[int],
     kept: Path,
@@ -194,14 +203,14 @@ def supervised_trainer(
     )
     # One that was planned for the whole context may not have the length of the data.
     kernel = "xla" if planned.kernel == "splash" and longest % 128 else planned.kernel
-    program = train.Program(
+    program = train_step.Program(
         layout=layout,
         dtype=model.dtype,
         micro_batches=math.gcd(planned.micro_batches, table.batch // layout.batch_shards),
         remat=planned.remat,  # type: ignore[arg-type]
         kernel=kernel,  # type: ignore[arg-type]
         chunk=CHUNK,
-        seed=derive(seed, "dropout") % 2**31 if train.drops(a) else 0,
+        seed=derive(seed, "dropout") % 2**31 if train_step.drops(a) else 0,
         offloaded="optimizer" in planned.offload,
         branches=planned.branches,
     )
@@ -240,7 +249,7 @@ def supervised_trainer(
     ends = tuple(n for n in (stage.evals and stage.eval_every, stage.checkpoint_every) if n)
     return SupervisedTrainer(
         state, table.steps, token_flops, call, ends, marks, corpus, table, make,
-        objective == train.Likelihood(), corpus.values, stored, isinstance(stage, Kto),
+        objective == train_step.Likelihood(), corpus.values, stored, isinstance(stage, Kto),
         teacher, own, own is None,
     )  # fmt: skip
 
@@ -262,7 +271,7 @@ def _read(stage: Supervised, stream: Stream) -> tuple[tuple[str, ...], Valued]:
 
 def objective_of(
     stage: Supervised, count: int, own: Architecture, live: Architecture | None, valued: bool
-) -> train.Objective:
+) -> train_step.Objective:
     """Return what a stage makes smaller, for sequences of at most `count` segments.
 
     `live` is the reference or the teacher where it runs beside the model; `valued` says whether
@@ -281,8 +290,8 @@ def objective_of(
             return ScoreObjective(stage, count, valued)
         case Likelihood():
             assert stage.loss is None or isinstance(stage.loss, Custom)
-            return train.Likelihood(stage.loss)
-    return train.Likelihood()
+            return train_step.Likelihood(stage.loss)
+    return train_step.Likelihood()
 
 
 def _ahead(
@@ -308,12 +317,16 @@ def _ahead(
 
 
 def compiled(
-    a: Architecture, unit: Any, steps: int, program: train.Program, objective: train.Objective
-) -> tuple[Any, train.StateProgram]:
+    a: Architecture,
+    unit: Any,
+    steps: int,
+    program: train_step.Program,
+    objective: train_step.Objective,
+) -> tuple[Any, train_step.StateProgram]:
     """Return the optimizer and the program of a stage whose optimizer has the rate `unit`."""
     optimizer = build_optimizer(unit, steps, offloaded=program.offloaded)
     schedule = learning_rate(unit, steps)
-    return optimizer, train.train_step(a, optimizer, schedule, program, objective)
+    return optimizer, train_step.train_step(a, optimizer, schedule, program, objective)
 
 
 def _longest(corpus: Corpus, packed: bool) -> int:
@@ -325,7 +338,7 @@ def _longest(corpus: Corpus, packed: bool) -> int:
     return max(corpus.context, rounded) if packed else rounded
 
 
-def mismatched(batch: train.Batch, pad: int, pieces: int) -> train.Batch:
+def mismatched(batch: train_step.Batch, pad: int, pieces: int) -> train_step.Batch:
     """Return the prompts of a batch of numpy arrays with answers to other prompts.
 
     Within a sequence each segment gets the answer of the next item, of `pieces` segments, so that
@@ -350,10 +363,12 @@ def mismatched(batch: train.Batch, pad: int, pieces: int) -> train.Batch:
             segments[row, at:end] = number
             positions[row, at:end] = np.arange(len(whole))
             at = end
-    return train.Batch(tokens, trained, segments, positions)
+    return train_step.Batch(tokens, trained, segments, positions)
 
 
-def _segments(batch: train.Batch, row: int) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+def _segments(
+    batch: train_step.Batch, row: int
+) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
     """Return prompt and answer of each segment of a sequence; the answer begins where training
     does.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tunelang.compiler.graph import StageGraph
 from tunelang.dsl.program import Program
-from tunelang.runtime.durable import read_json
+from tunelang.runtime.store.atomic_files import read_json
 
 MANIFEST = ".tune-export.json"
 """The file that lists what exports wrote to its folder."""

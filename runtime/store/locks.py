@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tunelang.runtime.durable import StoreError, told
+from tunelang.runtime.store.atomic_files import StoreError, told
 
 _POLL_SECONDS = 0.1
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunelang.runtime.durable import (
+from tunelang.runtime.store.atomic_files import (
     PART_SUFFIX,
     Row,
     Rows,
@@ -44,7 +44,7 @@ from tunelang.runtime.durable import (
     write_json,
     write_whole,
 )
-from tunelang.runtime.locks import Holder, lock
+from tunelang.runtime.store.locks import Holder, lock
 
 Json = dict[str, Any]
 
@@ -228,7 +228,7 @@ class Store:
     )
     """Run -> stage -> node -> fingerprint, as far as runs were read."""
 
-    # What planning asks: see `tunelang.compiler.planning.StoreView`.
+    # What planning asks: see `tunelang.compiler.stage_states.StoreView`.
 
     def finished(self, digest: str) -> bool:
         """Whether a stage is done, with all that it wrote. Raises `StoreError`."""

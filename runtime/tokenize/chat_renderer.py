@@ -16,14 +16,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from tunelang.runtime.chat_templates import (
+from tunelang.runtime.data.examples import Example, Message
+from tunelang.runtime.tokenize.chat_templates import (
     ChatError,
     ChatTemplate,
     TemplateFailedError,
     render_template,
 )
-from tunelang.runtime.examples import Example, Message
-from tunelang.runtime.tokenizers import Tokenizer
+from tunelang.runtime.tokenize.tokenizers import Tokenizer
 
 # Stand-ins come from a plane of Unicode that is set aside for private use.
 _PRIVATE = 0xF0000

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tunelang.runtime.examples import Message
+from tunelang.runtime.data.examples import Message
 
 
 @dataclass(frozen=True)

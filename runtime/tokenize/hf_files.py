@@ -10,8 +10,8 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from tunelang.runtime.chat import Renderer
-from tunelang.runtime.tokenizers import Bytes, HuggingFace, SentencePiece, Tokenizer
+from tunelang.runtime.tokenize.chat_renderer import Renderer
+from tunelang.runtime.tokenize.tokenizers import Bytes, HuggingFace, SentencePiece, Tokenizer
 
 _SPACE = "\u2581"
 """What SentencePiece writes for a space."""

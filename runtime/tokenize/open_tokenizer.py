@@ -13,11 +13,11 @@ from typing import Any
 import sentencepiece
 
 from tunelang.dsl.vocabulary import models
-from tunelang.runtime import hub
-from tunelang.runtime.chat import Renderer
-from tunelang.runtime.chat_templates import ChatTemplate, chat_template
-from tunelang.runtime.durable import written_whole
-from tunelang.runtime.tokenizers import Bytes, HuggingFace, SentencePiece, well_formed
+from tunelang.runtime.models import hub
+from tunelang.runtime.store.atomic_files import written_whole
+from tunelang.runtime.tokenize.chat_renderer import Renderer
+from tunelang.runtime.tokenize.chat_templates import ChatTemplate, chat_template
+from tunelang.runtime.tokenize.tokenizers import Bytes, HuggingFace, SentencePiece, well_formed
 
 # SentencePiece skips sentences above its limit without a word: longer lines are cut to this.
 _SENTENCE_BYTES = 4096

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.runtime.corpus import Corpus
-from tunelang.runtime.order import batch_positions, steps_of
-from tunelang.runtime.permutation import derive, permute
+from tunelang.runtime.data.feistel import derive, permute
+from tunelang.runtime.data.sample_order import batch_positions, steps_of
+from tunelang.runtime.tokenize.token_cache import Corpus
 
 Indices = NDArray[np.int64]
 

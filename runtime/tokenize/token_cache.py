@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tunelang.runtime.bad_rows import BadRowError, BadRows, NoRowsError, TooLongError
-from tunelang.runtime.chat import EmptyMaskError, Renderer
-from tunelang.runtime.chat_templates import ChatError
-from tunelang.runtime.durable import written_whole
-from tunelang.runtime.examples import Example
-from tunelang.runtime.order import Order
-from tunelang.runtime.stream import Part, Stream
-from tunelang.runtime.templates import WrongTypeError
+from tunelang.runtime.data.examples import Example
+from tunelang.runtime.data.row_errors import BadRowError, BadRows, NoRowsError, TooLongError
+from tunelang.runtime.data.sample_order import Order
+from tunelang.runtime.data.stream import Part, Stream
+from tunelang.runtime.data.text_templates import WrongTypeError
+from tunelang.runtime.store.atomic_files import written_whole
+from tunelang.runtime.tokenize.chat_renderer import EmptyMaskError, Renderer
+from tunelang.runtime.tokenize.chat_templates import ChatError
 
 Indices = NDArray[np.int64]
 

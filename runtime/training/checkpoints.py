@@ -19,9 +19,9 @@ import jax
 import orbax.checkpoint as ocp
 from flax import nnx
 
-from tunelang.runtime.durable import StoreError, read_json, write_json
 from tunelang.runtime.sharding import is_variable
-from tunelang.runtime.store import StageFolder
+from tunelang.runtime.store.atomic_files import StoreError, read_json, write_json
+from tunelang.runtime.store.run_store import StageFolder
 
 # Orbax logs what it then raises, with the traces of all its threads.
 logging.getLogger("absl").setLevel(logging.CRITICAL)

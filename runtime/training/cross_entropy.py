@@ -16,8 +16,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from tunelang.runtime.custom import Custom
 from tunelang.runtime.sharding import Layout, constrain
+from tunelang.runtime.user_functions import Custom
 
 
 def cross_entropy(

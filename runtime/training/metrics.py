@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 
 from tunelang.dsl.vocabulary.base import Function
 from tunelang.dsl.vocabulary.training import TensorBoard, Wandb
-from tunelang.runtime.store import StageFolder
+from tunelang.runtime.store.run_store import StageFolder
 
 _LAST = frozenset({"learning_rate", "step"})
 """Metrics of which a line has the last value instead of the mean."""

@@ -17,8 +17,8 @@ import optax
 from flax import nnx
 
 from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Optimizer, Sgd
-from tunelang.runtime.custom import Custom
 from tunelang.runtime.sharding import Axes, is_variable, logical_axes
+from tunelang.runtime.user_functions import Custom
 
 STACKED = frozenset({"layers", "expert"})
 """Axes along which whole weights are stacked."""
@@ -80,14 +80,6 @@ def learning_rate(optimizer: Optimizer, steps: int, peak: float | None = None) -
         return jnp.asarray(top * rise * fall)
 
     return rate
-
-
-def at_unit_rate(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer with a peak rate of 1: its updates are proportional to its rate."""
-    change: dict[str, float] = {"lr": 1.0}
-    if isinstance(optimizer, Muon) and optimizer.adam_lr is not None:
-        change["adam_lr"] = optimizer.adam_lr / optimizer.lr
-    return optimizer.model_copy(update=change)
 
 
 def build_optimizer(

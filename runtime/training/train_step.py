@@ -18,14 +18,14 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tunelang.compiler.architecture import Architecture
-from tunelang.runtime.attention import Kernel
-from tunelang.runtime.custom import Custom
-from tunelang.runtime.decoder import Decoder, Remat
-from tunelang.runtime.layers import balance_loss
-from tunelang.runtime.losses import cross_entropy, custom_loss
-from tunelang.runtime.optimizers import Schedule
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.runtime.models.attention import Kernel
+from tunelang.runtime.models.decoder import Decoder, Remat
+from tunelang.runtime.models.layers import balance_loss
 from tunelang.runtime.sharding import HOST, Layout, jit, shardings
+from tunelang.runtime.training.cross_entropy import cross_entropy, custom_loss
+from tunelang.runtime.training.optimizers import Schedule
+from tunelang.runtime.user_functions import Custom
 
 AnyArray = Any
 """An array of JAX or of numpy: what the host makes goes into programs as it is."""

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import jax
 
 from tunelang.dsl.vocabulary.stages import Training
-from tunelang.runtime.checkpoints import Checkpoints
-from tunelang.runtime.evaluate import Completed
-from tunelang.runtime.recorder import Recorder
-from tunelang.runtime.train import TrainState
+from tunelang.runtime.evals.run_evals import Completed
+from tunelang.runtime.training.checkpoints import Checkpoints
+from tunelang.runtime.training.metrics import Recorder
+from tunelang.runtime.training.train_step import TrainState
 
 CHECKPOINT_SECONDS = 300.0
 """Time between checkpoints where the spec states no steps."""

@@ -1,7 +1,7 @@
 """Calls into functions that may raise, hang or crash, each in a process that can be ended.
 
 A thread cannot be stopped, and a regular expression or a parser in C does not even let other
-threads run; so whatever may take for ever runs in a process of its own (`worker.py`), which is
+threads run; so whatever may take for ever runs in a process of its own, which is
 killed with all its children at the time-out and replaced at the next call.
 """
 
@@ -21,10 +21,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tunelang.runtime.worker import Parameters, taken
+from tunelang.runtime.workers.worker_process import Parameters, taken
 
 _LOADING_SECONDS = 120.0  # importing torch from a cold network disk takes a minute
-_SCRIPT = str(Path(__file__).with_name("worker.py"))
+_SCRIPT = str(Path(__file__).with_name("worker_process.py"))
 
 Target = tuple[Any, ...]
 """What a worker loads: a loader's name in `worker.LOADERS`, and its arguments."""

@@ -1,7 +1,7 @@
-"""The other side of `workers.py`: one process that calls one function, for as long as it is asked.
+"""The other side of `worker_pool.py`: a process that calls one function until it is closed.
 
-Run as a script (`python -P worker.py DESCRIPTOR`), with nothing but the standard library: a user's
-function starts in a bare interpreter, not in a copy of the trainer. Requests and replies are
+Run as a script (`python -P worker_process.py DESCRIPTOR`), with nothing but the standard library: a
+user's function starts in a bare interpreter, not in a copy of the trainer. Requests and replies are
 pickled tuples; the first request says what to load.
 """
 

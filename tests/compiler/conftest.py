@@ -1,5 +1,5 @@
 """Fixtures of the compiler's tests."""
 
-from .workspace import folder
+from tests.compiler.workspace import folder
 
 __all__ = ["folder"]

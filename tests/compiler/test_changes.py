@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiler.workspace import PIPELINE, prints, write
 from tunelang.compiler.changes import changes, wording
 from tunelang.compiler.fingerprint import SEMANTICS, Fingerprint
-
-from .workspace import PIPELINE, prints, write
 
 TUNED = "tuned[optimizer.lr=1e-6]"
 

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 
-from tunelang.compiler.content import Contents
+from tests.compiler.workspace import program, write
+from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.fingerprint import fingerprints
 from tunelang.compiler.graph import build
-from tunelang.dsl import types
 from tunelang.dsl.program import Branch, Declared, Program
-from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, data, models, rewards, training
+from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, data, models, rewards, training, types
 from tunelang.dsl.vocabulary.base import Attribute, Measure, Node, Reference, attributes
 from tunelang.dsl.vocabulary.custom import Python
-
-from .workspace import program, write
 
 SPEC = """\
 hardware box : local { devices = 1 }

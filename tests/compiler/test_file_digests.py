@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunelang.compiler import content
-from tunelang.compiler.content import ContentError, Contents, digest
-
-from .workspace import safetensors, write
+from tests.compiler.workspace import safetensors, write
+from tunelang.compiler import file_digests
+from tunelang.compiler.file_digests import ContentError, Contents, digest
 
 OLD = 10**18
 """A time of change long ago, in nanoseconds."""
@@ -34,7 +33,7 @@ def test_cache_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     first = Contents.load(cache)
     found = first.file(path)
     first.save()
-    monkeypatch.setattr(content, "_whole", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr(file_digests, "_whole", lambda _: pytest.fail("read again"))
     assert Contents.load(cache).file(path) == found
 
 
@@ -120,7 +119,7 @@ def test_small_weights_are_read_whole(tmp_path_factory: pytest.TempPathFactory, 
 
 
 def test_large_weights_are_sampled(tmp_path: Path) -> None:
-    size = content.SAMPLES * content.SAMPLE_BYTES * 2
+    size = file_digests.SAMPLES * file_digests.SAMPLE_BYTES * 2
     path = write(tmp_path / "m.safetensors", safetensors(size))
     before = Contents().model(tmp_path)
     whole = bytearray(path.read_bytes())

@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tunelang.compiler.content import Contents
+from tests.compiler.workspace import PIPELINE, digests, prints, program, write
+from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.fingerprint import SEMANTICS, fingerprints
 from tunelang.compiler.graph import build
-from tunelang.dsl.format import format_source
 from tunelang.dsl.program import Branch, Declared
-from tunelang.dsl.source import Source
+from tunelang.dsl.syntax.format import format_source
+from tunelang.dsl.syntax.source import Source
 from tunelang.dsl.vocabulary import KINDS, rewards
-
-from .workspace import PIPELINE, digests, prints, program, write
 
 ALL = ["warm", "tuned[optimizer.lr=1e-6]", "tuned[optimizer.lr=3e-6]", "polished", "out"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiler.workspace import PIPELINE, program
 from tunelang.compiler.graph import (
     Choice,
     GraphError,
@@ -17,9 +18,7 @@ from tunelang.compiler.graph import (
     until,
 )
 from tunelang.dsl.check import check
-from tunelang.dsl.source import Source
-
-from .workspace import PIPELINE, program
+from tunelang.dsl.syntax.source import Source
 
 HEAD = """\
 model g : pretrained { path = "models/tiny" }

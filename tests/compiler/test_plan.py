@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tunelang.compiler.content import Contents
+from tests.compiler.workspace import PIPELINE, digests, program, write
+from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.graph import UnknownStage
 from tunelang.compiler.plan import (
     FORMAT,
@@ -24,9 +25,7 @@ from tunelang.compiler.plan import (
     show,
     verify,
 )
-from tunelang.compiler.planning import plan
-
-from .workspace import PIPELINE, digests, program, write
+from tunelang.compiler.stage_states import plan
 
 EVERYTHING = Path(__file__).parents[1] / "ui/right/everything.tune"
 
@@ -191,7 +190,9 @@ def test_what_is_no_plan(text: str) -> None:
 
 
 def test_planning_imports_no_jax() -> None:
-    code = "import sys, tunelang.compiler.planning; assert not {'jax', 'flax'} & set(sys.modules)"
+    code = (
+        "import sys, tunelang.compiler.stage_states; assert not {'jax', 'flax'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

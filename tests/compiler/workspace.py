@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tunelang.compiler.content import Contents
+from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.fingerprint import Fingerprint, fingerprints
 from tunelang.compiler.graph import build
-from tunelang.dsl import render
 from tunelang.dsl.check import check
+from tunelang.dsl.diagnostics import render
 from tunelang.dsl.program import Program
-from tunelang.dsl.source import Source
+from tunelang.dsl.syntax.source import Source
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tunelang.dsl import render
 from tunelang.dsl.check import Checked, check
-from tunelang.dsl.format import format_source
-from tunelang.dsl.lexer import lex
-from tunelang.dsl.source import Source
+from tunelang.dsl.diagnostics import render
+from tunelang.dsl.syntax.format import format_source
+from tunelang.dsl.syntax.lexer import lex
+from tunelang.dsl.syntax.source import Source
 
 WORKSPACE = Path(__file__).parents[1] / "ui" / "workspace"
 SEEDS = sorted((Path(__file__).parents[1] / "ui").glob("[!w]*/*.tune"))

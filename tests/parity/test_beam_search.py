@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.parity.test_transformers import made, opened, torch
-from tunelang.runtime.beam import beam_search, make_search
-from tunelang.runtime.rollout import Prompt
+from tunelang.runtime.generation.beam_search import beam_search, make_search
+from tunelang.runtime.generation.rollout import Prompt
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunelang.runtime.distillation import divergence
+from tunelang.runtime.objectives.distill_losses import divergence
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")

@@ -15,14 +15,14 @@ import pytest
 
 from tests.parity.test_transformers import made
 from tests.parity.test_trl import preference, trainer
-from tunelang.compiler.architecture import Architecture
-from tunelang.compiler.families import architecture_of
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.families import architecture_of
 from tunelang.dsl.vocabulary.training import AdamW, Optimizer, Sgd
-from tunelang.runtime import weights
-from tunelang.runtime.comparing import PairObjective, Reference, segment_program
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.models import pretrained
+from tunelang.runtime.objectives.answer_scores import PairObjective, Reference, segment_program
 from tunelang.runtime.sharding import make_layout, shardings
-from tunelang.runtime.train import Batch, Program, state_of, train_step
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import Batch, Program, state_of, train_step
 
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl", minversion="1.16")
@@ -105,10 +105,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
         for parameter in reference.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     reference.save_pretrained(folders[1])
-    config = weights.configuration(folders[0])
+    config = pretrained.configuration(folders[0])
     architecture = architecture_of(config)
     policy, other = (
-        jax.device_get(weights.load(folder, architecture, make_layout())) for folder in folders
+        jax.device_get(pretrained.load(folder, architecture, make_layout())) for folder in folders
     )
     return Both(config, architecture, (model, reference), (policy, other))
 
@@ -206,7 +206,7 @@ def test_steps_are_trls(name, both, steps, taught):
         np.testing.assert_allclose(
             found.more[ours], expected[ours], rtol=1e-5, atol=1e-4, err_msg=ours
         )
-    after = dict(weights.tensors(jax.device_get(state.params), both.config))
+    after = dict(pretrained.tensors(jax.device_get(state.params), both.config))
     assert after.keys() == updated.keys()
     for tensor, array in after.items():
         np.testing.assert_allclose(array, updated[tensor], rtol=0, atol=1e-5, err_msg=tensor)

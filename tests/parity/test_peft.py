@@ -14,18 +14,26 @@ import pytest
 from flax import nnx
 
 from tests.parity.test_transformers import saved
-from tunelang.compiler.adapters import adapted
-from tunelang.compiler.families import architecture_of
+from tunelang.compiler.models.adapters import adapted
+from tunelang.compiler.models.families import architecture_of
 from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Dora, Lora
-from tunelang.runtime import export as exporting
-from tunelang.runtime import origins, weights
-from tunelang.runtime.chat import Renderer
-from tunelang.runtime.chat_templates import chat_template
+from tunelang.runtime.models import pretrained
+from tunelang.runtime.pipeline import initial_weights
+from tunelang.runtime.pipeline.resources import Model
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.tokenizers import Bytes
-from tunelang.runtime.train import Batch, Program, _summed_loss, abstract_decoder, divided, whole
-from tunelang.runtime.workshop import Model
+from tunelang.runtime.stages import export as exporting
+from tunelang.runtime.tokenize.chat_renderer import Renderer
+from tunelang.runtime.tokenize.chat_templates import chat_template
+from tunelang.runtime.tokenize.tokenizers import Bytes
+from tunelang.runtime.training.train_step import (
+    Batch,
+    Program,
+    _summed_loss,
+    abstract_decoder,
+    divided,
+    whole,
+)
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -45,20 +53,20 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     case, lora = ADAPTERS[name]
     base, out = tmp_path / "base", tmp_path / "adapter"
     tokens, _ = saved(case, base)
-    config = weights.configuration(base)
+    config = pretrained.configuration(base)
     plain = architecture_of(config)
     architecture = adapted(plain, (lora,), "f32")
     layout = make_layout()
-    held = weights.load(base, plain, layout)
+    held = pretrained.load(base, plain, layout)
     model = Model("m", plain, Renderer(Bytes(), chat_template(None)), jnp.float32, "f32", base)
     # Random in both halves, or half of the gradients would be zero.
-    params = origins._begun(held, architecture, layout, jnp.float32, 5)
+    params = initial_weights._begun(held, architecture, layout, jnp.float32, 5)
     own, frozen = divided(architecture, params)
     keys = iter(jax.random.split(jax.random.key(1), 99))
     own = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), own)
 
     monkeypatch.setattr(exporting, "load_params", lambda *_: own)
-    origin = origins.Origin("m", None, ((lora, tmp_path),))
+    origin = initial_weights.Origin("m", None, ((lora, tmp_path),))
     exporting.export(origin, Export.fixed(adapter="apart"), model, layout, out, "x")
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -89,7 +97,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     }  # fmt: skip
     found = {
         f"base_model.model.{module}.{part}".replace(".weight", ""): array
-        for module, part, array in weights.adapter_tensors(gradient, config)
+        for module, part, array in pretrained.adapter_tensors(gradient, config)
     }
     assert found.keys() == expected.keys()
     for key, array in found.items():
@@ -97,7 +105,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         np.testing.assert_allclose(array / scale, expected[key] / scale, atol=1e-4, err_msg=key)
 
     # Merged, they are the same function.
-    merged = origins.merged(whole(own, frozen), architecture, layout, jnp.float32)
+    merged = initial_weights.merged(whole(own, frozen), architecture, layout, jnp.float32)
     one = nnx.merge(abstract_decoder(replace(plain), jnp.float32)[0], merged)
     np.testing.assert_allclose(one.logits(one(jnp.asarray(tokens))), logits, atol=2e-4)
 
@@ -106,9 +114,9 @@ def test_what_cannot_be_apart(tmp_path: Path) -> None:
     model: Any = SimpleNamespace(folder=tmp_path)
     lora = Lora()
     for origin in (
-        origins.Origin("m", tmp_path),
-        origins.Origin("m", tmp_path, ((lora, tmp_path),)),
-        origins.Origin("m", None, ((lora, tmp_path), (lora, tmp_path))),
+        initial_weights.Origin("m", tmp_path),
+        initial_weights.Origin("m", tmp_path, ((lora, tmp_path),)),
+        initial_weights.Origin("m", None, ((lora, tmp_path), (lora, tmp_path))),
     ):
         with pytest.raises(exporting.NotApartError):
             exporting.export(

@@ -13,11 +13,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from tunelang.compiler.families import architecture_of
-from tunelang.runtime import weights
-from tunelang.runtime.decoder import Decoder, empty_cache, insert
+from tunelang.compiler.models.families import architecture_of
+from tunelang.runtime.models import pretrained
+from tunelang.runtime.models.decoder import Decoder, empty_cache, insert
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import Batch, Program, _summed_loss, abstract_decoder
+from tunelang.runtime.training.train_step import Batch, Program, _summed_loss, abstract_decoder
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -150,9 +150,9 @@ def made(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_weights(case: str, tmp_path: Path) -> None:
     tokens, expected = saved(case, tmp_path)
-    config = weights.configuration(tmp_path)
+    config = pretrained.configuration(tmp_path)
     architecture = architecture_of(config)
-    params = weights.load(tmp_path, architecture, make_layout())
+    params = pretrained.load(tmp_path, architecture, make_layout())
     graph, _ = abstract_decoder(architecture, jnp.float32)
     decoder = nnx.merge(graph, params)
     found = decoder.logits(decoder(jnp.asarray(tokens)))
@@ -161,7 +161,7 @@ def test_logits_and_weights(case: str, tmp_path: Path) -> None:
     back = tmp_path / "back"
     back.mkdir()
     (back / "config.json").write_text(json.dumps(config))
-    save_file(dict(weights.tensors(params, config)), back / "model.safetensors")
+    save_file(dict(pretrained.tensors(params, config)), back / "model.safetensors")
     again = transformers.AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager")
     with torch.no_grad():
         logits = again.float()(input_ids=torch.tensor(tokens)).logits.numpy()
@@ -170,8 +170,8 @@ def test_logits_and_weights(case: str, tmp_path: Path) -> None:
 
 def opened(folder: Path, dtype: Any = jnp.float32) -> tuple[Decoder, Any, Any]:
     """The decoder of a folder, its graph and its parameters."""
-    architecture = architecture_of(weights.configuration(folder))
-    params = weights.load(folder, architecture, make_layout())
+    architecture = architecture_of(pretrained.configuration(folder))
+    params = pretrained.load(folder, architecture, make_layout())
     graph, _ = abstract_decoder(architecture, dtype)
     return nnx.merge(graph, params), graph, params
 
@@ -244,7 +244,7 @@ def test_gradients(case: str, tmp_path: Path) -> None:
         return _summed_loss(decoder, batch, None, program, balanced=False) / count
 
     gradient = jax.jit(jax.grad(loss))(params)
-    found = dict(weights.tensors(gradient, weights.configuration(tmp_path)))
+    found = dict(pretrained.tensors(gradient, pretrained.configuration(tmp_path)))
     for name, array in found.items():
         if name not in expected:  # experts lie together in the model, and apart in its file
             head, expert, tail = name.partition(".experts.")[0], *name.split(".")[-3:-1]

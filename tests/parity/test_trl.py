@@ -18,9 +18,15 @@ import pytest
 
 from tunelang.dsl.vocabulary.stages import POLICIES, PREFERENCES, Kto, Policy, Preference
 from tunelang.dsl.vocabulary.training import K1, K3, Masked, Sampling, Truncated
-from tunelang.runtime import objectives
-from tunelang.runtime.objectives import Completions, objective
-from tunelang.runtime.preferences import Pairs, bradley_terry, kto_losses, log_odds, pair_losses
+from tunelang.runtime.objectives import policy_gradient
+from tunelang.runtime.objectives.policy_gradient import Completions, objective
+from tunelang.runtime.objectives.preference_losses import (
+    Pairs,
+    bradley_terry,
+    kto_losses,
+    log_odds,
+    pair_losses,
+)
 
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl", minversion="1.16")
@@ -460,7 +466,7 @@ def taught(kind, rollouts, attributes):
 
 def learnt(chosen, rollouts, rewards):
     """Compute the same by `objective`, and the metrics."""
-    of = objectives.advantages(rewards, chosen.advantage).values.reshape(-1, 1)
+    of = policy_gradient.advantages(rewards, chosen.advantage).values.reshape(-1, 1)
     given = {name: jnp.asarray(rollouts[name]) for name in ("old", "sampler", "reference")}
 
     def loss(now):
@@ -470,7 +476,7 @@ def learnt(chosen, rollouts, rewards):
 
     (value, totals), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(rollouts["now"]))
     over = totals.denominator
-    return value / over, gradient / over, objectives.metrics(value, totals)
+    return value / over, gradient / over, policy_gradient.metrics(value, totals)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["far", "near"])
@@ -501,6 +507,6 @@ def test_rloo_on_policy(beta, rollouts):
     chosen = policy("rloo")
     given = [jnp.asarray(rollouts[name]) for name in ("old", "reference", "mask")]
     kl = K1(coefficient=beta, at="reward")
-    rewards = objectives.penalised(jnp.asarray(rollouts["rewards"]).ravel(), kl, *given)
+    rewards = policy_gradient.penalised(jnp.asarray(rollouts["rewards"]).ravel(), kl, *given)
     _, gradient, _ = learnt(chosen, rollouts, rewards.reshape(GROUPS, GROUP))
     same(gradient * LIMIT, slope)

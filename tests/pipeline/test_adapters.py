@@ -11,10 +11,10 @@ import pytest
 
 from tests.pipeline import tiny
 from tests.pipeline.test_pretrained import spec as spec
-from tunelang.runtime.execute import StageFailed
-from tunelang.runtime.origins import Origins, loaded
+from tunelang.runtime.pipeline.initial_weights import Origins, loaded
+from tunelang.runtime.pipeline.resources import Workshop
+from tunelang.runtime.pipeline.runner import StageFailed
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.workshop import Workshop
 
 STAGES = """
 reward early = matches("{completion}", /.*[a-m].*/)
@@ -134,7 +134,7 @@ def _stopped_at(spec: Path, step: int) -> int:
         "    def step(self, step, steps, values):\n"
         f"        if step >= {step - 1}: os.kill(os.getpid(), signal.SIGINT)\n"
         "tiny.Heard = Stopping\n"
-        "from tunelang.runtime.loop import Interrupted\n"
+        "from tunelang.runtime.training.training_loop import Interrupted\n"
         "try: tiny.run(Path(sys.argv[1]), only=['first'])\n"
         "except Interrupted: pass\n"
     )

@@ -9,8 +9,8 @@ import pytest
 
 from tests.pipeline import tiny
 from tunelang.dsl.check import check_file
-from tunelang.runtime.execute import StageFailed
-from tunelang.runtime.failures import diagnose
+from tunelang.runtime.commands.diagnose import diagnose
+from tunelang.runtime.pipeline.runner import StageFailed
 
 FUNCTIONS = """
 import jax, jax.numpy as jnp

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 
 from tests.pipeline import tiny
 from tests.pipeline.test_pretrained import workspace
-from tunelang.runtime import weights
+from tunelang.runtime.commands.generate import open_speaker
+from tunelang.runtime.models import pretrained
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.talk import open_speaker
-from tunelang.runtime.train import abstract_decoder
+from tunelang.runtime.training.train_step import abstract_decoder
 
 STAGES = """
 stage tuned : sft {
@@ -63,9 +63,9 @@ def logits_of(spec: Path, stage: str, tokens: np.ndarray) -> np.ndarray:
 def test_a_folder_is_read_again(exported: Path) -> None:
     out = exported.parent / "out"
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
-    config = weights.configuration(out)
-    architecture = weights.architecture_of(config)
-    params = weights.load(out, architecture, make_layout())
+    config = pretrained.configuration(out)
+    architecture = pretrained.architecture_of(config)
+    params = pretrained.load(out, architecture, make_layout())
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     graph, _ = abstract_decoder(architecture, jnp.float32)
     decoder = nnx.merge(graph, params)
@@ -258,7 +258,7 @@ def test_transformers_loads_them(exported: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_what_was_trained_from_scratch(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from tunelang.runtime.examples import Example, Message
+    from tunelang.runtime.data.examples import Example, Message
 
     tiny.workspace(tmp_path)
     spec = tmp_path / "scratch.tune"

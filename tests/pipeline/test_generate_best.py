@@ -9,8 +9,8 @@ import pytest
 from tests.pipeline import tiny
 from tests.pipeline.test_run import tune
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.speaker import UnscoredError
-from tunelang.runtime.talk import open_ranked
+from tunelang.runtime.commands.generate import open_ranked
+from tunelang.runtime.generation.generator import UnscoredError
 
 PROMPTS = ("line 7 of", "the")
 SAMPLING = Sampling(max_tokens=6, temperature=1.0)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.pipeline import tiny
-from tunelang.runtime.checkpoints import Checkpoints
+from tunelang.runtime.training.checkpoints import Checkpoints
 
 RUN = [sys.executable, "-m", "tunelang.runtime", "run"]
 KILLS = 12
@@ -47,7 +47,7 @@ def killed_inside_a_checkpoint(spec: Path, seed: int) -> bool:
 import os, random, signal, sys, time
 from pathlib import Path
 import tests.pipeline.tiny as tiny
-from tunelang.runtime.checkpoints import Checkpoints
+from tunelang.runtime.training.checkpoints import Checkpoints
 
 choose = random.Random({seed})
 save, left = Checkpoints.save, choose.randrange(5)

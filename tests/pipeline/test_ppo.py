@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.pipeline import tiny
-from tunelang.runtime.checkpoints import Checkpoints
+from tunelang.runtime.training.checkpoints import Checkpoints
 
 STAGES = """
 reward brief = 2.0 - 1.0 * length()

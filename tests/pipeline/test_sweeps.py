@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tests.pipeline import tiny
-from tunelang.runtime import loop
-from tunelang.runtime.execute import StageFailed, execute
-from tunelang.runtime.loop import DivergedError, Interrupted
-from tunelang.runtime.prepare import LayoutError
-from tunelang.runtime.store import Store
+from tunelang.runtime.pipeline.runner import StageFailed, execute
+from tunelang.runtime.planning.prepare import LayoutError
+from tunelang.runtime.store.run_store import Store
+from tunelang.runtime.training import training_loop
+from tunelang.runtime.training.training_loop import DivergedError, Interrupted
 
 STAGES = """
 data pairs : jsonl { path = "pairs.jsonl", prompt = "{a}+{b}=", chosen = "{c}", rejected = "{a}" }
@@ -114,15 +114,15 @@ def test_an_interrupted_sweep_goes_on_together(
     only = {"only": ["tuned"]}
     prepared, store = tiny.planned(spec, *FUSED, **only)
     steps: list[int] = []
-    due = loop.Saving.due
+    due = training_loop.Saving.due
 
-    def noted(saving: loop.Saving, step: int) -> bool:
+    def noted(saving: training_loop.Saving, step: int) -> bool:
         steps.append(step)
         # The user asks for it when the first branch has looked at step 3: all go on to the next.
         saving.stopping = lambda: steps.count(3) > 1 or steps[-1] > 3
         return due(saving, step)
 
-    monkeypatch.setattr(loop.Saving, "due", noted)
+    monkeypatch.setattr(training_loop.Saving, "due", noted)
     with pytest.raises(Interrupted):
         execute(prepared, store, tiny.Heard())
     monkeypatch.undo()

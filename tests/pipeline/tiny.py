@@ -13,13 +13,13 @@ import numpy as np
 
 from tunelang.compiler.graph import Input
 from tunelang.compiler.plan import StagePlan
-from tunelang.dsl import render
 from tunelang.dsl.check import check_file
-from tunelang.runtime.bad_rows import BadRows
-from tunelang.runtime.execute import execute
-from tunelang.runtime.locks import Holder
-from tunelang.runtime.prepare import Prepared, prepare
-from tunelang.runtime.store import Store
+from tunelang.dsl.diagnostics import render
+from tunelang.runtime.data.row_errors import BadRows
+from tunelang.runtime.pipeline.runner import execute
+from tunelang.runtime.planning.prepare import Prepared, prepare
+from tunelang.runtime.store.locks import Holder
+from tunelang.runtime.store.run_store import Store
 
 SPEC = """\
 param rates  : number = 1e-3

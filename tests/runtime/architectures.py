@@ -1,6 +1,11 @@
 """Small architectures, each with the choices of a family, that the tests go over."""
 
-from tunelang.compiler.architecture import Architecture, LinearScaling, Llama3Scaling, Mixture
+from tunelang.compiler.models.architecture import (
+    Architecture,
+    LinearScaling,
+    Llama3Scaling,
+    Mixture,
+)
 
 _SIZES = {
     "vocabulary": 48, "layers": 3, "width": 16, "heads": 4, "kv_heads": 2, "head_dim": 8,

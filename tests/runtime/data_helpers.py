@@ -11,8 +11,8 @@ import pytest
 from tunelang.dsl.program import Declared, Program
 from tunelang.dsl.vocabulary import data
 from tunelang.dsl.vocabulary.stages import Run
-from tunelang.runtime.examples import Example, Message
-from tunelang.runtime.stream import Library
+from tunelang.runtime.data.examples import Example, Message
+from tunelang.runtime.data.stream import Library
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 

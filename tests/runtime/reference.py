@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tunelang.compiler.architecture import Architecture, LinearScaling
+from tunelang.compiler.models.architecture import Architecture, LinearScaling
 
 
 def arrays(state: Any) -> Any:

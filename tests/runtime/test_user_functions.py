@@ -15,14 +15,15 @@ from tunelang.dsl.vocabulary.custom import Python
 from tunelang.dsl.vocabulary.data import PythonData, Settings
 from tunelang.dsl.vocabulary.stages import Policy, Preference
 from tunelang.dsl.vocabulary.training import AdamW, Clip, Measure, Sampling
-from tunelang.runtime import objectives, worker
-from tunelang.runtime.custom import Custom, CustomError, bound, made_rows
-from tunelang.runtime.losses import cross_entropy, custom_loss
-from tunelang.runtime.objectives import Completions
-from tunelang.runtime.optimizers import learning_rate
-from tunelang.runtime.preferences import Pairs, pair_losses
+from tunelang.runtime.data.row_sources import open_rows
+from tunelang.runtime.objectives import policy_gradient
+from tunelang.runtime.objectives.policy_gradient import Completions
+from tunelang.runtime.objectives.preference_losses import Pairs, pair_losses
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.sources import open_rows
+from tunelang.runtime.training.cross_entropy import cross_entropy, custom_loss
+from tunelang.runtime.training.optimizers import learning_rate
+from tunelang.runtime.user_functions import Custom, CustomError, bound, made_rows
+from tunelang.runtime.workers import worker_process
 
 SOURCE = """
 import math
@@ -124,8 +125,8 @@ def test_a_loss_of_pairs_equals_the_one_it_repeats(folder: Path) -> None:
 
 def test_an_advantage_and_a_policy_loss_equal_those_they_repeat(folder: Path) -> None:
     rewards = jnp.array([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]])
-    found = objectives.advantages(rewards, loaded("advantage", folder))
-    expected = objectives.advantages(rewards, "group_mean")
+    found = policy_gradient.advantages(rewards, loaded("advantage", folder))
+    expected = policy_gradient.advantages(rewards, "group_mean")
     np.testing.assert_allclose(found.values, expected.values)
     np.testing.assert_array_equal(found.flat, expected.flat)
 
@@ -135,10 +136,14 @@ def test_an_advantage_and_a_policy_loss_equal_those_they_repeat(folder: Path) ->
     plain = Policy.fixed(clip=None, rollout=Sampling.fixed())
     mine = bound(plain.model_copy(update={"loss": own("reinforce")}), folder)
     np.testing.assert_allclose(
-        objectives.objective(mine, batch)[0], objectives.objective(plain, batch)[0], rtol=1e-6
+        policy_gradient.objective(mine, batch)[0],
+        policy_gradient.objective(plain, batch)[0],
+        rtol=1e-6,
     )
     clipped = plain.model_copy(update={"clip": Clip.fixed()})
-    assert objectives.objective(clipped, batch)[0] != objectives.objective(plain, batch)[0]
+    assert (
+        policy_gradient.objective(clipped, batch)[0] != policy_gradient.objective(plain, batch)[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +152,7 @@ def test_an_advantage_and_a_policy_loss_equal_those_they_repeat(folder: Path) ->
 )
 def test_what_a_function_does_wrong_is_said(folder: Path, name: str, why: str) -> None:
     with pytest.raises(CustomError) as caught:
-        objectives.advantages(jnp.ones((2, 3)), loaded(name, folder))
+        policy_gradient.advantages(jnp.ones((2, 3)), loaded(name, folder))
     assert caught.value.reference == f"mine.py:{name}"
     assert why in caught.value.why
 
@@ -189,7 +194,7 @@ def test_the_functions_of_the_example() -> None:
     folder = Path(__file__).parents[2] / "specs" / "custom"
 
     def example(name: str) -> Any:
-        return worker.load_function(str(folder / "functions.py"), name)
+        return worker_process.load_function(str(folder / "functions.py"), name)
 
     rows = list(example("vowels")(count=5, seed=3))
     assert len(rows) == 5

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tunelang.compiler.draw import Arrow, Box, Picture, dot, mermaid, picture, tree
+from tests.compiler.workspace import PIPELINE, program
+from tunelang.compiler.drawing.draw import Arrow, Box, Picture, dot, mermaid, picture, tree
+from tunelang.compiler.drawing.svg import svg
 from tunelang.compiler.graph import build
-from tunelang.compiler.svg import svg
-
-from .workspace import PIPELINE, program
 
 DRAWINGS = Path(__file__).parent / "drawings"
 HEAD = """\

@@ -11,18 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunelang.compiler.adapters import adapted
-from tunelang.compiler.architecture import Architecture, Mixture, parameter_count
-from tunelang.compiler.costs import Judge
-from tunelang.compiler.hardware import CHIPS, Devices, chip_of, declared, named
-from tunelang.compiler.layout import DoesNotFitError, NoLayoutError, shards_of
-from tunelang.compiler.presets import PRESETS
-from tunelang.compiler.search import MARGIN, lay_out, ranked, remedies
+from tests.compiler.workspace import folder, program
+from tunelang.compiler.costs.step_costs import Judge
+from tunelang.compiler.layout.hardware import CHIPS, Devices, chip_of, declared, named
+from tunelang.compiler.layout.layout_search import MARGIN, lay_out, ranked, remedies
+from tunelang.compiler.layout.stage_layout import DoesNotFitError, NoLayoutError, shards_of
+from tunelang.compiler.models.adapters import adapted
+from tunelang.compiler.models.architecture import Architecture, Mixture, parameter_count
+from tunelang.compiler.models.presets import PRESETS
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import Policy, Sft, Training
 from tunelang.dsl.vocabulary.training import AdamW, Axes, Lora, Sampling
-
-from .workspace import folder, program
 
 __all__ = ["folder"]
 

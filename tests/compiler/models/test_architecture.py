@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tunelang.compiler.architecture import (
+from tunelang.compiler.models.architecture import (
     forward_flops,
     from_transformer,
     kv_bytes_per_token,
@@ -12,7 +12,7 @@ from tunelang.compiler.architecture import (
     parameter_count,
     train_flops,
 )
-from tunelang.compiler.presets import PRESETS
+from tunelang.compiler.models.presets import PRESETS
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Reference
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tunelang.dsl import files
 from tunelang.dsl.check import check
-from tunelang.dsl.codes import PRELUDE, Code, codes
-from tunelang.dsl.source import Source
+from tunelang.dsl.diagnostics.codes import PRELUDE, Code, codes
+from tunelang.dsl.rules import named_files
+from tunelang.dsl.syntax.source import Source
 
 EXAMPLES = [code for code in codes().values() if not code.needs_run]
 LEADS_UP = {"too-many-errors": {"missing-noun"}}
@@ -40,8 +40,8 @@ def test_wrong_example_yields_its_code(
     code: Code, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if code.name == "missing-package":
-        monkeypatch.setattr(files, "procedural_file", lambda _: None)
-        monkeypatch.setattr(files, "procedural_tasks", lambda: None)
+        monkeypatch.setattr(named_files, "procedural_file", lambda _: None)
+        monkeypatch.setattr(named_files, "procedural_tasks", lambda: None)
     reported = [name for _, name in found(code.wrong, folder, code.arguments)]
     assert code.name in reported
     assert set(reported) <= {code.name, "unused"} | LEADS_UP.get(code.name, set()), (

@@ -6,10 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunelang.dsl.check import check
-from tunelang.dsl.format import format_source
-from tunelang.dsl.lexer import lex
-from tunelang.dsl.parser import parse
-from tunelang.dsl.source import Source
+from tunelang.dsl.syntax.format import format_source
+from tunelang.dsl.syntax.lexer import lex
+from tunelang.dsl.syntax.parser import parse
+from tunelang.dsl.syntax.source import Source
 
 NAMES = st.sampled_from(["a", "beta", "longer_name", "x1", "données"])
 SPACE = st.sampled_from(["", " ", "  ", "\t"])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunelang.dsl import units
-from tunelang.dsl.units import Quantity, parse, show
+from tunelang.dsl.syntax import units
+from tunelang.dsl.syntax.units import Quantity, parse, show
 
 DIMENSIONS = [None, "%", "bytes", "s", *units.COUNTED]
 

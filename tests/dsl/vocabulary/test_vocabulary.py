@@ -10,21 +10,20 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tunelang.dsl import types
 from tunelang.dsl.check import check
-from tunelang.dsl.codes import PRELUDE
-from tunelang.dsl.explain import explain, reference, topics
-from tunelang.dsl.fit import Site, fit
-from tunelang.dsl.format import format_source
-from tunelang.dsl.parser import parse
-from tunelang.dsl.schema import schema
-from tunelang.dsl.source import Source, Span
-from tunelang.dsl.syntax import Declaration
-from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, NOUNS, RUN, data
+from tunelang.dsl.diagnostics.codes import PRELUDE
+from tunelang.dsl.reference.explain import explain, reference, topics
+from tunelang.dsl.reference.schema import schema
+from tunelang.dsl.resolve.fit import Site, fit
+from tunelang.dsl.syntax.format import format_source
+from tunelang.dsl.syntax.nodes import Declaration
+from tunelang.dsl.syntax.parser import parse
+from tunelang.dsl.syntax.source import Source, Span
+from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, NOUNS, RUN, data, types
 from tunelang.dsl.vocabulary.base import EFFECTS, Attribute, Node, attributes, doc_of
 from tunelang.dsl.vocabulary.foreign import BY_NOUN, FUNCTION
 
-UI = Path(__file__).parents[1] / "ui"
+UI = Path(__file__).parents[2] / "ui"
 
 
 def every_attribute() -> Iterator[tuple[str, Attribute]]:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tests.runtime.data_helpers import jsonl, library, questions, ref, text, write_jsonl
 from tunelang.dsl.vocabulary import data
-from tunelang.runtime.bad_rows import BadRowError, NoRowsError, NotARowError
-from tunelang.runtime.procedural import GeneratorError, Problems
-from tunelang.runtime.sources import Rows, open_rows
+from tunelang.runtime.data.procedural import GeneratorError, Problems
+from tunelang.runtime.data.row_errors import BadRowError, NoRowsError, NotARowError
+from tunelang.runtime.data.row_sources import Rows, open_rows
 
 
 def rows_of(kind: data.DataKind, folder: Path) -> Rows:
@@ -185,7 +185,7 @@ def test_the_same_problems_in_every_process(tmp_path: Path) -> None:
     """This generator goes through a set of strings, whose order changes from process to process."""
     code = (
         "import sys; from pathlib import Path; from tunelang.dsl.vocabulary import data;"
-        "from tunelang.runtime.sources import open_rows;"
+        "from tunelang.runtime.data.row_sources import open_rows;"
         "kind = data.Procedural(task='word_ladder', size=2, seed=3);"
         "rows = open_rows(kind, Path(), cache=Path(sys.argv[1]));"
         "print([rows[at]['question'] for at in range(2)])"

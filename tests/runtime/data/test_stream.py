@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from tests.runtime.data_helpers import jsonl, library, questions, ref, text, write_jsonl
 from tunelang.dsl.vocabulary import data, models
 from tunelang.dsl.vocabulary.base import Condition, DataExpression, Measure
-from tunelang.runtime.bad_rows import BadRowError, NoRowsError, TooLongError
-from tunelang.runtime.examples import Example, texts_of
-from tunelang.runtime.mixture import assign
-from tunelang.runtime.open_tokenizer import open_renderer
-from tunelang.runtime.order import Order, batch_positions, steps_of
-from tunelang.runtime.permutation import derive, permute
-from tunelang.runtime.stream import Library, Stream
+from tunelang.runtime.data.examples import Example, texts_of
+from tunelang.runtime.data.feistel import derive, permute
+from tunelang.runtime.data.mixture import assign
+from tunelang.runtime.data.row_errors import BadRowError, NoRowsError, TooLongError
+from tunelang.runtime.data.sample_order import Order, batch_positions, steps_of
+from tunelang.runtime.data.stream import Library, Stream
+from tunelang.runtime.tokenize.open_tokenizer import open_renderer
 
 
 @pytest.fixture

@@ -7,7 +7,13 @@ import pytest
 from tests.runtime.data_helpers import text
 from tunelang.dsl.vocabulary.base import TextExpression
 from tunelang.dsl.vocabulary.data import After, Before, Between
-from tunelang.runtime.templates import MissingFieldError, WrongTypeError, fields, render, sole_field
+from tunelang.runtime.data.text_templates import (
+    MissingFieldError,
+    WrongTypeError,
+    fields,
+    render,
+    sole_field,
+)
 
 ROW = {
     "q": "Why?",

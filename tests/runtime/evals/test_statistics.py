@@ -8,7 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from tunelang.runtime.statistics import interval, majority, pass_at_k
+from tunelang.runtime.evals.statistics import interval, majority, pass_at_k
 
 
 def draws(*shape: int, seed: int = 1) -> np.ndarray:

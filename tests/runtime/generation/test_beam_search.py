@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 
 from tests.runtime.architectures import FAMILIES
-from tests.runtime.test_adapters import ALL, LORA, adapted, random_decoder
+from tests.runtime.models.test_lora import ALL, LORA, adapted, random_decoder
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.beam import beam_search, make_search
-from tunelang.runtime.decode_loop import make_engine
-from tunelang.runtime.decoder import Decoder
-from tunelang.runtime.rollout import Prompt, rollout
+from tunelang.runtime.generation.beam_search import beam_search, make_search
+from tunelang.runtime.generation.engine import make_engine
+from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.sharding import make_layout, shardings
 
 CAPACITY, MAX_TOKENS = 32, 7

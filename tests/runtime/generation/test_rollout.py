@@ -10,13 +10,13 @@ from flax import nnx
 
 from tests.runtime.architectures import FAMILIES
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.decode_loop import make_engine
-from tunelang.runtime.decoder import Decoder
-from tunelang.runtime.policy_step import batch_of, score_program
-from tunelang.runtime.rollout import Prompt, rollout
+from tunelang.runtime.generation.engine import make_engine
+from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.sharding import DECODE_RULES, Layout, brought, make_layout, shardings
-from tunelang.runtime.tokenizers import Bytes
-from tunelang.runtime.train import Program
+from tunelang.runtime.stages.policy_step import batch_of, score_program
+from tunelang.runtime.tokenize.tokenizers import Bytes
+from tunelang.runtime.training.train_step import Program
 
 CAPACITY, MAX_TOKENS, GROUP = 32, 7, 3
 PAD, STOP = 47, 5
@@ -259,7 +259,7 @@ class Letters(Bytes):
 @pytest.mark.parametrize("slots", [2, 8])
 @pytest.mark.parametrize("turns", [1, 3, 16])
 def test_stop_strings_end_right_after_the_token_that_completes_them(run, monkeypatch, slots, turns):
-    monkeypatch.setattr("tunelang.runtime.rollout.TEXT_TURNS", turns)
+    monkeypatch.setattr("tunelang.runtime.generation.rollout.TEXT_TURNS", turns)
     tokenizer = Letters()
     free = run(stop_ids=())
     texts = [tokenizer.decode(free.completion(row)) for row in range(len(free.lengths))]

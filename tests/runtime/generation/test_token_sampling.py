@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime import sampling
-from tunelang.runtime.sampling import SlotSettings
+from tunelang.runtime.generation import token_sampling
+from tunelang.runtime.generation.token_sampling import SlotSettings
 
-draw = jax.jit(sampling.sample)
-keep = jax.jit(sampling.kept)
+draw = jax.jit(token_sampling.sample)
+keep = jax.jit(token_sampling.kept)
 
 
 def settings(slots: int = 1, **chosen) -> SlotSettings:
-    return sampling.slot_settings(Sampling(**chosen), slots)
+    return token_sampling.slot_settings(Sampling(**chosen), slots)
 
 
 def keys(slots: int, seed: int = 0, step: int = 0) -> jax.Array:
     at = jnp.arange(slots)
-    return sampling.token_keys(jnp.int32(seed), jnp.int32(step), at // 4, at % 4, at * 0)
+    return token_sampling.token_keys(jnp.int32(seed), jnp.int32(step), at // 4, at % 4, at * 0)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -64,7 +64,7 @@ GRID = [
 def test_filters_keep_what_the_definition_keeps(chosen, temperature):
     logits = np.random.default_rng(7).normal(0, 3, (16, 60)).astype(np.float32)
     given = settings(16, temperature=temperature, **chosen)
-    found = keep(sampling.scale(jnp.asarray(logits), given.temperature), given)
+    found = keep(token_sampling.scale(jnp.asarray(logits), given.temperature), given)
     for slot in range(16):
         expected = naive(logits[slot], temperature, **chosen)
         # A token too unlikely for float32 is of no account, kept or not.
@@ -94,7 +94,7 @@ def test_boundaries_and_ties(probabilities, chosen, kept):
     with np.errstate(divide="ignore"):
         logits = jnp.log(jnp.asarray(probabilities, jnp.float32))[None]
     given = settings(**chosen)
-    found = keep(sampling.scale(logits, given.temperature), given)[0]
+    found = keep(token_sampling.scale(logits, given.temperature), given)[0]
     np.testing.assert_array_equal(found, np.asarray(kept, bool))
 
 
@@ -108,8 +108,8 @@ def test_top_p_is_exactly_the_full_sort(vocab, top_p, ties):
     if ties:
         logits = np.round(logits)
     given = settings(8, top_p=top_p)
-    scaled = sampling.scale(jnp.asarray(logits), given.temperature)
-    mass = np.asarray(sampling._mass(scaled), np.int64)
+    scaled = token_sampling.scale(jnp.asarray(logits), given.temperature)
+    mass = np.asarray(token_sampling._mass(scaled), np.int64)
     found = np.asarray(keep(scaled, given))
     for slot in range(8):
         order = np.argsort(-np.asarray(scaled[slot]), kind="stable")
@@ -216,7 +216,7 @@ def test_large_vocabulary_without_filter_is_one_distribution():
 def test_the_draw_is_in_proportion_to_the_mass():
     # So little mass that every boundary between tokens, and between blocks, is met.
     mass = np.array([0, 1, 0, 0, 2, 0, 0, 1, 4, 0], np.int32)
-    found = jax.jit(sampling._draw)(keys(8000), jnp.tile(jnp.asarray(mass), (8000, 1)))
+    found = jax.jit(token_sampling._draw)(keys(8000), jnp.tile(jnp.asarray(mass), (8000, 1)))
     counts = np.bincount(np.asarray(found), minlength=10)
     assert not counts[mass == 0].any()
     np.testing.assert_allclose(counts, mass * 1000, atol=200)
@@ -247,7 +247,7 @@ def test_draws_repeat_with_the_seed_and_differ_with_all_else():
     slots = jnp.arange(64)
 
     def tokens(seed=1, step=2, prompt=0, sample=0, position=0):
-        made = sampling.token_keys(
+        made = token_sampling.token_keys(
             jnp.int32(seed),
             jnp.int32(step),
             slots + prompt,
@@ -278,7 +278,9 @@ def test_the_likeliest_of_logits_that_the_same_program_caps(asked):
         logits = 1.5 * jnp.tanh(hidden @ head / 1.5)
         keys = jax.random.split(jax.random.key(0), slots)
         seen = jnp.ones((slots, vocab), bool)
-        return logits, sampling.sample(logits, keys, sampling.slot_settings(asked, slots), seen)
+        return logits, token_sampling.sample(
+            logits, keys, token_sampling.slot_settings(asked, slots), seen
+        )
 
     for seed in range(5):
         one, other = jax.random.split(jax.random.key(seed))

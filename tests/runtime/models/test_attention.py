@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunelang.runtime.attention import (
+from tunelang.runtime.models.attention import (
     _beside,
     cached_attention,
     plain_attention,

@@ -10,8 +10,8 @@ from flax import nnx
 
 from tests.runtime import reference
 from tests.runtime.architectures import FAMILIES, LLAMA
-from tunelang.compiler.architecture import parameter_count
-from tunelang.runtime.decoder import KEYS, VALUES, Cache, Decoder, empty_cache, insert
+from tunelang.compiler.models.architecture import parameter_count
+from tunelang.runtime.models.decoder import KEYS, VALUES, Cache, Decoder, empty_cache, insert
 from tunelang.runtime.sharding import make_layout, shardings
 
 LENGTH = 10

@@ -11,18 +11,18 @@ import pytest
 from flax import nnx
 
 from tests.runtime.architectures import FAMILIES, LLAMA
-from tests.runtime.test_train import ADAMW, make_batch, same
-from tunelang.compiler.adapters import NoTargetError, adapter_of, adapter_parameters
-from tunelang.compiler.architecture import plain
+from tests.runtime.training.test_train_step import ADAMW, make_batch, same
+from tunelang.compiler.models.adapters import NoTargetError, adapter_of, adapter_parameters
+from tunelang.compiler.models.architecture import plain
 from tunelang.dsl.vocabulary.training import Dora, Lora, Sampling
-from tunelang.runtime.decode_loop import make_engine
-from tunelang.runtime.decoder import Decoder
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.policy_step import score_program
-from tunelang.runtime.quantize import dequantized, quantized
-from tunelang.runtime.rollout import Prompt, rollout
+from tunelang.runtime.generation.engine import make_engine
+from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.quantization import dequantized, quantized
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import (
+from tunelang.runtime.stages.policy_step import score_program
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import (
     Program,
     abstract_decoder,
     abstract_state,

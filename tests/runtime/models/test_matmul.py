@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunelang.runtime.products import product
+from tunelang.runtime.models.matmul import product
 
 CASES = {
     "wide": ((3, 5, 4), (4, 7), "btk,kn->btn", 1, 0),

@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 
 from tests.runtime.architectures import FAMILIES
-from tests.runtime.test_train import ADAMW, make_batch, same
-from tunelang.compiler.architecture import Mixture, parameter_count
-from tunelang.runtime.decoder import Decoder
-from tunelang.runtime.layers import MixtureOfExperts, balance_loss
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
+from tests.runtime.training.test_train_step import ADAMW, make_batch, same
+from tunelang.compiler.models.architecture import Mixture, parameter_count
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.layers import MixtureOfExperts, balance_loss
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import Program, init_state, train_step
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import Program, init_state, train_step
 
 MOE = FAMILIES["moe"]
 X = jax.random.normal(jax.random.key(0), (8, 6, MOE.width))

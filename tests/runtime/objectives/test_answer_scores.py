@@ -16,10 +16,10 @@ from optax import identity
 
 from tests.runtime import reference
 from tests.runtime.architectures import LLAMA
-from tests.runtime.test_train import ADAMW, same
-from tunelang.compiler.architecture import Architecture
+from tests.runtime.training.test_train_step import ADAMW, same
+from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.stages import Kto, Preference, RewardModel
-from tunelang.runtime.comparing import (
+from tunelang.runtime.objectives.answer_scores import (
     KtoObjective,
     PairObjective,
     Reference,
@@ -27,10 +27,17 @@ from tunelang.runtime.comparing import (
     segment_program,
     segment_sums,
 )
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.sharding import make_layout, shardings
-from tunelang.runtime.supervised import mismatched
-from tunelang.runtime.train import Batch, Objective, Program, init_state, state_of, train_step
+from tunelang.runtime.stages.supervised import mismatched
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import (
+    Batch,
+    Objective,
+    Program,
+    init_state,
+    state_of,
+    train_step,
+)
 
 ONE = make_layout()
 ROWS, LENGTH, PIECES = 4, 28, 2

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.runtime.test_losses import loop_bodies
-from tunelang.runtime.distillation import (
+from tests.runtime.training.test_cross_entropy import loop_bodies
+from tunelang.runtime.objectives.distill_losses import (
     attention_transfer,
     divergence,
     feature_transfer,
@@ -16,8 +16,8 @@ from tunelang.runtime.distillation import (
     top_k,
     top_k_divergence,
 )
-from tunelang.runtime.losses import cross_entropy
 from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.training.cross_entropy import cross_entropy
 
 BATCH, LENGTH, WIDTH, TEACHER_WIDTH, VOCAB = 8, 10, 6, 4, 24
 KINDS = ["forward_kl", "reverse_kl", "jensen_shannon"]

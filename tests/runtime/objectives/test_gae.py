@@ -12,23 +12,23 @@ import pytest
 from flax import nnx
 
 from tests.runtime.architectures import LLAMA
-from tests.runtime.test_policy_step import GROUP, LENGTH, PROMPTS, make_batch
-from tests.runtime.test_train import ADAMW, same
-from tunelang.compiler.architecture import Architecture
+from tests.runtime.stages.test_policy_step import GROUP, LENGTH, PROMPTS, make_batch
+from tests.runtime.training.test_train_step import ADAMW, same
+from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.base import Measure, Reference
 from tunelang.dsl.vocabulary.data import DataRef
 from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.stages import Ppo
 from tunelang.dsl.vocabulary.training import Critic, Sampling, Sgd
-from tunelang.runtime import values
-from tunelang.runtime.critic import Critic as Estimator
-from tunelang.runtime.critic import learner_of, with_critic
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.origins import score_head
-from tunelang.runtime.policy_step import PolicyBatch, policy_step, score_program
-from tunelang.runtime.rewards import Scores
+from tunelang.runtime.objectives import gae
+from tunelang.runtime.pipeline.initial_weights import score_head
+from tunelang.runtime.rewards.reward_functions import Scores
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import Program, init_state
+from tunelang.runtime.stages.policy_step import PolicyBatch, policy_step, score_program
+from tunelang.runtime.stages.ppo import Critic as Estimator
+from tunelang.runtime.stages.ppo import learner_of, with_critic
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import Program, init_state
 
 ROWS, WIDTH = 9, 8
 
@@ -47,7 +47,7 @@ def given():
 @pytest.mark.parametrize(("discount", "trace"), [(1.0, 1.0), (0.97, 0.9), (0.9, 0.0)])
 def test_gae_is_the_sum_of_the_paper(given, discount, trace):
     rewards, found, mask = given
-    advantages, returns = values.gae(rewards, found, mask, discount, trace)
+    advantages, returns = gae.gae(rewards, found, mask, discount, trace)
     assert not advantages[~mask].any()
     assert not returns[~mask].any()
     for row in range(ROWS):
@@ -68,7 +68,7 @@ def test_gae_is_the_sum_of_the_paper(given, discount, trace):
 def test_rewards_of_tokens(given):
     penalty, _, mask = given
     scores = np.arange(ROWS, dtype=float)
-    found = values.token_rewards(scores, -penalty, mask)
+    found = gae.token_rewards(scores, -penalty, mask)
     for row in range(ROWS):
         expected = np.zeros(WIDTH)
         for at in np.flatnonzero(mask[row]):
@@ -90,26 +90,26 @@ def test_each_token_is_credited_with_its_own_reward(given):
     estimated = Estimator(stage, LLAMA, None).estimated(batch, found.reshape(3, 3, WIDTH), scores)
     each = np.pad(own, ((0, 0), (0, WIDTH - own.shape[1])))
     each[np.arange(ROWS), lengths - 1] += rest
-    expected = values.gae(each, found, mask, 0.9, 0.8)
+    expected = gae.gae(each, found, mask, 0.9, 0.8)
     for one, other in zip((estimated.advantages, estimated.returns), expected, strict=True):
         np.testing.assert_allclose(one.reshape(ROWS, WIDTH), other, rtol=1e-5, atol=1e-6)
 
 
 def test_whitened_it_has_mean_0_and_the_samples_deviation_1(given):
     _, found, mask = given
-    white = values.whiten(found, mask)
+    white = gae.whiten(found, mask)
     assert not white[~mask].any()
     assert white[mask].mean() == pytest.approx(0, abs=1e-12)
     assert white[mask].std(ddof=1) == pytest.approx(1)
-    assert not values.whiten(np.ones((2, 3)), np.ones((2, 3), bool)).any()
-    assert not values.whiten(found, np.zeros_like(mask)).any()
+    assert not gae.whiten(np.ones((2, 3)), np.ones((2, 3), bool)).any()
+    assert not gae.whiten(found, np.zeros_like(mask)).any()
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
 def test_the_loss_of_values(clip):
     rng = np.random.default_rng(1)
     now, old, returns = rng.standard_normal((3, 50))
-    losses, held = values.value_losses(*(jnp.asarray(each) for each in (now, old, returns)), clip)
+    losses, held = gae.value_losses(*(jnp.asarray(each) for each in (now, old, returns)), clip)
     for at in range(50):
         plain = (now[at] - returns[at]) ** 2
         near = now[at] if clip is None else min(max(now[at], old[at] - clip), old[at] + clip)
@@ -118,10 +118,10 @@ def test_the_loss_of_values(clip):
 
 
 def test_the_coefficient_follows_the_divergence():
-    assert values.adapted(0.1, 6.0, 6.0, 0.5) == pytest.approx(0.1)
-    assert values.adapted(0.1, 6.6, 6.0, 0.5) == pytest.approx(0.1 * (1 + 0.5 * 0.1))
-    assert values.adapted(0.1, 60.0, 6.0, 0.5) == pytest.approx(0.1 * (1 + 0.5 * 0.2))
-    assert values.adapted(0.1, 0.0, 6.0, 0.5) == pytest.approx(0.1 * (1 - 0.5 * 0.2))
+    assert gae.adapted(0.1, 6.0, 6.0, 0.5) == pytest.approx(0.1)
+    assert gae.adapted(0.1, 6.6, 6.0, 0.5) == pytest.approx(0.1 * (1 + 0.5 * 0.1))
+    assert gae.adapted(0.1, 60.0, 6.0, 0.5) == pytest.approx(0.1 * (1 + 0.5 * 0.2))
+    assert gae.adapted(0.1, 0.0, 6.0, 0.5) == pytest.approx(0.1 * (1 - 0.5 * 0.2))
 
 
 # In the update.

@@ -18,9 +18,9 @@ from tunelang.dsl.vocabulary.training import (
     Sampling,
     Truncated,
 )
-from tunelang.runtime import objectives
-from tunelang.runtime.objectives import Completions, objective
-from tunelang.runtime.sampling import token_log_probs
+from tunelang.runtime.generation.token_sampling import token_log_probs
+from tunelang.runtime.objectives import policy_gradient
+from tunelang.runtime.objectives.policy_gradient import Completions, objective
 
 SEQUENCES, LENGTH, MAX_TOKENS = 6, 7, 10
 
@@ -205,7 +205,7 @@ def test_divergence_in_the_loss(kl, aggregate, arrays):
     np.testing.assert_allclose(
         gradient, 0.3 * weight * log_ratio * on * each / over[aggregate], rtol=1e-4, atol=1e-7
     )
-    kl_metric = float(objectives.metrics(jnp.float32(0), totals)["kl"])
+    kl_metric = float(policy_gradient.metrics(jnp.float32(0), totals)["kl"])
     assert kl_metric == pytest.approx(estimate(kl.word, log_ratio)[on].mean(), rel=1e-5)
 
 
@@ -220,7 +220,7 @@ def test_gradient_in_the_mean_is_the_divergence_own(kl):
         log_probs = [jax.nn.log_softmax(each)[:, None] for each in (theta, old, reference)]
         log_probs[0] = log_probs[0].astype(jnp.float32)
         ones = jnp.ones((5, 1))
-        terms = objectives.divergence_term(
+        terms = policy_gradient.divergence_term(
             kl, log_probs[0] - log_probs[2], log_probs[0] - log_probs[1]
         )
         return (drawn[:, None] * terms * ones).sum()
@@ -255,7 +255,7 @@ def test_divergence_of_a_model_from_itself_is_0(kl, temperature):
 def test_divergence_off_the_reward(kl, arrays):
     rewards = np.arange(SEQUENCES, dtype=np.float32)
     given = [jnp.asarray(arrays[n], jnp.float32) for n in ("old", "reference")]
-    found = objectives.penalised(jnp.asarray(rewards), kl, *given, jnp.asarray(arrays["mask"]))
+    found = policy_gradient.penalised(jnp.asarray(rewards), kl, *given, jnp.asarray(arrays["mask"]))
     log_ratio = arrays["old"] - arrays["reference"]
     taken = (estimate(kl.word, log_ratio) * arrays["mask"]).sum(1)
     np.testing.assert_allclose(found, rewards - 0.1 * taken, rtol=1e-5)
@@ -279,7 +279,7 @@ def test_correction_for_the_sampler(correction, arrays):
     bare = policy()
     _, plain, _ = loss_and_gradient(bare, batch(arrays))
     np.testing.assert_allclose(gradient, plain * held, rtol=1e-4, atol=1e-7)
-    found = objectives.metrics(jnp.float32(loss), totals)
+    found = policy_gradient.metrics(jnp.float32(loss), totals)
     assert float(found["correction"]) == pytest.approx(held[on].mean(), rel=1e-5)
     assert float(found["correction_max"]) == pytest.approx(held[on].max(), rel=1e-5)
     assert 0 < float(found["correction_cut"]) < 1
@@ -287,17 +287,17 @@ def test_correction_for_the_sampler(correction, arrays):
 
 def test_mismatch_is_measured_with_and_without_correction(arrays):
     _, _, totals = loss_and_gradient(policy(), batch(arrays))
-    found = objectives.metrics(jnp.float32(0), totals)
+    found = policy_gradient.metrics(jnp.float32(0), totals)
     gap = (arrays["old"] - arrays["sampler"])[arrays["mask"]]
     assert float(found["mismatch_error"]) == pytest.approx(np.exp(np.abs(gap)).mean(), rel=1e-5)
     assert float(found["mismatch_kl"]) == pytest.approx((np.exp(gap) - 1 - gap).mean(), rel=1e-5)
     assert float(found["mismatch_max"]) == pytest.approx(np.abs(gap).max(), rel=1e-5)
     # These two models are far apart: the bounds say so, and hold for one and the same.
-    for name, bound in objectives.MISMATCH_BOUNDS.items():
+    for name, bound in policy_gradient.MISMATCH_BOUNDS.items():
         assert float(found[name]) > bound
     same = batch({**arrays, "sampler": arrays["old"]})
-    found = objectives.metrics(jnp.float32(0), loss_and_gradient(policy(), same)[2])
-    for name, bound in objectives.MISMATCH_BOUNDS.items():
+    found = policy_gradient.metrics(jnp.float32(0), loss_and_gradient(policy(), same)[2])
+    for name, bound in policy_gradient.MISMATCH_BOUNDS.items():
         assert float(found[name]) < bound
 
 
@@ -306,7 +306,7 @@ def test_entropy_bonus(arrays):
     loss, _, totals = loss_and_gradient(policy(entropy=0.01), batch(arrays))
     mean = arrays["entropy"][arrays["mask"]].mean()
     assert loss == pytest.approx(base - 0.01 * mean, rel=1e-5)
-    assert float(objectives.metrics(jnp.float32(0), totals)["entropy"]) == pytest.approx(mean)
+    assert float(policy_gradient.metrics(jnp.float32(0), totals)["entropy"]) == pytest.approx(mean)
 
     def by_entropy(entropy):
         return objective(policy(entropy=0.01), batch(arrays)._replace(entropy=entropy))[0]
@@ -332,7 +332,7 @@ def test_micro_batches_add_up_to_the_whole(name, more, arrays):
         loss, own, totals_of_piece = loss_and_gradient(chosen, piece)
         sums += loss * float(totals_of_piece.denominator)
         gradients.append(own * float(totals_of_piece.denominator))
-        parts = totals_of_piece if parts is None else objectives.add(parts, totals_of_piece)
+        parts = totals_of_piece if parts is None else policy_gradient.add(parts, totals_of_piece)
     assert sums / float(parts.denominator) == pytest.approx(whole, rel=1e-5, abs=1e-7)
     np.testing.assert_allclose(
         np.concatenate(gradients) / float(parts.denominator), gradient, rtol=1e-5, atol=1e-8
@@ -348,14 +348,14 @@ def test_a_scan_over_micro_batches_starts_from_zeros(arrays):
     def step(pieces):
         def body(carry, piece):
             loss, totals = objective(chosen, piece)
-            return (carry[0] + loss, objectives.add(carry[1], totals)), None
+            return (carry[0] + loss, policy_gradient.add(carry[1], totals)), None
 
         first = jax.tree.map(lambda a: a[0], pieces)
         shapes = jax.eval_shape(lambda piece: objective(chosen, piece), first)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        return objectives.metrics(*jax.lax.scan(body, zeros, pieces)[0])
+        return policy_gradient.metrics(*jax.lax.scan(body, zeros, pieces)[0])
 
-    found, whole = step(pieces), objectives.metrics(*objective(chosen, batch(arrays)))
+    found, whole = step(pieces), policy_gradient.metrics(*objective(chosen, batch(arrays)))
     assert set(found) == {
         "loss", "ratio", "ratio_max", "clip_low", "clip_high", "kl", "entropy", "correction",
         "correction_cut", "correction_max", "mismatch_kl", "mismatch_error", "mismatch_max",
@@ -382,7 +382,7 @@ def test_prompt_and_padding_never_count(name, arrays):
     assert float(longer[2].denominator) == float(clean[2].denominator)
     empty = {**arrays, "mask": np.zeros_like(arrays["mask"])}
     loss, totals = objective(chosen, batch(empty))
-    assert all(float(value) == 0 for value in objectives.metrics(loss, totals).values())
+    assert all(float(value) == 0 for value in policy_gradient.metrics(loss, totals).values())
 
 
 def test_without_old_the_policy_is_the_one_that_sampled(arrays):
@@ -401,7 +401,9 @@ def test_absurd_ratios_stay_finite(ratio, gap, arrays):
     loss, gradient, totals = loss_and_gradient(chosen, batch(far))
     assert np.isfinite(loss)
     assert np.isfinite(gradient).all()
-    assert all(np.isfinite(each) for each in objectives.metrics(jnp.float32(loss), totals).values())
+    assert all(
+        np.isfinite(each) for each in policy_gradient.metrics(jnp.float32(loss), totals).values()
+    )
 
 
 @pytest.mark.parametrize(

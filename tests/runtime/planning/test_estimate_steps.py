@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.compiler.workspace import program
-from tunelang.compiler.layout import StageLayout
+from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.dsl.vocabulary.stages import Training
-from tunelang.runtime.lengths import steps
+from tunelang.runtime.planning.estimate_steps import steps
 
 LAYOUT = StageLayout(
     mesh={"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}, rows=16, length=128,

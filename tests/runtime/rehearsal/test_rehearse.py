@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import pytest
 
 from tests.pipeline import tiny
-from tunelang.compiler.adapters import adapted
-from tunelang.compiler.architecture import Architecture, parameter_count
-from tunelang.compiler.costs import Judge
-from tunelang.compiler.hardware import CHIPS, Devices, declared
-from tunelang.compiler.layout import DoesNotFitError, StageLayout
-from tunelang.compiler.search import lay_out
+from tunelang.compiler.costs.step_costs import Judge
+from tunelang.compiler.layout.hardware import CHIPS, Devices, declared
+from tunelang.compiler.layout.layout_search import lay_out
+from tunelang.compiler.layout.stage_layout import DoesNotFitError, StageLayout
+from tunelang.compiler.models.adapters import adapted
+from tunelang.compiler.models.architecture import Architecture, parameter_count
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import (
@@ -32,12 +32,13 @@ from tunelang.dsl.vocabulary.stages import (
     Training,
 )
 from tunelang.dsl.vocabulary.training import K3, AdamW, Axes, Critic, Lora, Sampling
-from tunelang.runtime import collectives, sharding
-from tunelang.runtime.prepare import Shapes
-from tunelang.runtime.rehearse import Rehearsed, measure, rehearse, remedies, unsplit
+from tunelang.runtime import sharding
+from tunelang.runtime.planning.prepare import Shapes
+from tunelang.runtime.rehearsal import collectives
+from tunelang.runtime.rehearsal.abstract_programs import Program, programs
+from tunelang.runtime.rehearsal.rehearse import Rehearsed, measure, rehearse, remedies, unsplit
+from tunelang.runtime.rehearsal.topologies import compilable
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.stage_programs import Program, programs
-from tunelang.runtime.topologies import compilable
 
 SMALL = Architecture(
     vocabulary=128, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=64, context=64
@@ -336,7 +337,9 @@ eval likeliest : generate { data = sums, beams = 2, max_tokens = 4, score = corr
     kept = list(cache.glob("rehearsal-*"))
     list(rehearse(prepared, "tries", cache))
     assert len(list(cache.glob("rehearsal-*"))) == len(kept)
-    monkeypatch.setattr("tunelang.runtime.rehearse.OPTIONS", {"cpu": {"xla_an_option": 1}})
+    monkeypatch.setattr(
+        "tunelang.runtime.rehearsal.rehearse.OPTIONS", {"cpu": {"xla_an_option": 1}}
+    )
     list(rehearse(prepared, "tries", cache))
     assert len(list(cache.glob("rehearsal-*"))) == len(kept) + 2
 

@@ -14,10 +14,10 @@ import pytest
 
 from tunelang.dsl.vocabulary.data import TemplateText
 from tunelang.dsl.vocabulary.rewards import Criterion, Endpoint, Rubric
-from tunelang.runtime import judges
-from tunelang.runtime.judges import EndpointJudge, JudgeDownError, rubric, verdict
-from tunelang.runtime.scorers import Row
-from tunelang.runtime.workers import LoadError
+from tunelang.runtime.rewards import judges
+from tunelang.runtime.rewards.judges import EndpointJudge, JudgeDownError, rubric, verdict
+from tunelang.runtime.rewards.reward_parts import Row
+from tunelang.runtime.workers.worker_pool import LoadError
 
 
 class StandIn:

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from tunelang.runtime.numeric import Number, equal, last_number
+from tunelang.runtime.rewards.number_match import Number, equal, last_number
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ from tunelang.dsl.vocabulary.rewards import (
     RewardRef,
     Verified,
 )
-from tunelang.runtime import scorers
-from tunelang.runtime.rewards import Reward, Scores
-from tunelang.runtime.scorers import Row, Surroundings, overlong
-from tunelang.runtime.workers import LoadError
+from tunelang.runtime.rewards import reward_parts
+from tunelang.runtime.rewards.reward_functions import Reward, Scores
+from tunelang.runtime.rewards.reward_parts import Row, Surroundings, overlong
+from tunelang.runtime.workers.worker_pool import LoadError
 
 
 def row(
@@ -376,8 +376,8 @@ def test_processes_end_with_the_trainer(folder):
     script = """
         import os, time
         from tunelang.dsl.vocabulary.custom import Python
-        from tunelang.runtime.rewards import Reward
-        from tunelang.runtime.scorers import Row, Surroundings
+        from tunelang.runtime.rewards.reward_functions import Reward
+        from tunelang.runtime.rewards.reward_parts import Row, Surroundings
         reward = Reward(Python(reference="mine.py:moody"), Surroundings(workers=1))
         reward.submit([Row({"completion": "child"}, "math", 5)])
         while not (os.path.exists("pid") and open("pid").read()):
@@ -406,7 +406,7 @@ def _alive(pid: int) -> bool:
 
 
 def test_a_hanging_expression_is_an_event(monkeypatch):
-    monkeypatch.setattr(scorers, "TIMEOUT", 0.5)
+    monkeypatch.setattr(reward_parts, "TIMEOUT", 0.5)
     found = score(Matches(pattern="(a+)+b"), row("a" * 50), row("aab"))
     assert found.values.tolist() == [0, 1]
     assert [(e.row, e.why) for e in found.events] == [(0, "it took more than 0.5 s")]

@@ -10,15 +10,14 @@ import pytest
 
 from tests.runtime import reference
 from tests.runtime.architectures import LLAMA
-from tests.runtime.test_train import ADAMW, same
+from tests.runtime.training.test_train_step import ADAMW, same
 from tunelang.dsl.vocabulary.base import Measure, Reference
 from tunelang.dsl.vocabulary.data import DataRef
 from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.stages import POLICIES, Policy
 from tunelang.dsl.vocabulary.training import K3, Clip, Sampling, Sgd, Truncated
-from tunelang.runtime.losses import token_logprobs, token_scores
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.policy_step import (
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.stages.policy_step import (
     PolicyBatch,
     chosen,
     in_parts,
@@ -27,8 +26,9 @@ from tunelang.runtime.policy_step import (
     score_program,
     useful_first,
 )
-from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import Program, init_state
+from tunelang.runtime.training.cross_entropy import token_logprobs, token_scores
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import Program, init_state
 
 PROMPTS, GROUP, BEFORE, LENGTH = 8, 2, 5, 6
 ONE = make_layout()

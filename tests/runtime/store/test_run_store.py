@@ -15,10 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from tunelang.runtime import durable
-from tunelang.runtime.durable import Row, RowWriter, StoreError, keep_rows, numbers, read_rows
-from tunelang.runtime.locks import Locked, holder, lock
-from tunelang.runtime.store import Store, root
+from tunelang.runtime.store import atomic_files
+from tunelang.runtime.store.atomic_files import (
+    Row,
+    RowWriter,
+    StoreError,
+    keep_rows,
+    numbers,
+    read_rows,
+)
+from tunelang.runtime.store.locks import Locked, holder, lock
+from tunelang.runtime.store.run_store import Store, root
 
 # Files.
 
@@ -27,7 +34,7 @@ def test_a_full_disk_leaves_the_old_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "file.json"
-    durable.write_json(path, {"a": 1})
+    atomic_files.write_json(path, {"a": 1})
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -35,9 +42,9 @@ def test_a_full_disk_leaves_the_old_content(
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", full)
         with pytest.raises(StoreError, match="no space left on device") as caught:
-            durable.write_json(path, {"a": 2})
+            atomic_files.write_json(path, {"a": 2})
     assert caught.value.path == path
-    assert durable.read_json(path) == {"a": 1}
+    assert atomic_files.read_json(path) == {"a": 1}
     assert os.listdir(tmp_path) == ["file.json"]
 
 
@@ -89,7 +96,7 @@ def test_files_are_whole_after_kill(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
-from tunelang.runtime.durable import RowWriter, write_json
+from tunelang.runtime.store.atomic_files import RowWriter, write_json
 folder = Path(sys.argv[1])
 rows = RowWriter(folder / "rows")
 print("ready", flush=True)
@@ -107,7 +114,7 @@ for n in range(10**9):
         time.sleep(0.02 + choose.random() * 0.1)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        assert len(durable.read_json(tmp_path / "value.json")["long"]) == 5000
+        assert len(atomic_files.read_json(tmp_path / "value.json")["long"]) == 5000
         assert read_rows(tmp_path / "rows").damaged == 0
 
 
@@ -116,7 +123,7 @@ for n in range(10**9):
 HOLD = """
 import sys, time
 from pathlib import Path
-from tunelang.runtime.locks import lock
+from tunelang.runtime.store.locks import lock
 with lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 from tests.runtime.data_helpers import HARD, chat, pair, shared
 from tunelang.dsl.vocabulary import models
-from tunelang.runtime.chat import (
+from tunelang.runtime.data.examples import Example
+from tunelang.runtime.tokenize.chat_renderer import (
     EmptyMaskError,
     NoStopTokenError,
     Renderer,
     TemplateRewritesError,
     TruncatedAnswerError,
 )
-from tunelang.runtime.chat_templates import ChatTemplate, TemplateFailedError
-from tunelang.runtime.examples import Example
-from tunelang.runtime.open_tokenizer import open_renderer
-from tunelang.runtime.tokenizers import Bytes
+from tunelang.runtime.tokenize.chat_templates import ChatTemplate, TemplateFailedError
+from tunelang.runtime.tokenize.open_tokenizer import open_renderer
+from tunelang.runtime.tokenize.tokenizers import Bytes
 
 # The forms that models are published with; none of them marks what the assistant says.
 STOCK = {

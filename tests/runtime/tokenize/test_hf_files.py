@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tunelang.dsl.vocabulary import models
-from tunelang.runtime.open_tokenizer import open_renderer
-from tunelang.runtime.tokenizer_files import library_tokenizer, tokenizer_files
+from tunelang.runtime.tokenize.hf_files import library_tokenizer, tokenizer_files
+from tunelang.runtime.tokenize.open_tokenizer import open_renderer
 
-LLAMA = Path(__file__).parents[3] / "shared" / "data" / "llama2-tokenizer" / "tokenizer.model"
-PROSE = Path(__file__).parents[2] / "specs" / "data" / "shakespeare" / "validation.txt"
+LLAMA = Path(__file__).parents[4] / "shared" / "data" / "llama2-tokenizer" / "tokenizer.model"
+PROSE = Path(__file__).parents[3] / "specs" / "data" / "shakespeare" / "validation.txt"
 HARD = [
     "Hello world", " leading", "trailing ", " two  spaces   three", "tab\tnew\nline\r\n\n",
     "emoji 👩‍👩‍👧‍👦🇩🇪 ok", "def f(x):\n    return x**2", "1234567890123456789012345",

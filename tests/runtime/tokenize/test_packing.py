@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from tests.runtime.data_helpers import jsonl, library, questions, ref, shared, text, write_jsonl
 from tunelang.dsl.vocabulary import data, models
 from tunelang.dsl.vocabulary.base import DataExpression, Measure
-from tunelang.runtime.bad_rows import BadRowError, NoRowsError
-from tunelang.runtime.chat import Renderer
-from tunelang.runtime.corpus import Corpus, tokenise
-from tunelang.runtime.open_tokenizer import open_renderer
-from tunelang.runtime.packing import (
+from tunelang.runtime.data.row_errors import BadRowError, NoRowsError
+from tunelang.runtime.tokenize.chat_renderer import Renderer
+from tunelang.runtime.tokenize.open_tokenizer import open_renderer
+from tunelang.runtime.tokenize.packing import (
     Batch,
     Table,
     batch_of,
@@ -23,6 +22,7 @@ from tunelang.runtime.packing import (
     plan,
     sequences_of,
 )
+from tunelang.runtime.tokenize.token_cache import Corpus, tokenise
 
 
 def bytes_renderer() -> Renderer:

@@ -14,10 +14,14 @@ from hypothesis import strategies as st
 from tests.runtime.data_helpers import HARD, pair, shared
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import DataExpression
-from tunelang.runtime.chat import Renderer
-from tunelang.runtime.chat_templates import NAMED
-from tunelang.runtime.open_tokenizer import BadTokenizerError, VocabularySizeError, open_renderer
-from tunelang.runtime.tokenizers import (
+from tunelang.runtime.tokenize.chat_renderer import Renderer
+from tunelang.runtime.tokenize.chat_templates import NAMED
+from tunelang.runtime.tokenize.open_tokenizer import (
+    BadTokenizerError,
+    VocabularySizeError,
+    open_renderer,
+)
+from tunelang.runtime.tokenize.tokenizers import (
     Bytes,
     HuggingFace,
     SentencePiece,

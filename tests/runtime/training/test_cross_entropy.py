@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunelang.runtime.losses import cross_entropy, token_logprobs
 from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.training.cross_entropy import cross_entropy, token_logprobs
 
 BATCH, LENGTH, WIDTH, VOCAB = 8, 10, 6, 24
 

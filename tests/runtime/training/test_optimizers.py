@@ -9,8 +9,8 @@ from flax import nnx
 
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
-from tunelang.runtime.layers import parameter
-from tunelang.runtime.optimizers import (
+from tunelang.runtime.models.layers import parameter
+from tunelang.runtime.training.optimizers import (
     NEWTON_SCHULZ,
     build_optimizer,
     is_matrix,

@@ -10,9 +10,9 @@ import pytest
 from tests.runtime.architectures import FAMILIES, LLAMA
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
-from tunelang.runtime.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.train import (
+from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.train_step import (
     Batch,
     Program,
     abstract_state,

@@ -1,0 +1,1 @@
+"""What a layout of a stage takes: bytes, FLOPs, seconds."""

@@ -1,0 +1,1 @@
+"""The stage graph as text, Mermaid, DOT and SVG."""

@@ -1,0 +1,1 @@
+"""Decoders as data: sizes, adapters, families of checkpoints, presets."""

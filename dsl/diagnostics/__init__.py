@@ -1,0 +1,1 @@
+"""What is wrong with a spec, as data; its codes, and its rendering as text."""

@@ -1,0 +1,1 @@
+"""A syntax tree to values: names, imports, overrides, expressions, types."""

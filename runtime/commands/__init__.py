@@ -1,0 +1,1 @@
+"""The commands of `tune`, and how they show things to people."""

@@ -1,0 +1,1 @@
+"""Rows to examples to streams with random access. Knows no tokens."""

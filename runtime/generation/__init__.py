@@ -1,0 +1,1 @@
+"""Sampling from a model: tokens, the KV-cache engine, rollouts, beams."""

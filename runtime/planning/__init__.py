@@ -1,0 +1,1 @@
+"""A checked spec to a plan for the devices of this machine or others."""

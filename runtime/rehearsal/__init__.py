@@ -1,0 +1,1 @@
+"""Compiles a stage's programs for hardware that need not be here."""

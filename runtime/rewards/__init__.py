@@ -1,0 +1,1 @@
+"""Reward expressions and the functions they are made of."""

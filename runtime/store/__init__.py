@@ -1,0 +1,1 @@
+"""What stages yielded, by fingerprint, in files that survive crashes."""

@@ -1,0 +1,1 @@
+"""The jitted training step, and the loop around it."""

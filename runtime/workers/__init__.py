@@ -1,0 +1,1 @@
+"""Calls into functions that may raise, hang or crash, in processes of their own."""
