@@ -45,7 +45,7 @@ from tunelang.runtime.stages.supervised import mismatched
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.train_step import Batch, Objective, Program, init_state, train_step
 
-SPEC = AdamW.fixed(lr=1e-4)
+SPEC = AdamW.unvalidated(lr=1e-4)
 STEPS = 1000
 SEGMENTS = 4
 """Of a row; the first quarter of each is the prompt."""
@@ -141,7 +141,7 @@ def supervised_methods(
     optimizer, schedule = build_optimizer(SPEC, STEPS), learning_rate(SPEC, STEPS)
     batch, length = make_batch(given), given.length
     trained, forward = (of(model, length) for of in (train_flops, forward_flops))
-    distill = Distill.fixed(hard=0.1)
+    distill = Distill.unvalidated(hard=0.1)
 
     def method(
         objective: Objective | None,
@@ -160,19 +160,19 @@ def supervised_methods(
         return make
 
     def pairs(live: Architecture | None) -> Objective:
-        return PairObjective(Preference.fixed(), SEGMENTS, Reference(live))
+        return PairObjective(Preference.unvalidated(), SEGMENTS, Reference(live))
 
     return {
         SFT: method(None, trained),
         "dpo, ahead": method(pairs(None), trained),
         "dpo, live": method(pairs(model), trained + forward, beside=model),
         "reward_model": method(
-            ScoreObjective(RewardModel.fixed(), SEGMENTS, False),
+            ScoreObjective(RewardModel.unvalidated(), SEGMENTS, False),
             train_flops(scoring, length),
             scoring,
         ),
         "kto": method(
-            KtoObjective(Kto.fixed(), SEGMENTS, Reference(model)),
+            KtoObjective(Kto.unvalidated(), SEGMENTS, Reference(model)),
             trained + 3 * forward,
             beside=model,
         ),
@@ -210,9 +210,9 @@ def ppo_methods(given: argparse.Namespace, program: Program) -> dict[str, Callab
     trained = train_flops(model, each) - spared
 
     def method(trunk: str, flops: float) -> Callable[[], Method]:
-        settings = Critic.fixed(trunk=trunk, optimizer=SPEC)
-        rollout = Sampling.fixed(max_tokens=shape[2])
-        stage = Ppo.fixed(rollout=rollout, critic=settings, passes=1, optimizer=SPEC)
+        settings = Critic.unvalidated(trunk=trunk, optimizer=SPEC)
+        rollout = Sampling.unvalidated(max_tokens=shape[2])
+        stage = Ppo.unvalidated(rollout=rollout, critic=settings, passes=1, optimizer=SPEC)
 
         def make() -> Method:
             learner = learner_of(settings, scoring, STEPS)

@@ -209,7 +209,7 @@ def architecture(point: Point) -> Architecture:
     a = replace(MODELS[point.model], context=point.length)
     if point.form == "full":
         return a
-    return adapted(a, (Lora.fixed(),), "nf4" if point.form == "qlora" else "bf16")
+    return adapted(a, (Lora.unvalidated(),), "nf4" if point.form == "qlora" else "bf16")
 
 
 def devices(point: Point) -> Devices:
@@ -224,8 +224,9 @@ def devices(point: Point) -> Devices:
 def planned(point: Point) -> tuple[Sft, StageLayout]:
     """Return the stage, and its layout with what the plan says of it."""
     a, there = architecture(point), devices(point)
-    stage = Sft.fixed(
-        batch=Measure.fixed(value=point.rows, unit="sequences"), optimizer=AdamW.fixed(lr=1e-4)
+    stage = Sft.unvalidated(
+        batch=Measure.unvalidated(value=point.rows, unit="sequences"),
+        optimizer=AdamW.unvalidated(lr=1e-4),
     )
     layout = StageLayout(
         mesh=point.mesh, rows=point.rows, length=point.length, remat=point.remat, slots=None,
@@ -418,8 +419,9 @@ def cases(count: int) -> None:
             draw.choice(names), draw.choice(FORMS), chip, shape, {}, rows, length, 1, "auto"
         )
         a, there = architecture(point), devices(point)
-        stage = Sft.fixed(
-            batch=Measure.fixed(value=rows, unit="sequences"), optimizer=AdamW.fixed(lr=1e-4)
+        stage = Sft.unvalidated(
+            batch=Measure.unvalidated(value=rows, unit="sequences"),
+            optimizer=AdamW.unvalidated(lr=1e-4),
         )
         chosen = lay_out(stage, a, 2, there)
         faster = [each for each in everything(stage, a, there) if each.seconds < chosen.seconds]
@@ -472,8 +474,9 @@ def published() -> None:
         else:
             there = Devices(chip, math.prod(shape) * chip.per_chip, False, shape)
         rows = local * there.count
-        stage = Sft.fixed(
-            batch=Measure.fixed(value=rows, unit="sequences"), optimizer=AdamW.fixed(lr=1e-4)
+        stage = Sft.unvalidated(
+            batch=Measure.unvalidated(value=rows, unit="sequences"),
+            optimizer=AdamW.unvalidated(lr=1e-4),
         )
         where = f"{there}"
         try:

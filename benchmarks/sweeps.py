@@ -31,7 +31,7 @@ from tunelang.runtime.training.train_step import (
     train_step,
 )
 
-SPEC = AdamW.fixed(lr=1e-4)
+SPEC = AdamW.unvalidated(lr=1e-4)
 SIZES = ((1, 64), (1, 256), (4, 512))
 
 

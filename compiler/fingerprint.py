@@ -304,7 +304,7 @@ class _Writer:
                 return self.reference(value)
             case rewards.BySource():
                 pairs = sorted(
-                    (self.reference(data.DataRef.fixed(name=name)), self.expression(part))
+                    (self.reference(data.DataRef.unvalidated(name=name)), self.expression(part))
                     for name, part in value.sources.items()
                 )
                 return _digest({"is": value.word, "sources": pairs})

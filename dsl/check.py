@@ -219,15 +219,15 @@ class _Checker:
         bound = bind(evaluator, entries, info.attributes, owner)
         if bound is INVALID:
             return INVALID
-        return info.model.fixed(**(dict(info.presets) | bound))
+        return info.model.unvalidated(**(dict(info.presets) | bound))
 
     def _run(self) -> Run:
         run = self.loaded.run
         if run is None:
-            return Run.fixed()
+            return Run.unvalidated()
         evaluator = self._evaluator(self.loaded.root, "run")
         value = self._block(RUN, run.block, evaluator, nodes.Name("run", run.span))
-        return Run.fixed() if value is INVALID else value
+        return Run.unvalidated() if value is INVALID else value
 
     def _touch(self, node: nodes.Expr, module: Module) -> None:
         for part in nodes.walk(node):

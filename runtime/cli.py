@@ -470,23 +470,25 @@ def generate_command(
 
     if temperature is None:
         temperature = 1.0 if best_of else 0.0
-    sampling = Sampling.fixed(
+    sampling = Sampling.unvalidated(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p
     )
     with _failing(program, traceback):
-        speaker, reward = generate.open_ranked(program, _store(spec, store), stage, by, max_tokens)
+        generator, reward = generate.open_ranked(
+            program, _store(spec, store), stage, by, max_tokens
+        )
         asked = prompts or [line.rstrip("\n") for line in sys.stdin]
         if beams:
             penalty = 1.0 if length_penalty is None else length_penalty
-            texts = speaker.search(
+            texts = generator.search(
                 asked, max_tokens, raw, beams=beams, length_penalty=penalty, returned=samples
             )
         elif best_of:
-            texts = speaker.best(
+            texts = generator.best(
                 asked, sampling, best_of, seed, raw, returned=samples, reward=reward
             )
         else:
-            texts = speaker.complete(asked, sampling, samples, seed, raw)
+            texts = generator.complete(asked, sampling, samples, seed, raw)
         try:
             with reward or nullcontext():
                 for text in texts:
@@ -511,7 +513,7 @@ def chat_command(
     from tunelang.dsl.vocabulary.training import Sampling
     from tunelang.runtime.commands import generate  # JAX is slow to import
 
-    sampling = Sampling.fixed(max_tokens=max_tokens, temperature=temperature)
+    sampling = Sampling.unvalidated(max_tokens=max_tokens, temperature=temperature)
     with _failing(program, traceback):
         generate.chat(generate.open_speaker(program, _store(spec, store), stage), sampling)
 

@@ -162,7 +162,7 @@ def logical_axes(variable: nnx.Variable[Any]) -> Axes:
     return axes
 
 
-def brought(params: Any, layout: Layout | None) -> Any:
+def reshard_for_decoding(params: Any, layout: Layout | None) -> Any:
     """Return parameters where a layout of sampling has them; as they are for one of training."""
     if layout is None or layout.rules is not DECODE_RULES:
         return params

@@ -166,14 +166,14 @@ def named(text: str) -> HardwareKind:
     name, _, shape = text.partition(":")
     sizes = [int(size) for size in shape.split("x") if size.isdigit()]
     if text == "local":
-        return Local.fixed()
+        return Local.unvalidated()
     if name in TOPOLOGIES:
         if shape in TOPOLOGIES[name]:
-            return Tpu.fixed(topology=text)
+            return Tpu.unvalidated(topology=text)
         raise ValueError(f"`{name}` has the shapes {', '.join(TOPOLOGIES[name])}")
     if name in CHIPS:
         if shape == "x".join(map(str, sizes)) and len(sizes) in (1, 2) and min(sizes) > 0:
-            return Gpu.fixed(kind=name, nodes=sizes[0] if sizes[1:] else 1, devices=sizes[-1])
+            return Gpu.unvalidated(kind=name, nodes=sizes[0] if sizes[1:] else 1, devices=sizes[-1])
         raise ValueError(f"how many? `{name}:8`, or nodes and devices of each: `{name}:4x8`")
     raise ValueError(f"there is {', '.join(CHIPS)} and `local`, as in `v5e:4x4` or `h200:8`")
 

@@ -252,7 +252,7 @@ def _changes(
         yield [(str(more), stage, a, more) for more in several]
     if not a.adapters:
         plain: Storage = "bf16" if dtype_bytes == 2 else "f32"
-        lora, adapter = "`adapter = lora()`", (Lora.fixed(),)
+        lora, adapter = "`adapter = lora()`", (Lora.unvalidated(),)
         yield [
             (lora, stage, adapted(a, adapter, plain), devices),
             (f"{lora}, `weights = nf4` of the model", stage, adapted(a, adapter, "nf4"), devices),

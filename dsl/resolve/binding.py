@@ -63,7 +63,7 @@ def bind_call(
     bound = bind(evaluator, entries(call), attributes(function), owner, spans)
     if bound is INVALID:
         return INVALID
-    return placed(evaluator, function.fixed(**given, **bound), owner.span, spans)
+    return placed(evaluator, function.unvalidated(**given, **bound), owner.span, spans)
 
 
 def placed(evaluator: Evaluator, value: Node, span: Span, arguments: dict[str, Span]) -> Node:
@@ -111,7 +111,7 @@ def _bind_variadic(
         evaluator.complain(messages.split_too_large(call.span, values))
         return INVALID
     return placed(
-        evaluator, function.fixed(**given, **{into: values}), head.span.to(call.span), spans
+        evaluator, function.unvalidated(**given, **{into: values}), head.span.to(call.span), spans
     )
 
 

@@ -182,7 +182,7 @@ class Evaluator:
                     and function.family == option.family
                     and hasattr(function, "bare")
                 ):
-                    return function.fixed()
+                    return function.unvalidated()
         if node.text not in self.module.names and not self.module.excuses(node.text):
             for option in options:
                 if isinstance(option, types.Choice) and option.words:
@@ -224,10 +224,10 @@ class Evaluator:
             case "let" | "param":
                 return None if isinstance(symbol.value, _NoneValue) else symbol.value
             case "data":
-                return data.DataRef.fixed(name=symbol.name)
+                return data.DataRef.unvalidated(name=symbol.name)
             case "reward":
-                return rewards.RewardRef.fixed(name=symbol.name)
-        return Reference.fixed(noun=symbol.noun, name=symbol.name)
+                return rewards.RewardRef.unvalidated(name=symbol.name)
+        return Reference.unvalidated(noun=symbol.noun, name=symbol.name)
 
     # Chains: calls, members, methods.
 
@@ -302,7 +302,7 @@ class Evaluator:
             )
             if bound is INVALID:
                 return INVALID
-            return Reference.fixed(noun="stage", name=value.name, step=bound["step"])
+            return Reference.unvalidated(noun="stage", name=value.name, step=bound["step"])
         known = ["step"] if isinstance(value, Reference) and value.noun == "stage" else []
         self.complain(messages.unknown_method(name.span, name.text, value, known))
         return INVALID
@@ -392,28 +392,28 @@ class Evaluator:
             case nodes.Group():
                 return self._condition(node.inner)
             case nodes.Name():
-                return data.FieldValue.fixed(name=node.text)
+                return data.FieldValue.unvalidated(name=node.text)
             case nodes.Chain() if isinstance(node.head, nodes.Name) and all(
                 isinstance(link, nodes.Member) for link in node.links
             ):
                 parts = [node.head.text, *(link.name.text for link in node.links)]  # type: ignore[union-attr]
-                return data.FieldValue.fixed(name=".".join(parts))
+                return data.FieldValue.unvalidated(name=".".join(parts))
             case nodes.Number() | nodes.Text() | nodes.Constant():
                 raw = self._raw(node, types.Anything())
                 value = getattr(raw, "value", raw)
-                return INVALID if raw is INVALID else data.Literal.fixed(value=value)
+                return INVALID if raw is INVALID else data.Literal.unvalidated(value=value)
             case nodes.Unary():
                 operand = self._condition(node.operand)
                 if operand is INVALID:
                     return INVALID
-                return data.Operator.fixed(operator=node.operator, operands=(operand,))
+                return data.Operator.unvalidated(operator=node.operator, operands=(operand,))
             case nodes.Operation():
                 left = self._condition(node.first)
                 for operator, operand in node.rest:
                     right = self._condition(operand)
                     if left is INVALID or right is INVALID:
                         return INVALID
-                    left = data.Operator.fixed(operator=operator, operands=(left, right))
+                    left = data.Operator.unvalidated(operator=operator, operands=(left, right))
                 return left
         self.complain(messages.not_a_condition(node.span))
         return INVALID

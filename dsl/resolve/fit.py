@@ -141,7 +141,7 @@ def _amount(value: Any, want: types.Amount, site: Site) -> Any:
         return site.wrong_type(value, want)
     if want.share and value.dimension == "%":
         share = _share(value, types.Share(), site)
-        return share if share is INVALID else Measure.fixed(value=share, unit="%")
+        return share if share is INVALID else Measure.unvalidated(value=share, unit="%")
     if value.dimension is None:
         if want.measured and not (value.value == 0 and want.low == 0):
             site.complain(
@@ -161,7 +161,7 @@ def _amount(value: Any, want: types.Amount, site: Site) -> Any:
         )
         return INVALID
     number = int(number) if number == int(number) else number
-    return Measure.fixed(value=number, unit=unit) if want.measured else number
+    return Measure.unvalidated(value=number, unit=unit) if want.measured else number
 
 
 def _dimension(value: Any, dimension: str, want: types.Type, site: Site, unit: str) -> Any:
@@ -287,7 +287,7 @@ def _template(value: Any, want: types.Of, site: Site) -> TextExpression | Any:
         if not re.fullmatch(r"[^\W\d][\w-]*(?:\.[\w-]+)*", name):
             site.complain(messages.bad_field_name(site.span, name))
             return INVALID
-    return data.TemplateText.fixed(text=value)
+    return data.TemplateText.unvalidated(text=value)
 
 
 def _either(value: Any, want: types.Either, site: Site) -> Any:

@@ -37,8 +37,8 @@ def unary(operator: str, value: Any, span: Span, complain: Complain) -> Any:
     if operator in "+-" and isinstance(value, RewardExpression):
         if operator == "+":
             return value
-        minus = rewards.RewardConstant.fixed(value=-1.0)
-        return rewards.RewardOperator.fixed(operator="*", operands=(minus, value))
+        minus = rewards.RewardConstant.unvalidated(value=-1.0)
+        return rewards.RewardOperator.unvalidated(operator="*", operands=(minus, value))
     complain(messages.wrong_operand(span, operator, (value,)))
     return INVALID
 
@@ -113,13 +113,13 @@ def _rewards(operator: str, left: Any, right: Any, span: Span, complain: Complai
     operands: list[RewardExpression] = []
     for value in (left, right):
         if isinstance(value, Quantity) and value.dimension in (None, "%"):
-            operands.append(rewards.RewardConstant.fixed(value=float(value.value)))
+            operands.append(rewards.RewardConstant.unvalidated(value=float(value.value)))
         elif isinstance(value, RewardExpression):
             operands.append(value)
     if len(operands) < 2:
         complain(messages.wrong_operand(span, operator, (left, right)))
         return INVALID
-    if operator == "/" and operands[1] == rewards.RewardConstant.fixed(value=0.0):
+    if operator == "/" and operands[1] == rewards.RewardConstant.unvalidated(value=0.0):
         complain(messages.division_by_zero(span))
         return INVALID
     first = operands[0]
@@ -128,10 +128,10 @@ def _rewards(operator: str, left: Any, right: Any, span: Span, complain: Complai
         and isinstance(first, rewards.RewardOperator)
         and first.operator == operator
     ):
-        return rewards.RewardOperator.fixed(
+        return rewards.RewardOperator.unvalidated(
             operator=operator, operands=(*first.operands, operands[1])
         )
-    return rewards.RewardOperator.fixed(operator=operator, operands=tuple(operands))
+    return rewards.RewardOperator.unvalidated(operator=operator, operands=tuple(operands))
 
 
 def _data(
@@ -149,12 +149,12 @@ def _data(
             if isinstance(of, data.Split) and of.part is None:
                 complain(messages.split_needs_part(right_span, of))
                 return INVALID
-            return data.Weighted.fixed(of=of, weight=float(weight.value))
+            return data.Weighted.unvalidated(of=of, weight=float(weight.value))
     if operator == "+" and isinstance(left, DataExpression) and isinstance(right, DataExpression):
         if isinstance(left, _Sum):
-            return _Sum.fixed(parts=(*left.parts, right), spans=(*left.spans, right_span))
+            return _Sum.unvalidated(parts=(*left.parts, right), spans=(*left.spans, right_span))
         first = Span(span.source, span.start, right_span.start)
-        return _Sum.fixed(parts=(left, right), spans=(first, right_span))
+        return _Sum.unvalidated(parts=(left, right), spans=(first, right_span))
     complain(messages.wrong_operand(span, operator, (left, right)))
     return INVALID
 
@@ -170,4 +170,4 @@ def finish(value: Any, span: Span, complain: Complain) -> Any:
     if abs(sum(weights) - 1) > 1e-9:  # type: ignore[arg-type]
         complain(messages.weights(span, weights))  # type: ignore[arg-type]
         return INVALID
-    return data.Mixture.fixed(parts=value.parts)
+    return data.Mixture.unvalidated(parts=value.parts)

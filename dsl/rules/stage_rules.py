@@ -215,7 +215,7 @@ def _training(book: Book, declared: Declared, stage: stages.Training) -> None:
     _division(book, declared, stage)
     _roles(book, declared, stage)
     _evals(book, declared, stage)
-    _measured(book, declared, Reference.fixed(noun="stage", name=declared.name), stage.evals)
+    _measured(book, declared, Reference.unvalidated(noun="stage", name=declared.name), stage.evals)
 
 
 def _start(book: Book, declared: Declared, stage: stages.Training) -> None:
@@ -529,7 +529,7 @@ def _nodes(value: Any, program: Program) -> Iterator[Node]:
     if isinstance(value, rewards.RewardRef):
         declared = program.declarations.get(value.name)
         if declared is None:
-            yield rewards.Length.fixed()  # unknown: reported already, anything may stand here
+            yield rewards.Length.unvalidated()  # unknown: reported already, anything may stand here
         elif isinstance(declared.value, rewards.RewardKind):
             yield declared.value
         else:

@@ -35,8 +35,8 @@ class Node(BaseModel):
     )
 
     @classmethod
-    def fixed(cls, **values: Any) -> Self:
-        """A value from parts that are known to be right: the checker's, and defaults.
+    def unvalidated(cls, **values: Any) -> Self:
+        """Build a value from parts that are known to be valid: the checker's, and defaults.
 
         Pydantic would build a validator for the class first, which takes longer than checking a
         spec. The tests validate what comes out.

@@ -32,8 +32,8 @@ from tunelang.dsl.vocabulary.data import TemplateText
 COMPLETION_FIELDS = ("completion", "prompt", "response", "target", "system", "text")
 """Fields that a reward's template has beside those of the data."""
 
-_COMPLETION = TemplateText.fixed(text="{completion}")
-_TARGET = TemplateText.fixed(text="{target}")
+_COMPLETION = TemplateText.unvalidated(text="{completion}")
+_TARGET = TemplateText.unvalidated(text="{target}")
 
 
 class RewardRef(RewardExpression):

@@ -59,7 +59,9 @@ class Run(Kind):
     )
     track: Annotated[tuple[SerializeAsAny[Function], ...], types.ListOf(types.Of("tracker"))] = (
         observe(
-            "Where metrics go beside the store.", "track = [tensorboard()]", (TensorBoard.fixed(),)
+            "Where metrics go beside the store.",
+            "track = [tensorboard()]",
+            (TensorBoard.unvalidated(),),
         )
     )
     on: HardwareRef = placement(
@@ -97,7 +99,9 @@ class Training(Stage):
     optimizer: Annotated[SerializeAsAny[Optimizer], types.Of("optimizer")] = result(
         "The optimizer and its schedule.",
         "optimizer = adamw(lr = 2e-4, warmup = 3%)",
-        AdamW.fixed(lr=1e-5, warmup=Measure.fixed(value=0.03, unit="%"), decay="cosine"),
+        AdamW.unvalidated(
+            lr=1e-5, warmup=Measure.unvalidated(value=0.03, unit="%"), decay="cosine"
+        ),
     )
     adapter: Annotated[SerializeAsAny[Adapter] | None, types.Of("adapter")] = result(
         "Train an adapter and leave the weights frozen; without it, all weights are trained, those"
@@ -207,11 +211,11 @@ class Pretrain(Likelihood):
     optimizer: Annotated[SerializeAsAny[Optimizer], types.Of("optimizer")] = result(
         "The optimizer and its schedule.",
         "optimizer = muon(lr = 2e-3, decay = cosine)",
-        AdamW.fixed(
+        AdamW.unvalidated(
             lr=1e-3,
             b2=0.95,
             weight_decay=0.1,
-            warmup=Measure.fixed(value=0.03, unit="%"),
+            warmup=Measure.unvalidated(value=0.03, unit="%"),
             decay="cosine",
         ),
     )
@@ -234,7 +238,7 @@ class Compared(Supervised):
     optimizer: Annotated[SerializeAsAny[Optimizer], types.Of("optimizer")] = result(
         "The optimizer and its schedule.",
         "optimizer = adamw(lr = 5e-7)",
-        AdamW.fixed(lr=1e-6, warmup=Measure.fixed(value=0.1, unit="%"), decay="linear"),
+        AdamW.unvalidated(lr=1e-6, warmup=Measure.unvalidated(value=0.1, unit="%"), decay="linear"),
     )
     beta: Positive = result(
         "Scale of the rewards: how closely the policy keeps to the reference.", "beta = 0.1", 0.1
@@ -388,7 +392,7 @@ class Distill(Supervised):
     divergence: Annotated[SerializeAsAny[Divergence], types.Of("divergence")] = result(
         "How far the student is from the teacher at a token.",
         "divergence = reverse_kl()",
-        ForwardKl.fixed(),
+        ForwardKl.unvalidated(),
     )
     temperature: Positive = result(
         "Softens both distributions; the divergence is scaled by its square.",
@@ -419,7 +423,7 @@ class Distill(Supervised):
         "Share of the steps whose answers the student samples itself.", "on_policy = 50%", 0.0
     )
     rollout: Annotated[Sampling, types.Of("sampling")] = result(
-        "How the student samples.", "rollout = sampling(max_tokens = 128)", Sampling.fixed()
+        "How the student samples.", "rollout = sampling(max_tokens = 128)", Sampling.unvalidated()
     )
 
 
@@ -438,7 +442,9 @@ class Policy(Training):
     }
 
     optimizer: Annotated[SerializeAsAny[Optimizer], types.Of("optimizer")] = result(
-        "The optimizer and its schedule.", "optimizer = adamw(lr = 3e-6)", AdamW.fixed(lr=1e-6)
+        "The optimizer and its schedule.",
+        "optimizer = adamw(lr = 3e-6)",
+        AdamW.unvalidated(lr=1e-6),
     )
     length: Annotated[Measure, types.count("steps", "epochs")] = result(
         "How long to train.", "length = 300 steps"
@@ -451,7 +457,9 @@ class Policy(Training):
         "Completions for each prompt.", "group = 8", 8
     )
     rollout: Annotated[Sampling, types.Of("sampling")] = result(
-        "How completions are sampled.", "rollout = sampling(max_tokens = 512)", Sampling.fixed()
+        "How completions are sampled.",
+        "rollout = sampling(max_tokens = 512)",
+        Sampling.unvalidated(),
     )
     advantage: Annotated[
         str | SerializeAsAny[Function],
@@ -476,7 +484,7 @@ class Policy(Training):
     clip: Annotated[SerializeAsAny[Function] | None, types.Of("clip")] = result(
         "How far the policy may move in one step.",
         "clip = clip(low = 0.2, high = 0.28)",
-        Clip.fixed(),
+        Clip.unvalidated(),
     )
     loss: Annotated[
         SerializeAsAny[Function] | None,
@@ -593,7 +601,9 @@ class Ppo(Policy):
         10_000,
     )
     critic: Annotated[Critic, types.Of("critic")] = result(
-        "The model of values.", "critic = critic(optimizer = adamw(lr = 1e-5))", Critic.fixed()
+        "The model of values.",
+        "critic = critic(optimizer = adamw(lr = 1e-5))",
+        Critic.unvalidated(),
     )
     value_model: Annotated[Reference | None, types.Ref(("model", "stage"))] = result(
         "What a critic with a trunk of its own starts from; without it, the model that the stage"
@@ -625,7 +635,9 @@ class Sample(Stage):
     limit: MaybeCount = result("Use only the first few prompts.", "limit = 200", None)
     samples: Count = result("Completions for each prompt.", "samples = 8", 1)
     rollout: Annotated[Sampling, types.Of("sampling")] = result(
-        "How completions are sampled.", "rollout = sampling(max_tokens = 512)", Sampling.fixed()
+        "How completions are sampled.",
+        "rollout = sampling(max_tokens = 512)",
+        Sampling.unvalidated(),
     )
     score: MaybeReward = result("What scores a completion.", "score = correct", None)
     keep: MaybeReward = result(
@@ -651,7 +663,7 @@ class Merge(Stage):
         result("The other models.", "others = [code, chat]")
     )
     method: Annotated[SerializeAsAny[Merging], types.Of("merging")] = result(
-        "How weights are combined.", "method = ties(density = 20%)", Linear.fixed()
+        "How weights are combined.", "method = ties(density = 20%)", Linear.unvalidated()
     )
     base: Annotated[Reference | None, types.Ref(("model", "stage"))] = result(
         "Their common origin, from which differences are taken; without it, the model at the start"
@@ -761,13 +773,13 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dapo": (
         "GRPO with a higher upper clip, and groups without a difference"
         " sampled anew (arXiv:2503.14476).",
-        {"clip": Clip.fixed(low=0.2, high=0.28), "refill": True},
+        {"clip": Clip.unvalidated(low=0.2, high=0.28), "refill": True},
     ),
     "gspo": (
         "GRPO with one ratio for the whole sequence (arXiv:2507.18071).",
         {
             "ratio": "sequence",
-            "clip": Clip.fixed(low=3e-4, high=4e-4),
+            "clip": Clip.unvalidated(low=3e-4, high=4e-4),
             "aggregate": "sequence_mean",
         },
     ),
@@ -775,13 +787,13 @@ POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
         "GSPO whose advantages may differ between tokens (arXiv:2507.18071, section 4.3).",
         {
             "ratio": "sequence_token",
-            "clip": Clip.fixed(low=3e-4, high=4e-4),
+            "clip": Clip.unvalidated(low=3e-4, high=4e-4),
             "aggregate": "sequence_mean",
         },
     ),
     "cispo": (
         "Clipped importance weights, with a gradient from every token (arXiv:2506.13585).",
-        {"clip": ClipWeights.fixed(high=5.0)},
+        {"clip": ClipWeights.unvalidated(high=5.0)},
     ),
     "rloo": (
         "REINFORCE with the mean of the other completions as the baseline (arXiv:2402.14740).",

@@ -33,7 +33,7 @@ class Optimizer(Function):
     warmup: Warmup = result(
         "Linear rise from 0: a share of the run, or steps.",
         "warmup = 3%",
-        Measure.fixed(value=0.0, unit="%"),
+        Measure.unvalidated(value=0.0, unit="%"),
     )
     decay: Annotated[
         str | SerializeAsAny[Function],
@@ -421,7 +421,7 @@ class Critic(Function):
     optimizer: Annotated[SerializeAsAny[Optimizer], types.Of("optimizer")] = result(
         "Its own optimizer; with a shared trunk, that of its head.",
         "critic(optimizer = adamw(lr = 1e-5))",
-        AdamW.fixed(lr=1e-5),
+        AdamW.unvalidated(lr=1e-5),
     )
     clip: Annotated[float | None, types.Number(above=0)] = result(
         "How far a value may move from the one before the step; without it, any distance.",

@@ -11,9 +11,9 @@ from tunelang.dsl.vocabulary.rewards import RewardRef
 from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.data.examples import Message
-from tunelang.runtime.generation.generator import Speaker
+from tunelang.runtime.generation.generator import TextGenerator
 from tunelang.runtime.pipeline.initial_weights import Origin, Origins
-from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.pipeline.runner import compile_cache
 from tunelang.runtime.planning.prepare import prepare
 from tunelang.runtime.rewards.reward_functions import Reward
@@ -22,29 +22,29 @@ from tunelang.runtime.stages.export import export
 from tunelang.runtime.store.run_store import Store
 
 
-def open_speaker(program: Program, store: Store, stage: str) -> Speaker:
+def open_speaker(program: Program, store: Store, stage: str) -> TextGenerator:
     """Open what a stage yielded, or, of a stage that is not done, its last checkpoint.
 
     Of a sweep the first branch that is done is taken, unless `stage` names one. Raises
     `UnknownStage`, `MissingInputError` and `StoreError`.
     """
-    origin, _, workshop = _opened(program, store, stage)
-    return Speaker.of(origin, workshop)
+    origin, _, resources = _opened(program, store, stage)
+    return TextGenerator.of(origin, resources)
 
 
 def open_ranked(
     program: Program, store: Store, stage: str, by: str | None, max_tokens: int
-) -> tuple[Speaker, Reward | None]:
+) -> tuple[TextGenerator, Reward | None]:
     """`open_speaker`, with a declared reward for completions of at most `max_tokens`, where `by`
     names one.
 
     Raises also what `Reward` raises.
     """
-    origin, _, workshop = _opened(program, store, stage)
-    speaker = Speaker.of(origin, workshop)
+    origin, _, resources = _opened(program, store, stage)
+    generator = TextGenerator.of(origin, resources)
     if by is None:
-        return speaker, None
-    return speaker, Reward(RewardRef.fixed(name=by), workshop.surroundings(max_tokens))
+        return generator, None
+    return generator, Reward(RewardRef.unvalidated(name=by), resources.surroundings(max_tokens))
 
 
 def write(
@@ -54,23 +54,23 @@ def write(
 
     Raises what `open_speaker` and `export` raise.
     """
-    origin, model, workshop = _opened(program, store, stage)
-    kind = Export.fixed(adapter="apart" if apart else "merged", dtype=dtype)
-    layout = make_layout(fsdp=len(workshop.devices))
+    origin, model, resources = _opened(program, store, stage)
+    kind = Export.unvalidated(adapter="apart" if apart else "merged", dtype=dtype)
+    layout = make_layout(fsdp=len(resources.devices))
     return export(origin, kind, model, layout, folder, f"{origin.node} {apart} {dtype}")
 
 
-def _opened(program: Program, store: Store, stage: str) -> tuple[Origin, Model, Workshop]:
+def _opened(program: Program, store: Store, stage: str) -> tuple[Origin, Model, Resources]:
     compile_cache(store.root / "cache" / "xla")
     prepared = prepare(program, store, only=[stage])
-    workshop = Workshop(program, store.root / "cache", tuple(jax.devices()))
-    origins = Origins(prepared.plan, prepared.graph, store, workshop)
-    workshop.speaker = lambda judge: Speaker.of(origins.anywhere(judge), workshop).judge
+    resources = Resources(program, store.root / "cache", tuple(jax.devices()))
+    origins = Origins(prepared.plan, prepared.graph, store, resources)
+    resources.generator = lambda judge: TextGenerator.of(origins.anywhere(judge), resources).judge
     origin = origins.latest(stage)
-    return origin, workshop.model(origin.model), workshop
+    return origin, resources.model(origin.model), resources
 
 
-def chat(speaker: Speaker, sampling: Sampling) -> None:
+def chat(generator: TextGenerator, sampling: Sampling) -> None:
     """Take turns with the user until an empty line or the end of the input."""
     messages: list[Message] = []
     while True:
@@ -82,6 +82,6 @@ def chat(speaker: Speaker, sampling: Sampling) -> None:
         if not asked:
             return
         messages.append(Message("user", asked))
-        answer = speaker.answer(messages, sampling, len(messages))
+        answer = generator.answer(messages, sampling, len(messages))
         messages.append(Message("assistant", answer))
         print(answer.strip())

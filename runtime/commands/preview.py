@@ -13,7 +13,7 @@ from tunelang.compiler.graph import build, models_of
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary.data import DataRef
 from tunelang.dsl.vocabulary.stages import Policy
-from tunelang.runtime.pipeline.resources import Workshop
+from tunelang.runtime.pipeline.resources import Resources
 from tunelang.runtime.store.run_store import Store
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 
@@ -39,9 +39,9 @@ def rendered(program: Program, store: Store, data: str, count: int, marks: bool)
     `UnreadDataError`, and what opening data and tokenizers raises.
     """
     stage, model, prompts = _reader(program, data)
-    workshop = Workshop(program, store.root / "cache", ())
-    renderer = workshop.renderer_of(model)
-    stream = workshop.stream(DataRef(name=data), seed=0, renderer=renderer, shuffled=False)
+    resources = Resources(program, store.root / "cache", ())
+    renderer = resources.renderer_of(model)
+    stream = resources.stream(DataRef(name=data), seed=0, renderer=renderer, shuffled=False)
     for example, _ in zip(stream.once(), range(count), strict=False):
         if prompts:
             ids: Iterable[int] = renderer.prompt(example)

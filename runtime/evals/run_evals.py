@@ -23,7 +23,7 @@ from tunelang.runtime.evals.score_answers import epoch, score_answers
 from tunelang.runtime.generation.beam_search import beam_search, make_search
 from tunelang.runtime.generation.engine import Engine, make_engine
 from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
-from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.rewards import number_match
 from tunelang.runtime.rewards.reward_functions import Reward, Scores
 from tunelang.runtime.rewards.reward_parts import Row, function_of
@@ -77,16 +77,16 @@ class Evaluation:
     shown: tuple[Completed, ...] = ()
 
 
-def evaluate(workshop: Workshop, name: str, model: Model, params: Params, layout: Layout) -> Any:
+def evaluate(resources: Resources, name: str, model: Model, params: Params, layout: Layout) -> Any:
     """Run a declared eval; returns an `Evaluation`."""
-    kind = workshop.program.declarations[name].value
+    kind = resources.program.declarations[name].value
     match kind:
         case Generate():
-            return _generate(workshop, name, kind, model, params, layout)
+            return _generate(resources, name, kind, model, params, layout)
         case Perplexity():
-            return _perplexity(workshop, name, kind, model, params, layout)
+            return _perplexity(resources, name, kind, model, params, layout)
         case Preference():
-            return _preference(workshop, name, kind, model, params, layout)
+            return _preference(resources, name, kind, model, params, layout)
     raise TypeError(f"not an eval: {type(kind).__name__}")
 
 
@@ -116,9 +116,9 @@ def sampled_on(architecture: Architecture, dtype: Any, layout: Layout) -> Layout
     return sampling(layout, count // tensor, tensor)
 
 
-def sampled_everywhere(workshop: Workshop, model: Model) -> Layout:
+def sampled_everywhere(resources: Resources, model: Model) -> Layout:
     """Return where a model lies that is only sampled from, or asked: on all devices."""
-    everywhere = make_layout(fsdp=len(workshop.devices), devices=workshop.devices)
+    everywhere = make_layout(fsdp=len(resources.devices), devices=resources.devices)
     return sampled_on(model.architecture, model.dtype, everywhere)
 
 
@@ -128,11 +128,11 @@ def slots_of(count: int, most: int = MOST_SLOTS) -> int:
 
 
 def engine_of(
-    workshop: Workshop, model: Model, slots: int, capacity: int, layout: Layout
+    resources: Resources, model: Model, slots: int, capacity: int, layout: Layout
 ) -> Engine:
     """Return the sampler's programs; those of equal sizes are shared by all stages."""
     layout = sampled_on(model.architecture, model.dtype, layout)
-    return workshop.once(
+    return resources.cached(
         ("engine", model.architecture, str(model.dtype), slots, capacity, layout),
         lambda: make_engine(
             model.architecture, slots=slots, capacity=capacity, dtype=model.dtype, layout=layout
@@ -205,30 +205,30 @@ class _Asked:
         return max(len(prompt.tokens) for prompt in self.prompts)
 
 
-def _asked(workshop: Workshop, name: str, kind: Generate, model: Model) -> _Asked:
+def _asked(resources: Resources, name: str, kind: Generate, model: Model) -> _Asked:
     renderer = model.renderer
 
     def make() -> _Asked:
-        stream = workshop.stream(kind.data, seed=0, renderer=renderer, shuffled=False)
+        stream = resources.stream(kind.data, seed=0, renderer=renderer, shuffled=False)
         room = model.architecture.context - kind.max_tokens
-        stream = workshop.library.within(stream, lambda e: len(renderer.prompt(e)), room)
+        stream = resources.library.within(stream, lambda e: len(renderer.prompt(e)), room)
         examples = list(islice(stream.once(), kind.limit))
         prompts = [Prompt(renderer.prompt(e), at) for at, e in enumerate(examples)]
         return _Asked(examples, prompts)
 
-    return workshop.once(("asked", name, renderer.digest, model.architecture.context), make)
+    return resources.cached(("asked", name, renderer.digest, model.architecture.context), make)
 
 
 def _generate(
-    workshop: Workshop, name: str, kind: Generate, model: Model, params: Params, layout: Layout
+    resources: Resources, name: str, kind: Generate, model: Model, params: Params, layout: Layout
 ) -> Evaluation:
-    asked = _asked(workshop, name, kind, model)
+    asked = _asked(resources, name, kind, model)
     capacity = capacity_of(model, asked.longest, kind.max_tokens)
-    found = _completions(workshop, kind, model, params, layout, asked.prompts, capacity)
+    found = _completions(resources, kind, model, params, layout, asked.prompts, capacity)
     texts = texts_of(model, found)
     rewards = [kind.score, *kind.also, *([] if kind.rank is None else [kind.rank])]
-    around = workshop.surroundings(kind.max_tokens)
-    opened = workshop.once(
+    around = resources.surroundings(kind.max_tokens)
+    opened = resources.cached(
         ("eval rewards", name), lambda: [Reward(each, around) for each in rewards]
     )
     rows = rows_of(model, asked.examples, found, texts)
@@ -249,7 +249,7 @@ def _generate(
         answers = [_answer(text) for text in texts]
         each = [answers[at : at + kind.samples] for at in range(0, len(answers), kind.samples)]
         metrics["majority"] = statistics.majority(each, groups)
-    metrics |= _measured(workshop, kind, rows, scores)
+    metrics |= _measured(resources, kind, rows, scores)
     if kind.rank is not None:
         chosen = others[-1].values.reshape(groups.shape).argmax(1)
         metrics["best_of_n"] = float(groups[np.arange(len(groups)), chosen].mean())
@@ -261,14 +261,14 @@ def _generate(
 
 
 def _measured(
-    workshop: Workshop, kind: Generate, rows: Sequence[Row], scores: Scores
+    resources: Resources, kind: Generate, rows: Sequence[Row], scores: Scores
 ) -> dict[str, float]:
     """Call the user's own metrics with a list of each field that all rows have."""
     found: dict[str, float] = {}
     for own in kind.measured:
         shared = set.intersection(*(set(row.fields) for row in rows))
         fields = {name: [row.fields[name] for row in rows] for name in shared}
-        pool = Workers(function_of(own, workshop.program.folder), own.timeout, 1)
+        pool = Workers(function_of(own, resources.program.folder), own.timeout, 1)
         try:
             (value,) = pool.call_all([{**fields, "score": scores.values.tolist()}])
         finally:
@@ -282,7 +282,7 @@ def _measured(
 
 
 def _completions(
-    workshop: Workshop,
+    resources: Resources,
     kind: Generate,
     model: Model,
     params: Params,
@@ -297,7 +297,7 @@ def _completions(
         beams = kind.beams
         layout = sampled_on(a, dtype, layout)
         size = slots_of(len(prompts), max(1, MOST_SLOTS // beams))
-        search = workshop.once(
+        search = resources.cached(
             ("search", a, str(dtype), size, beams, capacity, layout),
             lambda: make_search(
                 a, prompts=size, beams=beams, capacity=capacity, dtype=dtype, layout=layout
@@ -307,14 +307,14 @@ def _completions(
             search, params, prompts, max_tokens=kind.max_tokens, stop_ids=stops, pad=pad,
             returned=kind.samples,
         )  # fmt: skip
-    settings = Sampling.fixed(
+    settings = Sampling.unvalidated(
         max_tokens=kind.max_tokens,
         temperature=kind.temperature,
         top_p=kind.top_p,
         top_k=kind.top_k,
     )
     slots = slots_of(len(prompts) * kind.samples)
-    engine = engine_of(workshop, model, slots, capacity, layout)
+    engine = engine_of(resources, model, slots, capacity, layout)
     return rollout(
         engine, params, prompts, settings, group=kind.samples, stop_ids=stops, seed=_SEED, step=0,
         pad=pad, tokenizer=model.renderer.tokenizer,
@@ -336,16 +336,16 @@ def _by_source(examples: Sequence[Example], groups: np.ndarray[Any, Any]) -> dic
 
 
 def _perplexity(
-    workshop: Workshop, name: str, kind: Perplexity, model: Model, params: Params, layout: Layout
+    resources: Resources, name: str, kind: Perplexity, model: Model, params: Params, layout: Layout
 ) -> Evaluation:
     a = model.architecture
     program = train_step.Program(layout=layout, dtype=model.dtype)
-    loss = workshop.once(
+    loss = resources.cached(
         ("loss", a, str(model.dtype), layout), lambda: train_step.loss_program(a, program)
     )
-    batches = workshop.once(
+    batches = resources.cached(
         ("eval batches", name, model.renderer.digest, a.context, layout.batch_shards),
-        lambda: epoch(_corpus(workshop, kind, model), kind.limit, layout)[0],
+        lambda: epoch(_corpus(resources, kind, model), kind.limit, layout)[0],
     )
     total, tokens = jax.device_get(loss(params, batches))
     mean = float(total / tokens)
@@ -353,14 +353,14 @@ def _perplexity(
 
 
 def _corpus(
-    workshop: Workshop, kind: EvalKind, model: Model, answers: Sequence[str] = ("response",)
+    resources: Resources, kind: EvalKind, model: Model, answers: Sequence[str] = ("response",)
 ) -> Corpus:
-    stream = workshop.stream(kind.data, seed=0, renderer=model.renderer, shuffled=False)
+    stream = resources.stream(kind.data, seed=0, renderer=model.renderer, shuffled=False)
     return tokenise(
         stream,
         model.renderer,
         context=model.architecture.context,
-        cache=workshop.cache,
+        cache=resources.cache,
         answers=answers,
     )
 
@@ -369,13 +369,13 @@ def _corpus(
 
 
 def _preference(
-    workshop: Workshop, name: str, kind: Preference, model: Model, params: Params, layout: Layout
+    resources: Resources, name: str, kind: Preference, model: Model, params: Params, layout: Layout
 ) -> Evaluation:
-    corpus = workshop.once(
+    corpus = resources.cached(
         ("eval pairs", name, model.renderer.digest, model.architecture.context),
-        lambda: _corpus(workshop, kind, model, ("chosen", "rejected")),
+        lambda: _corpus(resources, kind, model, ("chosen", "rejected")),
     )
-    found = score_answers(workshop, corpus, model, params, layout, kind.limit)
+    found = score_answers(resources, corpus, model, params, layout, kind.limit)
     values = found.values.astype(np.float64)
     if kind.per_token and not model.architecture.scores:
         values = values / np.maximum(found.tokens, 1)

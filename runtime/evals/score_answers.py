@@ -16,7 +16,7 @@ from tunelang.dsl.vocabulary.base import Measure
 from tunelang.runtime.data.examples import Example, conversation
 from tunelang.runtime.data.text_templates import WrongTypeError
 from tunelang.runtime.objectives.answer_scores import segment_program
-from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.rewards.reward_parts import Row, Scorer
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.tokenize import packing
@@ -45,7 +45,7 @@ class Scored:
 
 
 def score_answers(
-    workshop: Workshop,
+    resources: Resources,
     corpus: Corpus,
     model: Model,
     params: Any,
@@ -57,7 +57,7 @@ def score_answers(
     a = model.architecture
     program = train_step.Program(layout=layout, dtype=model.dtype, chunk=CHUNK)
     count = items.shape[-1] * corpus.pieces
-    score = workshop.once(
+    score = resources.cached(
         ("answers", a, str(model.dtype), layout, count),
         lambda: segment_program(a, program, count),
     )
@@ -80,7 +80,7 @@ def epoch(
     longest = min(corpus.longest, max(corpus.context, -(-most // _ROUND) * _ROUND))
     table = packing.plan(
         corpus,
-        Measure.fixed(value=share, unit="epochs"),
+        Measure.unvalidated(value=share, unit="epochs"),
         batch=1,
         packed=True,
         longest=longest,
@@ -123,11 +123,11 @@ def margin_of(example: Example) -> tuple[float, float]:
     return margin, margin
 
 
-def learned(workshop: Workshop, model: Model, params: Any, layout: Layout) -> Scorer:
+def learned(resources: Resources, model: Model, params: Any, layout: Layout) -> Scorer:
     """Make a scorer of a reward model: the score of a completion as the answer to its prompt."""
     a, renderer = model.architecture, model.renderer
     program = train_step.Program(layout=layout, dtype=model.dtype, chunk=CHUNK)
-    score = workshop.once(
+    score = resources.cached(
         ("answers", a, str(model.dtype), layout, 1), lambda: segment_program(a, program, 1)
     )
 

@@ -39,7 +39,7 @@ from tunelang.runtime.models.decoder import (
     empty_cache,
     insert,
 )
-from tunelang.runtime.sharding import Layout, brought, constrain, jit
+from tunelang.runtime.sharding import Layout, constrain, jit, reshard_for_decoding
 from tunelang.runtime.training.train_step import abstract_decoder
 
 Tree = TypeVar("Tree")
@@ -207,7 +207,7 @@ def beam_search(
     request = Request(
         np.array(stop_ids, np.int32), np.int32(max_tokens), np.float32(length_penalty)
     )
-    params = brought(params, search.layout)
+    params = reshard_for_decoding(params, search.layout)
     parts, turns = [], 0
     for start in range(0, len(prompts), search.prompts):
         part = prompts[start : start + search.prompts]

@@ -22,11 +22,11 @@ from tunelang.runtime.generation.beam_search import beam_search, make_search
 from tunelang.runtime.generation.engine import Engine, make_engine
 from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
 from tunelang.runtime.pipeline.initial_weights import Origin, loaded
-from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.sharding import Layout
 
-_VERDICT = Sampling.fixed(max_tokens=VERDICT, temperature=0.0)
+_VERDICT = Sampling.unvalidated(max_tokens=VERDICT, temperature=0.0)
 _SHORTEST = 64
 """Tokens of prompts that programs have room for, at least; then twice as many."""
 
@@ -41,7 +41,7 @@ class UnscoredError(Exception):
 
 
 @dataclass(frozen=True)
-class Speaker:
+class TextGenerator:
     """A model with its parameters."""
 
     model: Model
@@ -51,10 +51,10 @@ class Speaker:
     """Slots and capacity -> the programs."""
 
     @classmethod
-    def of(cls, origin: Origin, workshop: Workshop) -> Speaker:
-        """Load a model, over all devices; raises what `loaded` and `Workshop.model` raise."""
-        model = workshop.model(origin.model)
-        layout = sampled_everywhere(workshop, model)
+    def of(cls, origin: Origin, resources: Resources) -> TextGenerator:
+        """Load a model, over all devices; raises what `loaded` and `Resources.model` raise."""
+        model = resources.model(origin.model)
+        layout = sampled_everywhere(resources, model)
         return cls(model, loaded(origin, model, layout, 0), layout)
 
     @property

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.generation.engine import Admission, Engine, Prefilled, Request, Slots
 from tunelang.runtime.generation.token_sampling import slot_settings
-from tunelang.runtime.sharding import brought
+from tunelang.runtime.sharding import reshard_for_decoding
 from tunelang.runtime.tokenize.tokenizers import Tokenizer
 
 PREFILL = 8
@@ -122,7 +122,7 @@ def rollout(
     strings without a tokenizer.
     """
     _check(engine, prompts, sampling, group, tokenizer)
-    params = brought(params, engine.layout)
+    params = reshard_for_decoding(params, engine.layout)
     count = len(prompts) * group
     queue = _Queue(engine, params, prompts, group, pad)
     watch = _StopStrings(tokenizer, sampling.stop) if tokenizer and sampling.stop else None

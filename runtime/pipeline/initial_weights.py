@@ -25,7 +25,7 @@ from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.training import Adapter, Continued, Lora
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.decoder import Decoder
-from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.sharding import Layout, shardings
 from tunelang.runtime.store.run_store import StageFolder, Store
 from tunelang.runtime.training import train_step
@@ -86,7 +86,7 @@ class Origins:
     plan: Plan
     graph: StageGraph
     store: Store
-    workshop: Workshop
+    resources: Resources
     selected: Callable[[Input, str, float], None] = lambda *_: None
     """Told of each sweep that is decided, once: what reads it, the winner, its metric."""
     _told: set[tuple[str, str]] = field(default_factory=set)
@@ -191,7 +191,7 @@ class Origins:
         for node in read.nodes:
             metrics = self.summary(node)["metrics"]
             known.update(dict.fromkeys(metrics))
-            value = metric_of(self.workshop, metrics, metric)
+            value = metric_of(self.resources, metrics, metric)
             if value is not None and value == value:
                 found.append((value, self.plan.by_node[node].digest, node))
         if not found:
@@ -204,11 +204,11 @@ class Origins:
         return node
 
 
-def metric_of(workshop: Workshop, metrics: Mapping[str, float], name: str) -> float | None:
+def metric_of(resources: Resources, metrics: Mapping[str, float], name: str) -> float | None:
     """Return a metric by the name that a spec uses: an eval's bare name is its first metric."""
     if name in metrics:
         return metrics[name]
-    declared = workshop.program.declarations.get(name)
+    declared = resources.program.declarations.get(name)
     if declared is not None and declared.noun == "eval":
         return metrics.get(f"{name}.{next(iter(declared.value.metrics))}")
     return None

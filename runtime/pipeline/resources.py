@@ -50,7 +50,7 @@ class Model:
 
 
 @dataclass
-class Workshop:
+class Resources:
     """Opened things of one program, each made when it is first asked for."""
 
     program: Program
@@ -58,7 +58,7 @@ class Workshop:
     """A folder for what is made from data: rows, tokens, fitted tokenizers."""
     devices: tuple[jax.Device, ...]
     library: Library = field(init=False)
-    speaker: Callable[[Reference], Ask] | None = None
+    generator: Callable[[Reference], Ask] | None = None
     """Makes a model or stage of the spec a judge."""
     sampled: Callable[[Sampled], Path] | None = None
     """Finds the file that a `sample` stage wrote."""
@@ -69,7 +69,7 @@ class Workshop:
     def __post_init__(self) -> None:
         self.library = Library(self.program, self.cache, sampled=self._sampled)
 
-    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+    def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
         """Make something, or give what was made under this key before."""
         if key not in self._made:
             self._made[key] = make()
@@ -87,7 +87,7 @@ class Workshop:
             for example in self.stream(kind.data, seed=0, shuffled=False).once():
                 yield from texts_of(example)
 
-        return self.once(
+        return self.cached(
             ("renderer", name),
             lambda: open_renderer(kind, self.program.folder, cache=self.cache, texts=texts),
         )
@@ -99,7 +99,7 @@ class Workshop:
             return self.renderer(kind.tokenizer.name)
         folder = pretrained.folder_of(kind, self.program.folder)
         own = models.HuggingFace.model_construct(path=str(folder), chat=None, special=())
-        return self.once(
+        return self.cached(
             ("renderer of", kind.path),
             lambda: open_renderer(own, self.program.folder, cache=self.cache),
         )
@@ -184,7 +184,7 @@ class Workshop:
         assert isinstance(kind, Learned)
         if self.learned is None:
             raise NotBuiltError(f"reward {name}", "a reward model of the spec here")
-        return self.once(("learned", kind.from_), partial(self.learned, kind.from_))
+        return self.cached(("learned", kind.from_), partial(self.learned, kind.from_))
 
     def _rubric(self, name: str, kind: Rubric) -> Scorer:
         judge: Any = kind.judge
@@ -192,11 +192,11 @@ class Workshop:
         def opened() -> Ask:
             if isinstance(judge, Endpoint):
                 return EndpointJudge(judge, self.cache)
-            if self.speaker is None:
+            if self.generator is None:
                 raise NotBuiltError(f"reward {name}", "a judge of the spec's own here")
-            return self.speaker(judge.model)
+            return self.generator(judge.model)
 
-        return rubric(kind, self.once(("judge", judge), opened), name)
+        return rubric(kind, self.cached(("judge", judge), opened), name)
 
 
 class NotBuiltError(Exception):

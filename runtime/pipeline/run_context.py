@@ -18,9 +18,9 @@ from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.data.row_errors import BadRows
 from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named, sampled_everywhere
 from tunelang.runtime.evals.score_answers import learned
-from tunelang.runtime.generation.generator import Speaker
+from tunelang.runtime.generation.generator import TextGenerator
 from tunelang.runtime.pipeline.initial_weights import Origins, loaded
-from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.rewards.judges import Ask
 from tunelang.runtime.rewards.reward_parts import Scorer
@@ -64,38 +64,38 @@ class Session:
     store: Store
     reporter: RunReporter
     stopping: Callable[[], bool] = lambda: False
-    workshop: Workshop = field(init=False)
+    resources: Resources = field(init=False)
     origins: Origins = field(init=False)
     _told: int = 0
     """Bad rows that the user knows of."""
 
     def __post_init__(self) -> None:
-        self.workshop = Workshop(
+        self.resources = Resources(
             self.prepared.program, self.store.root / "cache", tuple(jax.devices())
         )
         self.origins = Origins(
             self.prepared.plan,
             self.prepared.graph,
             self.store,
-            self.workshop,
+            self.resources,
             self.reporter.selected,
         )
-        self.workshop.speaker = self._judge
-        self.workshop.sampled = self._sampled
-        self.workshop.learned = self._learned
+        self.resources.generator = self._judge
+        self.resources.sampled = self._sampled
+        self.resources.learned = self._learned
 
     def _judge(self, reference: Reference) -> Ask:
-        return Speaker.of(self.origins.anywhere(reference), self.workshop).judge
+        return TextGenerator.of(self.origins.anywhere(reference), self.resources).judge
 
     def _sampled(self, kind: Sampled) -> Path:
         return self.origins.folder(kind.from_).path / FILES[kind.rows]
 
     def _learned(self, reference: Reference) -> Scorer:
         origin = self.origins.anywhere(reference)
-        model = self.workshop.model(origin.model)
+        model = self.resources.model(origin.model)
         model = replace(model, architecture=replace(plain(model.architecture), scores=True))
-        layout = sampled_everywhere(self.workshop, model)
-        return learned(self.workshop, model, loaded(origin, model, layout, 0), layout)
+        layout = sampled_everywhere(self.resources, model)
+        return learned(self.resources, model, loaded(origin, model, layout, 0), layout)
 
     def seed(self, own: int | None) -> int:
         """Return a stage's seed: its own, or one drawn from the run's."""
@@ -117,7 +117,7 @@ class Session:
             digest = planned.fingerprint.components[f"eval {reference.name}"]
             if digest not in known:
                 self.reporter.doing(f"evaluating {reference.name}")
-                evaluation = evaluate(self.workshop, reference.name, model, params, layout)
+                evaluation = evaluate(self.resources, reference.name, model, params, layout)
                 digests[digest] = dict(evaluation.metrics)
             else:
                 digests[digest] = dict(known[digest])
@@ -126,7 +126,7 @@ class Session:
 
     def tell_bad_rows(self) -> None:
         """Say what rows were dropped since the last time."""
-        bad = self.workshop.library.bad
+        bad = self.resources.library.bad
         if bad.total > self._told:
             self.reporter.bad_rows(bad)
             self._told = bad.total

@@ -275,9 +275,9 @@ class _Run(Session):
         """Write a model to a folder."""
         self.reporter.doing("writing")
         origin = self.origins.of(node, kind.from_)
-        model = self.workshop.model(origin.model)
+        model = self.resources.model(origin.model)
         folder = export_folder(self.prepared.program, self.prepared.graph, planned.node)
-        layout = make_layout(fsdp=len(self.workshop.devices))
+        layout = make_layout(fsdp=len(self.resources.devices))
         files = export(origin, kind, model, layout, folder, planned.digest)
         return {"model": origin.model, "from": origin.node, "path": str(folder), "files": files}
 
@@ -286,7 +286,7 @@ class _Run(Session):
         origin, model, params, layout = self._weights(node, kind.from_)
         seed = self.seed(kind.seed)
         metrics = sample(
-            self.workshop, kind, model, params, layout, seed, folder.path,
+            self.resources, kind, model, params, layout, seed, folder.path,
             self.reporter.step, self.stopping,
         )  # fmt: skip
         return {"model": origin.model, "from": origin.node, "metrics": metrics}
@@ -302,7 +302,7 @@ class _Run(Session):
                 raise NotAlikeError(kind.from_.name, reference.name)
         base = None
         if isinstance(kind.method, Ties | Dare):
-            start = Reference.fixed(noun="model", name=origin.model)
+            start = Reference.unvalidated(noun="model", name=origin.model)
             base = self._weights(node, kind.base or start)[2]
         self.reporter.doing("merging")
         models = [first, *(params for _, _, params, _ in others)]
@@ -329,10 +329,10 @@ class _Run(Session):
     def _weights(self, node: StageNode, reference: Reference) -> tuple[Origin, Model, Any, Layout]:
         """Return the weights that a reference stands for, adapters merged into them."""
         origin = self.origins.of(node, reference)
-        model = self.workshop.model(origin.model)
+        model = self.resources.model(origin.model)
         architecture = replace(plain(model.architecture), scores=origin.scores)
         model = replace(model, architecture=architecture)
-        layout = make_layout(fsdp=len(self.workshop.devices))
+        layout = make_layout(fsdp=len(self.resources.devices))
         return origin, model, loaded(origin, model, layout, self.seed(None) % 2**31), layout
 
 

@@ -96,13 +96,13 @@ class Job:
 
     def run(self, start: int) -> Generator[None, None, Summary]:
         """Train, and wait before each call to be asked for it."""
-        session, workshop = self.session, self.session.workshop
+        session, resources = self.session, self.session.resources
         begun = time.time()
         session.reporter.stage(self.planned, None)
         session.reporter.doing("opening")
         source = session.origins.of(self.node, self.stage.from_)
-        model = workshop.model(source.model)
-        layout = make_layout(**self.planned_layout.mesh, devices=workshop.devices)
+        model = resources.model(source.model)
+        layout = make_layout(**self.planned_layout.mesh, devices=resources.devices)
         seed = session.seed(self.stage.seed)
         if start == 0:
             self.evals = {digest: dict(found) for digest, found in source.evals.items()}
@@ -210,7 +210,7 @@ class Job:
         self, source: Origin, model: Model, layout: Layout, seed: int
     ) -> tuple[Trainer, Model, Callable[[], None]]:
         """See `trainer`: from the beginning, and of one branch by itself."""
-        session, workshop, stage = self.session, self.session.workshop, self.stage
+        session, resources, stage = self.session, self.session.resources, self.stage
         planned = self.planned_layout
         scale = stage.optimizer.lr
         weights = derive(seed, "weights") % 2**31
@@ -253,7 +253,7 @@ class Job:
                 own = beginning()
             else:
                 origin = session.origins.of(self.node, stage.value_model)
-                other = workshop.model(origin.model)
+                other = resources.model(origin.model)
                 if other.renderer.tokenizer.digest != model.renderer.tokenizer.digest:
                     raise OtherTokenizerError("value_model", stage.value_model.name)
                 continued = isinstance(stage.adapter, Continued)
@@ -266,16 +266,16 @@ class Job:
 
         if isinstance(stage, Supervised):
             trainer: Any = supervised_trainer(
-                workshop, stage, model, planned, layout, seed, begin, reference, self.marks(),
+                resources, stage, model, planned, layout, seed, begin, reference, self.marks(),
                 self.folder.path,
             )  # fmt: skip
             close: Callable[[], None] = lambda: None  # noqa: E731
         elif isinstance(stage, Policy):
-            reward = Reward(stage.reward, workshop.surroundings(stage.rollout.max_tokens))
+            reward = Reward(stage.reward, resources.surroundings(stage.rollout.max_tokens))
             close = reward.close
             try:
                 trainer = policy_trainer(
-                    workshop, stage, model, planned, layout, seed, begin,
+                    resources, stage, model, planned, layout, seed, begin,
                     reference, critic, reward, self.marks(),
                 )  # fmt: skip
             except BaseException:
@@ -288,7 +288,7 @@ class Job:
     def _teacher(self, stage: Distill, layout: Layout) -> tuple[Model, Any]:
         session = self.session
         origin = session.origins.of(self.node, stage.teacher)
-        model = session.workshop.model(origin.model)
+        model = session.resources.model(origin.model)
         model = replace(model, architecture=plain(model.architecture))
         weights = derive(session.seed(stage.seed), "weights") % 2**31
         return model, loaded(origin, model, layout, weights)
@@ -308,7 +308,9 @@ class Job:
         teacher, params = self._teacher(stage, layout)
         _, known = session.measured(self.planned, stage.evals, teacher, params, layout, {})
         student = model, state.weights
-        found = compared(session.workshop, student, (teacher, params), layout, recorder.last, known)
+        found = compared(
+            session.resources, student, (teacher, params), layout, recorder.last, known
+        )
         found |= {f"teacher/{name}": value for name, value in known.items()}
         recorder.evaluated(step, found)
         return found
@@ -327,7 +329,7 @@ class Job:
                 found |= named(reference, Evaluation(self.evals[digest]))
                 continue
             session.reporter.doing(f"evaluating {reference.name}")
-            evaluation = evaluate(session.workshop, reference.name, model, params, layout)
+            evaluation = evaluate(session.resources, reference.name, model, params, layout)
             self.evals[digest] = dict(evaluation.metrics)
             found |= named(reference, evaluation)
             for shown in evaluation.shown:

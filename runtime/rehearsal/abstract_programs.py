@@ -330,7 +330,7 @@ def _judging(
     if judge.speaks:
         said = min(VERDICT, a.context - 1)
         asked = _Asked(count, min(length, a.context - said), said)
-        sampling = Sampling.fixed(max_tokens=said, temperature=0.0)
+        sampling = Sampling.unvalidated(max_tokens=said, temperature=0.0)
         most = VERDICTS * there.batch_shards
         yield from _sampled(a, dtype, params, there, asked, sampling, beside, f"{name} ", most)
         return
@@ -424,7 +424,7 @@ def _evaluations(
             asked = _Asked(kind.samples * count, a.context - completion, completion)
             if kind.beams is not None:
                 asked = replace(asked, completions=count)
-            sampling = Sampling.fixed(
+            sampling = Sampling.unvalidated(
                 max_tokens=completion, temperature=kind.temperature, top_p=kind.top_p,
                 top_k=kind.top_k,
             )  # fmt: skip

@@ -32,7 +32,7 @@ from tunelang.runtime.objectives.distill_losses import (
     top_k,
     top_k_divergence,
 )
-from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.sharding import Layout, jit
 from tunelang.runtime.tokenize.token_cache import Corpus
 from tunelang.runtime.training import train_step
@@ -305,7 +305,7 @@ class OwnAnswers:
 
 
 def own_answers(
-    workshop: Workshop,
+    resources: Resources,
     stage: Distill,
     model: Model,
     batch: int,
@@ -315,7 +315,7 @@ def own_answers(
 ) -> OwnAnswers:
     """Open the sampler of the student."""
     capacity = capacity_of(model, longest, stage.rollout.max_tokens)
-    engine = engine_of(workshop, model, 1 << (batch - 1).bit_length(), capacity, layout)
+    engine = engine_of(resources, model, 1 << (batch - 1).bit_length(), capacity, layout)
     return OwnAnswers(stage, engine, model, derive(seed, "student"))
 
 
@@ -323,7 +323,7 @@ def own_answers(
 
 
 def compared(
-    workshop: Workshop,
+    resources: Resources,
     student: tuple[Model, Any],
     teacher: tuple[Model, Any],
     layout: Layout,
@@ -334,7 +334,7 @@ def compared(
     metrics, of its parameters, and of its decoding speed.
     """
     sizes = [parameter_count(model.architecture) for model, _ in (student, teacher)]
-    rates = [_decode_rate(workshop, *each, layout) for each in (student, teacher)]
+    rates = [_decode_rate(resources, *each, layout) for each in (student, teacher)]
     shares = {
         f"retention.{name}": found[name] / value
         for name, value in known.items()
@@ -349,11 +349,11 @@ def compared(
     }
 
 
-def _decode_rate(workshop: Workshop, model: Model, params: Any, layout: Layout) -> float:
+def _decode_rate(resources: Resources, model: Model, params: Any, layout: Layout) -> float:
     """Measure tokens/s of greedy decoding."""
     tokens = min(_TIMED_TOKENS, model.architecture.context // 2)
-    engine = engine_of(workshop, model, _TIMED_SLOTS, capacity_of(model, 8, tokens), layout)
-    sampling = Sampling.fixed(max_tokens=tokens, temperature=0.0)
+    engine = engine_of(resources, model, _TIMED_SLOTS, capacity_of(model, 8, tokens), layout)
+    sampling = Sampling.unvalidated(max_tokens=tokens, temperature=0.0)
     prompts = [Prompt([1, 2, 3, 4 + at], at) for at in range(_TIMED_SLOTS)]
 
     def run() -> float:

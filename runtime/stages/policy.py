@@ -35,7 +35,7 @@ from tunelang.runtime.evals.run_evals import (
 from tunelang.runtime.generation.engine import Engine
 from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
 from tunelang.runtime.objectives import policy_gradient
-from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.rewards.reward_functions import Reward, Scores
 from tunelang.runtime.sharding import HOST, Layout, on_devices, sampling, shardings
 from tunelang.runtime.stages.policy_step import (
@@ -349,7 +349,7 @@ def decode_layout(planned: StageLayout, layout: Layout) -> Layout | None:
 
 
 def policy_trainer(
-    workshop: Workshop,
+    resources: Resources,
     stage: Policy,
     model: Model,
     planned: StageLayout,
@@ -372,7 +372,7 @@ def policy_trainer(
     room = a.context - rollouts.max_tokens
     if rollouts.max_prompt is not None:
         room = min(room, rollouts.max_prompt)
-    stream = workshop.stream(stage.data, seed=derive(seed, "data"), renderer=renderer)
+    stream = resources.stream(stage.data, seed=derive(seed, "data"), renderer=renderer)
     longest = 0
 
     def measure(example: Example) -> int:
@@ -381,7 +381,7 @@ def policy_trainer(
         longest = max(longest, count if count <= room else 0)
         return count
 
-    stream = workshop.library.within(stream, measure, room)
+    stream = resources.library.within(stream, measure, room)
     capacity = capacity_of(model, longest, rollouts.max_tokens)
     assert planned.slots is not None
     steps = steps_of(stage.length, epoch=len(stream), batch=stage.batch)
@@ -417,10 +417,10 @@ def policy_trainer(
         schedule = learning_rate(unit, updates)
         return optimizer, policy_step(a, optimizer, schedule, plain, program, learner)
 
-    optimizer, step_program = workshop.once(("policy", a, program, updates, key), compiled)
+    optimizer, step_program = resources.cached(("policy", a, program, updates, key), compiled)
 
     def score(architecture: Architecture) -> ScoreProgram:
-        return workshop.once(
+        return resources.cached(
             ("score", architecture, program, rollouts.temperature),
             lambda: score_program(architecture, program, rollouts.temperature),
         )
@@ -444,7 +444,7 @@ def policy_trainer(
         steps=steps,
         marks=marks,
         stream=stream,
-        engine=engine_of(workshop, model, planned.slots, capacity, decode or layout),
+        engine=engine_of(resources, model, planned.slots, capacity, decode or layout),
         reward=reward,
         program=program,
         step_program=step_program,

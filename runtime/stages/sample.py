@@ -19,7 +19,7 @@ from tunelang.dsl.vocabulary.stages import Sample
 from tunelang.runtime.data.examples import Example
 from tunelang.runtime.evals.run_evals import capacity_of, engine_of, rows_of, slots_of, texts_of
 from tunelang.runtime.generation.rollout import Prompt, rollout
-from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.store.atomic_files import RowWriter, keep_rows, read_rows, written_whole
@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 
 def sample(
-    workshop: Workshop,
+    resources: Resources,
     stage: Sample,
     model: Model,
     params: Any,
@@ -50,20 +50,20 @@ def sample(
     room = model.architecture.context - sampling.max_tokens
     if sampling.max_prompt is not None:
         room = min(room, sampling.max_prompt)
-    stream = workshop.stream(stage.data, seed=0, renderer=renderer, shuffled=False)
-    stream = workshop.library.within(stream, lambda e: len(renderer.prompt(e)), room)
+    stream = resources.stream(stage.data, seed=0, renderer=renderer, shuffled=False)
+    stream = resources.library.within(stream, lambda e: len(renderer.prompt(e)), room)
     examples = list(islice(stream.once(), stage.limit))
     prompts = [Prompt(renderer.prompt(e), at) for at, e in enumerate(examples)]
     each = max(1, CHUNK // stage.samples)
     slots = slots_of(min(each, len(prompts)) * stage.samples)
     longest = max(len(prompt.tokens) for prompt in prompts)
     engine = engine_of(
-        workshop, model, slots, capacity_of(model, longest, sampling.max_tokens), layout
+        resources, model, slots, capacity_of(model, longest, sampling.max_tokens), layout
     )
     tries = folder / TRIES
     chunks = -(-len(prompts) // each)
     done = _whole_chunks(tries)
-    around = workshop.surroundings(sampling.max_tokens)
+    around = resources.surroundings(sampling.max_tokens)
     with (
         Reward(stage.score or RewardConstant(value=0.0), around) as score,
         Reward(stage.keep or RewardConstant(value=1.0), around) as keep,

@@ -34,7 +34,7 @@ from tunelang.runtime.objectives.answer_scores import (
     Reference,
     ScoreObjective,
 )
-from tunelang.runtime.pipeline.resources import Model, Workshop
+from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.stages.distill import (
     DistillObjective,
@@ -162,7 +162,7 @@ class SupervisedTrainer:
 
 
 def supervised_trainer(
-    workshop: Workshop,
+    resources: Resources,
     stage: Supervised,
     model: Model,
     planned: StageLayout,
@@ -181,13 +181,13 @@ def supervised_trainer(
     Raises what opening data raises.
     """
     a = model.architecture
-    stream = workshop.stream(stage.data, seed=derive(seed, "data"), renderer=model.renderer)
+    stream = resources.stream(stage.data, seed=derive(seed, "data"), renderer=model.renderer)
     answers, valued = _read(stage, stream)
     corpus = tokenise(
         stream,
         model.renderer,
         context=a.context,
-        cache=workshop.cache,
+        cache=resources.cache,
         answers=answers,
         valued=valued,
     )
@@ -220,7 +220,7 @@ def supervised_trainer(
     live: Architecture | None = None
     if isinstance(stage, Compared) and stage.needs_reference:
         if isinstance(stage, Preference) and stage.reference_log_probs == "ahead":
-            stored = _ahead(workshop, corpus, model, reference, layout, kept)
+            stored = _ahead(resources, corpus, model, reference, layout, kept)
         else:
             live, beside = reference()
     teacher: Stored | None = None
@@ -231,13 +231,13 @@ def supervised_trainer(
             teacher = store_teacher(stage, corpus, live, beside, a.vocabulary, program, kept)
             beside = None
         if stage.on_policy:
-            own = own_answers(workshop, stage, model, table.batch, longest, layout, seed)
+            own = own_answers(resources, stage, model, table.batch, longest, layout, seed)
     # Built for a rate of 1, which the state's scale makes the stage's own: a sweep over rates
     # shares the program.
     unit = at_unit_rate(stage.optimizer)
     plain = stage.model_copy(update={"optimizer": unit, "seed": None})
     objective = objective_of(plain, count, a, live, corpus.values is not None)
-    optimizer, make = workshop.once(
+    optimizer, make = resources.cached(
         ("train", a, program, unit, table.steps, repr(objective)),
         lambda: compiled(a, unit, table.steps, program, objective),
     )
@@ -295,7 +295,7 @@ def objective_of(
 
 
 def _ahead(
-    workshop: Workshop,
+    resources: Resources,
     corpus: Corpus,
     model: Model,
     reference: Callable[[], tuple[Architecture, Any]],
@@ -309,7 +309,7 @@ def _ahead(
         return held
     architecture, params = reference()
     found = score_answers(
-        workshop, corpus, replace(model, architecture=architecture), params, layout
+        resources, corpus, replace(model, architecture=architecture), params, layout
     )
     with written_whole(path) as whole, whole.open("wb") as file:
         np.save(file, found.values)

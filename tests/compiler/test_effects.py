@@ -73,30 +73,32 @@ stage z : export { from = b, path = "out" }
 """
 
 SAMPLES: dict[str, list[Node]] = {
-    "text": [data.TemplateText.fixed(text="{other}")],
+    "text": [data.TemplateText.unvalidated(text="{other}")],
     "data": [
-        data.DataRef.fixed(name="spare"),
-        data.Take.fixed(of=data.DataRef.fixed(name="spare"), count=1),
+        data.DataRef.unvalidated(name="spare"),
+        data.Take.unvalidated(of=data.DataRef.unvalidated(name="spare"), count=1),
     ],
-    "reward": [rewards.Length.fixed(), rewards.RewardConstant.fixed(value=1.0)],
-    "condition": [data.Literal.fixed(value=True), data.Literal.fixed(value=False)],
-    "optimizer": [training.Sgd.fixed(lr=0.5), training.Lion.fixed(lr=0.5)],
-    "adapter": [training.Lora.fixed(), training.Dora.fixed()],
-    "sampling": [training.Sampling.fixed(max_tokens=77)],
-    "clip": [training.Clip.fixed(), training.ClipWeights.fixed()],
-    "kl": [training.K1.fixed(coefficient=0.1), training.K2.fixed(coefficient=0.1)],
-    "correction": [training.Truncated.fixed(), training.Masked.fixed()],
-    "mesh": [training.Axes.fixed(fsdp=2), training.Axes.fixed()],
-    "experts": [models.Experts.fixed(count=9, active=1)],
-    "settings": [data.Settings.fixed(values={"n_people": 3})],
-    "judge": [rewards.LocalJudge.fixed(model=Reference.fixed(noun="model", name="hub"))],
-    "criterion": [rewards.Criterion.fixed(text="Other")],
-    "merging": [training.Linear.fixed(), training.Slerp.fixed()],
-    "divergence": [training.ForwardKl.fixed(), training.ReverseKl.fixed()],
-    "attention": [training.Maps.fixed(), training.Maps.fixed(weight=0.5)],
-    "features": [training.Hidden.fixed(), training.Hidden.fixed(weight=0.5)],
-    "critic": [training.Critic.fixed(trunk="shared")],
-    "tracker": [training.TensorBoard.fixed()],
+    "reward": [rewards.Length.unvalidated(), rewards.RewardConstant.unvalidated(value=1.0)],
+    "condition": [data.Literal.unvalidated(value=True), data.Literal.unvalidated(value=False)],
+    "optimizer": [training.Sgd.unvalidated(lr=0.5), training.Lion.unvalidated(lr=0.5)],
+    "adapter": [training.Lora.unvalidated(), training.Dora.unvalidated()],
+    "sampling": [training.Sampling.unvalidated(max_tokens=77)],
+    "clip": [training.Clip.unvalidated(), training.ClipWeights.unvalidated()],
+    "kl": [training.K1.unvalidated(coefficient=0.1), training.K2.unvalidated(coefficient=0.1)],
+    "correction": [training.Truncated.unvalidated(), training.Masked.unvalidated()],
+    "mesh": [training.Axes.unvalidated(fsdp=2), training.Axes.unvalidated()],
+    "experts": [models.Experts.unvalidated(count=9, active=1)],
+    "settings": [data.Settings.unvalidated(values={"n_people": 3})],
+    "judge": [
+        rewards.LocalJudge.unvalidated(model=Reference.unvalidated(noun="model", name="hub"))
+    ],
+    "criterion": [rewards.Criterion.unvalidated(text="Other")],
+    "merging": [training.Linear.unvalidated(), training.Slerp.unvalidated()],
+    "divergence": [training.ForwardKl.unvalidated(), training.ReverseKl.unvalidated()],
+    "attention": [training.Maps.unvalidated(), training.Maps.unvalidated(weight=0.5)],
+    "features": [training.Hidden.unvalidated(), training.Hidden.unvalidated(weight=0.5)],
+    "critic": [training.Critic.unvalidated(trunk="shared")],
+    "tracker": [training.TensorBoard.unvalidated()],
 }
 REFERENCES = {
     "tokenizer": ("letters", "pieces"),
@@ -116,11 +118,11 @@ def other(value: Any, want: types.Type) -> Any:
         case types.Flag():
             return not value
         case types.Code() if value is None or isinstance(value, Python):
-            return Python.fixed(reference="rewards/spare.py:score", on_error=0.0)
+            return Python.unvalidated(reference="rewards/spare.py:score", on_error=0.0)
         case types.Choice(words=words):
             return next((word for word in words if word != value), "another")
         case types.Amount() if want.measured:
-            return Measure.fixed(value=value.value + 1, unit=value.unit)
+            return Measure.unvalidated(value=value.value + 1, unit=value.unit)
         case types.Whole() | types.Amount() | types.Memory() | types.Duration():
             return (value or 0) + 1
         case types.Number() | types.Price():
@@ -138,7 +140,7 @@ def other(value: Any, want: types.Type) -> Any:
         case types.Ref(nouns=nouns):
             one, two = REFERENCES[nouns[0]]
             name = two if value is not None and value.name == one else one
-            return Reference.fixed(noun=nouns[0], name=name)
+            return Reference.unvalidated(noun=nouns[0], name=name)
     raise AssertionError(want)
 
 
@@ -192,7 +194,7 @@ def base(folder: Path) -> Program:
     made = program(SPEC, folder)
     square = made.declarations["square"]
     fields = {name: getattr(square.value, name) for name in type(square.value).model_fields}
-    parquet = replace(square, kind="parquet", value=data.Parquet.fixed(**fields))
+    parquet = replace(square, kind="parquet", value=data.Parquet.unvalidated(**fields))
     first = {name: made.declarations[name] for name in FIRST}
     return replace(made, declarations={**first, **made.declarations, "square": parquet})
 

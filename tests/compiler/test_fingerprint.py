@@ -280,8 +280,8 @@ def test_a_reward_that_doubles_at_every_step(folder: Path) -> None:
         if name == "tuned":
             last = "mixed"
             for at in range(200):
-                twice = (rewards.RewardRef.fixed(name=last),) * 2
-                value = rewards.RewardOperator.fixed(operator="+", operands=twice)
+                twice = (rewards.RewardRef.unvalidated(name=last),) * 2
+                value = rewards.RewardOperator.unvalidated(operator="+", operands=twice)
                 last = f"r{at}"
                 declarations[last] = Declared("reward", last, None, value, "")
             branches = tuple(

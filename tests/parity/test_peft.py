@@ -67,7 +67,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(exporting, "load_params", lambda *_: own)
     origin = initial_weights.Origin("m", None, ((lora, tmp_path),))
-    exporting.export(origin, Export.fixed(adapter="apart"), model, layout, out, "x")
+    exporting.export(origin, Export.unvalidated(adapter="apart"), model, layout, out, "x")
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         base, attn_implementation="eager", dtype=torch.float32
@@ -120,5 +120,10 @@ def test_what_cannot_be_apart(tmp_path: Path) -> None:
     ):
         with pytest.raises(exporting.NotApartError):
             exporting.export(
-                origin, Export.fixed(adapter="apart"), model, make_layout(), tmp_path / "x", "x"
+                origin,
+                Export.unvalidated(adapter="apart"),
+                model,
+                make_layout(),
+                tmp_path / "x",
+                "x",
             )

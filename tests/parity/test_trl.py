@@ -72,7 +72,7 @@ def trainer(kind, **attributes):
 
 
 def preference(kind="dpo", **choices) -> Preference:
-    return Preference.fixed(**{**PREFERENCES[kind][1], **choices})
+    return Preference.unvalidated(**{**PREFERENCES[kind][1], **choices})
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +283,7 @@ LABELS = {"both": [True, False] * HALF, "good": [True] * ANSWERS, "bad": [False]
 @pytest.mark.parametrize("shift", [0.5, -0.5], ids=["kl", "kl held at 0"])
 @pytest.mark.parametrize("labels", LABELS)
 def test_kto(labels, shift, answers):
-    stage = Kto.fixed(beta=0.4, desirable=1.33, undesirable=0.7)
+    stage = Kto.unvalidated(beta=0.4, desirable=1.33, undesirable=0.7)
     mask, reference = answers["mask"], answers["reference"]
     mismatched = answers["now"] + np.float32(shift)  # of the answers, as if of other prompts
     model = Scored(np.concatenate([answers["now"].ravel(), mismatched.ravel()]))

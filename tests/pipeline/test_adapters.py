@@ -12,7 +12,7 @@ import pytest
 from tests.pipeline import tiny
 from tests.pipeline.test_pretrained import spec as spec
 from tunelang.runtime.pipeline.initial_weights import Origins, loaded
-from tunelang.runtime.pipeline.resources import Workshop
+from tunelang.runtime.pipeline.resources import Resources
 from tunelang.runtime.pipeline.runner import StageFailed
 from tunelang.runtime.sharding import make_layout
 
@@ -148,13 +148,13 @@ def _stopped_at(spec: Path, step: int) -> int:
 def test_speaking_uses_the_adapters(chain: Path) -> None:
     tiny.run(chain, only=["first", "stacked"])
     prepared, store = tiny.planned(chain)
-    workshop = Workshop(prepared.program, store.root / "cache", ())
-    origins = Origins(prepared.plan, prepared.graph, store, workshop)
+    resources = Resources(prepared.program, store.root / "cache", ())
+    origins = Origins(prepared.plan, prepared.graph, store, resources)
     found = {}
     for node in ("first", "stacked"):
         steps = store.folder(prepared.plan.by_node[node].digest).steps()
         origin = origins.at(node, steps[-1])
-        params = loaded(origin, workshop.model(origin.model), make_layout(), 0)
+        params = loaded(origin, resources.model(origin.model), make_layout(), 0)
         found[node] = np.asarray(params["blocks"]["attention"]["q"]["weight"][...])
     assert np.abs(found["first"] - found["stacked"]).max() > 1e-6
 

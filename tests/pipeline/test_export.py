@@ -54,9 +54,9 @@ def exported(once: Path, tmp_path: Path) -> Path:
 
 def logits_of(spec: Path, stage: str, tokens: np.ndarray) -> np.ndarray:
     prepared, store = tiny.planned(spec)
-    speaker = open_speaker(prepared.program, store, stage)
-    graph, _ = abstract_decoder(speaker.model.architecture, jnp.float32)
-    decoder = nnx.merge(graph, speaker.params)
+    generator = open_speaker(prepared.program, store, stage)
+    graph, _ = abstract_decoder(generator.model.architecture, jnp.float32)
+    decoder = nnx.merge(graph, generator.params)
     return np.asarray(decoder.logits(decoder(jnp.asarray(tokens))))
 
 

@@ -31,31 +31,31 @@ def opened(spec: Path, by: str | None):
 
 
 def test_the_best_of_several_samples(spec: Path) -> None:
-    speaker, reward = opened(spec, "plain")
+    generator, reward = opened(spec, "plain")
     with reward:
-        every = list(speaker.complete(PROMPTS, SAMPLING, 8, 0, True))
-        found = list(speaker.best(PROMPTS, SAMPLING, 8, 0, True, returned=8, reward=reward))
-        first = list(speaker.best(PROMPTS, SAMPLING, 8, 0, True, reward=reward))
+        every = list(generator.complete(PROMPTS, SAMPLING, 8, 0, True))
+        found = list(generator.best(PROMPTS, SAMPLING, 8, 0, True, returned=8, reward=reward))
+        first = list(generator.best(PROMPTS, SAMPLING, 8, 0, True, reward=reward))
     for at in (0, 8):
         # Equally good ones stay in their order.
         assert found[at : at + 8] == sorted(every[at : at + 8], key=lambda text: "e" in text)
     assert {"e" in text for text in every} == {True, False}
     assert first == found[::8]
-    likeliest = list(speaker.best(PROMPTS, SAMPLING, 8, 0, True, returned=8))
+    likeliest = list(generator.best(PROMPTS, SAMPLING, 8, 0, True, returned=8))
     assert sorted(likeliest[:8]) == sorted(every[:8])
 
 
 def test_a_reward_without_its_fields(spec: Path) -> None:
-    speaker, reward = opened(spec, "correct")
+    generator, reward = opened(spec, "correct")
     with reward, pytest.raises(UnscoredError, match="no field `target`"):
-        list(speaker.best(PROMPTS, SAMPLING, 2, 0, True, reward=reward))
+        list(generator.best(PROMPTS, SAMPLING, 2, 0, True, reward=reward))
 
 
 def test_beams(spec: Path) -> None:
-    speaker, _ = opened(spec, None)
-    greedy = list(speaker.complete(PROMPTS, Sampling(max_tokens=6, temperature=0.0), 1, 0, True))
-    assert list(speaker.search(PROMPTS, 6, True, beams=1)) == greedy
-    several = list(speaker.search(PROMPTS, 6, True, beams=5, returned=3))
+    generator, _ = opened(spec, None)
+    greedy = list(generator.complete(PROMPTS, Sampling(max_tokens=6, temperature=0.0), 1, 0, True))
+    assert list(generator.search(PROMPTS, 6, True, beams=1)) == greedy
+    several = list(generator.search(PROMPTS, 6, True, beams=5, returned=3))
     assert len(several) == 6
     assert len(set(several[:3])) == 3
 

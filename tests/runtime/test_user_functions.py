@@ -76,7 +76,7 @@ def own(name: str) -> Python:
 
 
 def loaded(name: str, folder: Path) -> Custom:
-    stage = bound(Policy.fixed(advantage=own(name)), folder)
+    stage = bound(Policy.unvalidated(advantage=own(name)), folder)
     assert isinstance(stage.advantage, Custom)
     return stage.advantage
 
@@ -107,7 +107,9 @@ def test_a_loss_equals_the_cross_entropy_it_repeats(folder: Path, mesh: dict[str
 
 
 def test_a_schedule_equals_the_one_it_repeats(folder: Path) -> None:
-    plain = AdamW.fixed(lr=3e-4, warmup=Measure.fixed(value=0.1, unit="%"), decay="cosine")
+    plain = AdamW.unvalidated(
+        lr=3e-4, warmup=Measure.unvalidated(value=0.1, unit="%"), decay="cosine"
+    )
     mine = bound(plain.model_copy(update={"decay": own("cosine")}), folder)
     for step in (0, 3, 10, 57, 99):
         assert learning_rate(mine, 100)(step) == pytest.approx(learning_rate(plain, 100)(step))
@@ -117,9 +119,9 @@ def test_a_loss_of_pairs_equals_the_one_it_repeats(folder: Path) -> None:
     arrays = [jax.random.normal(key, (5,)) for key in jax.random.split(jax.random.key(1), 4)]
     tokens = jnp.ones(5)
     pairs = Pairs(arrays[0], arrays[1], tokens, tokens, arrays[2], arrays[3])
-    mine = bound(Preference.fixed(loss=own("sigmoid")), folder)
+    mine = bound(Preference.unvalidated(loss=own("sigmoid")), folder)
     np.testing.assert_allclose(
-        pair_losses(mine, pairs)[0], pair_losses(Preference.fixed(), pairs)[0], rtol=1e-6
+        pair_losses(mine, pairs)[0], pair_losses(Preference.unvalidated(), pairs)[0], rtol=1e-6
     )
 
 
@@ -133,14 +135,14 @@ def test_an_advantage_and_a_policy_loss_equal_those_they_repeat(folder: Path) ->
     keys = jax.random.split(jax.random.key(2), 3)
     now, old, advantage = (jax.random.normal(key, (2, 4)) for key in keys)
     batch = Completions(now, jnp.ones((2, 4), bool), advantage, old)
-    plain = Policy.fixed(clip=None, rollout=Sampling.fixed())
+    plain = Policy.unvalidated(clip=None, rollout=Sampling.unvalidated())
     mine = bound(plain.model_copy(update={"loss": own("reinforce")}), folder)
     np.testing.assert_allclose(
         policy_gradient.objective(mine, batch)[0],
         policy_gradient.objective(plain, batch)[0],
         rtol=1e-6,
     )
-    clipped = plain.model_copy(update={"clip": Clip.fixed()})
+    clipped = plain.model_copy(update={"clip": Clip.unvalidated()})
     assert (
         policy_gradient.objective(clipped, batch)[0] != policy_gradient.objective(plain, batch)[0]
     )
@@ -160,17 +162,19 @@ def test_what_a_function_does_wrong_is_said(folder: Path, name: str, why: str) -
 def test_what_cannot_be_loaded_is_said(folder: Path) -> None:
     (folder / "bad.py").write_text("import nothing_like_this\ndef f(rewards): return rewards\n")
     with pytest.raises(CustomError, match="nothing_like_this"):
-        bound(Policy.fixed(advantage=Python(reference="bad.py:f")), folder)
+        bound(Policy.unvalidated(advantage=Python(reference="bad.py:f")), folder)
 
 
 def test_a_stage_without_functions_is_itself(folder: Path) -> None:
-    stage = Policy.fixed(reward=own("mean"), optimizer=AdamW.fixed(lr=1.0))
+    stage = Policy.unvalidated(reward=own("mean"), optimizer=AdamW.unvalidated(lr=1.0))
     assert bound(stage, folder) is stage  # rewards run in processes of their own
 
 
 def test_rows_are_made_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = folder / "cache"
-    kind = PythonData.fixed(function="mine.py:rows", settings=Settings.fixed(values={"count": 3}))
+    kind = PythonData.unvalidated(
+        function="mine.py:rows", settings=Settings.unvalidated(values={"count": 3})
+    )
     for _ in range(2):
         found = open_rows(kind, folder, cache=cache)
         assert [found[row] for row in range(len(found))] == [
@@ -186,7 +190,7 @@ def test_rows_are_made_once(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_rows_that_are_none_are_said(folder: Path) -> None:
     cache = folder / "cache"
     with pytest.raises(CustomError, match="a row has to be a dict, and one is 2"):
-        made_rows(PythonData.fixed(function="mine.py:odd"), folder, cache)
+        made_rows(PythonData.unvalidated(function="mine.py:odd"), folder, cache)
     assert not list(cache.glob("*.jsonl"))
 
 

@@ -88,15 +88,17 @@ MODELS = [
 def test_properties(at: int, form: str, chip: str, count: int, rows: int, policy: bool) -> None:
     a = MODELS[at]
     if form != "full":
-        lora = Lora.fixed(targets=("attention",))
+        lora = Lora.unvalidated(targets=("attention",))
         a = adapted(a, (lora,), "nf4" if form == "qlora" else "bf16")
-    optimizer = AdamW.fixed(lr=1e-4)
+    optimizer = AdamW.unvalidated(lr=1e-4)
     made: Training = (
-        Policy.fixed(
-            batch=rows, group=4, rollout=Sampling.fixed(max_tokens=256), optimizer=optimizer
+        Policy.unvalidated(
+            batch=rows, group=4, rollout=Sampling.unvalidated(max_tokens=256), optimizer=optimizer
         )
         if policy
-        else Sft.fixed(batch=Measure.fixed(value=rows, unit="sequences"), optimizer=optimizer)
+        else Sft.unvalidated(
+            batch=Measure.unvalidated(value=rows, unit="sequences"), optimizer=optimizer
+        )
     )
     there = Devices(CHIPS[chip], count, False)
     try:
@@ -116,7 +118,7 @@ def test_properties(at: int, form: str, chip: str, count: int, rows: int, policy
         assert best.seconds <= each.seconds * (1 + 1e-5)
     # Pinning what was chosen changes nothing.
     local = best.rows // shards_of(best.mesh) // best.micro_batches
-    pins = {"mesh": Axes.fixed(**best.mesh), "micro_batch": local, "remat": best.remat}
+    pins = {"mesh": Axes.unvalidated(**best.mesh), "micro_batch": local, "remat": best.remat}
     assert ranked(made.model_copy(update=pins), a, 2, there) == [best]
     # More devices are never slower.
     more = ranked(made, a, 2, replace(there, count=2 * count))[0]
@@ -288,7 +290,7 @@ def test_the_vector_memory_of_tpus_takes_of_the_peak(folder: Path) -> None:
 
 @pytest.mark.parametrize("storage", ["bf16", "nf4"])
 def test_xla_copies_what_is_frozen_in_two_bytes_on_7x(folder: Path, storage: Any) -> None:
-    adapter = adapted(LLAMA, (Lora.fixed(rank=4),), storage)
+    adapter = adapted(LLAMA, (Lora.unvalidated(rank=4),), storage)
     table = LLAMA.vocabulary * LLAMA.width
     tables = table * (1 if LLAMA.tied else 2)
     pinned = "remat = full, micro_batch = 1 sequences"
@@ -324,10 +326,10 @@ def test_what_layers_keep_is_what_compiled_programs_hold(
     """`counted`: GiB of the arrays by layers that XLA hands to the backward pass."""
     a = replace(PRESETS[model], context=length)
     devices = math.prod(mesh.values())
-    batch = Measure.fixed(value=rows * mesh["fsdp"], unit="sequences")
-    asked = Sft.fixed(
-        batch=batch, micro_batch=rows, remat="none", mesh=Axes.fixed(**mesh),
-        optimizer=AdamW.fixed(lr=1e-4),
+    batch = Measure.unvalidated(value=rows * mesh["fsdp"], unit="sequences")
+    asked = Sft.unvalidated(
+        batch=batch, micro_batch=rows, remat="none", mesh=Axes.unvalidated(**mesh),
+        optimizer=AdamW.unvalidated(lr=1e-4),
     )  # fmt: skip
     there = Devices(CHIPS[chip], devices, False)
     planned = lay_out(asked, a, 2, there)
@@ -486,7 +488,7 @@ def test_branches_in_one_program_share_what_is_frozen(folder: Path) -> None:
     """What they gather of it, too, which takes most of the time of a few tokens."""
     devices = Devices(CHIPS["v5e"], 64, False, (8, 8))
     few = stage(folder, "mesh = axes(fsdp = 64)")
-    lora = adapted(replace(LLAMA, context=256), (Lora.fixed(rank=2),), "bf16")
+    lora = adapted(replace(LLAMA, context=256), (Lora.unvalidated(rank=2),), "bf16")
     alone, together = (lay_out(few, lora, 2, devices, branches=count) for count in (1, 4))
     gathering = "gathering parameters over `fsdp`"
     assert alone.times[gathering] > alone.times["computing"]

@@ -13,7 +13,13 @@ from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.generation.engine import make_engine
 from tunelang.runtime.generation.rollout import Prompt, rollout
 from tunelang.runtime.models.decoder import Decoder
-from tunelang.runtime.sharding import DECODE_RULES, Layout, brought, make_layout, shardings
+from tunelang.runtime.sharding import (
+    DECODE_RULES,
+    Layout,
+    make_layout,
+    reshard_for_decoding,
+    shardings,
+)
 from tunelang.runtime.stages.policy_step import batch_of, score_program
 from tunelang.runtime.tokenize.tokenizers import Bytes
 from tunelang.runtime.training.train_step import Program
@@ -341,7 +347,7 @@ def test_a_mesh_of_its_own_changes_nothing(run, model):
     layout, params = make_layout(fsdp=8), model("llama")[1]
     params = jax.device_put(params, shardings(params, layout))
     apart = Layout(make_layout(data=4, tensor=2).mesh, DECODE_RULES)
-    gathered = brought(params, apart)
+    gathered = reshard_for_decoding(params, apart)
     own = make_engine(FAMILIES["llama"], slots=4, capacity=CAPACITY, layout=apart)
     equal(run("llama", own=own, given=FILTERED, params=gathered), run("llama", given=FILTERED))
     largest = max(jax.tree.leaves(gathered), key=lambda array: array.size)

@@ -15,10 +15,10 @@ from tunelang.runtime.training.checkpoints import flat
 from tunelang.runtime.training.train_step import abstract_decoder
 
 METHODS = {
-    "linear": Linear.fixed(weights=(2.0, 1.0)),
-    "slerp": Slerp.fixed(share=0.3),
-    "ties": Ties.fixed(density=0.4, weights=(1.0, 0.5), scale=0.7),
-    "dare": Dare.fixed(density=0.4),
+    "linear": Linear.unvalidated(weights=(2.0, 1.0)),
+    "slerp": Slerp.unvalidated(share=0.3),
+    "ties": Ties.unvalidated(density=0.4, weights=(1.0, 0.5), scale=0.7),
+    "dare": Dare.unvalidated(density=0.4),
 }
 
 
@@ -63,7 +63,7 @@ def by(combine, *models) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("weights", [None, (2.0, 1.0, -0.5)])
 def test_linear(weights):
-    found = merged(Linear.fixed(weights=weights), [ONE, OTHER, THIRD], None, 0)
+    found = merged(Linear.unvalidated(weights=weights), [ONE, OTHER, THIRD], None, 0)
     same(found, by(lambda *all: np.average(all, 0, weights), ONE, OTHER, THIRD))
 
 
@@ -102,7 +102,7 @@ def ties(base, *models, density, weights, scale):
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("weights", [None, (1.0, 0.5, -2.0)])
 def test_ties(density, weights):
-    method = Ties.fixed(density=density, weights=weights, scale=0.7)
+    method = Ties.unvalidated(density=density, weights=weights, scale=0.7)
     found = merged(method, [ONE, OTHER, THIRD], BASE, 0)
     given = {"density": density, "weights": weights or (1, 1, 1), "scale": 0.7}
     same(found, by(lambda *all: ties(*all, **given), BASE, ONE, OTHER, THIRD))
@@ -111,19 +111,19 @@ def test_ties(density, weights):
 def test_ties_keeps_equal_magnitudes():
     base = {"norm": jnp.zeros(6)}
     model = {"norm": jnp.asarray([1.0, -3.0, 2.0, 0.5, -2.0, 0.0])}
-    found = merged(Ties.fixed(density=0.34), [model], base, 0)
+    found = merged(Ties.unvalidated(density=0.34), [model], base, 0)
     np.testing.assert_array_equal(found["norm"], [0, -3, 2, 0, -2, 0])
 
 
 def test_a_model_of_weight_0_has_no_vote():
-    two = merged(Ties.fixed(), [ONE, OTHER], BASE, 0)
-    three = merged(Ties.fixed(weights=(1.0, 0.0, 1.0)), [ONE, THIRD, OTHER], BASE, 0)
+    two = merged(Ties.unvalidated(), [ONE, OTHER], BASE, 0)
+    three = merged(Ties.unvalidated(weights=(1.0, 0.0, 1.0)), [ONE, THIRD, OTHER], BASE, 0)
     same(three, apart(two))
 
 
 @pytest.mark.parametrize("weights", [None, (1.0, 0.5, -2.0)])
 def test_dare_that_drops_nothing(weights):
-    found = merged(Dare.fixed(density=1.0, weights=weights), [ONE, OTHER, THIRD], BASE, 0)
+    found = merged(Dare.unvalidated(density=1.0, weights=weights), [ONE, OTHER, THIRD], BASE, 0)
     factors = weights or (1 / 3,) * 3
 
     def combine(base, *all):
@@ -135,7 +135,7 @@ def test_dare_that_drops_nothing(weights):
 def test_dare_drops_at_random():
     base = {"blocks": {"a": jnp.zeros((2, 300, 100))}, "b": jnp.zeros((300, 100))}
     models = [jax.tree.map(lambda leaf, at=at: leaf + at, base) for at in (1.0, 100.0)]
-    method = Dare.fixed(density=0.2, weights=(1.0, 1.0))
+    method = Dare.unvalidated(density=0.2, weights=(1.0, 1.0))
     found = merged(method, models, base, 3)
     # Each entry tells what was kept of both models: 5 of the first, 500 of the second.
     kept = [value % 500 == 5 for value in apart(found).values()]
@@ -169,26 +169,33 @@ def test_peft(density):
 
     models = [ONE, OTHER, THIRD]
     chosen = tuple(weights.tolist())
-    found = merged(Ties.fixed(density=density), models, BASE, 0)
+    found = merged(Ties.unvalidated(density=density), models, BASE, 0)
     plain = by(lambda *all: combine(theirs.ties, *all, weights=torch.ones(3)), BASE, *models)
     same(found, plain)
-    found = merged(Ties.fixed(density=density, weights=chosen), models, BASE, 0)
+    found = merged(Ties.unvalidated(density=density, weights=chosen), models, BASE, 0)
     same(found, by(lambda *all: combine(elected, *all), BASE, *models))
     if density == 1:
-        found = merged(Dare.fixed(density=density, weights=chosen), models, BASE, 0)
+        found = merged(Dare.unvalidated(density=density, weights=chosen), models, BASE, 0)
         same(found, by(lambda *all: combine(theirs.dare_linear, *all), BASE, *models))
 
 
 @pytest.mark.parametrize(
     "method",
-    [Linear.fixed(), Slerp.fixed(), Ties.fixed(density=1.0), Dare.fixed(density=1.0)],
+    [
+        Linear.unvalidated(),
+        Slerp.unvalidated(),
+        Ties.unvalidated(density=1.0),
+        Dare.unvalidated(density=1.0),
+    ],
     ids=lambda method: method.word,
 )
 def test_a_model_with_itself_is_itself(method):
     same(merged(method, [ONE, ONE], BASE, 0), apart(ONE), tolerance=1e-6)
 
 
-@pytest.mark.parametrize("method", [Linear.fixed(weights=(1.0, 0.0)), Slerp.fixed(share=0.0)])
+@pytest.mark.parametrize(
+    "method", [Linear.unvalidated(weights=(1.0, 0.0)), Slerp.unvalidated(share=0.0)]
+)
 def test_all_of_the_first(method):
     same(merged(method, [ONE, OTHER], None, 0), apart(ONE), tolerance=1e-6)
 
@@ -223,7 +230,7 @@ def test_a_decoder():
         )
 
     models = [filled(1.0), filled(4.0)]
-    found = merged(Linear.fixed(weights=(2.0, 1.0)), models, None, 0)
+    found = merged(Linear.unvalidated(weights=(2.0, 1.0)), models, None, 0)
     assert jax.tree.structure(found) == jax.tree.structure(models[0])
     for name, leaf in flat(found).items():
         assert leaf.sharding == flat(models[0])[name].sharding, name
@@ -233,11 +240,11 @@ def test_a_decoder():
 @pytest.mark.parametrize(
     ("method", "count", "message"),
     [
-        (Linear.fixed(weights=(1.0, 2.0)), 3, "2 weights for 3 models"),
-        (Linear.fixed(weights=(0.1, 0.2, -0.3)), 3, "weights that add to 0"),
-        (Slerp.fixed(), 3, "slerp is between two models, not 3"),
-        (Ties.fixed(), 2, "ties takes differences from a base, and there is none"),
-        (Dare.fixed(), 2, "dare takes differences from a base, and there is none"),
+        (Linear.unvalidated(weights=(1.0, 2.0)), 3, "2 weights for 3 models"),
+        (Linear.unvalidated(weights=(0.1, 0.2, -0.3)), 3, "weights that add to 0"),
+        (Slerp.unvalidated(), 3, "slerp is between two models, not 3"),
+        (Ties.unvalidated(), 2, "ties takes differences from a base, and there is none"),
+        (Dare.unvalidated(), 2, "dare takes differences from a base, and there is none"),
     ],
 )
 def test_errors(method, count, message):
@@ -255,4 +262,4 @@ def test_errors(method, count, message):
 )
 def test_models_that_do_not_match(other, message):
     with pytest.raises(ValueError, match=message):
-        merged(Linear.fixed(), [{"norm": jnp.ones(8)}, other], None, 0)
+        merged(Linear.unvalidated(), [{"norm": jnp.ones(8)}, other], None, 0)

@@ -182,9 +182,9 @@ def test_a_mismatched_answer_is_cut_to_the_room_that_there_is():
 # Steps.
 
 OBJECTIVES: dict[str, tuple[Architecture, Objective]] = {
-    "pairs": (SMALL, PairObjective(Preference.fixed(supervised=0.5), COUNT, Reference())),
-    "kto": (SMALL, KtoObjective(Kto.fixed(desirable=1.5), COUNT, Reference(SMALL))),
-    "scores": (SCORES, ScoreObjective(RewardModel.fixed(centring=0.05), COUNT, True)),
+    "pairs": (SMALL, PairObjective(Preference.unvalidated(supervised=0.5), COUNT, Reference())),
+    "kto": (SMALL, KtoObjective(Kto.unvalidated(desirable=1.5), COUNT, Reference(SMALL))),
+    "scores": (SCORES, ScoreObjective(RewardModel.unvalidated(centring=0.05), COUNT, True)),
 }
 
 

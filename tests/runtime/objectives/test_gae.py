@@ -85,7 +85,7 @@ def test_each_token_is_credited_with_its_own_reward(given):
     own = np.where(mask, rewards, 0.0)[:, : lengths.max()]  # as wide as the longest completion
     rest = np.arange(ROWS, dtype=float)
     batch = PolicyBatch(*[None] * 3, *[mask.reshape(3, 3, WIDTH)] * 2)
-    stage = Ppo.fixed(discount=0.9, trace=0.8, kl=None)
+    stage = Ppo.unvalidated(discount=0.9, trace=0.8, kl=None)
     scores = Scores(own.sum(1) + rest, {}, (), own)
     estimated = Estimator(stage, LLAMA, None).estimated(batch, found.reshape(3, 3, WIDTH), scores)
     each = np.pad(own, ((0, 0), (0, WIDTH - own.shape[1])))

@@ -44,10 +44,10 @@ SMALL = Architecture(
     vocabulary=128, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=64, context=64
 )
 REST: dict[str, Any] = {
-    "optimizer": AdamW.fixed(lr=1e-4), "length": Measure.fixed(value=10, unit="steps"),
+    "optimizer": AdamW.unvalidated(lr=1e-4), "length": Measure.unvalidated(value=10, unit="steps"),
 }  # fmt: skip
-BATCH = Measure.fixed(value=8, unit="sequences")
-ROLLOUT = Sampling.fixed(max_tokens=16, max_prompt=16)
+BATCH = Measure.unvalidated(value=8, unit="sequences")
+ROLLOUT = Sampling.unvalidated(max_tokens=16, max_prompt=16)
 CHIP = replace(CHIPS["h200"], name="simulated")
 DEVICES = Devices(CHIP, 8, True)
 
@@ -60,7 +60,7 @@ def found(
 ) -> dict[str, Any]:
     """Rehearse a stage on simulated devices; by the programs' names."""
     if mesh is not None:
-        stage = stage.model_copy(update={"mesh": Axes.fixed(**mesh)})
+        stage = stage.model_copy(update={"mesh": Axes.unvalidated(**mesh)})
     planned = lay_out(stage, a, 4, DEVICES, teacher=SMALL, branches=branches)
     layout = make_layout(**planned.mesh)
     shapes = Shapes(a, "f32", SMALL)
@@ -69,13 +69,13 @@ def found(
 
 
 SUPERVISED = [
-    Sft.fixed(batch=BATCH, **REST),
-    Preference.fixed(batch=BATCH, **REST),
-    Preference.fixed(batch=BATCH, reference_log_probs="live", **REST),
-    Kto.fixed(batch=BATCH, **REST),
-    RewardModel.fixed(batch=BATCH, **REST),
-    Distill.fixed(batch=BATCH, **REST),
-    Distill.fixed(batch=BATCH, top_k=4, teacher_log_probs="ahead", **REST),
+    Sft.unvalidated(batch=BATCH, **REST),
+    Preference.unvalidated(batch=BATCH, **REST),
+    Preference.unvalidated(batch=BATCH, reference_log_probs="live", **REST),
+    Kto.unvalidated(batch=BATCH, **REST),
+    RewardModel.unvalidated(batch=BATCH, **REST),
+    Distill.unvalidated(batch=BATCH, **REST),
+    Distill.unvalidated(batch=BATCH, top_k=4, teacher_log_probs="ahead", **REST),
 ]
 
 
@@ -93,12 +93,12 @@ def test_supervised_stages(stage: Training) -> None:
 def test_the_plan_says_what_a_program_is_given(trained: str) -> None:
     a = replace(SMALL, width=128, mlp=1024, heads=8, kv_heads=4, head_dim=16)
     if trained == "adapters":
-        a = adapted(a, (Lora.fixed(rank=8),), "bf16")
-    pin = {"mesh": Axes.fixed(fsdp=4, tensor=2)}
-    planned = lay_out(Sft.fixed(batch=BATCH, **REST, **pin), a, 2, DEVICES)
+        a = adapted(a, (Lora.unvalidated(rank=8),), "bf16")
+    pin = {"mesh": Axes.unvalidated(fsdp=4, tensor=2)}
+    planned = lay_out(Sft.unvalidated(batch=BATCH, **REST, **pin), a, 2, DEVICES)
     layout = make_layout(**planned.mesh)
     program = next(
-        iter(programs(Sft.fixed(batch=BATCH, **REST), Shapes(a, "bf16"), planned, layout))
+        iter(programs(Sft.unvalidated(batch=BATCH, **REST), Shapes(a, "bf16"), planned, layout))
     )
     given = program.lower().compile().memory_analysis()
     assert given is not None
@@ -111,8 +111,13 @@ def test_the_plan_says_what_a_program_is_given(trained: str) -> None:
     [
         SUPERVISED[0],
         SUPERVISED[1],
-        Policy.fixed(
-            batch=8, group=2, rollout=ROLLOUT, minibatches=2, kl=K3.fixed(coefficient=0.1), **REST
+        Policy.unvalidated(
+            batch=8,
+            group=2,
+            rollout=ROLLOUT,
+            minibatches=2,
+            kl=K3.unvalidated(coefficient=0.1),
+            **REST,
         ),
     ],
     ids=lambda s: type(s).__name__,
@@ -142,7 +147,7 @@ def test_the_gradient_of_a_table_is_summed_whole_for_the_head_alone() -> None:
 
 @pytest.mark.parametrize("stage", [SUPERVISED[0], SUPERVISED[2]], ids=lambda s: type(s).__name__)
 def test_branches_gather_what_is_frozen_once(stage: Training) -> None:
-    adapter = adapted(replace(SMALL, width=64, mlp=256), (Lora.fixed(rank=1),), "f32")
+    adapter = adapted(replace(SMALL, width=64, mlp=256), (Lora.unvalidated(rank=1),), "f32")
     one, three = (found(stage, adapter, {"fsdp": 4}, branches)["train"] for branches in (1, 3))
     assert not three.findings
     gathered, together = one.exchanged["all-gather"][1], three.exchanged["all-gather"][1]
@@ -153,26 +158,28 @@ def test_branches_gather_what_is_frozen_once(stage: Training) -> None:
     ("stage", "expected"),
     [
         (
-            Policy.fixed(batch=8, group=2, rollout=ROLLOUT, **REST),
+            Policy.unvalidated(batch=8, group=2, rollout=ROLLOUT, **REST),
             {"train", "prefill", "decode"},
         ),
         (
-            Policy.fixed(
+            Policy.unvalidated(
                 batch=8,
                 group=2,
                 rollout=ROLLOUT,
                 minibatches=2,
-                kl=K3.fixed(coefficient=0.1),
+                kl=K3.unvalidated(coefficient=0.1),
                 **REST,
             ),
             {"train", "score", "prefill", "decode"},
         ),
         (
-            Ppo.fixed(batch=8, rollout=ROLLOUT, passes=1, minibatches=1, **REST),
+            Ppo.unvalidated(batch=8, rollout=ROLLOUT, passes=1, minibatches=1, **REST),
             {"train", "prefill", "decode"},
         ),
         (
-            Ppo.fixed(batch=8, rollout=ROLLOUT, critic=Critic.fixed(trunk="shared"), **REST),
+            Ppo.unvalidated(
+                batch=8, rollout=ROLLOUT, critic=Critic.unvalidated(trunk="shared"), **REST
+            ),
             {"train", "score", "prefill", "decode"},
         ),
     ],
@@ -186,7 +193,7 @@ def test_policy_stages(stage: Training, expected: set[str]) -> None:
 
 
 def test_judges() -> None:
-    stage = Policy.fixed(batch=8, group=2, rollout=ROLLOUT, **REST)
+    stage = Policy.unvalidated(batch=8, group=2, rollout=ROLLOUT, **REST)
     judges = Judge(SMALL, 4, speaks=True), Judge(replace(SMALL, scores=True), 4, speaks=False)
     planned = lay_out(stage, SMALL, 4, DEVICES, judges=judges)
     layout = make_layout(**planned.mesh)
@@ -201,13 +208,13 @@ def test_judges() -> None:
 
 
 def test_an_adapter_takes_less(tmp_path: Path) -> None:
-    whole = found(Sft.fixed(batch=BATCH, **REST), mesh={"fsdp": 8})["train"]
-    lora = adapted(SMALL, (Lora.fixed(rank=2),), "f32")
-    assert found(Sft.fixed(batch=BATCH, **REST), lora, {"fsdp": 8})["train"].peak < whole.peak
+    whole = found(Sft.unvalidated(batch=BATCH, **REST), mesh={"fsdp": 8})["train"]
+    lora = adapted(SMALL, (Lora.unvalidated(rank=2),), "f32")
+    assert found(Sft.unvalidated(batch=BATCH, **REST), lora, {"fsdp": 8})["train"].peak < whole.peak
 
 
 def test_exchanges_are_counted() -> None:
-    stage = Sft.fixed(batch=BATCH, packing=False, **REST)
+    stage = Sft.unvalidated(batch=BATCH, packing=False, **REST)
     alone = found(stage, mesh={})["train"]
     assert not alone.exchanged
     copies = found(stage, mesh={"data": 8})["train"].exchanged
@@ -358,7 +365,7 @@ def refused(stage: Training, devices: Devices, peak: int, cache: Path) -> list[s
 
 
 def test_what_would_make_a_refused_program_fit_is_compiled(tmp_path: Path) -> None:
-    stage = Sft.fixed(batch=Measure.fixed(value=64, unit="sequences"), **REST)
+    stage = Sft.unvalidated(batch=Measure.unvalidated(value=64, unit="sequences"), **REST)
     planned = lay_out(stage, SMALL, 4, DEVICES).total
     devices = replace(DEVICES, chip=replace(CHIP, memory=2 * planned))
     (said,) = refused(stage, devices, 3 * planned, tmp_path)
@@ -367,7 +374,7 @@ def test_what_would_make_a_refused_program_fit_is_compiled(tmp_path: Path) -> No
 
 
 def test_what_no_layout_makes_fit_needs_another_stage(tmp_path: Path) -> None:
-    stage = Sft.fixed(batch=Measure.fixed(value=64, unit="sequences"), **REST)
+    stage = Sft.unvalidated(batch=Measure.unvalidated(value=64, unit="sequences"), **REST)
     none = Devices(replace(CHIPS["h200"], memory=1), 8, False)
     with pytest.raises(DoesNotFitError) as caught:
         lay_out(stage, SMALL, 4, none)
@@ -385,7 +392,9 @@ def test_axes_that_do_not_divide_are_named() -> None:
 
 
 def plan(architecture: Architecture, devices: Devices, **more: Any) -> tuple[Training, StageLayout]:
-    stage = Sft.fixed(batch=Measure.fixed(value=16, unit="sequences"), **{**REST, **more})
+    stage = Sft.unvalidated(
+        batch=Measure.unvalidated(value=16, unit="sequences"), **{**REST, **more}
+    )
     return stage, lay_out(stage, architecture, 2, devices)
 
 
@@ -398,7 +407,7 @@ BIGGER = Architecture(
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:4x4"])
 def test_tpus_that_are_not_here(topology: str) -> None:
-    devices = declared(models.Tpu.fixed(topology=topology, slices=1, price=None))
+    devices = declared(models.Tpu.unvalidated(topology=topology, slices=1, price=None))
     assert devices is not None
     stage, planned = plan(BIGGER, devices)
     layout = make_layout(**planned.mesh, devices=compilable(devices))
@@ -412,7 +421,7 @@ def test_tpus_that_are_not_here(topology: str) -> None:
 def test_what_does_not_fit_is_refused_by_the_compiler() -> None:
     devices = Devices(CHIPS["v5e"], 4, False, (2, 2))
     a = replace(BIGGER, layers=64, width=4096, mlp=16_384, heads=32, kv_heads=32, head_dim=128)
-    stage = Sft.fixed(batch=Measure.fixed(value=16, unit="sequences"), **REST)
+    stage = Sft.unvalidated(batch=Measure.unvalidated(value=16, unit="sequences"), **REST)
     planned = StageLayout(
         mesh={"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}, rows=16, length=256,
         micro_batches=1, remat="none", slots=None, kernel="splash",
@@ -439,7 +448,7 @@ def test_what_lies_at_the_host_does_not_count(devices: Devices, plug_in: str) ->
     a = replace(BIGGER, layers=8, width=512, mlp=2048, head_dim=128)
     peaks = {}
     for where in ("none", "optimizer"):
-        pin = {"offload": where, "mesh": Axes.fixed(fsdp=devices.count)}
+        pin = {"offload": where, "mesh": Axes.unvalidated(fsdp=devices.count)}
         stage, planned = plan(a, devices, **pin)
         layout = make_layout(**planned.mesh, devices=compilable(devices))
         program = next(iter(programs(stage, Shapes(a, "bf16"), planned, layout)))
@@ -453,9 +462,9 @@ def test_what_lies_at_the_host_does_not_count(devices: Devices, plug_in: str) ->
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_matrices_are_gathered_ahead_of_their_products() -> None:
     devices = Devices(CHIPS["v6e"], 8, False, (2, 4))
-    a = adapted(replace(BIGGER, width=1024, mlp=4096, context=1024), (Lora.fixed(),), "bf16")
-    pin = {"mesh": Axes.fixed(fsdp=8), "remat": "full"}
-    stage = Sft.fixed(batch=Measure.fixed(value=16, unit="sequences"), **REST, **pin)
+    a = adapted(replace(BIGGER, width=1024, mlp=4096, context=1024), (Lora.unvalidated(),), "bf16")
+    pin = {"mesh": Axes.unvalidated(fsdp=8), "remat": "full"}
+    stage = Sft.unvalidated(batch=Measure.unvalidated(value=16, unit="sequences"), **REST, **pin)
     planned = lay_out(stage, a, 2, devices)
     layout = make_layout(**planned.mesh, devices=compilable(devices))
     program = next(iter(programs(stage, Shapes(a, "bf16"), planned, layout)))
@@ -469,9 +478,9 @@ def test_matrices_are_gathered_ahead_of_their_products() -> None:
 def test_frozen_weights_are_tiled_anew_for_one_pass_at_a_time() -> None:
     devices = Devices(CHIPS["tpu7x"], 8, False, (2, 2, 1))
     a = replace(BIGGER, layers=16, width=2048, mlp=8192, heads=16, kv_heads=16, head_dim=128)
-    a = adapted(a, (Lora.fixed(),), "bf16")
-    pin = {"mesh": Axes.fixed(fsdp=2, tensor=4), "remat": "full"}
-    stage = Sft.fixed(batch=Measure.fixed(value=2, unit="sequences"), **REST, **pin)
+    a = adapted(a, (Lora.unvalidated(),), "bf16")
+    pin = {"mesh": Axes.unvalidated(fsdp=2, tensor=4), "remat": "full"}
+    stage = Sft.unvalidated(batch=Measure.unvalidated(value=2, unit="sequences"), **REST, **pin)
     planned = lay_out(stage, a, 2, devices)
     layout = make_layout(**planned.mesh, devices=compilable(devices))
     program = next(iter(programs(stage, Shapes(a, "bf16"), planned, layout)))

@@ -194,7 +194,7 @@ def test_own_instructions(stand_in: StandIn) -> None:
     kind = Rubric.model_construct(
         judge=None,
         criteria=CRITERIA,
-        instructions=TemplateText.fixed(text="Look at {completion} by {criteria}"),
+        instructions=TemplateText.unvalidated(text="Look at {completion} by {criteria}"),
         on_error=0.0,
     )
     assert judges.request(kind, row("this")).startswith("Look at this by 1. Short\n2. Kind\n")
