@@ -20,8 +20,11 @@ from tunelang.compiler.models.architecture import Architecture, parameter_count,
 from tunelang.dsl.vocabulary.training import AdamW, Dora, Lora
 from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.training.objective import Batch
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import Batch, Program, init_state, train_step
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import random_state
+from tunelang.runtime.training.train_step import train_step
 
 MIB = 2**20
 SPEC = AdamW.unvalidated(lr=1e-4)
@@ -56,12 +59,12 @@ def main() -> None:
     batch = Batch(
         rng.integers(0, given.vocabulary, shape, dtype=np.int32), np.ones(shape, np.bool_)
     )
-    program = Program(layout=make_layout(), dtype=DTYPES[given.dtype], remat=given.remat)
+    config = StepConfig(layout=make_layout(), dtype=DTYPES[given.dtype], remat=given.remat)
     steps, memory, times = {}, {}, {name: [] for name in forms}
     for name, architecture in forms.items():
         optimizer = build_optimizer(SPEC, 100)
-        state = init_state(architecture, optimizer, program, 0)
-        step = train_step(architecture, optimizer, learning_rate(SPEC, 100), program)
+        state = random_state(architecture, optimizer, config, 0)
+        step = train_step(architecture, optimizer, learning_rate(SPEC, 100), config)
         found = step.lower(state, batch).compile().memory_analysis()
         memory[name] = found.argument_size_in_bytes / MIB, found.temp_size_in_bytes / MIB
         steps[name] = [step, state]

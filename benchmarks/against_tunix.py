@@ -59,8 +59,11 @@ from tunelang.runtime.stages.policy_step import (
 )
 from tunelang.runtime.tokenize import packing
 from tunelang.runtime.tokenize.token_cache import Corpus, Items, Piece
+from tunelang.runtime.training.objective import Batch
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import Batch, Program, TrainState, init_state, train_step
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import TrainState, random_state
+from tunelang.runtime.training.train_step import train_step
 
 TIMEOUT = 180
 SIDES = ("ours", "tunix")
@@ -152,7 +155,7 @@ def adamw(lr: float) -> tuple[Any, Any]:
     return build_optimizer(spec, 1000), learning_rate(spec, 1000)
 
 
-def program_of(given: Given) -> Program:
+def program_of(given: Given) -> StepConfig:
     """Return the training program as the planner lays it out on this machine."""
     stage: Training
     if "group" in given and "beta" in given:
@@ -163,7 +166,7 @@ def program_of(given: Given) -> Program:
     with tempfile.TemporaryDirectory() as folder:
         devices = local_devices(Path(folder), 1)
     found = lay_out(stage, architecture_of(given), 4, devices)
-    return Program(
+    return StepConfig(
         layout=make_layout(),
         micro_batches=given.get("micro_batches", found.micro_batches),
         remat=given.get("remat", found.remat),
@@ -178,7 +181,7 @@ class Trainer:
         architecture, program = architecture_of(given), program_of(given)
         optimizer, schedule = adamw(1e-4)
         self.parameters = parameter_count(architecture)
-        self._state = init_state(architecture, optimizer, program, 0)
+        self._state = random_state(architecture, optimizer, program, 0)
         self._step = train_step(architecture, optimizer, schedule, program)
 
     def train(self, batches: Sequence[Batch]) -> None:
@@ -268,7 +271,7 @@ def sampling_of(given: Given) -> Sampling:
 def sample(given: Given) -> Found:
     """Sample all prompts."""
     meter, architecture, program = Meter(), architecture_of(given), program_of(given)
-    params = init_state(architecture, adamw(1.0)[0], program, 0).params
+    params = random_state(architecture, adamw(1.0)[0], program, 0).params
     engine = make_engine(
         architecture,
         slots=given["slots"],
@@ -322,7 +325,7 @@ def grpo(given: Given) -> Found:
     score = score_program(architecture, program, given["temperature"])
     advantages = jax.jit(policy_gradient.advantages, static_argnames="how")
     part = math.gcd(group, given["prompts"] * group // program.micro_batches)
-    state = init_state(architecture, optimizer, program, 0)
+    state = random_state(architecture, optimizer, program, 0)
     reference = jax.tree.map(jnp.copy, state.params)
 
     def step(state: TrainState, at: int) -> TrainState:

@@ -42,8 +42,11 @@ from tunelang.runtime.stages.distill import DistillObjective
 from tunelang.runtime.stages.policy_step import PolicyBatch, policy_step
 from tunelang.runtime.stages.ppo import learner_of, with_critic
 from tunelang.runtime.stages.supervised import mismatched
+from tunelang.runtime.training.objective import Batch, Objective
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import Batch, Objective, Program, init_state, train_step
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import random_state
+from tunelang.runtime.training.train_step import train_step
 
 SPEC = AdamW.unvalidated(lr=1e-4)
 STEPS = 1000
@@ -133,7 +136,7 @@ def top_k_of(given: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def supervised_methods(
-    given: argparse.Namespace, program: Program
+    given: argparse.Namespace, config: StepConfig
 ) -> dict[str, Callable[[], Method]]:
     """Return what makes each method of given sequences."""
     model, teacher = architectures(given)
@@ -147,14 +150,16 @@ def supervised_methods(
         objective: Objective | None,
         flops: float,
         own: Architecture = model,
-        beside: Architecture | None = None,
+        aux_params: Architecture | None = None,
         **more: Any,
     ) -> Callable[[], Method]:
         def make() -> Method:
-            state = init_state(own, optimizer, program, 0)
-            if beside is not None:
-                state = replace(state, beside=init_state(beside, optimizer, program, 1).params)
-            step = train_step(own, optimizer, schedule, program, objective)
+            state = random_state(own, optimizer, config, 0)
+            if aux_params is not None:
+                state = replace(
+                    state, aux_params=random_state(aux_params, optimizer, config, 1).params
+                )
+            step = train_step(own, optimizer, schedule, config, objective)
             return Method(step, state, replace(batch, **more), flops)
 
         return make
@@ -165,7 +170,7 @@ def supervised_methods(
     return {
         SFT: method(None, trained),
         "dpo, ahead": method(pairs(None), trained),
-        "dpo, live": method(pairs(model), trained + forward, beside=model),
+        "dpo, live": method(pairs(model), trained + forward, aux_params=model),
         "reward_model": method(
             ScoreObjective(RewardModel.unvalidated(), SEGMENTS, False),
             train_flops(scoring, length),
@@ -174,12 +179,12 @@ def supervised_methods(
         "kto": method(
             KtoObjective(Kto.unvalidated(), SEGMENTS, Reference(model)),
             trained + 3 * forward,
-            beside=model,
+            aux_params=model,
         ),
         "distill, live": method(
             DistillObjective(distill, model, teacher),
             trained + forward_flops(teacher, length),
-            beside=teacher,
+            aux_params=teacher,
         ),
         "distill, top_k ahead": method(
             DistillObjective(distill.model_copy(update={"top_k": given.top_k}), model, teacher),
@@ -189,7 +194,7 @@ def supervised_methods(
     }
 
 
-def ppo_methods(given: argparse.Namespace, program: Program) -> dict[str, Callable[[], Method]]:
+def ppo_methods(given: argparse.Namespace, config: StepConfig) -> dict[str, Callable[[], Method]]:
     """Return what makes each method of sampled completions."""
     model, _ = architectures(given)
     scoring = replace(model, scores=True)
@@ -217,12 +222,12 @@ def ppo_methods(given: argparse.Namespace, program: Program) -> dict[str, Callab
         def make() -> Method:
             learner = learner_of(settings, scoring, STEPS)
             if trunk == "separate":
-                critic = init_state(scoring, optimizer, program, 1).params
+                critic = random_state(scoring, optimizer, config, 1).params
             else:
-                critic = score_head(model, jax.numpy.ones(model.width), program.layout)
-            state = init_state(model, optimizer, program, 0)
-            state = with_critic(state, (scoring, critic), learner, program, SPEC.lr)
-            step = policy_step(model, optimizer, schedule, stage, program, learner)
+                critic = score_head(model, jax.numpy.ones(model.width), config.layout)
+            state = random_state(model, optimizer, config, 0)
+            state = with_critic(state, (scoring, critic), learner, config, SPEC.lr)
+            step = policy_step(model, optimizer, schedule, stage, config, learner)
             return Method(step, state, batch, flops)
 
         return make
@@ -236,11 +241,11 @@ def ppo_methods(given: argparse.Namespace, program: Program) -> dict[str, Callab
 def main() -> None:
     """Print the table."""
     given = arguments()
-    program = Program(
+    config = StepConfig(
         layout=make_layout(), dtype=DTYPES[given.dtype], micro_batches=given.micro_batches,
         remat=given.remat, chunk=given.chunk,
     )  # fmt: skip
-    makers = {**supervised_methods(given, program), **ppo_methods(given, program)}
+    makers = {**supervised_methods(given, config), **ppo_methods(given, config)}
     wanted = [SFT, *given.only.split(";")] if given.only else list(makers)
     methods = {name: makers[name]() for name in dict.fromkeys(wanted)}
     for method in methods.values():

@@ -21,15 +21,11 @@ from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture, parameter_count
 from tunelang.dsl.vocabulary.training import AdamW, Lora
 from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.training.objective import Batch
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import (
-    Batch,
-    Program,
-    TrainState,
-    init_state,
-    parts,
-    train_step,
-)
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import TrainState, random_state, split_state
+from tunelang.runtime.training.train_step import train_step
 
 SPEC = AdamW.unvalidated(lr=1e-4)
 SIZES = ((1, 64), (1, 256), (4, 512))
@@ -69,15 +65,15 @@ def main() -> None:
     rng = np.random.default_rng(0)
     optimizer, schedule = build_optimizer(SPEC, 100), learning_rate(SPEC, 100)
     for name, architecture in forms.items():
-        program = Program(layout=make_layout(), remat="dots")
-        alone = train_step(architecture, optimizer, schedule, program)
-        program = replace(program, branches=given.branches)
-        together = train_step(architecture, optimizer, schedule, program)
+        config = StepConfig(layout=make_layout(), remat="dots")
+        alone = train_step(architecture, optimizer, schedule, config)
+        config = replace(config, branches=given.branches)
+        together = train_step(architecture, optimizer, schedule, config)
         for rows, length in SIZES:
             shape = (1, rows, length)
             batch = Batch(rng.integers(0, 8192, shape, dtype=np.int32), np.ones(shape, np.bool_))
-            state = init_state(architecture, optimizer, program, 0)
-            changing, kept = parts(state)
+            state = random_state(architecture, optimizer, config, 0)
+            changing, kept = split_state(state)
             several: TrainState = jax.tree.map(
                 lambda leaf: jnp.stack([leaf] * given.branches), changing
             )

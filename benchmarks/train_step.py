@@ -21,8 +21,11 @@ from tunelang.compiler.models.architecture import Architecture, parameter_count,
 from tunelang.dsl.vocabulary.training import AdamW
 from tunelang.runtime.models.decoder import DTYPES
 from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.training.objective import Batch
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import Batch, Kept, Program, init_state, train_step
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import ReadOnlyState, random_state
+from tunelang.runtime.training.train_step import train_step
 
 MIB = 2**20
 
@@ -68,20 +71,20 @@ def main() -> None:
     )  # fmt: skip
     spec = AdamW(lr=1e-3)
     optimizer, schedule = build_optimizer(spec, 1000), learning_rate(spec, 1000)
-    program = Program(
+    config = StepConfig(
         layout=make_layout(given.data, given.fsdp, given.tensor), dtype=DTYPES[given.dtype],
         micro_batches=given.micro_batches, remat=given.remat, kernel=given.kernel,
         chunk=given.chunk,
     )  # fmt: skip
-    state = init_state(architecture, optimizer, program, 0)
+    state = random_state(architecture, optimizer, config, 0)
     batch = make_batch(given, architecture.vocabulary)
     start = time.perf_counter()
-    step = train_step(architecture, optimizer, schedule, program).lower(state, batch).compile()
+    step = train_step(architecture, optimizer, schedule, config).lower(state, batch).compile()
     compiled = time.perf_counter() - start
     times = []
     for _ in range(given.calls + 1):
         start = time.perf_counter()
-        state, metrics = step(state, Kept(state.frozen, None), batch)
+        state, metrics = step(state, ReadOnlyState(state.frozen, None), batch)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
     rate = given.steps * given.batch * given.length / statistics.median(times[1:])

@@ -30,7 +30,8 @@ from tunelang.runtime.rewards.reward_parts import Row, function_of
 from tunelang.runtime.sharding import DECODE_RULES, Layout, make_layout, sampling
 from tunelang.runtime.tokenize.token_cache import Corpus, tokenise
 from tunelang.runtime.tokenize.tokenizers import StreamDecoder
-from tunelang.runtime.training import train_step
+from tunelang.runtime.training.objective import loss_program
+from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.user_functions import CustomError
 from tunelang.runtime.workers.worker_pool import Workers
 
@@ -339,10 +340,8 @@ def _perplexity(
     resources: Resources, name: str, kind: Perplexity, model: Model, params: Params, layout: Layout
 ) -> Evaluation:
     a = model.architecture
-    program = train_step.Program(layout=layout, dtype=model.dtype)
-    loss = resources.cached(
-        ("loss", a, str(model.dtype), layout), lambda: train_step.loss_program(a, program)
-    )
+    config = StepConfig(layout=layout, dtype=model.dtype)
+    loss = resources.cached(("loss", a, str(model.dtype), layout), lambda: loss_program(a, config))
     batches = resources.cached(
         ("eval batches", name, model.renderer.digest, a.context, layout.batch_shards),
         lambda: epoch(_corpus(resources, kind, model), kind.limit, layout)[0],

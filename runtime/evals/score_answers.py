@@ -23,7 +23,8 @@ from tunelang.runtime.tokenize import packing
 from tunelang.runtime.tokenize.chat_renderer import EmptyMaskError, Renderer
 from tunelang.runtime.tokenize.chat_templates import ChatError
 from tunelang.runtime.tokenize.token_cache import Corpus
-from tunelang.runtime.training import train_step
+from tunelang.runtime.training.objective import Batch
+from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.workers.worker_pool import Result
 
 TOKENS = 16_384
@@ -55,11 +56,11 @@ def score_answers(
     """Score each piece of the first items of a corpus once; without a limit, of all."""
     batch, items = epoch(corpus, limit, layout)
     a = model.architecture
-    program = train_step.Program(layout=layout, dtype=model.dtype, chunk=CHUNK)
+    config = StepConfig(layout=layout, dtype=model.dtype, chunk=CHUNK)
     count = items.shape[-1] * corpus.pieces
     score = resources.cached(
         ("answers", a, str(model.dtype), layout, count),
-        lambda: segment_program(a, program, count),
+        lambda: segment_program(a, config, count),
     )
     found = [np.asarray(each).reshape(*items.shape, corpus.pieces) for each in score(params, batch)]
     there = items >= 0
@@ -69,9 +70,7 @@ def score_answers(
     return Scored(values, tokens)
 
 
-def epoch(
-    corpus: Corpus, limit: int | None, layout: Layout
-) -> tuple[train_step.Batch, NDArray[np.int64]]:
+def epoch(corpus: Corpus, limit: int | None, layout: Layout) -> tuple[Batch, NDArray[np.int64]]:
     """Return the first items of a corpus once, packed, `[steps, batch, length]`; and the numbers of
     the items in each sequence, `[steps, batch, most]`, -1 where there is none.
     """
@@ -97,7 +96,7 @@ def epoch(
         padding = ((0, steps * rows - len(whole)), (0, 0))
         return np.pad(whole, padding, constant_values=empty).reshape(steps, rows, -1)
 
-    batch = train_step.Batch(
+    batch = Batch(
         tokens=stack([one.tokens for one in found]),
         trained=stack([one.mask for one in found]),
         segments=stack([one.segments for one in found]),
@@ -126,9 +125,9 @@ def margin_of(example: Example) -> tuple[float, float]:
 def learned(resources: Resources, model: Model, params: Any, layout: Layout) -> Scorer:
     """Make a scorer of a reward model: the score of a completion as the answer to its prompt."""
     a, renderer = model.architecture, model.renderer
-    program = train_step.Program(layout=layout, dtype=model.dtype, chunk=CHUNK)
+    config = StepConfig(layout=layout, dtype=model.dtype, chunk=CHUNK)
     score = resources.cached(
-        ("answers", a, str(model.dtype), layout, 1), lambda: segment_program(a, program, 1)
+        ("answers", a, str(model.dtype), layout, 1), lambda: segment_program(a, config, 1)
     )
 
     def scores(rows: Sequence[Row]) -> Sequence[Result]:
@@ -152,7 +151,7 @@ def learned(resources: Resources, model: Model, params: Any, layout: Layout) -> 
                 tokens[0, row, : len(found[at])] = found[at]
                 segments[0, row, : len(found[at])] = 1
             places = np.broadcast_to(np.arange(longest, dtype=np.int32), tokens.shape)
-            batch = train_step.Batch(tokens, segments > 0, segments, places)
+            batch = Batch(tokens, segments > 0, segments, places)
             values = np.asarray(score(params, batch)[0])[0, :, 0]
             for row, at in enumerate(own):
                 results[at] = float(values[row])

@@ -39,8 +39,8 @@ from tunelang.runtime.models.decoder import (
     empty_cache,
     insert,
 )
+from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.sharding import Layout, constrain, jit, reshard_for_decoding
-from tunelang.runtime.training.train_step import abstract_decoder
 
 Tree = TypeVar("Tree")
 

@@ -38,8 +38,8 @@ from tunelang.runtime.models.decoder import (
     empty_cache,
     insert,
 )
+from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.sharding import Axes, Layout, constrain, jit, platform
-from tunelang.runtime.training.train_step import abstract_decoder
 
 Given = Array | NDArray[Any] | np.generic
 """What the host hands to a program: numpy as a rule, which is the same on every host."""

@@ -20,8 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tunelang.runtime.models.matmul import product
 from tunelang.runtime.sharding import Layout
 
-Kernel = Literal["xla", "cudnn", "splash", "cudnn beside"]
-"""`cudnn beside` is cuDNN's for branches that are trained side by side: under `vmap`."""
+Kernel = Literal["xla", "cudnn", "splash", "cudnn_vmap"]
+"""`cudnn_vmap` is cuDNN's kernel under `vmap`, for the branches of a fused sweep."""
 
 SPLASH_BLOCK = 512
 """The most queries or keys that the splash kernel works on at once."""
@@ -125,7 +125,7 @@ def self_attention(
     tokens, itself included; an array only where the kernel is `xla`. Returns `[batch, length,
     heads, head_dim]`.
     """
-    if kernel == "cudnn beside":
+    if kernel == "cudnn_vmap":
         if segments is None:
             segments = jnp.zeros(query.shape[:2], jnp.int32)
         alone = partial(

@@ -36,9 +36,9 @@ from tunelang.compiler.models.presets import PRESETS, PUBLISHED
 from tunelang.dsl.vocabulary.models import Pretrained
 from tunelang.runtime.models import hub
 from tunelang.runtime.models.layers import DTYPES
+from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.models.quantization import quantized
 from tunelang.runtime.sharding import Layout, logical_axes
-from tunelang.runtime.training.train_step import abstract_decoder
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 4

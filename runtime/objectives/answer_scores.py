@@ -18,6 +18,7 @@ from flax import nnx
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.stages import Kto, Preference, RewardModel
 from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.objectives.preference_losses import (
     Pairs,
     bradley_terry,
@@ -25,18 +26,17 @@ from tunelang.runtime.objectives.preference_losses import (
     pair_losses,
 )
 from tunelang.runtime.sharding import jit
+from tunelang.runtime.training.accumulate import micro_batches
 from tunelang.runtime.training.cross_entropy import token_logprobs
-from tunelang.runtime.training.train_step import (
+from tunelang.runtime.training.objective import (
     Batch,
     Models,
     Objective,
-    Program,
-    abstract_decoder,
     balance,
     hidden_states,
-    micro_batches,
-    shift,
+    shift_targets,
 )
+from tunelang.runtime.training.step_config import StepConfig
 
 Metrics = dict[str, jax.Array]
 
@@ -60,19 +60,19 @@ def answers(
     decoder: Decoder,
     batch: Batch,
     count: int,
-    program: Program,
+    config: StepConfig,
     keys: jax.Array | None = None,
 ) -> tuple[Answers, jax.Array]:
     """Return the log-probability of each of `count` segments, and the load-balance loss."""
-    hidden, routed = hidden_states(decoder, batch, keys, program)
-    targets, counted = shift(batch)
+    hidden, routed = hidden_states(decoder, batch, keys, config)
+    targets, counted = shift_targets(batch)
     found = token_logprobs(
         hidden,
         decoder.head_weight(),
         targets,
-        chunk=program.chunk,
+        chunk=config.chunk,
         cap=decoder.architecture.logit_cap,
-        layout=program.layout,
+        layout=config.layout,
     )
     log_probs = segment_sums(jnp.where(counted > 0, found, 0.0), batch.segments, count)
     tokens = segment_sums(counted, batch.segments, count)
@@ -83,13 +83,13 @@ def scores(
     decoder: Decoder,
     batch: Batch,
     count: int,
-    program: Program,
+    config: StepConfig,
     keys: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the score of each segment at its last token, `[batch, count]`, and the load-balance
     loss.
     """
-    hidden, routed = hidden_states(decoder, batch, keys, program)
+    hidden, routed = hidden_states(decoder, batch, keys, config)
     following = jnp.roll(batch.segments, -1, axis=1).at[:, -1].set(0)
     last = (batch.segments > 0) & (following != batch.segments)
     found = jnp.where(last, decoder.scores(hidden), 0.0)
@@ -122,9 +122,9 @@ class Reference:
         if self.live is None:
             found: jax.Array = batch.reference
             return found
-        graph, _ = abstract_decoder(self.live, models.program.dtype)
-        decoder = nnx.merge(graph, models.beside)
-        return jax.lax.stop_gradient(answers(decoder, batch, count, models.program)[0].log_probs)
+        graph, _ = abstract_decoder(self.live, models.config.dtype)
+        decoder = nnx.merge(graph, models.aux_params)
+        return jax.lax.stop_gradient(answers(decoder, batch, count, models.config)[0].log_probs)
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class PairObjective(Objective):
     def whole(self, models: Models, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Return the pairs, and the trained tokens of chosen answers."""
         del models
-        chosen = shift(batch)[1] * (batch.segments % 2)
+        chosen = shift_targets(batch)[1] * (batch.segments % 2)
         pairs = jnp.maximum(_pieces(batch) / 2, 1.0)
         return pairs, jnp.maximum(jnp.sum(chosen), 1.0)
 
@@ -151,7 +151,7 @@ class PairObjective(Objective):
         whole: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, Metrics]:
         """See `train.Objective`."""
-        found, balanced = answers(models.decoder, batch, self.count, models.program, keys)
+        found, balanced = answers(models.decoder, batch, self.count, models.config, keys)
         chosen, rejected = _paired(found.log_probs)
         chosen_tokens, rejected_tokens = _paired(found.tokens)
         there = chosen_tokens > 0
@@ -188,15 +188,15 @@ class KtoObjective(Objective):
         """
         other = batch.mismatched
         assert other is not None
-        parts = models.program.micro_batches
+        parts = models.config.micro_batches
 
         def gap(part: Batch) -> tuple[jax.Array, jax.Array]:
-            found, _ = answers(models.decoder, part, self.count, models.program)
+            found, _ = answers(models.decoder, part, self.count, models.config)
             there = found.tokens > 0
             ratio = found.log_probs - self.reference.of(models, part, self.count)
             return jnp.sum(jnp.where(there, ratio, 0.0)), jnp.sum(there)
 
-        cut = jax.tree.map(lambda array: micro_batches(array, models.program), other)
+        cut = jax.tree.map(lambda array: micro_batches(array, models.config), other)
         sums = jax.lax.map(gap, cut) if parts > 1 else jax.tree.map(jnp.atleast_1d, gap(other))
         kl = jnp.maximum(jnp.sum(sums[0]) / jnp.maximum(jnp.sum(sums[1]), 1), 0.0)
         there = jnp.arange(self.count) < jnp.max(batch.segments, axis=1)[:, None]
@@ -207,7 +207,7 @@ class KtoObjective(Objective):
         self, models: Models, batch: Batch, keys: jax.Array | None, whole: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, Metrics]:
         """See `train.Objective`."""
-        found, balanced = answers(models.decoder, batch, self.count, models.program, keys)
+        found, balanced = answers(models.decoder, batch, self.count, models.config, keys)
         count, desirable, kl = whole
         there, good = found.tokens > 0, batch.values > 0.5
         losses, more = kto_losses(
@@ -246,7 +246,7 @@ class ScoreObjective(Objective):
         self, models: Models, batch: Batch, keys: jax.Array | None, whole: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         """See `train.Objective`."""
-        found, balanced = scores(models.decoder, batch, self.count, models.program, keys)
+        found, balanced = scores(models.decoder, batch, self.count, models.config, keys)
         there = jnp.arange(self.count // 2) < jnp.max(batch.segments, axis=1)[:, None] // 2
         margin = _paired(batch.values)[0] if self.margins else None
         losses, more = bradley_terry(*_paired(found), margin, self.stage.centring)
@@ -258,24 +258,24 @@ class ScoreObjective(Objective):
 SegmentProgram = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
 
 
-def segment_program(architecture: Architecture, program: Program, count: int) -> SegmentProgram:
+def segment_program(architecture: Architecture, config: StepConfig, count: int) -> SegmentProgram:
     """Return the jitted `(params, batches) -> (values, tokens)`, each `[steps, batch, count]`.
 
     The values are summed log-probabilities in nats, or the scores of a reward model; tokens are
     those that are trained.
     """
-    graph, _ = abstract_decoder(architecture, program.dtype)
+    graph, _ = abstract_decoder(architecture, config.dtype)
 
     def one(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         decoder: Decoder = nnx.merge(graph, params)
         if architecture.scores:
-            tokens = segment_sums(shift(batch)[1], batch.segments, count)
-            return scores(decoder, batch, count, program)[0], tokens
-        found, _ = answers(decoder, batch, count, program)
+            tokens = segment_sums(shift_targets(batch)[1], batch.segments, count)
+            return scores(decoder, batch, count, config)[0], tokens
+        found, _ = answers(decoder, batch, count, config)
         return found.log_probs, found.tokens
 
     def run(params: Any, batches: Batch) -> tuple[jax.Array, jax.Array]:
         found: tuple[jax.Array, jax.Array] = jax.lax.map(partial(one, params), batches)
         return found
 
-    return jit(run, program.layout)
+    return jit(run, config.layout)

@@ -25,11 +25,13 @@ from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.training import Adapter, Continued, Lora
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.parameters import abstract_decoder, merge_params, split_trainable
 from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.sharding import Layout, shardings
 from tunelang.runtime.store.run_store import StageFolder, Store
-from tunelang.runtime.training import train_step
 from tunelang.runtime.training.checkpoints import load_params
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import random_state
 
 
 class MissingInputError(Exception):
@@ -252,7 +254,7 @@ def starting(
 
 def score_head(architecture: Architecture, weight: jax.Array, layout: Layout) -> Any:
     """Return a head of one number as parameters; `weight` is `[width]` float32."""
-    _, abstract = train_step.abstract_decoder(replace(architecture, scores=True), weight.dtype)
+    _, abstract = abstract_decoder(replace(architecture, scores=True), weight.dtype)
     place = shardings(abstract, layout)["score"].get_value()
     head = abstract["score"].replace(jax.device_put(weight, place))
     return nnx.from_flat_state([(("score",), head)])
@@ -260,7 +262,7 @@ def score_head(architecture: Architecture, weight: jax.Array, layout: Layout) ->
 
 def scoring(architecture: Architecture, params: Any, head: Any) -> tuple[Architecture, Any]:
     """Put a head of one number in place of the one that gives logits."""
-    return replace(architecture, scores=True), train_step.whole(_headless(params), head)
+    return replace(architecture, scores=True), merge_params(_headless(params), head)
 
 
 def _headless(params: Any) -> Any:
@@ -279,8 +281,8 @@ def loaded(origin: Origin, model: Model, layout: Layout, seed: int) -> Any:
     """
     base = _base(origin, model)
     if origin.path is None and model.folder is None:
-        program = train_step.Program(layout=layout, dtype=model.dtype)
-        return train_step.init_state(base, optax.identity(), program, seed).params
+        config = StepConfig(layout=layout, dtype=model.dtype)
+        return random_state(base, optax.identity(), config, seed).params
     loras = tuple(lora for lora, _ in origin.adapters)
     storage = model.storage if model.storage in ("nf4", "int8") else "f32"
     architecture = adapted(base, loras, storage)
@@ -291,16 +293,16 @@ def loaded(origin: Origin, model: Model, layout: Layout, seed: int) -> Any:
 def shaped_adapter(lora: Lora, model: Model, layout: Layout) -> Any:
     """Return the shapes of the first adapter on a model, to load it; raises `NoTargetError`."""
     architecture = adapted(plain(model.architecture), (lora,), model.storage)
-    _, abstract = train_step.abstract_decoder(architecture, model.dtype)
-    return _shaped(train_step.divided(architecture, abstract)[0], layout)
+    _, abstract = abstract_decoder(architecture, model.dtype)
+    return _shaped(split_trainable(architecture, abstract)[0], layout)
 
 
 def merged(params: Any, architecture: Architecture, layout: Layout, dtype: Any) -> Any:
     """Return the parameters without adapters of the same function, float32; `params` is used up."""
     if not architecture.adapters:
         return params
-    graph, _ = train_step.abstract_decoder(architecture, dtype)
-    _, abstract = train_step.abstract_decoder(plain(architecture), dtype)
+    graph, _ = abstract_decoder(architecture, dtype)
+    _, abstract = abstract_decoder(plain(architecture), dtype)
     make = jax.jit(
         lambda params: nnx.split(nnx.merge(graph, params).merged())[1],
         out_shardings=shardings(abstract, layout),
@@ -317,7 +319,7 @@ def _loaded(origin: Origin, architecture: Architecture, model: Model, layout: La
         assert model.folder is not None
         base = pretrained.load(model.folder, plain_base, layout, storage, model.dtype)
     else:
-        shapes = _shaped(train_step.abstract_decoder(plain_base, model.dtype)[1], layout)
+        shapes = _shaped(abstract_decoder(plain_base, model.dtype)[1], layout)
         base = pretrained.kept(load_params(origin.path, shapes), layout, storage, model.dtype)
     if architecture.scores:
         base = _headless(base)
@@ -328,24 +330,24 @@ def _loaded(origin: Origin, architecture: Architecture, model: Model, layout: La
             adapters=architecture.adapters[: place + 1],
             scores=origin.scores and place == len(origin.adapters) - 1,
         )
-        _, abstract = train_step.abstract_decoder(top, model.dtype)
-        parts.append(load_params(path, _shaped(train_step.divided(top, abstract)[0], layout)))
-    return train_step.whole(*parts)
+        _, abstract = abstract_decoder(top, model.dtype)
+        parts.append(load_params(path, _shaped(split_trainable(top, abstract)[0], layout)))
+    return merge_params(*parts)
 
 
 def _begun(params: Any, architecture: Architecture, layout: Layout, dtype: Any, seed: int) -> Any:
     """Add the last adapter of an architecture to the parameters below it."""
-    _, abstract = train_step.abstract_decoder(architecture, dtype)
-    own = train_step.divided(architecture, abstract)[0]
+    _, abstract = abstract_decoder(architecture, dtype)
+    own = split_trainable(architecture, abstract)[0]
 
     def make(params: Any, seed: Any) -> Any:
         decoder = Decoder(architecture, nnx.Rngs(jax.random.key(seed)), dtype)
         nnx.update(decoder, params)
         decoder.measure()
-        return train_step.divided(architecture, nnx.state(decoder, nnx.Param))[0]
+        return split_trainable(architecture, nnx.state(decoder, nnx.Param))[0]
 
     added = jax.jit(make, out_shardings=shardings(own, layout))(params, np.uint32(seed % 2**32))
-    return train_step.whole(params, added)
+    return merge_params(params, added)
 
 
 def _shaped(abstract: Any, layout: Layout) -> Any:

@@ -26,6 +26,7 @@ from tunelang.dsl.vocabulary.stages import (
 from tunelang.dsl.vocabulary.training import Continued
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named
+from tunelang.runtime.models.parameters import merge_params, split_trainable
 from tunelang.runtime.pipeline.initial_weights import Origin, loaded, score_head, scoring, starting
 from tunelang.runtime.pipeline.resources import Model, NotBuiltError
 from tunelang.runtime.pipeline.run_context import Session, Summary
@@ -36,9 +37,10 @@ from tunelang.runtime.stages.fused_sweep import BranchTrainer, Fused
 from tunelang.runtime.stages.policy import policy_trainer
 from tunelang.runtime.stages.supervised import SupervisedTrainer, supervised_trainer
 from tunelang.runtime.store.run_store import StageFolder
-from tunelang.runtime.training import train_step
 from tunelang.runtime.training.checkpoints import Checkpoints, load_params
 from tunelang.runtime.training.metrics import Recorder, open_trackers
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import TrainState, initial_state
 from tunelang.runtime.training.training_loop import Loop, Saving, Trainer
 
 
@@ -203,7 +205,7 @@ class Job:
             self.folder.forget_evals(start)
             state = trainer.state
             path = self.folder.checkpoints / str(start)
-            trainer.state = replace(state, params=load_params(path, state.yielded))
+            trainer.state = replace(state, params=load_params(path, state.trained_params))
         return trainer, model, close
 
     def opened(
@@ -221,12 +223,12 @@ class Job:
 
         def begin(
             optimizer: Any,
-            program: train_step.Program,
+            config: StepConfig,
             extra: Any = nnx.State({}),  # noqa: B008
-        ) -> train_step.TrainState:
+        ) -> TrainState:
             extra = jax.device_put(extra, shardings(extra, layout))
-            whole = train_step.whole(params, extra)
-            return train_step.state_of(architecture, whole, optimizer, program, scale)
+            whole = merge_params(params, extra)
+            return initial_state(architecture, whole, optimizer, config, scale)
 
         def reference() -> tuple[Architecture, Any]:
             if isinstance(stage, Distill):
@@ -242,8 +244,8 @@ class Job:
 
         def beginning() -> tuple[Architecture, Any]:
             # What an adapter leaves frozen and its beginning are the model that it starts from.
-            own, frozen = train_step.divided(architecture, params)
-            return architecture, train_step.whole(jax.tree.map(jnp.copy, own), frozen)
+            own, frozen = split_trainable(architecture, params)
+            return architecture, merge_params(jax.tree.map(jnp.copy, own), frozen)
 
         def critic() -> tuple[Architecture, Any]:
             assert isinstance(stage, Ppo)
@@ -298,7 +300,7 @@ class Job:
         stage: Distill,
         recorder: Recorder,
         model: Model,
-        state: train_step.TrainState,
+        state: TrainState,
         layout: Layout,
         step: int,
     ) -> dict[str, float]:
@@ -307,7 +309,7 @@ class Job:
         session.reporter.doing("comparing with the teacher")
         teacher, params = self._teacher(stage, layout)
         _, known = session.measured(self.planned, stage.evals, teacher, params, layout, {})
-        student = model, state.weights
+        student = model, state.decoder_params
         found = compared(
             session.resources, student, (teacher, params), layout, recorder.last, known
         )

@@ -52,12 +52,21 @@ from tunelang.runtime.stages.policy_step import PolicyBatch, policy_step, score_
 from tunelang.runtime.stages.ppo import learner_of
 from tunelang.runtime.stages.sample import CHUNK as CHUNK_OF_SAMPLES
 from tunelang.runtime.stages.supervised import compiled, objective_of
-from tunelang.runtime.training import train_step
+from tunelang.runtime.training.objective import Batch, loss_program
 from tunelang.runtime.training.optimizers import (
     build_optimizer,
     learning_rate,
     moved_to,
 )
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import (
+    ReadOnlyState,
+    TrainState,
+    abstract_state,
+    split_state,
+    stack_branches,
+)
+from tunelang.runtime.training.train_step import StateProgram
 
 _STEPS = 1000
 """Of a schedule; the program is the same for any."""
@@ -66,13 +75,13 @@ _SEGMENT = 64
 
 
 @dataclass(frozen=True)
-class Program:
+class AbstractProgram:
     """One that a stage runs, to be lowered, and what the stage needs beside it."""
 
     name: str
     lower: Callable[[], jax.stages.Lowered]
-    beside: int = 0
-    """Bytes in each device that the stage holds and the program does not read."""
+    resident_bytes: int = 0
+    """Bytes on each device that the stage holds and the program does not read."""
     donated: int = 0
     """Bytes in each device that have to be reused."""
     held: int = 0
@@ -86,7 +95,7 @@ class Program:
 
 def programs(
     stage: Training, shapes: Shapes, planned: StageLayout, layout: Layout
-) -> Iterator[Program]:
+) -> Iterator[AbstractProgram]:
     """Give the programs of a stage, to be lowered."""
     if isinstance(stage, Policy):
         return _policy(stage, shapes, planned, layout)
@@ -94,8 +103,8 @@ def programs(
     return _supervised(stage, shapes, planned, layout)
 
 
-def _program_of(shapes: Shapes, planned: StageLayout, layout: Layout) -> train_step.Program:
-    return train_step.Program(
+def _program_of(shapes: Shapes, planned: StageLayout, layout: Layout) -> StepConfig:
+    return StepConfig(
         layout=layout,
         dtype=DTYPES[shapes.dtype],
         micro_batches=planned.micro_batches,
@@ -107,16 +116,16 @@ def _program_of(shapes: Shapes, planned: StageLayout, layout: Layout) -> train_s
     )
 
 
-def parameters(architecture: Architecture, program: train_step.Program) -> Any:
+def parameters(architecture: Architecture, config: StepConfig) -> Any:
     """Return a model's parameters as shapes and shardings."""
-    return train_step.abstract_state(architecture, optax.identity(), program).weights
+    return abstract_state(architecture, optax.identity(), config).decoder_params
 
 
 def _supervised(
     stage: Supervised, shapes: Shapes, planned: StageLayout, layout: Layout
-) -> Iterator[Program]:
+) -> Iterator[AbstractProgram]:
     a = replace(shapes.architecture, scores=stage.yields == "scores")
-    program = _program_of(shapes, planned, layout)
+    config = _program_of(shapes, planned, layout)
     pieces = 2 if isinstance(stage, Preference | RewardModel | Kto) else 1
     count = pieces
     if stage.packing:
@@ -127,80 +136,78 @@ def _supervised(
         live = shapes.teacher
     elif isinstance(stage, Compared) and stage.needs_reference and not ahead:
         live = a if stage.reference is None else plain(a)
-    beside = None if live is None else parameters(live, program)
+    aux_params = None if live is None else parameters(live, config)
     if isinstance(stage, Distill) and stage.teacher_log_probs == "ahead":
-        beside = None
+        aux_params = None
     objective = objective_of(stage, count, a, live, isinstance(stage, RewardModel))
-    optimizer, step = compiled(a, at_unit_rate(stage.optimizer), _STEPS, program, objective)
-    state = train_step.abstract_state(a, optimizer, program, objective.extra)
-    if program.branches > 1:
-        changing, kept = train_step.parts(state)
-        state = replace(train_step.side_by_side(changing, program.branches), frozen=kept.frozen)
+    optimizer, step = compiled(a, at_unit_rate(stage.optimizer), _STEPS, config, objective)
+    state = abstract_state(a, optimizer, config, objective.extra)
+    if config.branches > 1:
+        changing, kept = split_state(state)
+        state = replace(stack_branches(changing, config.branches), frozen=kept.frozen)
     batch = _batch(stage, planned, count, layout)
-    yield Program(
+    yield AbstractProgram(
         "train",
-        lambda: _lowered(step, replace(state, beside=beside), batch, program),
+        lambda: _lowered(step, replace(state, aux_params=aux_params), batch, config),
         donated=_bytes(replace(state, frozen=nnx.State({}))),
-        held=_bytes(replace(state, beside=beside)) - _at_host(state, program),
+        held=_bytes(replace(state, aux_params=aux_params)) - _at_host(state, config),
         trained=a,
-        micro_batches=program.micro_batches,
-        offloaded=0 if _knows_hosts(program) else _at_host(state, program),
+        micro_batches=config.micro_batches,
+        offloaded=0 if _knows_hosts(config) else _at_host(state, config),
     )
     if isinstance(stage, Compared) and stage.needs_reference and ahead:
-        score = segment_program(plain(a), program, count)
-        params = parameters(plain(a), program)
-        yield Program("reference", lambda: score.lower(params, batch))  # type: ignore[attr-defined]
+        score = segment_program(plain(a), config, count)
+        params = parameters(plain(a), config)
+        yield AbstractProgram("reference", lambda: score.lower(params, batch))  # type: ignore[attr-defined]
 
 
-def _offloaded(
-    state: train_step.TrainState, program: train_step.Program
-) -> list[train_step.TrainState]:
+def _offloaded(state: TrainState, config: StepConfig) -> list[TrainState]:
     """Return the states whose moments lie in the memory of the host."""
-    if not program.offloaded:
+    if not config.offloaded:
         return []
     critic = state.critic
     apart = critic is not None and len(jax.tree.leaves(critic.params)) > 1  # not a head alone
     return [state, critic] if apart and critic is not None else [state]
 
 
-def _at_host(state: train_step.TrainState, program: train_step.Program) -> int:
+def _at_host(state: TrainState, config: StepConfig) -> int:
     """Count the bytes in the memory of the host for each device."""
-    return sum(_bytes(each.optimizer) for each in _offloaded(state, program))
+    return sum(_bytes(each.optimizer) for each in _offloaded(state, config))
 
 
-def _knows_hosts(program: train_step.Program) -> bool:
+def _knows_hosts(config: StepConfig) -> bool:
     """Whether the compiler knows of the memory of hosts; for GPUs that are not here it does not."""
-    place = NamedSharding(program.layout.mesh, PartitionSpec(), memory_kind=HOST)
+    place = NamedSharding(config.layout.mesh, PartitionSpec(), memory_kind=HOST)
     return place.memory_kind == HOST
 
 
 def _lowered(
-    step: train_step.StateProgram,
-    state: train_step.TrainState,
+    step: StateProgram,
+    state: TrainState,
     batch: Any,
-    program: train_step.Program,
+    config: StepConfig,
 ) -> jax.stages.Lowered:
     """Lower a program that updates a state."""
-    if not program.offloaded or _knows_hosts(program):
+    if not config.offloaded or _knows_hosts(config):
         return step.lower(state, batch)
     # Moments go to the host first, and come back at last.
-    changing, kept = train_step.parts(state)
-    apart = len(_offloaded(state, program)) > 1
+    changing, kept = split_state(state)
+    apart = len(_offloaded(state, config)) > 1
 
-    def moved(state: train_step.TrainState, where: str) -> train_step.TrainState:
+    def moved(state: TrainState, where: str) -> TrainState:
         def one(leaf: Any) -> Any:
             return moved_to(leaf, where) if leaf.shape else leaf
 
         critic = moved(state.critic, where) if apart and state.critic else state.critic
         return replace(state, optimizer=jax.tree.map(one, state.optimizer), critic=critic)
 
-    def around(changing: train_step.TrainState, kept: train_step.Kept, batch: Any) -> Any:
+    def around(changing: TrainState, kept: ReadOnlyState, batch: Any) -> Any:
         plain: Any = step.jitted
         changed, metrics = plain.__wrapped__(moved(changing, "Host"), kept, batch)
         return moved(changed, "Device"), metrics
 
     places = jax.tree.map(lambda leaf: leaf.sharding, changing)
-    jitted = jit(around, program.layout, donate_argnums=0, out_shardings=(places, None))
+    jitted = jit(around, config.layout, donate_argnums=0, out_shardings=(places, None))
     return jitted.lower(changing, kept, batch)
 
 
@@ -215,18 +222,18 @@ def _tokens(layout: Layout, rows: int, length: int) -> dict[str, Any]:
     return {"tokens": whole, "trained": trained, "segments": whole, "positions": whole}
 
 
-def _batch(stage: Supervised, planned: StageLayout, count: int, layout: Layout) -> train_step.Batch:
+def _batch(stage: Supervised, planned: StageLayout, count: int, layout: Layout) -> Batch:
     rows, length = planned.rows, planned.length
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return _rows(layout, rows, *shape, dtype=dtype)
 
-    batch = train_step.Batch(**_tokens(layout, rows, length))
+    batch = Batch(**_tokens(layout, rows, length))
     numbers = array(count, dtype=jnp.float32)
     if isinstance(stage, Kto | RewardModel):
         batch = replace(batch, values=numbers)
     if isinstance(stage, Kto):
-        batch = replace(batch, mismatched=train_step.Batch(**_tokens(layout, rows, length)))
+        batch = replace(batch, mismatched=Batch(**_tokens(layout, rows, length)))
     if isinstance(stage, Preference) and stage.needs_reference:
         if stage.reference_log_probs == "ahead":
             batch = replace(batch, reference=numbers)
@@ -238,25 +245,25 @@ def _batch(stage: Supervised, planned: StageLayout, count: int, layout: Layout) 
 
 def _policy(
     stage: Policy, shapes: Shapes, planned: StageLayout, layout: Layout
-) -> Iterator[Program]:
+) -> Iterator[AbstractProgram]:
     a, sampling = shapes.architecture, stage.rollout
-    program = replace(_program_of(shapes, planned, layout), kernel="xla")
+    config = replace(_program_of(shapes, planned, layout), kernel="xla")
     unit = at_unit_rate(stage.optimizer)
-    optimizer = build_optimizer(unit, _STEPS, offloaded=program.offloaded)
+    optimizer = build_optimizer(unit, _STEPS, offloaded=config.offloaded)
     schedule = learning_rate(unit, _STEPS)
-    state = train_step.abstract_state(a, optimizer, program)
+    state = abstract_state(a, optimizer, config)
     learner = None
     if isinstance(stage, Ppo):
         scores = replace(a, scores=True)
-        learner = learner_of(stage.critic, scores, _STEPS, offloaded=program.offloaded)
-        held = train_step.abstract_state(scores, learner.optimizer, program)
+        learner = learner_of(stage.critic, scores, _STEPS, offloaded=config.offloaded)
+        held = abstract_state(scores, learner.optimizer, config)
         if stage.critic.trunk == "shared":
             held = _head_alone(held, learner.optimizer, layout)
-        state = replace(state, critic=replace(held, frozen=nnx.State({})), beside=held.frozen)
-    step = policy_step(a, optimizer, schedule, stage, program, learner)
+        state = replace(state, critic=replace(held, frozen=nnx.State({})), aux_params=held.frozen)
+    step = policy_step(a, optimizer, schedule, stage, config, learner)
     completion = min(sampling.max_tokens, planned.length)
     prompt = max(1, planned.length - completion)
-    part = math.gcd(stage.group, planned.rows // layout.batch_shards // program.micro_batches)
+    part = math.gcd(stage.group, planned.rows // layout.batch_shards // config.micro_batches)
     rows = planned.rows * stage.minibatches // part
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
@@ -275,28 +282,28 @@ def _policy(
     )  # fmt: skip
     reference = 0
     if has_reference(stage, a):
-        reference = _bytes(parameters(plain(a), program))
-    changing = _bytes(replace(state, frozen=nnx.State({}), beside=None))
-    at_host = _at_host(state, program)
+        reference = _bytes(parameters(plain(a), config))
+    changing = _bytes(replace(state, frozen=nnx.State({}), aux_params=None))
+    at_host = _at_host(state, config)
     judges = planned.memory.get("judges", 0)
     stays = judges if "reference" in planned.offload else judges + reference
-    yield Program(
+    yield AbstractProgram(
         "train",
-        lambda: _lowered(step, state, batch, program),
-        beside=stays,
+        lambda: _lowered(step, state, batch, config),
+        resident_bytes=stays,
         donated=changing,
         held=_bytes(state) - at_host + stays,
         trained=a,
-        micro_batches=program.micro_batches,
-        offloaded=0 if _knows_hosts(program) else at_host,
+        micro_batches=config.micro_batches,
+        offloaded=0 if _knows_hosts(config) else at_host,
     )
 
-    params = state.weights
+    params = state.decoder_params
     beside = _bytes(state) - at_host - _bytes(params) + judges
     given = params, batch.prompts, batch.prompt_lengths, batch.tokens
     if several or stage.kl is not None:
-        score = score_program(a, program, sampling.temperature)
-        yield Program("score", lambda: score.lower(*given), beside + reference)  # type: ignore[attr-defined]
+        score = score_program(a, config, sampling.temperature)
+        yield AbstractProgram("score", lambda: score.lower(*given), beside + reference)  # type: ignore[attr-defined]
 
     count = stage.batch * stage.group
     everything = _bytes(state) - at_host + stays
@@ -308,8 +315,8 @@ def _policy(
     slots, capacity = planned.slots or 1, planned.length
     apart = decode_layout(planned, layout)
     if apart is not None:  # then the weights are there twice
-        params = parameters(a, replace(program, layout=apart))
-        beside += _bytes(state.weights)
+        params = parameters(a, replace(config, layout=apart))
+        beside += _bytes(state.decoder_params)
         layout = apart
     sizes = _Sizes(slots, capacity, prompt, completion, count)
     dtype = DTYPES[shapes.dtype]
@@ -318,14 +325,14 @@ def _policy(
 
 def _judging(
     judge: Judge, count: int, length: int, layout: Layout, held: int, name: str
-) -> Iterator[Program]:
+) -> Iterator[AbstractProgram]:
     """Give the programs of a model that judges `count` completions of so many tokens, prompts and
     all; with it, the stage holds `held` bytes in each device.
     """
     a, dtype = judge.architecture, DTYPES["bf16" if judge.dtype_bytes == 2 else "f32"]
     there = sampled_on(a, dtype, layout)
-    program = train_step.Program(layout=there, dtype=dtype, chunk=CHUNK)
-    params = parameters(a, program)
+    config = StepConfig(layout=there, dtype=dtype, chunk=CHUNK)
+    params = parameters(a, config)
     beside = held - _bytes(params)
     if judge.speaks:
         said = min(VERDICT, a.context - 1)
@@ -336,9 +343,9 @@ def _judging(
         return
     length = min(length, a.context)
     rows = max(1, TOKENS // length // there.batch_shards) * there.batch_shards
-    score: Any = segment_program(a, program, 1)
-    batch = train_step.Batch(**_tokens(there, rows, length))
-    yield Program(name, lambda: score.lower(params, batch), beside)
+    score: Any = segment_program(a, config, 1)
+    batch = Batch(**_tokens(there, rows, length))
+    yield AbstractProgram(name, lambda: score.lower(params, batch), beside)
 
 
 @dataclass(frozen=True)
@@ -361,7 +368,7 @@ def _sampler(
     sampling: Sampling,
     beside: int,
     name: str = "",
-) -> Iterator[Program]:
+) -> Iterator[AbstractProgram]:
     """Give the programs of a rollout."""
     slots, capacity = sizes.slots, sizes.capacity
     engine: Any = make_engine(a, slots=slots, capacity=capacity, dtype=dtype, layout=layout)
@@ -373,7 +380,9 @@ def _sampler(
 
     prompts = ints(PREFILL, sizes.prompt), ints(PREFILL)
     kept = _bytes(filled)
-    yield Program(name + "prefill", lambda: engine.prefill.lower(params, *prompts), beside + kept)
+    yield AbstractProgram(
+        name + "prefill", lambda: engine.prefill.lower(params, *prompts), beside + kept
+    )
 
     def request() -> Request:
         settings = jax.tree.map(
@@ -382,7 +391,7 @@ def _sampler(
         )
         return Request(settings, ints(4), ints(dtype=jnp.uint32), ints(), ints(), ints())
 
-    yield Program(
+    yield AbstractProgram(
         name + "decode",
         lambda: engine.decode.lower(params, filled, ints(slots, dtype=bool), request()),
         beside,
@@ -397,7 +406,7 @@ def evaluating(
     planned: StageLayout,
     layout: Layout,
     held: int,
-) -> Iterator[Program]:
+) -> Iterator[AbstractProgram]:
     """Give the programs of the evals of a stage that holds so many bytes in each device."""
     a = replace(shapes.architecture, scores=stage.yields == "scores")
     params = parameters(a, _program_of(shapes, planned, layout))
@@ -412,7 +421,7 @@ def _evaluations(
     params: Any,
     layout: Layout,
     beside: int,
-) -> Iterator[Program]:
+) -> Iterator[AbstractProgram]:
     """Give the programs of evals: prompts and rows as long as the context, since no data is read;
     those of equal sizes once. `beside` is what a stage holds beside the parameters.
     """
@@ -438,15 +447,15 @@ def _evaluations(
                 yield from _sampled(a, dtype, *given, sampling, beside, f"{name} ")
         elif type(kind) not in seen:
             seen.add(type(kind))
-            program = train_step.Program(layout=layout, dtype=dtype)
+            config = StepConfig(layout=layout, dtype=dtype)
             rows = max(1, TOKENS // a.context // layout.batch_shards) * layout.batch_shards
-            batch = train_step.Batch(**_tokens(layout, rows, a.context))
+            batch = Batch(**_tokens(layout, rows, a.context))
             score: Any = (
-                train_step.loss_program(a, program)
+                loss_program(a, config)
                 if isinstance(kind, Perplexity)
-                else segment_program(a, program, max(2, a.context // _SEGMENT))
+                else segment_program(a, config, max(2, a.context // _SEGMENT))
             )
-            yield Program(name, partial(score.lower, params, batch), beside)
+            yield AbstractProgram(name, partial(score.lower, params, batch), beside)
 
 
 @dataclass(frozen=True)
@@ -461,7 +470,7 @@ class _Asked:
 def _sampled(
     a: Architecture, dtype: Any, params: Any, layout: Layout, asked: _Asked, sampling: Sampling,
     beside: int, name: str = "", most: int = MOST_SLOTS,
-) -> Iterator[Program]:  # fmt: skip
+) -> Iterator[AbstractProgram]:  # fmt: skip
     """Give the programs of a rollout that is no part of a step, see `evaluate.sampled_on`."""
     params, layout, twice = _brought(a, dtype, params, layout)
     slots = slots_of(asked.completions, most)
@@ -473,7 +482,7 @@ def _sampled(
 def _searched(
     a: Architecture, dtype: Any, params: Any, layout: Layout, asked: _Asked, beams: int,
     beside: int, name: str,
-) -> Program:  # fmt: skip
+) -> AbstractProgram:  # fmt: skip
     """Return the program of a beam search."""
     params, layout, twice = _brought(a, dtype, params, layout)
     prompts = slots_of(asked.completions, max(1, MOST_SLOTS // beams))
@@ -486,7 +495,7 @@ def _searched(
     request = beam_search.Request(
         given((4,), jnp.int32), given((), jnp.int32), given((), jnp.float32)
     )
-    return Program(name, lambda: search.run.lower(params, *of, request), beside + twice)
+    return AbstractProgram(name, lambda: search.run.lower(params, *of, request), beside + twice)
 
 
 def _brought(a: Architecture, dtype: Any, params: Any, layout: Layout) -> tuple[Any, Layout, int]:
@@ -496,15 +505,15 @@ def _brought(a: Architecture, dtype: Any, params: Any, layout: Layout) -> tuple[
     there = sampled_on(a, dtype, layout)
     if there == layout:
         return params, layout, 0
-    return parameters(a, train_step.Program(layout=there, dtype=dtype)), there, _bytes(params)
+    return parameters(a, StepConfig(layout=there, dtype=dtype)), there, _bytes(params)
 
 
 def measuring(
     stage: Sample | Merge | Evaluate, evals: Mapping[str, EvalKind], shapes: Shapes, layout: Layout
-) -> Iterator[Program]:
+) -> Iterator[AbstractProgram]:
     """Give the programs of a stage that samples from a model or measures it."""
     a, dtype = shapes.architecture, DTYPES[shapes.dtype]
-    params = parameters(a, train_step.Program(layout=layout, dtype=dtype))
+    params = parameters(a, StepConfig(layout=layout, dtype=dtype))
     # The models that are merged, and what they become.
     beside = len(stage.others) + 1 if isinstance(stage, Merge) else 0
     beside *= _bytes(params)
@@ -518,9 +527,7 @@ def measuring(
     yield from _evaluations(evals, a, dtype, params, layout, beside)
 
 
-def _head_alone(
-    state: train_step.TrainState, optimizer: Any, layout: Layout
-) -> train_step.TrainState:
+def _head_alone(state: TrainState, optimizer: Any, layout: Layout) -> TrainState:
     """Return the state of a critic that is one more head on the policy."""
     head, _ = nnx.split_state(state.params, lambda path, _: path[0] == "score", ...)
     moments = jax.eval_shape(optimizer.init, head)

@@ -39,7 +39,7 @@ from tunelang.dsl.vocabulary.stages import (
 from tunelang.runtime.human_units import size_text
 from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.rehearsal.abstract_programs import (
-    Program,
+    AbstractProgram,
     evaluating,
     measuring,
     parameters,
@@ -49,7 +49,7 @@ from tunelang.runtime.rehearsal.collectives import exchanged, wasteful
 from tunelang.runtime.rehearsal.topologies import compilable
 from tunelang.runtime.sharding import OPTIONS, Layout, is_variable, make_layout
 from tunelang.runtime.store.atomic_files import read_json, write_json
-from tunelang.runtime.training import train_step
+from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.user_functions import bound
 
 STEP = ("train", "score", "reference", "prefill", "decode")
@@ -174,7 +174,7 @@ def _pinned(layout: StageLayout) -> str:
 # Compiling.
 
 
-def _compiled(program: Program, devices: Devices, cache: Path) -> Rehearsed:
+def _compiled(program: AbstractProgram, devices: Devices, cache: Path) -> Rehearsed:
     lowered = program.lower()
     text = lowered.as_text()
     by = [_FORMAT, str(OPTIONS)]
@@ -195,10 +195,10 @@ def _compiled(program: Program, devices: Devices, cache: Path) -> Rehearsed:
             "exchanged": {name: tuple(each) for name, each in found["exchanged"].items()},
         }
     )
-    return replace(held, name=program.name, peak=held.peak + program.beside)
+    return replace(held, name=program.name, peak=held.peak + program.resident_bytes)
 
 
-def measure(program: Program, lowered: jax.stages.Lowered) -> Rehearsed:
+def measure(program: AbstractProgram, lowered: jax.stages.Lowered) -> Rehearsed:
     """Compile a program and look at it."""
     name, donated = program.name, program.donated
     begun = time.monotonic()
@@ -251,9 +251,9 @@ def _refusal(text: str) -> tuple[int, str] | None:
 
 def unsplit(architecture: Architecture, layout: Layout) -> Sequence[str]:
     """Name the axes of parameters that the mesh should split and does not divide."""
-    program = train_step.Program(layout=layout)
+    config = StepConfig(layout=layout)
     found: dict[str, None] = {}
-    for node in jax.tree.leaves(parameters(architecture, program), is_leaf=is_variable):
+    for node in jax.tree.leaves(parameters(architecture, config), is_leaf=is_variable):
         if not is_variable(node):
             continue
         for name, size in zip(node.get_metadata("out_sharding"), node.shape, strict=True):

@@ -24,6 +24,7 @@ from tunelang.runtime.evals.score_answers import epoch
 from tunelang.runtime.generation.engine import Engine
 from tunelang.runtime.generation.rollout import Prompt, rollout
 from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.parameters import OBJECTIVE_PARAMS, abstract_decoder
 from tunelang.runtime.objectives.distill_losses import (
     attention_transfer,
     divergence,
@@ -35,8 +36,15 @@ from tunelang.runtime.objectives.distill_losses import (
 from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.sharding import Layout, jit
 from tunelang.runtime.tokenize.token_cache import Corpus
-from tunelang.runtime.training import train_step
-from tunelang.runtime.training.train_step import Batch, Models, abstract_decoder, balance, shift
+from tunelang.runtime.training.objective import (
+    Batch,
+    Models,
+    Objective,
+    balance,
+    hidden_states,
+    shift_targets,
+)
+from tunelang.runtime.training.step_config import StepConfig
 
 CHUNK = 64
 """Tokens of a sequence whose logits are in memory at once, of both models."""
@@ -45,7 +53,7 @@ _TIMED_SLOTS = 8
 
 
 @dataclass(frozen=True)
-class DistillObjective(train_step.Objective):
+class DistillObjective(Objective):
     """The mean loss of a token; see `train.Objective`."""
 
     stage: Distill
@@ -63,13 +71,13 @@ class DistillObjective(train_step.Objective):
             key = jax.random.key(0)
             value = jax.random.normal(key, (layers, width, wide)) * width**-0.5
         leaf = nnx.Param(value, out_sharding=("layers", "embed", None), eager_sharding=False)
-        return nnx.from_flat_state([((train_step.EXTRA, "projection"), leaf)])
+        return nnx.from_flat_state([((OBJECTIVE_PARAMS, "projection"), leaf)])
 
     def whole(self, models: Models, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Return the trained tokens, and the tokens that there are."""
         del models
         there = jnp.sum(batch.segments > 0).astype(jnp.float32)
-        return jnp.maximum(jnp.sum(shift(batch)[1]), 1.0), jnp.maximum(there, 1.0)
+        return jnp.maximum(jnp.sum(shift_targets(batch)[1]), 1.0), jnp.maximum(there, 1.0)
 
     def loss(
         self,
@@ -79,24 +87,24 @@ class DistillObjective(train_step.Objective):
         whole: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """See `train.Objective`."""
-        stage, program, student = self.stage, models.program, models.decoder
-        targets, counted = shift(batch)
+        stage, program, student = self.stage, models.config, models.decoder
+        targets, counted = shift_targets(batch)
         tokens, there = whole
         transfers = stage.attention is not None or stage.features is not None
         teacher: Any = None
-        if models.beside is not None:
+        if models.aux_params is not None:
             graph, _ = abstract_decoder(self.teacher, program.dtype)
-            teacher = nnx.merge(graph, jax.lax.stop_gradient(models.beside))
+            teacher = nnx.merge(graph, jax.lax.stop_gradient(models.aux_params))
         if transfers:
             given = batch.tokens, batch.segments, batch.positions
             traced = partial(Decoder.traced, layout=program.layout, remat=program.remat)
             hidden, routed, maps, states = traced(student, *given, keys)
             known, _, teacher_maps, teacher_states = traced(teacher, *given)
         else:
-            hidden, routed = train_step.hidden_states(student, batch, keys, program)
+            hidden, routed = hidden_states(student, batch, keys, program)
             known = hidden  # not read, where the batch holds the teacher's tokens
             if batch.teacher is None:
-                known = train_step.hidden_states(teacher, batch, None, program)[0]
+                known = hidden_states(teacher, batch, None, program)[0]
         kind = stage.divergence
         settings: dict[str, Any] = {
             "kind": kind.word,
@@ -143,7 +151,7 @@ class DistillObjective(train_step.Objective):
             loss += stage.attention.weight * more["attention_loss"]
         if stage.features is not None:
             layers = self._layers(stage.features.layers)
-            projections: Any = models.extra[train_step.EXTRA]
+            projections: Any = models.extra[OBJECTIVE_PARAMS]
             projections = projections["projection"].get_value()
             features = [
                 feature_transfer(
@@ -220,7 +228,7 @@ def store_teacher(
     architecture: Architecture,
     params: Any,
     vocabulary: int,
-    program: train_step.Program,
+    config: StepConfig,
     folder: Path,
 ) -> Stored:
     """Run the teacher over all items once; what was stored before is taken as it is."""
@@ -234,16 +242,16 @@ def store_teacher(
     ids = np.memmap(folder / "teacher.ids", np.int32, mode, shape=shape)
     log_probs = np.memmap(folder / "teacher.log_probs", np.float16, mode, shape=shape)
     if not done.exists():
-        graph, _ = abstract_decoder(architecture, program.dtype)
+        graph, _ = abstract_decoder(architecture, config.dtype)
 
         def one(params: Any, batch: Batch) -> Any:
             decoder = nnx.merge(graph, params)
-            hidden, _ = train_step.hidden_states(decoder, batch, None, program)
+            hidden, _ = hidden_states(decoder, batch, None, config)
             common = min(vocabulary, architecture.vocabulary)
-            return _likeliest(hidden, decoder, stage, common, program.layout)
+            return _likeliest(hidden, decoder, stage, common, config.layout)
 
-        run = jit(one, program.layout)
-        batches, items = epoch(corpus, None, program.layout)
+        run = jit(one, config.layout)
+        batches, items = epoch(corpus, None, config.layout)
         for step in range(len(items)):
             found = jax.device_get(run(params, jax.tree.map(lambda a, s=step: a[s], batches)))
             for row, own in enumerate(items[step]):

@@ -15,7 +15,8 @@ import numpy as np
 
 from tunelang.runtime.evals.run_evals import Completed
 from tunelang.runtime.stages.supervised import SupervisedTrainer
-from tunelang.runtime.training import train_step
+from tunelang.runtime.training.train_state import TrainState, split_state, stack_branches
+from tunelang.runtime.training.train_step import StepMetrics
 from tunelang.runtime.training.training_loop import Row
 
 
@@ -28,48 +29,44 @@ class Fused:
     def __init__(self, trainer: SupervisedTrainer, rates: Sequence[float]) -> None:
         self.trainer = trainer
         self._until = 0
-        self._called: tuple[train_step.Metrics, list[float]] | None = None
-        alone, _ = train_step.parts(trainer.state)
+        self._called: tuple[StepMetrics, list[float]] | None = None
+        alone, _ = split_state(trainer.state)
         places = jax.tree.map(lambda leaf: leaf.sharding, alone)
-        together = train_step.side_by_side(alone, len(rates))
+        together = stack_branches(alone, len(rates))
         together = jax.tree.map(lambda leaf: leaf.sharding, together)
 
-        def begun(state: train_step.TrainState, rates: jax.Array) -> train_step.TrainState:
-            copies: train_step.TrainState = jax.tree.map(
+        def begun(state: TrainState, rates: jax.Array) -> TrainState:
+            copies: TrainState = jax.tree.map(
                 lambda leaf: jnp.broadcast_to(leaf, (len(rates), *leaf.shape)), state
             )
             return replace(copies, scale=rates)
 
-        def taken(states: train_step.TrainState, at: Any) -> train_step.TrainState:
-            found: train_step.TrainState = jax.tree.map(lambda leaf: leaf[at], states)
+        def taken(states: TrainState, at: Any) -> TrainState:
+            found: TrainState = jax.tree.map(lambda leaf: leaf[at], states)
             return found
 
-        def put(
-            states: train_step.TrainState, at: Any, state: train_step.TrainState
-        ) -> train_step.TrainState:
-            found: train_step.TrainState = jax.tree.map(
-                lambda leaf, one: leaf.at[at].set(one), states, state
-            )
+        def put(states: TrainState, at: Any, state: TrainState) -> TrainState:
+            found: TrainState = jax.tree.map(lambda leaf, one: leaf.at[at].set(one), states, state)
             return found
 
         self._taken = jax.jit(taken, out_shardings=places)
         self._put = jax.jit(put, donate_argnums=0, out_shardings=together)
         self._hold(jax.jit(begun, out_shardings=together)(alone, jnp.float32(rates)))
 
-    def _hold(self, states: train_step.TrainState) -> None:
+    def _hold(self, states: TrainState) -> None:
         kept = self.trainer.state
-        self.trainer.state = replace(states, frozen=kept.frozen, beside=kept.beside)
+        self.trainer.state = replace(states, frozen=kept.frozen, aux_params=kept.aux_params)
 
-    def state(self, at: int) -> train_step.TrainState:
+    def state(self, at: int) -> TrainState:
         """Return a copy of the state of a branch."""
-        states, kept = train_step.parts(self.trainer.state)
-        own: train_step.TrainState = self._taken(states, at)
-        return replace(own, frozen=kept.frozen, beside=kept.beside)
+        states, kept = split_state(self.trainer.state)
+        own: TrainState = self._taken(states, at)
+        return replace(own, frozen=kept.frozen, aux_params=kept.aux_params)
 
-    def put(self, at: int, state: train_step.TrainState) -> None:
+    def put(self, at: int, state: TrainState) -> None:
         """Give a branch another state."""
-        states, _ = train_step.parts(self.trainer.state)
-        self._hold(self._put(states, at, train_step.parts(state)[0]))
+        states, _ = split_state(self.trainer.state)
+        self._hold(self._put(states, at, split_state(state)[0]))
 
     def advance(self, at: int, step: int, until: int) -> Callable[[], list[Row]]:
         """See `loop.Trainer`, of a branch: the first that asks makes the steps of all."""
@@ -92,12 +89,12 @@ class BranchTrainer:
         self.steps, self.ahead = fused.trainer.steps, fused.trainer.ahead
 
     @property
-    def state(self) -> train_step.TrainState:
+    def state(self) -> TrainState:
         """A copy of what the branch has."""
         return self._fused.state(self._at)
 
     @state.setter
-    def state(self, state: train_step.TrainState) -> None:
+    def state(self, state: TrainState) -> None:
         self._fused.put(self._at, state)
 
     def until(self, step: int) -> int:
@@ -116,7 +113,7 @@ class BranchTrainer:
         """See `loop.Trainer`."""
         return self._fused.trainer.progress()
 
-    def resume(self, state: train_step.TrainState, progress: Mapping[str, Any]) -> None:
+    def resume(self, state: TrainState, progress: Mapping[str, Any]) -> None:
         """See `loop.Trainer`."""
         del progress
         self.state = state

@@ -52,8 +52,10 @@ from tunelang.runtime.stages.policy_step import (
     useful_first,
 )
 from tunelang.runtime.stages.ppo import Critic, learner_of, with_critic
-from tunelang.runtime.training import train_step
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import TrainState
+from tunelang.runtime.training.train_step import StateProgram
 from tunelang.runtime.training.training_loop import Row
 
 MOST_ROUNDS = 10
@@ -86,14 +88,14 @@ class PolicyTrainer:
     model: Model
     layout: Layout
     seed: int
-    state: train_step.TrainState
+    state: TrainState
     steps: int
     marks: frozenset[int]
     stream: Stream
     engine: Engine
     reward: Reward
-    program: train_step.Program
-    step_program: train_step.StateProgram
+    config: StepConfig
+    step_program: StateProgram
     score: ScoreProgram
     reference: tuple[ScoreProgram, Any] | None
     """The program and parameters of the reference model; None where nothing reads them."""
@@ -119,7 +121,7 @@ class PolicyTrainer:
         rounds, kept = self._sample(step)
         sampled = time.monotonic() - begun
         batch, row = self._batch(kept)
-        self.state, metrics = self.step_program(self.state, placed(batch, self.program))
+        self.state, metrics = self.step_program(self.state, placed(batch, self.config))
         row |= {"rollout_seconds": sampled, "rounds": float(rounds)}
 
         def wait() -> Sequence[Row]:
@@ -138,7 +140,7 @@ class PolicyTrainer:
             {} if self.critic is None else {"coefficient": self.critic.coefficient}
         )
 
-    def resume(self, state: train_step.TrainState, progress: Mapping[str, Any]) -> None:
+    def resume(self, state: TrainState, progress: Mapping[str, Any]) -> None:
         """See `loop.Trainer`."""
         self.state = state
         self.cursor = int(progress["cursor"])
@@ -184,7 +186,7 @@ class PolicyTrainer:
         ]
         rollouts = rollout(
             self.engine,
-            self.state.weights,
+            self.state.decoder_params,
             prompts,
             stage.rollout,
             group=stage.group,
@@ -199,7 +201,7 @@ class PolicyTrainer:
         batch = batch_of(rollouts, self.prompt_length, self._padded(rollouts))
         old = reference = valued = None
         if self._needs_old:
-            old = self._scored(self.score, self.state.weights, batch)
+            old = self._scored(self.score, self.state.decoder_params, batch)
         if self.reference is not None:
             score, params = self.reference
             reference = self._scored(score, on_devices(params), batch)
@@ -274,7 +276,7 @@ class PolicyTrainer:
             batch, valued = self.critic.whitened(batch)
         batch = in_parts(batch, self.part)
         if stage.minibatches == 1:
-            batch = useful_first(batch, self.program)
+            batch = useful_first(batch, self.config)
         self._show(kept[0][0])
         counted = batch.mask.any(2)
         trained = float(batch.mask.sum() + batch.prompt_lengths[counted.any(1)].sum())
@@ -355,7 +357,7 @@ def policy_trainer(
     planned: StageLayout,
     layout: Layout,
     seed: int,
-    begin: Callable[[Any, train_step.Program], train_step.TrainState],
+    begin: Callable[[Any, StepConfig], TrainState],
     reference: Callable[[], tuple[Architecture, Any]],
     critic: Callable[[], tuple[Architecture, Any]],
     reward: Reward,
@@ -386,7 +388,7 @@ def policy_trainer(
     assert planned.slots is not None
     steps = steps_of(stage.length, epoch=len(stream), batch=stage.batch)
     rows = stage.batch * stage.group // stage.minibatches
-    program = train_step.Program(
+    config = StepConfig(
         layout=layout,
         dtype=model.dtype,
         micro_batches=math.gcd(planned.micro_batches, rows // layout.batch_shards),
@@ -409,20 +411,20 @@ def policy_trainer(
     learner: Learner | None = None
     if isinstance(stage, Ppo):
         valued = critic()
-        learner = learner_of(stage.critic, valued[0], updates, offloaded=program.offloaded)
+        learner = learner_of(stage.critic, valued[0], updates, offloaded=config.offloaded)
         key += learner.settings, valued[0]
 
     def compiled() -> Any:
-        optimizer = build_optimizer(unit, updates, offloaded=program.offloaded)
+        optimizer = build_optimizer(unit, updates, offloaded=config.offloaded)
         schedule = learning_rate(unit, updates)
-        return optimizer, policy_step(a, optimizer, schedule, plain, program, learner)
+        return optimizer, policy_step(a, optimizer, schedule, plain, config, learner)
 
-    optimizer, step_program = resources.cached(("policy", a, program, updates, key), compiled)
+    optimizer, step_program = resources.cached(("policy", a, config, updates, key), compiled)
 
     def score(architecture: Architecture) -> ScoreProgram:
         return resources.cached(
-            ("score", architecture, program, rollouts.temperature),
-            lambda: score_program(architecture, program, rollouts.temperature),
+            ("score", architecture, config, rollouts.temperature),
+            lambda: score_program(architecture, config, rollouts.temperature),
         )
 
     decode = decode_layout(planned, layout)
@@ -430,10 +432,10 @@ def policy_trainer(
     if measured is not None and "reference" in planned.offload:
         places = shardings(measured[1], layout, HOST)
         measured = measured[0], jax.device_put(measured[1], places)
-    state = begin(optimizer, program)
+    state = begin(optimizer, config)
     estimator: Critic | None = None
     if isinstance(stage, Ppo) and learner is not None:
-        state = with_critic(state, valued, learner, program, stage.critic.optimizer.lr)
+        state = with_critic(state, valued, learner, config, stage.critic.optimizer.lr)
         estimator = Critic(stage, valued[0], score(valued[0]))
     return PolicyTrainer(
         stage=stage,
@@ -446,11 +448,11 @@ def policy_trainer(
         stream=stream,
         engine=engine_of(resources, model, planned.slots, capacity, decode or layout),
         reward=reward,
-        program=program,
+        config=config,
         step_program=step_program,
         score=score(a),
         reference=None if measured is None else (score(measured[0]), measured[1]),
         prompt_length=longest,
-        part=math.gcd(stage.group, rows // layout.batch_shards // program.micro_batches),
+        part=math.gcd(stage.group, rows // layout.batch_shards // config.micro_batches),
         critic=estimator,
     )

@@ -25,23 +25,17 @@ from tunelang.dsl.vocabulary.stages import Policy
 from tunelang.dsl.vocabulary.training import Critic
 from tunelang.runtime.generation.rollout import Rollouts
 from tunelang.runtime.models.decoder import RESIDUAL, Decoder, scored
+from tunelang.runtime.models.parameters import abstract_decoder, merge_params
 from tunelang.runtime.objectives import gae, policy_gradient
 from tunelang.runtime.objectives.policy_gradient import Completions, Totals
 from tunelang.runtime.sharding import constrain, jit
+from tunelang.runtime.training.accumulate import accumulate, micro_batches
 from tunelang.runtime.training.cross_entropy import token_logprobs, token_scores
+from tunelang.runtime.training.objective import AnyArray
 from tunelang.runtime.training.optimizers import Schedule
-from tunelang.runtime.training.train_step import (
-    AnyArray,
-    Kept,
-    Program,
-    StateProgram,
-    TrainState,
-    abstract_decoder,
-    accumulate,
-    micro_batches,
-    updated,
-    whole,
-)
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import ReadOnlyState, TrainState
+from tunelang.runtime.training.train_step import StateProgram, apply_gradient
 
 
 @jax.tree_util.register_dataclass
@@ -161,7 +155,7 @@ def policy_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     policy: Policy,
-    program: Program,
+    config: StepConfig,
     critic: Learner | None = None,
 ) -> StateProgram:
     """Return the program `(state, batch) -> (state, metrics)`.
@@ -169,11 +163,11 @@ def policy_step(
     Makes `passes * minibatches` updates, of the critic too. Metrics are scalars: those of
     `objectives.metrics` over all updates, the mean `grad_norm` and the `learning_rate` of the last.
     """
-    graph, _ = abstract_decoder(architecture, program.dtype)
-    layout = program.layout
+    graph, _ = abstract_decoder(architecture, config.dtype)
+    layout = config.layout
     temperature = policy.rollout.temperature or 1.0
     apart = None if critic is None else critic.architecture
-    critic_graph, _ = abstract_decoder(apart or architecture, program.dtype)
+    critic_graph, _ = abstract_decoder(apart or architecture, config.dtype)
 
     def loss(
         frozen: Any, params: tuple[Any, Any], part: tuple[PolicyBatch, jax.Array]
@@ -181,15 +175,15 @@ def policy_step(
         """Of the policy, and of the values that its own trunk gives."""
         batch, denominator = part[0], part[1][0]
         own, head = params
-        decoder = nnx.merge(graph, whole(own, frozen))
+        decoder = nnx.merge(graph, merge_params(own, frozen))
         hidden, tokens = _continued(
-            decoder, program, batch.prompts, batch.prompt_lengths, batch.tokens
+            decoder, config, batch.prompts, batch.prompt_lengths, batch.tokens
         )
         now, entropy = token_scores(
             hidden,
             decoder.head_weight(),
             tokens,
-            chunk=program.chunk,
+            chunk=config.chunk,
             cap=architecture.logit_cap,
             temperature=temperature,
             layout=layout,
@@ -222,39 +216,41 @@ def policy_step(
     ) -> tuple[jax.Array, Totals]:
         assert critic is not None
         batch, denominator = part[0], part[1][0]
-        decoder = nnx.merge(critic_graph, whole(params, frozen))
-        hidden, _ = _continued(decoder, program, batch.prompts, batch.prompt_lengths, batch.tokens)
+        decoder = nnx.merge(critic_graph, merge_params(params, frozen))
+        hidden, _ = _continued(decoder, config, batch.prompts, batch.prompt_lengths, batch.tokens)
         total, totals = _value_loss(policy, critic.settings, decoder.scores(hidden), batch)
         return total / jnp.maximum(denominator, 1.0), totals
 
-    def update(kept: Kept, state: TrainState, batch: PolicyBatch) -> tuple[TrainState, Any]:
+    def update(
+        kept: ReadOnlyState, state: TrainState, batch: PolicyBatch
+    ) -> tuple[TrainState, Any]:
         denominator = policy_gradient.denominator(policy, batch.mask)
         # One for each prompt, so that micro-batches are cut out of it as of all else.
         rows = jnp.broadcast_to(denominator, batch.prompt_lengths.shape)
 
         def added(loss: Any, params: Any) -> Any:
             return accumulate(
-                loss, params, (batch, rows), program, policy_gradient.add,
+                loss, params, (batch, rows), config, policy_gradient.add,
                 lambda part: jnp.any(part[0].mask),
             )  # fmt: skip
 
         held = state.critic
         head = None if held is None or apart is not None else held.params
         value, totals, (gradient, slope) = added(partial(loss, kept.frozen), (state.params, head))
-        new, norm, rate = updated(state, gradient, optimizer, schedule)
+        new, norm, rate = apply_gradient(state, gradient, optimizer, schedule)
         norms = {"grad_norm": norm}
         if critic is not None:
             assert held is not None
             if apart is not None:
-                _, found, slope = added(partial(value_loss, kept.beside), held.params)
+                _, found, slope = added(partial(value_loss, kept.aux_params), held.params)
                 totals = _beside(totals, found)
-            held, norms["critic_grad_norm"], _ = updated(
+            held, norms["critic_grad_norm"], _ = apply_gradient(
                 held, slope, critic.optimizer, critic.schedule
             )
         return replace(new, critic=held), (value * denominator, totals, norms, rate)
 
     def step(
-        state: TrainState, kept: Kept, batch: PolicyBatch
+        state: TrainState, kept: ReadOnlyState, batch: PolicyBatch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         if policy.passes * policy.minibatches == 1:
             state, (value, totals, norms, rate) = update(kept, state, batch)
@@ -262,13 +258,13 @@ def policy_step(
             return state, {**found, **norms, "learning_rate": rate}
 
         def one_pass(state: TrainState, _: None) -> tuple[TrainState, Any]:
-            key = jax.random.fold_in(jax.random.key(program.seed), state.step)
+            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
             order = jax.random.permutation(key, batch.prompts.shape[0])
             order = order.reshape(policy.minibatches, -1)
             # As `useful_first` has it, in each minibatch.
             counts = jnp.any(batch.mask, (1, 2))[order]
             useful = jnp.take_along_axis(order, jnp.argsort(~counts, stable=True), 1)
-            useful = useful.reshape(policy.minibatches, program.micro_batches, -1)
+            useful = useful.reshape(policy.minibatches, config.micro_batches, -1)
             order = useful.swapaxes(1, 2).reshape(policy.minibatches, -1)
             parts = jax.tree.map(lambda array: array[order], batch)
             return jax.lax.scan(partial(update, kept), state, parts)
@@ -282,7 +278,7 @@ def policy_step(
         found = policy_gradient.metrics(jnp.sum(value), summed)
         return state, {**found, **jax.tree.map(jnp.mean, norms), "learning_rate": rate[-1, -1]}
 
-    return StateProgram(jit(step, program.layout, donate_argnums=0))
+    return StateProgram(jit(step, config.layout, donate_argnums=0))
 
 
 def _value_loss(
@@ -303,70 +299,72 @@ def _beside(one: Totals, other: Totals) -> Totals:
     return one._replace(sums=one.sums | other.sums)
 
 
-def score_program(architecture: Architecture, program: Program, temperature: float) -> ScoreProgram:
+def score_program(
+    architecture: Architecture, config: StepConfig, temperature: float
+) -> ScoreProgram:
     """Return the jitted `(params, prompts, prompt_lengths, tokens) -> log-probabilities`, which are
     `[prompts, group, length]`: of each token of the completions at a temperature, in nats; or where
     the architecture has `scores` the values before each token.
     """
-    graph, _ = abstract_decoder(architecture, program.dtype)
+    graph, _ = abstract_decoder(architecture, config.dtype)
 
     def part(params: Any, given: tuple[jax.Array, ...]) -> jax.Array:
         decoder: Decoder = nnx.merge(graph, params)
-        hidden, tokens = _continued(decoder, program, *given)
+        hidden, tokens = _continued(decoder, config, *given)
         if architecture.scores:
             return decoder.scores(hidden).reshape(given[2].shape)
         found = token_logprobs(
             hidden,
             decoder.head_weight(),
             tokens,
-            chunk=program.chunk,
+            chunk=config.chunk,
             cap=architecture.logit_cap,
             temperature=temperature or 1.0,
-            layout=program.layout,
+            layout=config.layout,
         )
         return found.reshape(given[2].shape)
 
     def score(params: Any, *given: jax.Array) -> jax.Array:
-        if program.micro_batches == 1:
+        if config.micro_batches == 1:
             return part(params, given)
-        parts = jax.tree.map(lambda array: micro_batches(array, program), given)
+        parts = jax.tree.map(lambda array: micro_batches(array, config), given)
         found: jax.Array = jax.lax.map(lambda one: part(params, one), parts)
         scores: jax.Array = found.swapaxes(0, 1).reshape(given[2].shape)
         return scores
 
-    return jit(score, program.layout)
+    return jit(score, config.layout)
 
 
 def _continued(
-    decoder: Decoder, program: Program, prompts: jax.Array, lengths: jax.Array, tokens: jax.Array
+    decoder: Decoder, config: StepConfig, prompts: jax.Array, lengths: jax.Array, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Hidden states `[completions, length, width]`, and the tokens that they predict."""
     hidden = decoder.continuations(
         prompts,
         lengths,
         tokens,
-        layout=program.layout,
-        remat=program.remat,
-        kernel=program.kernel,
+        layout=config.layout,
+        remat=config.remat,
+        kernel=config.kernel,
     )
     hidden = hidden.reshape(-1, *hidden.shape[2:])
-    return constrain(program.layout, hidden, RESIDUAL), tokens.reshape(-1, tokens.shape[2])
+    return constrain(config.layout, hidden, RESIDUAL), tokens.reshape(-1, tokens.shape[2])
 
 
-def useful_first(batch: PolicyBatch, program: Program) -> PolicyBatch:
+def useful_first(batch: PolicyBatch, config: StepConfig) -> PolicyBatch:
     """Order the prompts of a batch of numpy arrays so that those of which no token counts share
     micro-batches, which the step then skips. Micro-batch `m` of `n` is prompts `m`, `m + n`, ...
     """
     order = np.argsort(~batch.mask.any((1, 2)), kind="stable")
-    return chosen(batch, order.reshape(program.micro_batches, -1).T.reshape(-1))
+    return chosen(batch, order.reshape(config.micro_batches, -1).T.reshape(-1))
 
 
-def placed(batch: PolicyBatch, program: Program) -> PolicyBatch:
+def placed(batch: PolicyBatch, config: StepConfig) -> PolicyBatch:
     """Put a batch of numpy arrays where the program reads it: rows over the mesh."""
 
     def put(array: Any) -> jax.Array:
-        spec = program.layout.spec(("batch", *(None,) * (array.ndim - 1)), array.shape)
-        place = NamedSharding(program.layout.mesh, PartitionSpec(*spec))
+        spec = config.layout.spec(("batch", *(None,) * (array.ndim - 1)), array.shape)
+        place = NamedSharding(config.layout.mesh, PartitionSpec(*spec))
         there: jax.Array = jax.device_put(array, place)
         return there
 

@@ -13,12 +13,14 @@ from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture, forward_flops, train_flops
 from tunelang.dsl.vocabulary.stages import Ppo
 from tunelang.dsl.vocabulary.training import Critic as Settings
+from tunelang.runtime.models.parameters import merge_params
 from tunelang.runtime.objectives import gae, policy_gradient
 from tunelang.runtime.pipeline.initial_weights import scoring
 from tunelang.runtime.rewards.reward_functions import Scores
 from tunelang.runtime.stages.policy_step import Learner, PolicyBatch, ScoreProgram
-from tunelang.runtime.training import train_step
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import TrainState, initial_state
 
 
 @dataclass
@@ -37,12 +39,12 @@ class Critic:
     def __post_init__(self) -> None:
         self.coefficient = 0.0 if self.stage.kl is None else self.stage.kl.coefficient
 
-    def weights(self, state: train_step.TrainState) -> Any:
+    def weights(self, state: TrainState) -> Any:
         """Return what `score` reads."""
         assert state.critic is not None
         if self.stage.critic.trunk == "separate":
-            return train_step.whole(state.critic.params, state.beside)
-        return scoring(self.architecture, state.weights, state.critic.params)[1]
+            return merge_params(state.critic.params, state.aux_params)
+        return scoring(self.architecture, state.decoder_params, state.critic.params)[1]
 
     def estimated(self, batch: PolicyBatch, found: Any, scores: Scores) -> PolicyBatch:
         """Add values, returns and advantages to a batch of numpy arrays.
@@ -120,10 +122,10 @@ def learner_of(
 
 
 def with_critic(
-    state: train_step.TrainState, critic: tuple[Architecture, Any], learner: Learner,
-    program: train_step.Program, rate: float,
-) -> train_step.TrainState:  # fmt: skip
+    state: TrainState, critic: tuple[Architecture, Any], learner: Learner,
+    config: StepConfig, rate: float,
+) -> TrainState:  # fmt: skip
     """Put a critic, its architecture and parameters, beside the state of a policy."""
-    program = replace(program, offloaded=program.offloaded and learner.architecture is not None)
-    made = train_step.state_of(*critic, learner.optimizer, program, rate)
-    return replace(state, critic=replace(made, frozen=nnx.State({})), beside=made.frozen)
+    config = replace(config, offloaded=config.offloaded and learner.architecture is not None)
+    made = initial_state(*critic, learner.optimizer, config, rate)
+    return replace(state, critic=replace(made, frozen=nnx.State({})), aux_params=made.frozen)

@@ -28,6 +28,7 @@ from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.data.stream import Stream
 from tunelang.runtime.evals.run_evals import Completed
 from tunelang.runtime.evals.score_answers import label_of, margin_of, score_answers
+from tunelang.runtime.models.parameters import uses_dropout
 from tunelang.runtime.objectives.answer_scores import (
     KtoObjective,
     PairObjective,
@@ -46,8 +47,11 @@ from tunelang.runtime.stages.distill import (
 from tunelang.runtime.store.atomic_files import written_whole
 from tunelang.runtime.tokenize import packing
 from tunelang.runtime.tokenize.token_cache import Corpus, Valued, tokenise, unvalued
-from tunelang.runtime.training import train_step
+from tunelang.runtime.training.objective import Batch, LikelihoodObjective, Objective
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import TrainState
+from tunelang.runtime.training.train_step import StateProgram, StepMetrics, train_step
 from tunelang.runtime.training.training_loop import Row
 from tunelang.runtime.user_functions import Custom
 
@@ -63,7 +67,7 @@ _ROUND = 16
 class SupervisedTrainer:
     """See `loop.Trainer`."""
 
-    state: train_step.TrainState
+    state: TrainState
     steps: int
     token_flops: float
     """What has to be computed for a token."""
@@ -74,9 +78,7 @@ class SupervisedTrainer:
     marks: frozenset[int]
     corpus: Corpus
     table: packing.Table
-    program: Callable[
-        [train_step.TrainState, train_step.Batch], tuple[train_step.TrainState, train_step.Metrics]
-    ]
+    program: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
     perplexity: bool
     """Whether the loss is of a token, in nats."""
     values: NDArray[np.float32] | None = None
@@ -99,7 +101,7 @@ class SupervisedTrainer:
         metrics, seen = self.make(step, until)
         return lambda: self.rows(metrics, seen)
 
-    def make(self, step: int, until: int) -> tuple[train_step.Metrics, list[float]]:
+    def make(self, step: int, until: int) -> tuple[StepMetrics, list[float]]:
         """Make the steps from `step` to `until`; returns their metrics, and the tokens of each."""
         batches = [self._batch(each) for each in range(step, until)]
         self.state, metrics = self.program(
@@ -107,7 +109,7 @@ class SupervisedTrainer:
         )
         return metrics, [float((batch.segments > 0).sum()) for batch in batches]
 
-    def rows(self, metrics: train_step.Metrics, seen: Sequence[float]) -> list[Row]:
+    def rows(self, metrics: StepMetrics, seen: Sequence[float]) -> list[Row]:
         """Return the metrics `[steps]` of each step, whose tokens are `seen`."""
         held = dict(vars(metrics))
         more = held.pop("more")
@@ -122,11 +124,11 @@ class SupervisedTrainer:
             rows.append(row | {"tokens": tokens, "flops": flops, "trained_tokens": trained[at]})
         return rows
 
-    def _batch(self, step: int) -> train_step.Batch:
+    def _batch(self, step: int) -> Batch:
         found = packing.batch_of(self.table, self.corpus, step)
-        batch = train_step.Batch(found.tokens, found.mask, found.segments, found.positions)
+        batch = Batch(found.tokens, found.mask, found.segments, found.positions)
         if self.own is not None and self.own.drawn(step):
-            return self.own.of(self.state.weights, batch, step)
+            return self.own.of(self.state.decoder_params, batch, step)
         if all(e is None for e in (self.values, self.reference, self.teacher)) and not self.rotated:
             return batch
         items = packing.items_of(self.table, self.corpus, step)
@@ -155,7 +157,7 @@ class SupervisedTrainer:
         """See `loop.Trainer`: the order of data is a function of the step."""
         return {}
 
-    def resume(self, state: train_step.TrainState, progress: Mapping[str, Any]) -> None:
+    def resume(self, state: TrainState, progress: Mapping[str, Any]) -> None:
         """See `loop.Trainer`."""
         del progress
         self.state = state
@@ -168,7 +170,7 @@ def supervised_trainer(
     planned: StageLayout,
     layout: Layout,
     seed: int,
-    begin: Callable[[Any, train_step.Program, Any], train_step.TrainState],
+    begin: Callable[[Any, StepConfig, Any], TrainState],
     reference: Callable[[], tuple[Architecture, Any]],
     marks: frozenset[int],
     kept: Path,
@@ -203,33 +205,33 @@ def supervised_trainer(
     )
     # One that was planned for the whole context may not have the length of the data.
     kernel = "xla" if planned.kernel == "splash" and longest % 128 else planned.kernel
-    program = train_step.Program(
+    config = StepConfig(
         layout=layout,
         dtype=model.dtype,
         micro_batches=math.gcd(planned.micro_batches, table.batch // layout.batch_shards),
         remat=planned.remat,  # type: ignore[arg-type]
         kernel=kernel,  # type: ignore[arg-type]
         chunk=CHUNK,
-        seed=derive(seed, "dropout") % 2**31 if train_step.drops(a) else 0,
+        seed=derive(seed, "dropout") % 2**31 if uses_dropout(a) else 0,
         offloaded="optimizer" in planned.offload,
         branches=planned.branches,
     )
     count = table.most * corpus.pieces
-    beside: Any = None
+    aux_params: Any = None
     stored: NDArray[np.float32] | None = None
     live: Architecture | None = None
     if isinstance(stage, Compared) and stage.needs_reference:
         if isinstance(stage, Preference) and stage.reference_log_probs == "ahead":
             stored = _ahead(resources, corpus, model, reference, layout, kept)
         else:
-            live, beside = reference()
+            live, aux_params = reference()
     teacher: Stored | None = None
     own: OwnAnswers | None = None
     if isinstance(stage, Distill):
-        live, beside = reference()
+        live, aux_params = reference()
         if stage.teacher_log_probs == "ahead":
-            teacher = store_teacher(stage, corpus, live, beside, a.vocabulary, program, kept)
-            beside = None
+            teacher = store_teacher(stage, corpus, live, aux_params, a.vocabulary, config, kept)
+            aux_params = None
         if stage.on_policy:
             own = own_answers(resources, stage, model, table.batch, longest, layout, seed)
     # Built for a rate of 1, which the state's scale makes the stage's own: a sweep over rates
@@ -238,10 +240,10 @@ def supervised_trainer(
     plain = stage.model_copy(update={"optimizer": unit, "seed": None})
     objective = objective_of(plain, count, a, live, corpus.values is not None)
     optimizer, make = resources.cached(
-        ("train", a, program, unit, table.steps, repr(objective)),
-        lambda: compiled(a, unit, table.steps, program, objective),
+        ("train", a, config, unit, table.steps, repr(objective)),
+        lambda: compiled(a, unit, table.steps, config, objective),
     )
-    state = replace(begin(optimizer, program, objective.extra()), beside=beside)
+    state = replace(begin(optimizer, config, objective.extra()), aux_params=aux_params)
     token_flops = train_flops(a, longest)
     call = max(1, min(MOST_STEPS, int(SHORT_STEP / (token_flops * table.batch * longest))))
     if own is not None:
@@ -249,7 +251,7 @@ def supervised_trainer(
     ends = tuple(n for n in (stage.evals and stage.eval_every, stage.checkpoint_every) if n)
     return SupervisedTrainer(
         state, table.steps, token_flops, call, ends, marks, corpus, table, make,
-        objective == train_step.Likelihood(), corpus.values, stored, isinstance(stage, Kto),
+        objective == LikelihoodObjective(), corpus.values, stored, isinstance(stage, Kto),
         teacher, own, own is None,
     )  # fmt: skip
 
@@ -271,7 +273,7 @@ def _read(stage: Supervised, stream: Stream) -> tuple[tuple[str, ...], Valued]:
 
 def objective_of(
     stage: Supervised, count: int, own: Architecture, live: Architecture | None, valued: bool
-) -> train_step.Objective:
+) -> Objective:
     """Return what a stage makes smaller, for sequences of at most `count` segments.
 
     `live` is the reference or the teacher where it runs beside the model; `valued` says whether
@@ -290,8 +292,8 @@ def objective_of(
             return ScoreObjective(stage, count, valued)
         case Likelihood():
             assert stage.loss is None or isinstance(stage.loss, Custom)
-            return train_step.Likelihood(stage.loss)
-    return train_step.Likelihood()
+            return LikelihoodObjective(stage.loss)
+    return LikelihoodObjective()
 
 
 def _ahead(
@@ -320,13 +322,13 @@ def compiled(
     a: Architecture,
     unit: Any,
     steps: int,
-    program: train_step.Program,
-    objective: train_step.Objective,
-) -> tuple[Any, train_step.StateProgram]:
+    config: StepConfig,
+    objective: Objective,
+) -> tuple[Any, StateProgram]:
     """Return the optimizer and the program of a stage whose optimizer has the rate `unit`."""
-    optimizer = build_optimizer(unit, steps, offloaded=program.offloaded)
+    optimizer = build_optimizer(unit, steps, offloaded=config.offloaded)
     schedule = learning_rate(unit, steps)
-    return optimizer, train_step.train_step(a, optimizer, schedule, program, objective)
+    return optimizer, train_step(a, optimizer, schedule, config, objective)
 
 
 def _longest(corpus: Corpus, packed: bool) -> int:
@@ -338,7 +340,7 @@ def _longest(corpus: Corpus, packed: bool) -> int:
     return max(corpus.context, rounded) if packed else rounded
 
 
-def mismatched(batch: train_step.Batch, pad: int, pieces: int) -> train_step.Batch:
+def mismatched(batch: Batch, pad: int, pieces: int) -> Batch:
     """Return the prompts of a batch of numpy arrays with answers to other prompts.
 
     Within a sequence each segment gets the answer of the next item, of `pieces` segments, so that
@@ -363,12 +365,10 @@ def mismatched(batch: train_step.Batch, pad: int, pieces: int) -> train_step.Bat
             segments[row, at:end] = number
             positions[row, at:end] = np.arange(len(whole))
             at = end
-    return train_step.Batch(tokens, trained, segments, positions)
+    return Batch(tokens, trained, segments, positions)
 
 
-def _segments(
-    batch: train_step.Batch, row: int
-) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+def _segments(batch: Batch, row: int) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
     """Return prompt and answer of each segment of a sequence; the answer begins where training
     does.
     """

@@ -19,7 +19,7 @@ from tunelang.dsl.vocabulary.stages import Training
 from tunelang.runtime.evals.run_evals import Completed
 from tunelang.runtime.training.checkpoints import Checkpoints
 from tunelang.runtime.training.metrics import Recorder
-from tunelang.runtime.training.train_step import TrainState
+from tunelang.runtime.training.train_state import TrainState
 
 CHECKPOINT_SECONDS = 300.0
 """Time between checkpoints where the spec states no steps."""
@@ -179,7 +179,7 @@ class Loop:
         self._collect()
         self._evaluate(steps)
         self.reporter.doing("saving")
-        self.checkpoints.finish(steps, trainer.state.yielded)
+        self.checkpoints.finish(steps, trainer.state.trained_params)
         return dict(self.recorder.last)
 
     def _collect(self) -> None:
@@ -231,7 +231,7 @@ class Loop:
     def _evaluate(self, step: int) -> None:
         if not self.stage.evals:
             return
-        values = self.evaluate(self.trainer.state.weights, step)
+        values = self.evaluate(self.trainer.state.decoder_params, step)
         self.recorder.evaluated(step, values)
         self.reporter.evaluated(step, values)
         self._restart_clock(step)

@@ -21,8 +21,11 @@ from tunelang.dsl.vocabulary.training import AdamW, Optimizer, Sgd
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.objectives.answer_scores import PairObjective, Reference, segment_program
 from tunelang.runtime.sharding import make_layout, shardings
+from tunelang.runtime.training.objective import Batch
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import Batch, Program, state_of, train_step
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import initial_state
+from tunelang.runtime.training.train_step import train_step
 
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl", minversion="1.16")
@@ -183,21 +186,21 @@ def test_steps_are_trls(name, both, steps, taught):
     case, architecture = CASES[name], both.architecture
     expected, updated = taught[case.optimizer]
     layout = make_layout(**case.mesh)
-    program = Program(layout=layout, micro_batches=case.micro_batches, chunk=16)
+    config = StepConfig(layout=layout, micro_batches=case.micro_batches, chunk=16)
     count = 2 * max(case.rows)
     params, reference = (jax.device_put(each, shardings(each, layout)) for each in both.ours)
     batch = batch_of(steps, case.rows)
     spec = OPTIMIZERS[case.optimizer]
     optimizer = build_optimizer(spec, STEPS)
-    state = state_of(architecture, params, optimizer, program)
+    state = initial_state(architecture, params, optimizer, config)
     if case.live:
-        state = replace(state, beside=reference)
+        state = replace(state, aux_params=reference)
     else:
-        scored, tokens = segment_program(architecture, program, count)(reference, batch)
+        scored, tokens = segment_program(architecture, config, count)(reference, batch)
         batch = replace(batch, reference=scored)
         assert tokens.sum() == batch.trained.sum()
     objective = PairObjective(STAGE, count, Reference(architecture if case.live else None))
-    step = train_step(architecture, optimizer, learning_rate(spec, STEPS), program, objective)
+    step = train_step(architecture, optimizer, learning_rate(spec, STEPS), config, objective)
     state, found = step(state, batch)
 
     np.testing.assert_allclose(found.loss, expected["loss"], rtol=0, atol=1e-4)

@@ -19,6 +19,7 @@ from tunelang.compiler.models.families import architecture_of
 from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Dora, Lora
 from tunelang.runtime.models import pretrained
+from tunelang.runtime.models.parameters import abstract_decoder, merge_params, split_trainable
 from tunelang.runtime.pipeline import initial_weights
 from tunelang.runtime.pipeline.resources import Model
 from tunelang.runtime.sharding import make_layout
@@ -26,14 +27,8 @@ from tunelang.runtime.stages import export as exporting
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 from tunelang.runtime.tokenize.chat_templates import chat_template
 from tunelang.runtime.tokenize.tokenizers import Bytes
-from tunelang.runtime.training.train_step import (
-    Batch,
-    Program,
-    _summed_loss,
-    abstract_decoder,
-    divided,
-    whole,
-)
+from tunelang.runtime.training.objective import Batch, summed_loss
+from tunelang.runtime.training.step_config import StepConfig
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -61,7 +56,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     model = Model("m", plain, Renderer(Bytes(), chat_template(None)), jnp.float32, "f32", base)
     # Random in both halves, or half of the gradients would be zero.
     params = initial_weights._begun(held, architecture, layout, jnp.float32, 5)
-    own, frozen = divided(architecture, params)
+    own, frozen = split_trainable(architecture, params)
     keys = iter(jax.random.split(jax.random.key(1), 99))
     own = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), own)
 
@@ -78,7 +73,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     result.loss.backward()
 
     graph, _ = abstract_decoder(architecture, jnp.float32)
-    decoder = nnx.merge(graph, whole(own, frozen))
+    decoder = nnx.merge(graph, merge_params(own, frozen))
     logits = decoder.logits(decoder(jnp.asarray(tokens)))
     np.testing.assert_allclose(logits, result.logits.detach().numpy(), atol=1e-4)
 
@@ -86,8 +81,8 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     count = tokens.shape[0] * (tokens.shape[1] - 1)
 
     def loss(own: Any) -> jax.Array:
-        decoder = nnx.merge(graph, whole(own, frozen))
-        return _summed_loss(decoder, batch, None, Program(layout=layout, chunk=8)) / count
+        decoder = nnx.merge(graph, merge_params(own, frozen))
+        return summed_loss(decoder, batch, None, StepConfig(layout=layout, chunk=8)) / count
 
     value, gradient = jax.value_and_grad(loss)(own)
     assert abs(float(value) - float(result.loss)) < 1e-5
@@ -105,7 +100,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         np.testing.assert_allclose(array / scale, expected[key] / scale, atol=1e-4, err_msg=key)
 
     # Merged, they are the same function.
-    merged = initial_weights.merged(whole(own, frozen), architecture, layout, jnp.float32)
+    merged = initial_weights.merged(merge_params(own, frozen), architecture, layout, jnp.float32)
     one = nnx.merge(abstract_decoder(replace(plain), jnp.float32)[0], merged)
     np.testing.assert_allclose(one.logits(one(jnp.asarray(tokens))), logits, atol=2e-4)
 

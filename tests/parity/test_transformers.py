@@ -16,8 +16,10 @@ from safetensors.numpy import save_file
 from tunelang.compiler.models.families import architecture_of
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.decoder import Decoder, empty_cache, insert
+from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.training.train_step import Batch, Program, _summed_loss, abstract_decoder
+from tunelang.runtime.training.objective import Batch, summed_loss
+from tunelang.runtime.training.step_config import StepConfig
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -236,12 +238,12 @@ def test_gradients(case: str, tmp_path: Path) -> None:
     expected = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
     _, graph, params = opened(tmp_path)
     batch = Batch(jnp.asarray(tokens, jnp.int32), jnp.ones(tokens.shape, bool))
-    program = Program(layout=make_layout(), chunk=8)
+    config = StepConfig(layout=make_layout(), chunk=8)
     count = tokens.shape[0] * (tokens.shape[1] - 1)
 
     def loss(params: Any) -> Any:
         decoder = nnx.merge(graph, params)
-        return _summed_loss(decoder, batch, None, program, balanced=False) / count
+        return summed_loss(decoder, batch, None, config, balanced=False) / count
 
     gradient = jax.jit(jax.grad(loss))(params)
     found = dict(pretrained.tensors(gradient, pretrained.configuration(tmp_path)))

@@ -19,8 +19,8 @@ from tests.pipeline import tiny
 from tests.pipeline.test_pretrained import workspace
 from tunelang.runtime.commands.generate import open_speaker
 from tunelang.runtime.models import pretrained
+from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.training.train_step import abstract_decoder
 
 STAGES = """
 stage tuned : sft {

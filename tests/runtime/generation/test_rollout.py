@@ -22,7 +22,7 @@ from tunelang.runtime.sharding import (
 )
 from tunelang.runtime.stages.policy_step import batch_of, score_program
 from tunelang.runtime.tokenize.tokenizers import Bytes
-from tunelang.runtime.training.train_step import Program
+from tunelang.runtime.training.step_config import StepConfig
 
 CAPACITY, MAX_TOKENS, GROUP = 32, 7, 3
 PAD, STOP = 47, 5
@@ -154,8 +154,8 @@ def test_greedy_is_the_argmax_of_repeated_whole_passes(run, whole_pass, name, pe
 def test_log_probabilities_are_those_of_the_training_program(run, model, name, given):
     found = run(name, given=given)
     batch = batch_of(found, CAPACITY - MAX_TOKENS, MAX_TOKENS)
-    program = Program(layout=make_layout(), chunk=8)
-    score = score_program(FAMILIES[name], program, given["temperature"])
+    config = StepConfig(layout=make_layout(), chunk=8)
+    score = score_program(FAMILIES[name], config, given["temperature"])
     scored = score(model(name)[1], batch.prompts, batch.prompt_lengths, batch.tokens)
     assert np.abs(np.where(batch.mask, scored - batch.sampler, 0)).max() < 1e-4
     assert (batch.sampler[batch.mask] < 0).all()

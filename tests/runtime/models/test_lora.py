@@ -18,18 +18,14 @@ from tunelang.dsl.vocabulary.training import Dora, Lora, Sampling
 from tunelang.runtime.generation.engine import make_engine
 from tunelang.runtime.generation.rollout import Prompt, rollout
 from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.parameters import abstract_decoder, split_trainable
 from tunelang.runtime.models.quantization import dequantized, quantized
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages.policy_step import score_program
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import (
-    Program,
-    abstract_decoder,
-    abstract_state,
-    divided,
-    init_state,
-    train_step,
-)
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import abstract_state, random_state
+from tunelang.runtime.training.train_step import train_step
 
 TOKENS = np.random.default_rng(0).integers(0, 48, (3, 11), dtype=np.int32)
 
@@ -107,8 +103,8 @@ def test_merged_is_live(family, chain, storage):
 
 def trained(architecture, program, spec=ADAMW):
     optimizer = build_optimizer(spec, 10)
-    start = init_state(architecture, optimizer, program, 0)
-    before = jax.device_get(start.weights)
+    start = random_state(architecture, optimizer, program, 0)
+    before = jax.device_get(start.decoder_params)
     step = train_step(architecture, optimizer, learning_rate(spec, 10), program)
     state, metrics = step(start, make_batch())
     return before, state, metrics
@@ -117,13 +113,13 @@ def trained(architecture, program, spec=ADAMW):
 @pytest.mark.parametrize("storage", ["bf16", "nf4"])
 def test_only_the_last_adapter_is_trained(storage):
     architecture = adapted(LLAMA, LORA, DORA, storage=storage)
-    before, state, _ = trained(architecture, Program(layout=make_layout(), chunk=3))
+    before, state, _ = trained(architecture, StepConfig(layout=make_layout(), chunk=3))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert count == adapter_parameters(architecture, architecture.adapters[-1])
     # Two moments of each, and a count.
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * count
-    after = dict(nnx.to_flat_state(jax.device_get(state.weights)))
+    after = dict(nnx.to_flat_state(jax.device_get(state.decoder_params)))
     changed = {
         path for path, each in nnx.to_flat_state(before)
         if not np.array_equal(each.get_value(), after[path].get_value())
@@ -134,16 +130,16 @@ def test_only_the_last_adapter_is_trained(storage):
 
 def test_the_same_on_any_mesh_and_in_micro_batches():
     architecture = adapted(LLAMA, replace_dropout(LORA, 0.3), storage="nf4")
-    _, whole, metrics = trained(architecture, Program(layout=make_layout(), chunk=3))
+    _, whole, metrics = trained(architecture, StepConfig(layout=make_layout(), chunk=3))
     for program in (
-        Program(layout=make_layout(), chunk=3, micro_batches=4, remat="full"),
-        Program(layout=make_layout(2, 2, 2), chunk=3, micro_batches=2),
+        StepConfig(layout=make_layout(), chunk=3, micro_batches=4, remat="full"),
+        StepConfig(layout=make_layout(2, 2, 2), chunk=3, micro_batches=2),
     ):
         _, found, other = trained(architecture, program)
         same(jax.device_get(found.params), jax.device_get(whole.params))
         same(jax.device_get(other), jax.device_get(metrics))
     without = adapted(LLAMA, LORA, storage="nf4")
-    _, found, other = trained(without, Program(layout=make_layout(), chunk=3))
+    _, found, other = trained(without, StepConfig(layout=make_layout(), chunk=3))
     assert abs(other.loss[1] - metrics.loss[1]) > 1e-6  # dropout does something
 
 
@@ -162,7 +158,7 @@ def test_samplers_use_them(chain, storage):
     found = rollout(
         engine, params, prompts, Sampling(max_tokens=6), group=2, stop_ids=(), seed=1, step=0, pad=0
     )
-    score = score_program(architecture, Program(layout=make_layout(), chunk=4), 1.0)
+    score = score_program(architecture, StepConfig(layout=make_layout(), chunk=4), 1.0)
     padded = np.zeros((2, 3), np.int32)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt.tokens)] = prompt.tokens
@@ -191,13 +187,13 @@ def test_a_quantised_stage_holds_no_dense_copy(remat):
     """Neither among the step's arguments nor in what it keeps for the backward pass."""
     wide = replace(LLAMA, layers=16, width=128, mlp=512, head_dim=32)
     dense = 4 * parameters_of_blocks(wide)
-    program = Program(layout=make_layout(), remat=remat, chunk=8)
+    config = StepConfig(layout=make_layout(), remat=remat, chunk=8)
     optimizer = build_optimizer(ADAMW, 10)
     sizes = {}
     for storage in ("f32", "nf4"):
         architecture = adapted(wide, LORA, storage=storage)
-        step = train_step(architecture, optimizer, learning_rate(ADAMW, 10), program)
-        state = abstract_state(architecture, optimizer, program)
+        step = train_step(architecture, optimizer, learning_rate(ADAMW, 10), config)
+        state = abstract_state(architecture, optimizer, config)
         memory = step.lower(state, make_batch(1, 2)).compile().memory_analysis()
         sizes[storage] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     assert sizes["f32"][0] - sizes["nf4"][0] > 0.85 * dense
@@ -232,7 +228,7 @@ def test_scales():
 
 def test_divided():
     _, params = abstract_decoder(adapted(LLAMA, LORA, LORA), jnp.float32)
-    chosen, rest = divided(adapted(LLAMA, LORA, LORA), params)
+    chosen, rest = split_trainable(adapted(LLAMA, LORA, LORA), params)
     assert len(nnx.to_flat_state(chosen)) == 14
     assert any("adapters" in path for path, _ in nnx.to_flat_state(rest))
-    assert not nnx.to_flat_state(divided(LLAMA, abstract_decoder(LLAMA, jnp.float32)[1])[1])
+    assert not nnx.to_flat_state(split_trainable(LLAMA, abstract_decoder(LLAMA, jnp.float32)[1])[1])

@@ -17,7 +17,9 @@ from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.layers import MixtureOfExperts, balance_loss
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import Program, init_state, train_step
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import random_state
+from tunelang.runtime.training.train_step import train_step
 
 MOE = FAMILIES["moe"]
 X = jax.random.normal(jax.random.key(0), (8, 6, MOE.width))
@@ -66,7 +68,7 @@ def test_balance():
 
 def train(program):
     optimizer = build_optimizer(ADAMW, 10)
-    state = init_state(MOE, optimizer, program, 0)
+    state = random_state(MOE, optimizer, program, 0)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == parameter_count(MOE)
     step = train_step(MOE, optimizer, learning_rate(ADAMW, 10), program)
     state, metrics = step(state, make_batch())
@@ -74,12 +76,12 @@ def train(program):
 
 
 def test_the_same_on_any_mesh():
-    expected = train(Program(layout=make_layout(), chunk=3))
+    expected = train(StepConfig(layout=make_layout(), chunk=3))
     for mesh in ({"expert": 4}, {"data": 2, "expert": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}):
-        found = train(Program(layout=make_layout(**mesh), chunk=3))
+        found = train(StepConfig(layout=make_layout(**mesh), chunk=3))
         same(found, expected, 1e-4)
     # In micro-batches each part is balanced by itself.
-    found = train(Program(layout=make_layout(expert=2), chunk=3, micro_batches=2, remat="full"))
+    found = train(StepConfig(layout=make_layout(expert=2), chunk=3, micro_batches=2, remat="full"))
     np.testing.assert_allclose(found[1].loss, expected[1].loss, rtol=1e-2)
 
 

@@ -9,10 +9,10 @@ import pytest
 
 from tests.runtime.architectures import FAMILIES
 from tunelang.dsl.vocabulary.training import Dare, Linear, Slerp, Ties
+from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.models.weight_merging import merged
 from tunelang.runtime.sharding import make_layout, shardings
 from tunelang.runtime.training.checkpoints import flat
-from tunelang.runtime.training.train_step import abstract_decoder
 
 METHODS = {
     "linear": Linear.unvalidated(weights=(2.0, 1.0)),

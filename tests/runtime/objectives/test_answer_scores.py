@@ -29,15 +29,11 @@ from tunelang.runtime.objectives.answer_scores import (
 )
 from tunelang.runtime.sharding import make_layout, shardings
 from tunelang.runtime.stages.supervised import mismatched
+from tunelang.runtime.training.objective import Batch, Objective
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import (
-    Batch,
-    Objective,
-    Program,
-    init_state,
-    state_of,
-    train_step,
-)
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import initial_state, random_state
+from tunelang.runtime.training.train_step import train_step
 
 ONE = make_layout()
 ROWS, LENGTH, PIECES = 4, 28, 2
@@ -122,7 +118,7 @@ def test_sums_of_segments():
 @pytest.mark.parametrize("architecture", [SMALL, SCORES], ids=["log-probabilities", "scores"])
 def test_each_segment_is_what_it_is_alone(architecture: Architecture):
     """Against one answer at a time in numpy and float64."""
-    program, params = Program(layout=ONE, chunk=5), random_params(architecture)
+    program, params = StepConfig(layout=ONE, chunk=5), random_params(architecture)
     sequences = flat(items_of())
     batch = jax.tree.map(lambda array: array[None], batch_of(sequences))
     found, tokens = segment_program(architecture, program, COUNT)(params, batch)
@@ -191,7 +187,7 @@ OBJECTIVES: dict[str, tuple[Architecture, Objective]] = {
 @cache
 def random_params(architecture: Architecture) -> Any:
     """On the host."""
-    return jax.device_get(init_state(architecture, identity(), Program(layout=ONE), 0).params)
+    return jax.device_get(random_state(architecture, identity(), StepConfig(layout=ONE), 0).params)
 
 
 @cache
@@ -212,16 +208,16 @@ def batches() -> Batch:
 def stepped(name: str, micro_batches: int = 1, **mesh: int) -> Any:
     """The weights and metrics of both steps, on the host."""
     architecture, objective = OBJECTIVES[name]
-    program = Program(layout=make_layout(**mesh), micro_batches=micro_batches, chunk=16)
+    config = StepConfig(layout=make_layout(**mesh), micro_batches=micro_batches, chunk=16)
     optimizer = build_optimizer(ADAMW, 10)
     params = random_params(architecture)
-    places = shardings(params, program.layout)
-    state = state_of(architecture, jax.device_put(params, places), optimizer, program)
+    places = shardings(params, config.layout)
+    state = initial_state(architecture, jax.device_put(params, places), optimizer, config)
     if name == "kto":
         # Surer than the policy and no better, so that the divergence from it is above 0.
         known = jax.tree.map(lambda array: 2 * array, params)
-        state = replace(state, beside=jax.device_put(known, places))
-    run = train_step(architecture, optimizer, learning_rate(ADAMW, 10), program, objective)
+        state = replace(state, aux_params=jax.device_put(known, places))
+    run = train_step(architecture, optimizer, learning_rate(ADAMW, 10), config, objective)
     state, metrics = run(state, batches())
     return jax.device_get(state.params), jax.device_get(metrics)
 

@@ -28,7 +28,8 @@ from tunelang.runtime.stages.policy_step import PolicyBatch, policy_step, score_
 from tunelang.runtime.stages.ppo import Critic as Estimator
 from tunelang.runtime.stages.ppo import learner_of, with_critic
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import Program, init_state
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import random_state
 
 ROWS, WIDTH = 9, 8
 
@@ -147,26 +148,26 @@ def make_ppo(trunk: str, **settings: object) -> Ppo:
     )
 
 
-def step(policy: Ppo, program: Program):
+def step(policy: Ppo, config: StepConfig):
     optimizer = build_optimizer(ADAMW, 10)
     learner = learner_of(policy.critic, SCORES, 10)
-    head = score_head(LLAMA, jnp.linspace(-1, 1, LLAMA.width), program.layout)
-    whole = init_state(SCORES, optimizer, program, 1).params
+    head = score_head(LLAMA, jnp.linspace(-1, 1, LLAMA.width), config.layout)
+    whole = random_state(SCORES, optimizer, config, 1).params
     start: tuple[Architecture, nnx.State] = (
         SCORES,
         head if learner.architecture is None else whole,
     )
-    state = with_critic(init_state(LLAMA, optimizer, program, 0), start, learner, program, 0.01)
+    state = with_critic(random_state(LLAMA, optimizer, config, 0), start, learner, config, 0.01)
     batch = make_batch(old=policy.passes > 1)
     rng = np.random.default_rng(9)
     shape = (3, PROMPTS, GROUP, LENGTH)
     advantages, found, returns = rng.standard_normal(shape).astype(np.float32)
     batch = replace(batch, advantages=advantages, values=found, returns=returns)
-    scored = score_program(SCORES, program, 1.0)(
+    scored = score_program(SCORES, config, 1.0)(
         whole, batch.prompts, batch.prompt_lengths, batch.tokens
     )
     scored = np.asarray(scored)
-    make = policy_step(LLAMA, optimizer, learning_rate(ADAMW, 10), policy, program, learner)
+    make = policy_step(LLAMA, optimizer, learning_rate(ADAMW, 10), policy, config, learner)
     state, metrics = make(state, batch)
     assert state.critic is not None
     params = {"policy": state.params, "critic": state.critic.params}
@@ -180,12 +181,12 @@ def once(kind: str):
     if kind == "weightless":
         kind = "shared"
         settings["critic"] = Critic(trunk="shared", optimizer=Sgd(lr=0.01), weight=1e-9)
-    return step(make_ppo(kind, **settings), Program(layout=make_layout()))
+    return step(make_ppo(kind, **settings), StepConfig(layout=make_layout()))
 
 
 @pytest.mark.parametrize(("trunk", "mesh"), [("separate", {"fsdp": 2}), ("shared", {})])
 def test_meshes_and_micro_batches_change_nothing(trunk, mesh):
-    parts = Program(layout=make_layout(**mesh), micro_batches=2)
+    parts = StepConfig(layout=make_layout(**mesh), micro_batches=2)
     same(step(make_ppo(trunk), parts)[:2], once(trunk)[:2])
 
 
@@ -212,6 +213,6 @@ def test_a_shared_trunk_learns_both():
 
 def test_passes_and_minibatches_update_the_critic():
     policy = make_ppo("separate", passes=2, minibatches=2)
-    _, found, *_ = step(policy, Program(layout=make_layout()))
+    _, found, *_ = step(policy, StepConfig(layout=make_layout()))
     assert found["value_loss"] < once("separate")[1]["value_loss"]
     assert np.isfinite(list(found.values())).all()

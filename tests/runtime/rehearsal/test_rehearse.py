@@ -203,7 +203,7 @@ def test_judges() -> None:
     }  # fmt: skip
     for name in ("judge 1 decode", "judge 2"):
         # With the whole state of the stage, and the other judge.
-        assert made[name].beside > made["train"].donated + planned.memory["judges"] // 4
+        assert made[name].resident_bytes > made["train"].donated + planned.memory["judges"] // 4
         assert measure(made[name], made[name].lower()).peak > 0
 
 

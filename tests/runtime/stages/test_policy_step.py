@@ -28,7 +28,8 @@ from tunelang.runtime.stages.policy_step import (
 )
 from tunelang.runtime.training.cross_entropy import token_logprobs, token_scores
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import Program, init_state
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import random_state
 
 PROMPTS, GROUP, BEFORE, LENGTH = 8, 2, 5, 6
 ONE = make_layout()
@@ -66,10 +67,10 @@ def make_batch(seed: int = 0, **more: bool) -> PolicyBatch:
     )
 
 
-def step(policy: Policy, batch: PolicyBatch, program: Program, spec: object = ADAMW):
+def step(policy: Policy, batch: PolicyBatch, config: StepConfig, spec: object = ADAMW):
     optimizer = build_optimizer(spec, 10)
-    state = init_state(LLAMA, optimizer, program, 0)
-    make = policy_step(LLAMA, optimizer, learning_rate(spec, 10), policy, program)
+    state = random_state(LLAMA, optimizer, config, 0)
+    make = policy_step(LLAMA, optimizer, learning_rate(spec, 10), policy, config)
     state, metrics = make(state, batch)
     return jax.device_get(state.params), jax.device_get(metrics)
 
@@ -79,7 +80,7 @@ FULL = make_policy("dapo", kl=K3(coefficient=0.1), correction=Truncated(limit=2.
 
 @pytest.fixture(scope="module")
 def whole():
-    return step(FULL, make_batch(reference=True), Program(layout=ONE, chunk=5))
+    return step(FULL, make_batch(reference=True), StepConfig(layout=ONE, chunk=5))
 
 
 @pytest.mark.parametrize(
@@ -87,16 +88,16 @@ def whole():
     [({}, 4), ({"data": 8}, 1), ({"fsdp": 4}, 2), ({"tensor": 2, "fsdp": 4}, 1)],
 )
 def test_meshes_and_micro_batches_change_nothing(whole, mesh, micro_batches):
-    program = Program(layout=make_layout(**mesh), micro_batches=micro_batches, chunk=5)
-    same(step(FULL, make_batch(reference=True), program), whole)
+    config = StepConfig(layout=make_layout(**mesh), micro_batches=micro_batches, chunk=5)
+    same(step(FULL, make_batch(reference=True), config), whole)
 
 
 def test_the_loss_is_the_papers_on_plain_logits():
     """One row at a time in float64, with the whole softmax."""
     batch, policy = make_batch(old=True), make_policy(clip=Clip(low=0.2, high=0.2))
-    program = Program(layout=ONE)
+    config = StepConfig(layout=ONE)
     optimizer = build_optimizer(Sgd(lr=1.0), 10)
-    state = init_state(LLAMA, optimizer, program, 0)
+    state = random_state(LLAMA, optimizer, config, 0)
     total = tokens = surprise = 0.0
     for prompt, at in np.ndindex(PROMPTS, GROUP):
         before = batch.prompt_lengths[prompt]
@@ -112,7 +113,7 @@ def test_the_loss_is_the_papers_on_plain_logits():
             total -= min(ratio * gain, np.clip(ratio, 0.8, 1.2) * gain)
             surprise += entropy[place]
             tokens += 1
-    _, found = step(policy, batch, program, Sgd(lr=1.0))
+    _, found = step(policy, batch, config, Sgd(lr=1.0))
     assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert found["entropy"] == pytest.approx(surprise / tokens, rel=1e-5)
 
@@ -120,10 +121,10 @@ def test_the_loss_is_the_papers_on_plain_logits():
 def test_minibatches_and_passes_make_updates():
     batch = make_batch(old=True)
     policy = make_policy(minibatches=2, passes=3)
-    program = Program(layout=ONE)
+    config = StepConfig(layout=ONE)
     optimizer = build_optimizer(ADAMW, 60)
-    state = init_state(LLAMA, optimizer, program, 0)
-    make = policy_step(LLAMA, optimizer, learning_rate(ADAMW, 60), policy, program)
+    state = random_state(LLAMA, optimizer, config, 0)
+    make = policy_step(LLAMA, optimizer, learning_rate(ADAMW, 60), policy, config)
     state, found = make(state, batch)
     assert int(state.step) == 6
     assert all(np.isfinite(value) for value in found.values())
@@ -132,8 +133,8 @@ def test_minibatches_and_passes_make_updates():
 def test_minibatches_of_everything_is_one_update():
     """Both ways of going through the batch agree where they mean the same."""
     batch = make_batch(old=True)
-    one = step(make_policy(), batch, Program(layout=ONE))
-    two = step(make_policy(passes=2), batch, Program(layout=ONE), Sgd(lr=1e-12))
+    one = step(make_policy(), batch, StepConfig(layout=ONE))
+    two = step(make_policy(passes=2), batch, StepConfig(layout=ONE), Sgd(lr=1e-12))
     assert two[1]["loss"] == pytest.approx(one[1]["loss"], rel=1e-5)
 
 
@@ -141,9 +142,9 @@ def test_nothing_that_counts_changes_nothing():
     batch = make_batch()
     batch = replace(batch, mask=np.zeros_like(batch.mask))
     spec = Sgd(lr=1.0)
-    after, found = step(make_policy(), batch, Program(layout=ONE), spec)
-    program = Program(layout=ONE)
-    before = init_state(LLAMA, build_optimizer(spec, 10), program, 0).params
+    after, found = step(make_policy(), batch, StepConfig(layout=ONE), spec)
+    config = StepConfig(layout=ONE)
+    before = random_state(LLAMA, build_optimizer(spec, 10), config, 0).params
     same(after, jax.device_get(before), 0)
     assert found["loss"] == 0
 
@@ -151,11 +152,11 @@ def test_nothing_that_counts_changes_nothing():
 def test_rows_in_which_nothing_counts_are_skipped_together():
     batch = make_batch()
     batch.mask[::2] = False
-    program = Program(layout=ONE, micro_batches=4)
-    ordered = useful_first(batch, program)
+    config = StepConfig(layout=ONE, micro_batches=4)
+    ordered = useful_first(batch, config)
     parts = ordered.mask.any((1, 2)).reshape(-1, 4).T
     assert parts.any(1).tolist() == [True, True, False, False]
-    same(step(make_policy(), ordered, program), step(make_policy(), batch, Program(layout=ONE)))
+    same(step(make_policy(), ordered, config), step(make_policy(), batch, StepConfig(layout=ONE)))
 
 
 def test_parts_of_a_group_are_the_group():
@@ -163,10 +164,10 @@ def test_parts_of_a_group_are_the_group():
     together.
     """
     batch = make_batch()
-    program = Program(layout=ONE)
+    config = StepConfig(layout=ONE)
     parts = in_parts(batch, 1)
     assert parts.tokens.shape == (PROMPTS * GROUP, 1, LENGTH)
-    same(step(make_policy(), parts, program), step(make_policy(), batch, program))
+    same(step(make_policy(), parts, config), step(make_policy(), batch, config))
     near = np.arange(LENGTH) < 4
     shorter = replace(
         batch,
@@ -185,12 +186,12 @@ def test_parts_of_a_group_are_the_group():
 
 def test_scores_are_those_of_the_step():
     """In micro-batches and on a mesh, and with the entropy asked for or not."""
-    program = Program(layout=ONE, chunk=5)
-    state = init_state(LLAMA, build_optimizer(ADAMW, 10), program, 0)
+    config = StepConfig(layout=ONE, chunk=5)
+    state = random_state(LLAMA, build_optimizer(ADAMW, 10), config, 0)
     batch = make_batch()
     given = (state.params, batch.prompts, batch.prompt_lengths, batch.tokens)
-    whole = np.asarray(score_program(LLAMA, program, 0.8)(*given))
-    parts = Program(layout=ONE, chunk=5, micro_batches=4)
+    whole = np.asarray(score_program(LLAMA, config, 0.8)(*given))
+    parts = StepConfig(layout=ONE, chunk=5, micro_batches=4)
     np.testing.assert_allclose(score_program(LLAMA, parts, 0.8)(*given), whole, atol=1e-5)
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((2, 7, 8)).astype(np.float32)

@@ -11,17 +11,12 @@ from tests.runtime.architectures import FAMILIES, LLAMA
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
 from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.training.accumulate import accumulate
+from tunelang.runtime.training.objective import Batch, shift_targets
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
-from tunelang.runtime.training.train_step import (
-    Batch,
-    Program,
-    abstract_state,
-    accumulate,
-    init_state,
-    shift,
-    state_of,
-    train_step,
-)
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.training.train_state import abstract_state, initial_state, random_state
+from tunelang.runtime.training.train_step import train_step
 
 STEPS, ROWS, LENGTH = 2, 16, 8
 ONE = make_layout()
@@ -47,7 +42,7 @@ def make_batch(steps=STEPS, rows=ROWS, seed=0):
 def train(program, architecture=LLAMA, spec=ADAMW, batch=None):
     batch = make_batch() if batch is None else batch
     optimizer = build_optimizer(spec, 10, offloaded=program.offloaded)
-    state = init_state(architecture, optimizer, program, 0)
+    state = random_state(architecture, optimizer, program, 0)
     step = train_step(architecture, optimizer, learning_rate(spec, 10), program)
     state, metrics = step(state, batch)
     return jax.device_get(state.params), jax.device_get(metrics)
@@ -62,7 +57,7 @@ def same(found, expected, tolerance=2e-5):
 
 @pytest.fixture(scope="module")
 def whole():
-    return train(Program(layout=ONE, chunk=3))
+    return train(StepConfig(layout=ONE, chunk=3))
 
 
 @pytest.mark.parametrize(
@@ -78,23 +73,23 @@ def whole():
     ],
 )
 def test_meshes_and_micro_batches_change_nothing(whole, mesh, micro_batches):
-    program = Program(layout=make_layout(**mesh), micro_batches=micro_batches, chunk=3)
-    same(train(program), whole)
+    config = StepConfig(layout=make_layout(**mesh), micro_batches=micro_batches, chunk=3)
+    same(train(config), whole)
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 4}, {"fsdp": 2, "context": 4}])
 @pytest.mark.parametrize("name", ["gemma3", "gpt2"])
 def test_other_architectures_on_a_mesh(name, mesh):
     architecture = FAMILIES[name]
-    meshed = Program(layout=make_layout(**mesh), remat="full")
-    same(train(meshed, architecture), train(Program(layout=ONE), architecture))
+    meshed = StepConfig(layout=make_layout(**mesh), remat="full")
+    same(train(meshed, architecture), train(StepConfig(layout=ONE), architecture))
 
 
 def test_muon_on_a_mesh():
     spec = Muon(lr=1e-2)
-    meshed = Program(layout=make_layout(fsdp=4, tensor=2))
+    meshed = StepConfig(layout=make_layout(fsdp=4, tensor=2))
     # The orthogonalisation magnifies rounding.
-    same(train(meshed, spec=spec), train(Program(layout=ONE), spec=spec), 2e-4)
+    same(train(meshed, spec=spec), train(StepConfig(layout=ONE), spec=spec), 2e-4)
 
 
 @pytest.mark.parametrize(
@@ -110,18 +105,18 @@ def test_moments_in_the_memory_of_the_host_change_nothing(spec, mesh):
     """Several steps of a call carry them along."""
     layout = make_layout(**mesh)
     found, expected = (
-        train(Program(layout=layout, chunk=3, offloaded=offloaded), FAMILIES["gemma3"], spec)
+        train(StepConfig(layout=layout, chunk=3, offloaded=offloaded), FAMILIES["gemma3"], spec)
         for offloaded in (True, False)
     )
     same(found, expected)
 
 
 def test_where_moments_lie():
-    program = Program(layout=ONE, offloaded=True)
+    config = StepConfig(layout=ONE, offloaded=True)
     optimizer = build_optimizer(ADAMW, 10, offloaded=True)
-    params = init_state(LLAMA, optimizer, program, 0).params
-    state = state_of(LLAMA, params, optimizer, program)
-    step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), program)
+    params = random_state(LLAMA, optimizer, config, 0).params
+    state = initial_state(LLAMA, params, optimizer, config)
+    step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), config)
     for each in (state, step(state, make_batch())[0]):
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(each.optimizer) if leaf.ndim}
         assert kinds == {"pinned_host"}
@@ -130,20 +125,20 @@ def test_where_moments_lie():
 
 def test_dropout_does_not_depend_on_micro_batches():
     architecture = replace(LLAMA, dropout=0.3)
-    expected = train(Program(layout=ONE), architecture)
-    same(train(Program(layout=make_layout(fsdp=2), micro_batches=4), architecture), expected)
-    other = train(Program(layout=ONE, seed=1), architecture)
+    expected = train(StepConfig(layout=ONE), architecture)
+    same(train(StepConfig(layout=make_layout(fsdp=2), micro_batches=4), architecture), expected)
+    other = train(StepConfig(layout=ONE, seed=1), architecture)
     assert abs(other[1].loss[0] - expected[1].loss[0]) > 1e-3
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_what_is_kept_waits_for_the_loss(micro_batches):
     """Else XLA may begin the backward pass, with copies of its own, ahead of the forward pass."""
-    program = Program(layout=ONE, micro_batches=micro_batches)
+    config = StepConfig(layout=ONE, micro_batches=micro_batches)
     weights, rows = jnp.ones(3), jnp.ones((2, 3))
     made = jax.make_jaxpr(
         lambda weights, rows: accumulate(
-            lambda weights, part: (jnp.sum(jnp.sin(part * weights)), None), weights, rows, program
+            lambda weights, part: (jnp.sum(jnp.sin(part * weights)), None), weights, rows, config
         )
     )(weights, rows)
     waits = [line for line in str(made).splitlines() if "optimization_barrier" in line]
@@ -154,9 +149,9 @@ def test_what_is_kept_waits_for_the_loss(micro_batches):
 
 def test_two_steps_in_a_call_equal_two_calls(whole):
     optimizer = build_optimizer(ADAMW, 10)
-    program = Program(layout=ONE, chunk=3)
-    state = init_state(LLAMA, optimizer, program, 0)
-    step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), program)
+    config = StepConfig(layout=ONE, chunk=3)
+    state = random_state(LLAMA, optimizer, config, 0)
+    step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), config)
     batch = make_batch()
     losses = []
     for index in range(STEPS):
@@ -171,7 +166,9 @@ def test_two_steps_in_a_call_equal_two_calls(whole):
 def test_metrics(whole):
     _, metrics = whole
     batch = make_batch()
-    counted = [shift(jax.tree.map(lambda x, i=i: x[i], batch))[1].sum() for i in range(STEPS)]
+    counted = [
+        shift_targets(jax.tree.map(lambda x, i=i: x[i], batch))[1].sum() for i in range(STEPS)
+    ]
     np.testing.assert_array_equal(metrics.tokens, counted)
     np.testing.assert_allclose(metrics.learning_rate, 1e-2)
     assert (metrics.grad_norm > 0).all()
@@ -183,7 +180,7 @@ def test_what_is_counted():
         trained=jnp.array([[1, 0, 1, 1, 1, 1, 1]], bool),
         segments=jnp.array([[1, 1, 1, 2, 2, 0, 0]]),
     )
-    targets, counted = shift(batch)
+    targets, counted = shift_targets(batch)
     # Token 6 is not trained, 8 begins a segment, the zeros are padding.
     np.testing.assert_array_equal(counted, [[0, 1, 0, 1, 0, 0, 0]])
     np.testing.assert_array_equal(targets[counted > 0], [7, 9])
@@ -192,27 +189,27 @@ def test_what_is_counted():
 def test_a_batch_without_trained_tokens_changes_nothing():
     batch = make_batch(1)
     batch = replace(batch, trained=np.zeros_like(batch.trained))
-    params, metrics = train(Program(layout=ONE), spec=AdamW(lr=1e-2), batch=batch)
+    params, metrics = train(StepConfig(layout=ONE), spec=AdamW(lr=1e-2), batch=batch)
     optimizer = build_optimizer(ADAMW, 10)
-    start = init_state(LLAMA, optimizer, Program(layout=ONE), 0).params
+    start = random_state(LLAMA, optimizer, StepConfig(layout=ONE), 0).params
     same(params, jax.device_get(start), 0)
     assert (metrics.loss, metrics.tokens, metrics.grad_norm) == (0, 0, 0)
 
 
 def test_a_batch_that_does_not_divide():
     with pytest.raises(ValueError, match="16 sequences do not divide over 3 micro-batches on 2"):
-        train(Program(layout=make_layout(fsdp=2), micro_batches=3))
+        train(StepConfig(layout=make_layout(fsdp=2), micro_batches=3))
 
 
 def test_the_abstract_state_is_the_state():
     optimizer = build_optimizer(ADAMW, 10)
-    program = Program(layout=make_layout(fsdp=4, tensor=2))
-    abstract = abstract_state(LLAMA, optimizer, program)
-    state = init_state(LLAMA, optimizer, program, 0)
+    config = StepConfig(layout=make_layout(fsdp=4, tensor=2))
+    abstract = abstract_state(LLAMA, optimizer, config)
+    state = random_state(LLAMA, optimizer, config, 0)
     jax.tree.map(lambda x, y: (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
                  or pytest.fail(f"{x} is not {y}"), abstract, state)  # fmt: skip
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch())
-    step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), program)
+    step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), config)
     memory = step.lower(abstract, batch).compile().memory_analysis()
     held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)]
     # The new state lies where the old one was.
@@ -241,9 +238,9 @@ def test_pretraining_learns(spec):
     spec = spec.model_copy(update={"decay": "cosine", "warmup": Measure(value=0.1, unit="%")})
     architecture = replace(LLAMA, vocabulary=vocabulary, width=32, mlp=64)
     optimizer = build_optimizer(spec, steps)
-    program = Program(layout=ONE)
-    state = init_state(architecture, optimizer, program, 0)
-    step = train_step(architecture, optimizer, learning_rate(spec, steps), program)
+    config = StepConfig(layout=ONE)
+    state = random_state(architecture, optimizer, config, 0)
+    step = train_step(architecture, optimizer, learning_rate(spec, steps), config)
     _, metrics = step(state, batch)
     right = 7 / 8 + 1 / 8 / vocabulary
     floor = -right * np.log(right) - (1 - right) * np.log((1 - right) / (vocabulary - 1))

@@ -1,0 +1,64 @@
+"""Gradient accumulation over micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tunelang.runtime.training.step_config import StepConfig
+
+
+def accumulate(
+    loss: Callable[[Any, Any], tuple[jax.Array, Any]],
+    params: Any,
+    batch: Any,
+    config: StepConfig,
+    add: Callable[[Any, Any], Any] = lambda *_: None,
+    counts: Callable[[Any], jax.Array] | None = None,
+) -> tuple[jax.Array, Any, Any]:
+    """Add up over the micro-batches a loss, what it gives beside by `add`, and its gradient.
+
+    Every array of the batch is `[rows, ...]`. Micro-batches of which `counts` is false have neither
+    loss nor gradient; behind the last of the others they are skipped.
+    """
+
+    def differentiated(part: Any) -> tuple[jax.Array, Any, Any]:
+        value, pull, extra = jax.vjp(lambda params: loss(params, part), params, has_aux=True)
+        # Nothing of the way back is begun on the way there, such as copies of frozen weights.
+        value, pull = jax.lax.optimization_barrier((value, pull))
+        (gradient,) = pull(jnp.ones_like(value))
+        return value, extra, gradient
+
+    if config.micro_batches == 1:
+        return differentiated(batch)
+
+    def added(carry: tuple[jax.Array, Any, Any], part: Any) -> tuple[jax.Array, Any, Any]:
+        value, extra, gradient = differentiated(part)
+        total, extras, gradients = carry
+        return total + value, add(extras, extra), jax.tree.map(jnp.add, gradients, gradient)
+
+    parts = jax.tree.map(lambda array: micro_batches(array, config), batch)
+    first = jax.tree.map(lambda array: array[0], parts)
+    extras = jax.eval_shape(lambda: loss(params, first)[1])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), extras)
+    start = (jnp.zeros((), jnp.float32), zeros, jax.tree.map(jnp.zeros_like, params))
+    if counts is None:
+        return jax.lax.scan(lambda carry, part: (added(carry, part), None), start, parts)[0]
+
+    def nth(at: Any, carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+        return added(carry, jax.tree.map(lambda array: array[at], parts))
+
+    count = jnp.arange(1, config.micro_batches + 1)
+    last = jnp.max(jnp.where(jax.vmap(counts)(parts), count, 0))
+    found: tuple[jax.Array, Any, Any] = jax.lax.fori_loop(0, last, nth, start)
+    return found
+
+
+def micro_batches(array: jax.Array, config: StepConfig) -> jax.Array:
+    """Cut `[rows, ...]` into `[micro_batches, rows / micro_batches, ...]`."""
+    # Every n-th row, so that a device's rows stay on it: rows lie in blocks over the mesh.
+    parts = array.reshape(-1, config.micro_batches, *array.shape[1:]).swapaxes(0, 1)
+    return config.layout.constrain(parts, (None, "batch", *(None for _ in array.shape[1:])))

@@ -1,0 +1,183 @@
+"""What a training step minimizes: batches, the protocol of objectives, and the likelihood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.layers import balance_loss
+from tunelang.runtime.models.parameters import abstract_decoder
+from tunelang.runtime.sharding import jit
+from tunelang.runtime.training.cross_entropy import cross_entropy, custom_loss
+from tunelang.runtime.training.step_config import StepConfig
+from tunelang.runtime.user_functions import Custom
+
+AnyArray = Any
+"""An array of JAX or of numpy: what the host makes goes into programs as it is."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """Sequences to train on. Each field is `[batch, length]`, or `[steps, batch, length]`."""
+
+    tokens: AnyArray
+    """int32."""
+    trained: AnyArray
+    """bool: whether the loss counts how well this token is predicted from those before it. The
+    first token of a segment never counts, since nothing stands before it."""
+    segments: AnyArray = None
+    """int32: which of the examples that share a sequence a token belongs to; 0 is padding.
+    Without it, every sequence is one example, padded at its end."""
+    positions: AnyArray = None
+    """int32: the place of a token in its example; without it, in its sequence."""
+    values: AnyArray = None
+    """`[batch, segments]` float32: a number for each segment, such as its label."""
+    reference: AnyArray = None
+    """`[batch, segments]` float32: summed log-probability of a segment by the reference, in nats.
+    """
+    mismatched: Batch | None = None
+    """Prompts with answers to other prompts."""
+    teacher: Any = None
+    """The ids `[batch, length, k]` and log-probabilities of a teacher's likeliest tokens."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """What an objective works with."""
+
+    decoder: Decoder
+    """With the parameters that are trained."""
+    extra: nnx.State[Any, Any]
+    """What is trained beside it."""
+    aux_params: Any
+    config: StepConfig
+
+
+class Objective(Protocol):
+    """What a step makes smaller: a sum over the parts of a batch."""
+
+    def extra(self) -> nnx.State[Any, Any]:
+        """Return parameters below `EXTRA` that are trained beside the decoder's, as they begin."""
+        return nnx.State({})
+
+    def whole(self, models: Models, batch: Batch) -> Any:
+        """Return what each part has to know of the whole batch: scalars to divide by."""
+
+    def loss(
+        self, models: Models, batch: Batch, keys: jax.Array | None, whole: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the loss of a part, and metrics; over the parts, each adds up.
+
+        `keys` `[batch]` are of the dropout.
+        """
+
+
+@dataclass(frozen=True)
+class LikelihoodObjective(Objective):
+    """The mean over the trained tokens of the batch of `-log p`, or of a loss of the user's own.
+    See `Objective`.
+    """
+
+    own: Custom | None = None
+
+    def whole(self, models: Models, batch: Batch) -> jax.Array:
+        """See `Objective`."""
+        del models
+        return jnp.maximum(jnp.sum(shift_targets(batch)[1]), 1.0)
+
+    def loss(
+        self, models: Models, batch: Batch, keys: jax.Array | None, whole: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `Objective`."""
+        return summed_loss(models.decoder, batch, keys, models.config, own=self.own) / whole, {}
+
+
+def summed_loss(
+    decoder: Decoder,
+    batch: Batch,
+    keys: jax.Array | None,
+    config: StepConfig,
+    *,
+    balanced: bool = True,
+    own: Custom | None = None,
+) -> jax.Array:
+    """Sum the loss of the trained tokens of a batch, in nats; `own` replaces the cross entropy.
+
+    With `balanced`, the experts' load-balance loss is added, weighted by the trained tokens.
+    """
+    hidden, routed = hidden_states(decoder, batch, keys, config)
+    targets, counted = shift_targets(batch)
+    inputs = hidden, decoder.head_weight(), targets, counted
+    more: Any = {
+        "chunk": config.chunk,
+        "cap": decoder.architecture.logit_cap,
+        "layout": config.layout,
+    }
+    if own is None:
+        total, _ = cross_entropy(*inputs, **more)
+    else:
+        total = custom_loss(*inputs, own, **more)
+    if balanced:
+        # The loss of a batch is the mean over its micro-batches, by their trained tokens.
+        total += jnp.sum(counted) * balance(decoder, batch, routed)
+    return total
+
+
+def balance(
+    decoder: Decoder, batch: Batch, routed: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
+    """Return the load-balance loss of experts over a part of a batch, 0 without any."""
+    mixture = decoder.architecture.experts
+    if mixture is None or routed is None:
+        return jnp.zeros((), jnp.float32)
+    there = jnp.ones(batch.tokens.shape, bool) if batch.segments is None else batch.segments > 0
+    loss: jax.Array = mixture.balance * balance_loss(*routed, there)
+    return loss
+
+
+def hidden_states(
+    decoder: Decoder, batch: Batch, keys: jax.Array | None, config: StepConfig
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """See `Decoder.routed`."""
+    return decoder.routed(
+        batch.tokens,
+        segments=batch.segments,
+        positions=batch.positions,
+        dropout_keys=keys,
+        layout=config.layout,
+        remat=config.remat,
+        kernel=config.attends,
+    )
+
+
+def shift_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Return what each position predicts, `[batch, length]`, and whether it counts (float32)."""
+    targets = jnp.roll(batch.tokens, -1, axis=1)
+    counted = jnp.roll(batch.trained.astype(bool), -1, axis=1).at[:, -1].set(False)
+    if batch.segments is not None:
+        following = jnp.roll(batch.segments, -1, axis=1)
+        counted &= (following == batch.segments) & (batch.segments > 0)
+    return targets, counted.astype(jnp.float32)
+
+
+def loss_program(architecture: Architecture, config: StepConfig) -> jax.stages.Wrapped:
+    """Return the jitted `(params, batch) -> (loss, tokens)`: sums over `[steps, batch, length]`."""
+    graph, _ = abstract_decoder(architecture, config.dtype)
+
+    def total(params: Any, batches: Batch) -> tuple[jax.Array, jax.Array]:
+        def body(carry: tuple[jax.Array, jax.Array], batch: Batch) -> tuple[Any, None]:
+            loss = summed_loss(nnx.merge(graph, params), batch, None, config, balanced=False)
+            return (carry[0] + loss, carry[1] + jnp.sum(shift_targets(batch)[1])), None
+
+        zero = jnp.zeros((), jnp.float32)
+        sums, _ = jax.lax.scan(body, (zero, zero), batches)
+        return sums
+
+    return jit(total, config.layout)

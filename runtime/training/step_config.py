@@ -1,0 +1,39 @@
+"""The static settings of a training step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from tunelang.runtime.models.attention import Kernel
+from tunelang.runtime.models.decoder import Remat
+from tunelang.runtime.sharding import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What a training program is made from, beside the architecture: how and where it runs."""
+
+    layout: Layout
+    dtype: Any = jnp.float32
+    """Of activations."""
+    micro_batches: int = 1
+    """Parts that a batch is gone through in, one after another."""
+    remat: Remat = "none"
+    kernel: Kernel = "xla"
+    chunk: int = 128
+    """Tokens of a sequence whose logits are in memory at once."""
+    seed: int = 0
+    """Of the dropout."""
+    offloaded: bool = False
+    """Whether the moments of the optimizer lie in the memory of the host."""
+    branches: int = 1
+    """States that are trained side by side on the same batches: what changes of them has a leading
+    axis then, and so have metrics."""
+
+    @property
+    def attends(self) -> Kernel:
+        """The kernel as models are to use it."""
+        return "cudnn_vmap" if self.branches > 1 and self.kernel == "cudnn" else self.kernel

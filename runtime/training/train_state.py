@@ -1,0 +1,178 @@
+"""The state of training: what a step changes, and what it reads and leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.parameters import merge_params, split_objective_params, split_trainable
+from tunelang.runtime.sharding import HOST, shardings
+from tunelang.runtime.training.step_config import StepConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes, and the weights that it leaves alone. Parameters carry the
+    names of their axes.
+    """
+
+    params: nnx.State[Any, Any]
+    """What is trained."""
+    optimizer: Any
+    step: jax.Array
+    """int32 scalar: how many steps were made."""
+    scale: jax.Array
+    """float32 scalar: factor of every update. An optimizer built for a learning rate of 1 and
+    scaled by the peak rate serves all branches of a sweep over rates with one program."""
+    frozen: nnx.State[Any, Any] = field(default_factory=lambda: nnx.State({}))
+    """The decoder's other parameters, where an adapter is trained."""
+    aux_params: Any = None
+    """Parameters of other models that the objective reads: a reference, a teacher; or what is
+    frozen of the critic."""
+    critic: TrainState | None = None
+    """Of the values, beside a policy; without what is frozen."""
+
+    @property
+    def moments(self) -> Any:
+        """What a checkpoint has to hold beside the parameters."""
+        if self.critic is None:
+            return self.optimizer
+        critic = {"params": self.critic.params, "optimizer": self.critic.optimizer}
+        return {"optimizer": self.optimizer, "critic": critic}
+
+    def restored(self, params: Any, moments: Any, step: int) -> TrainState:
+        """Return the state that had these parameters and `moments` after so many updates."""
+        critic = self.critic
+        if critic is not None:
+            held, moments = moments["critic"], moments["optimizer"]
+            critic = critic.restored(held["params"], held["optimizer"], step)
+        count = jax.device_put(jnp.int32(step), self.step.sharding)
+        return replace(self, params=params, optimizer=moments, step=count, critic=critic)
+
+    @property
+    def trained_params(self) -> nnx.State[Any, Any]:
+        """What was trained of the decoder."""
+        return split_objective_params(self.params)[0]
+
+    @property
+    def decoder_params(self) -> nnx.State[Any, Any]:
+        """All parameters of the decoder."""
+        return merge_params(self.trained_params, self.frozen)
+
+
+class ReadOnlyState(NamedTuple):
+    """What a step reads and leaves alone."""
+
+    frozen: Any
+    aux_params: Any
+
+
+def split_state(state: TrainState) -> tuple[TrainState, ReadOnlyState]:
+    """Return what a step changes of a state, and what it leaves alone."""
+    changing = replace(state, frozen=nnx.State({}), aux_params=None)
+    return changing, ReadOnlyState(state.frozen, state.aux_params)
+
+
+def abstract_state(
+    architecture: Architecture,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    extra: Callable[[], Any] = lambda: nnx.State({}),
+) -> TrainState:
+    """Return the state as shapes and shardings, which `train_step(...).lower` takes for arrays."""
+    state = jax.eval_shape(lambda: _fresh(architecture, optimizer, config, 0, extra()))
+    shaped: TrainState = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        state,
+        state_shardings(state, config),
+    )
+    return shaped
+
+
+def random_state(
+    architecture: Architecture,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    seed: int,
+    scale: float = 1.0,
+) -> TrainState:
+    """Random parameters, made where they belong. The same for every mesh."""
+    abstract = jax.eval_shape(lambda: _fresh(architecture, optimizer, config, 0))
+    places = state_shardings(abstract, config)
+    make = jax.jit(lambda seed: _fresh(architecture, optimizer, config, seed), out_shardings=places)
+    state: TrainState = make(seed)
+    return replace(state, scale=jax.device_put(jnp.float32(scale), places.scale))
+
+
+def initial_state(
+    architecture: Architecture,
+    params: nnx.State[Any, Any],
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    scale: float = 1.0,
+) -> TrainState:
+    """Return the state of a run that starts from given parameters, which it takes over."""
+    params, frozen = split_trainable(architecture, params)
+    shapes = jax.eval_shape(optimizer.init, params)
+    places = shardings(shapes, config.layout, HOST if config.offloaded else None)
+    if config.offloaded:  # on the devices there is no room for all of them
+        moments = jax.tree.map(
+            lambda leaf, place: jax.device_put(np.zeros(leaf.shape, leaf.dtype), place),
+            shapes, places,
+        )  # fmt: skip
+    else:
+        moments = jax.jit(optimizer.init, out_shardings=places)(params)
+    everywhere = NamedSharding(config.layout.mesh, PartitionSpec())
+    zero, factor = jnp.zeros((), jnp.int32), jnp.float32(scale)
+    step, factor = jax.device_put((zero, factor), everywhere)
+    return TrainState(params, moments, step, factor, frozen)
+
+
+def stack_branches(tree: Any, count: int) -> Any:
+    """Return the shapes and shardings of so many trees of arrays with one leading axis."""
+
+    def one(leaf: Any) -> Any:
+        place = NamedSharding(leaf.sharding.mesh, PartitionSpec(None, *leaf.sharding.spec))
+        return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=place)
+
+    return jax.tree.map(one, tree)
+
+
+def _fresh(
+    architecture: Architecture,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    seed: Any,
+    extra: Any = nnx.State({}),  # noqa: B008 - it is empty and stays so
+) -> TrainState:
+    decoder = Decoder(architecture, nnx.Rngs(jax.random.key(seed)), config.dtype)
+    decoder.measure()
+    params, frozen = split_trainable(architecture, nnx.state(decoder, nnx.Param))
+    params = merge_params(params, extra)
+    zero, one = jnp.zeros((), jnp.int32), jnp.float32(1.0)
+    return TrainState(params, optimizer.init(params), zero, one, frozen)
+
+
+def state_shardings(state: TrainState, config: StepConfig) -> Any:
+    """Return the shardings of a state, arranged as it is."""
+    layout = config.layout
+    return replace(
+        state,
+        params=shardings(state.params, layout),
+        optimizer=shardings(state.optimizer, layout, HOST if config.offloaded else None),
+        aux_params=None,
+        step=shardings(state.step, layout),
+        scale=shardings(state.scale, layout),
+        frozen=shardings(state.frozen, layout),
+    )
