@@ -29,6 +29,7 @@ from tunelang.compiler.models.architecture import (
 )
 from tunelang.dsl.vocabulary.stages import Distill, Kto, Ppo, Preference, RewardModel
 from tunelang.dsl.vocabulary.training import AdamW, Critic, Sampling
+from tunelang.runtime.loading.initial_weights import score_head
 from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.objectives.answer_scores import (
     KtoObjective,
@@ -36,7 +37,6 @@ from tunelang.runtime.objectives.answer_scores import (
     Reference,
     ScoreObjective,
 )
-from tunelang.runtime.pipeline.initial_weights import score_head
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages.distill import DistillObjective
 from tunelang.runtime.stages.policy_step import PolicyBatch, policy_step

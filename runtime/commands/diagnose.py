@@ -23,15 +23,15 @@ from tunelang.runtime.data.row_errors import (
     excerpt,
 )
 from tunelang.runtime.human_units import size_text
+from tunelang.runtime.loading.resources import NotBuiltError
 from tunelang.runtime.models.pretrained import BadWeightsError
-from tunelang.runtime.pipeline.initial_weights import (
+from tunelang.runtime.pipeline.runner import HardwareMissingError, NotAlikeError, StageFailed
+from tunelang.runtime.pipeline.training_stage import OtherTokenizerError
+from tunelang.runtime.pipeline.weight_sources import (
     MissingInputError,
     NoCheckpointError,
     NoMetricError,
 )
-from tunelang.runtime.pipeline.resources import NotBuiltError
-from tunelang.runtime.pipeline.runner import HardwareMissingError, NotAlikeError, StageFailed
-from tunelang.runtime.pipeline.training_stage import OtherTokenizerError
 from tunelang.runtime.planning.prepare import LayoutError
 from tunelang.runtime.rewards.judges import JudgeDownError
 from tunelang.runtime.stages.export import ForeignFileError, NotApartError

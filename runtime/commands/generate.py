@@ -12,9 +12,11 @@ from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.data.examples import Message
 from tunelang.runtime.generation.generator import TextGenerator
-from tunelang.runtime.pipeline.initial_weights import Origin, Origins
-from tunelang.runtime.pipeline.resources import Model, Resources
+from tunelang.runtime.loading.initial_weights import Origin
+from tunelang.runtime.loading.resources import Resources
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.pipeline.runner import compile_cache
+from tunelang.runtime.pipeline.weight_sources import Origins
 from tunelang.runtime.planning.prepare import prepare
 from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.sharding import make_layout

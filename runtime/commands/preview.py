@@ -13,7 +13,7 @@ from tunelang.compiler.graph import build, models_of
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary.data import DataRef
 from tunelang.dsl.vocabulary.stages import Policy
-from tunelang.runtime.pipeline.resources import Resources
+from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.store.run_store import Store
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 

@@ -23,13 +23,15 @@ from tunelang.runtime.evals.score_answers import epoch, score_answers
 from tunelang.runtime.generation.beam_search import beam_search, make_search
 from tunelang.runtime.generation.engine import Engine, make_engine
 from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
-from tunelang.runtime.pipeline.resources import Model, Resources
+from tunelang.runtime.loading.resources import Resources
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.rewards import number_match
 from tunelang.runtime.rewards.reward_functions import Reward, Scores
 from tunelang.runtime.rewards.reward_parts import Row, function_of
 from tunelang.runtime.sharding import DECODE_RULES, Layout, make_layout, sampling
 from tunelang.runtime.tokenize.token_cache import Corpus, tokenise
 from tunelang.runtime.tokenize.tokenizers import StreamDecoder
+from tunelang.runtime.training.metrics import SampleRecord
 from tunelang.runtime.training.objective import loss_program
 from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.user_functions import CustomError
@@ -44,38 +46,12 @@ Params = Any
 
 
 @dataclass(frozen=True)
-class Completed:
-    """A completion with all that there is to say about it."""
-
-    example: Example
-    text: str
-    tokens: int
-    reward: float
-    parts: Mapping[str, float]
-
-    def row(self) -> dict[str, Any]:
-        """Return the completion as a line of `samples.jsonl`."""
-        asked = self.example.prompt
-        if asked is None and self.example.messages:
-            asked = self.example.messages[-1].content
-        return {
-            "source": self.example.source,
-            "prompt": asked,
-            "completion": self.text,
-            "target": self.example.target,
-            "tokens": self.tokens,
-            "reward": self.reward,
-            "parts": {n: v for n, v in self.parts.items() if v == v},  # NaN: not asked
-        }
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """What an eval found."""
 
     metrics: Mapping[str, float]
     """By the metric's own name, such as `score`."""
-    shown: tuple[Completed, ...] = ()
+    shown: tuple[SampleRecord, ...] = ()
 
 
 def evaluate(resources: Resources, name: str, model: Model, params: Params, layout: Layout) -> Any:
@@ -181,11 +157,11 @@ def _pieces(model: Model, rollouts: Rollouts, row: int) -> list[str]:
 
 def completed(
     examples: Sequence[Example], rollouts: Rollouts, texts: Sequence[str], scores: Scores
-) -> Iterator[Completed]:
+) -> Iterator[SampleRecord]:
     """Give each completion with its reward."""
     for at, text in enumerate(texts):
         parts = {name: float(values[at]) for name, values in scores.parts.items()}
-        yield Completed(
+        yield SampleRecord(
             examples[at // rollouts.group],
             text,
             int(rollouts.lengths[at]),

@@ -15,8 +15,9 @@ from tunelang.compiler.layout.stage_layout import CHUNK
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.runtime.data.examples import Example, conversation
 from tunelang.runtime.data.text_templates import WrongTypeError
+from tunelang.runtime.loading.resources import Resources
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.objectives.answer_scores import segment_program
-from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.rewards.reward_parts import Row, Scorer
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.tokenize import packing

@@ -21,8 +21,9 @@ from tunelang.runtime.evals.run_evals import (
 from tunelang.runtime.generation.beam_search import beam_search, make_search
 from tunelang.runtime.generation.engine import Engine, make_engine
 from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
-from tunelang.runtime.pipeline.initial_weights import Origin, loaded
-from tunelang.runtime.pipeline.resources import Model, Resources
+from tunelang.runtime.loading.initial_weights import Origin, loaded
+from tunelang.runtime.loading.resources import Resources
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.sharding import Layout
 

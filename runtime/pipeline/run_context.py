@@ -19,8 +19,10 @@ from tunelang.runtime.data.row_errors import BadRows
 from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named, sampled_everywhere
 from tunelang.runtime.evals.score_answers import learned
 from tunelang.runtime.generation.generator import TextGenerator
-from tunelang.runtime.pipeline.initial_weights import Origins, loaded
-from tunelang.runtime.pipeline.resources import Model, Resources
+from tunelang.runtime.loading.initial_weights import loaded
+from tunelang.runtime.loading.resources import Resources
+from tunelang.runtime.models.loaded_model import Model
+from tunelang.runtime.pipeline.weight_sources import Origins
 from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.rewards.judges import Ask
 from tunelang.runtime.rewards.reward_parts import Scorer

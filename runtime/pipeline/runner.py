@@ -27,9 +27,10 @@ from tunelang.dsl.vocabulary.stages import (
     Training,
 )
 from tunelang.dsl.vocabulary.training import Dare, Ties
+from tunelang.runtime.loading.initial_weights import Origin, loaded
+from tunelang.runtime.loading.resources import NotBuiltError
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.weight_merging import merged
-from tunelang.runtime.pipeline.initial_weights import Origin, loaded
-from tunelang.runtime.pipeline.resources import Model, NotBuiltError
 from tunelang.runtime.pipeline.run_context import RunReporter, Session, Summary
 from tunelang.runtime.pipeline.training_stage import Job, Together
 from tunelang.runtime.planning.prepare import Prepared

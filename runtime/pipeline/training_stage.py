@@ -26,9 +26,10 @@ from tunelang.dsl.vocabulary.stages import (
 from tunelang.dsl.vocabulary.training import Continued
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named
+from tunelang.runtime.loading.initial_weights import Origin, loaded, score_head, scoring, starting
+from tunelang.runtime.loading.resources import NotBuiltError
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import merge_params, split_trainable
-from tunelang.runtime.pipeline.initial_weights import Origin, loaded, score_head, scoring, starting
-from tunelang.runtime.pipeline.resources import Model, NotBuiltError
 from tunelang.runtime.pipeline.run_context import Session, Summary
 from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.sharding import Layout, make_layout, shardings

@@ -23,7 +23,9 @@ from tunelang.runtime.evals.run_evals import capacity_of, engine_of
 from tunelang.runtime.evals.score_answers import epoch
 from tunelang.runtime.generation.engine import Engine
 from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import OBJECTIVE_PARAMS, abstract_decoder
 from tunelang.runtime.objectives.distill_losses import (
     attention_transfer,
@@ -33,7 +35,6 @@ from tunelang.runtime.objectives.distill_losses import (
     top_k,
     top_k_divergence,
 )
-from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.sharding import Layout, jit
 from tunelang.runtime.tokenize.token_cache import Corpus
 from tunelang.runtime.training.objective import (

@@ -20,9 +20,9 @@ from safetensors.numpy import save_file
 from tunelang.compiler.models.families import config_of
 from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Dora, Lora
+from tunelang.runtime.loading.initial_weights import Origin, loaded, shaped_adapter
 from tunelang.runtime.models import pretrained
-from tunelang.runtime.pipeline.initial_weights import Origin, loaded, shaped_adapter
-from tunelang.runtime.pipeline.resources import Model
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.store.atomic_files import read_json, told, write_json, written_whole
 from tunelang.runtime.store.export_manifest import MANIFEST

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tunelang.runtime.evals.run_evals import Completed
 from tunelang.runtime.stages.supervised import SupervisedTrainer
+from tunelang.runtime.training.metrics import SampleRecord
 from tunelang.runtime.training.train_state import TrainState, split_state, stack_branches
 from tunelang.runtime.training.train_step import StepMetrics
 from tunelang.runtime.training.training_loop import Row
@@ -105,7 +105,7 @@ class BranchTrainer:
         """See `loop.Trainer`."""
         return self._fused.advance(self._at, step, until)
 
-    def samples(self) -> Sequence[Completed]:
+    def samples(self) -> Sequence[SampleRecord]:
         """See `loop.Trainer`."""
         return ()
 

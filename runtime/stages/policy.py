@@ -25,7 +25,6 @@ from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.data.sample_order import steps_of
 from tunelang.runtime.data.stream import Stream
 from tunelang.runtime.evals.run_evals import (
-    Completed,
     capacity_of,
     completed,
     engine_of,
@@ -34,8 +33,9 @@ from tunelang.runtime.evals.run_evals import (
 )
 from tunelang.runtime.generation.engine import Engine
 from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
+from tunelang.runtime.loading.resources import Resources
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.objectives import policy_gradient
-from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.rewards.reward_functions import Reward, Scores
 from tunelang.runtime.sharding import HOST, Layout, on_devices, sampling, shardings
 from tunelang.runtime.stages.policy_step import (
@@ -52,6 +52,7 @@ from tunelang.runtime.stages.policy_step import (
     useful_first,
 )
 from tunelang.runtime.stages.ppo import Critic, learner_of, with_critic
+from tunelang.runtime.training.metrics import SampleRecord
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.training.train_state import TrainState
@@ -108,7 +109,7 @@ class PolicyTrainer:
     cursor: int = 0
     """Prompts that were read."""
     ahead: bool = False  # the next call begins with sampling, which waits for the update
-    _shown: list[Completed] = field(default_factory=list)
+    _shown: list[SampleRecord] = field(default_factory=list)
 
     def until(self, step: int) -> int:
         """See `loop.Trainer`."""
@@ -130,7 +131,7 @@ class PolicyTrainer:
 
         return wait
 
-    def samples(self) -> Sequence[Completed]:
+    def samples(self) -> Sequence[SampleRecord]:
         """See `loop.Trainer`."""
         return self._shown
 

@@ -13,9 +13,9 @@ from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture, forward_flops, train_flops
 from tunelang.dsl.vocabulary.stages import Ppo
 from tunelang.dsl.vocabulary.training import Critic as Settings
+from tunelang.runtime.loading.initial_weights import scoring
 from tunelang.runtime.models.parameters import merge_params
 from tunelang.runtime.objectives import gae, policy_gradient
-from tunelang.runtime.pipeline.initial_weights import scoring
 from tunelang.runtime.rewards.reward_functions import Scores
 from tunelang.runtime.stages.policy_step import Learner, PolicyBatch, ScoreProgram
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate

@@ -19,7 +19,8 @@ from tunelang.dsl.vocabulary.stages import Sample
 from tunelang.runtime.data.examples import Example
 from tunelang.runtime.evals.run_evals import capacity_of, engine_of, rows_of, slots_of, texts_of
 from tunelang.runtime.generation.rollout import Prompt, rollout
-from tunelang.runtime.pipeline.resources import Model, Resources
+from tunelang.runtime.loading.resources import Resources
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.store.atomic_files import RowWriter, keep_rows, read_rows, written_whole

@@ -26,8 +26,9 @@ from tunelang.dsl.vocabulary.stages import (
 )
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.data.stream import Stream
-from tunelang.runtime.evals.run_evals import Completed
 from tunelang.runtime.evals.score_answers import label_of, margin_of, score_answers
+from tunelang.runtime.loading.resources import Resources
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import uses_dropout
 from tunelang.runtime.objectives.answer_scores import (
     KtoObjective,
@@ -35,7 +36,6 @@ from tunelang.runtime.objectives.answer_scores import (
     Reference,
     ScoreObjective,
 )
-from tunelang.runtime.pipeline.resources import Model, Resources
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.stages.distill import (
     DistillObjective,
@@ -47,6 +47,7 @@ from tunelang.runtime.stages.distill import (
 from tunelang.runtime.store.atomic_files import written_whole
 from tunelang.runtime.tokenize import packing
 from tunelang.runtime.tokenize.token_cache import Corpus, Valued, tokenise, unvalued
+from tunelang.runtime.training.metrics import SampleRecord
 from tunelang.runtime.training.objective import Batch, LikelihoodObjective, Objective
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
@@ -149,7 +150,7 @@ class SupervisedTrainer:
             )
         return batch
 
-    def samples(self) -> Sequence[Completed]:
+    def samples(self) -> Sequence[SampleRecord]:
         """See `loop.Trainer`."""
         return ()
 

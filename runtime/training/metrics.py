@@ -8,17 +8,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol, Self
 
 from tunelang.dsl.vocabulary.base import Function
 from tunelang.dsl.vocabulary.training import TensorBoard, Wandb
+from tunelang.runtime.data.examples import Example
 from tunelang.runtime.store.run_store import StageFolder
 
 _LAST = frozenset({"learning_rate", "step"})
 """Metrics of which a line has the last value instead of the mean."""
 
 Values = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """A scored completion, as a line of `samples.jsonl` shows it."""
+
+    example: Example
+    text: str
+    tokens: int
+    reward: float
+    parts: Mapping[str, float]
+
+    def row(self) -> dict[str, Any]:
+        """Return the completion as a line of `samples.jsonl`."""
+        prompt = self.example.prompt
+        if prompt is None and self.example.messages:
+            prompt = self.example.messages[-1].content
+        return {
+            "source": self.example.source,
+            "prompt": prompt,
+            "completion": self.text,
+            "target": self.example.target,
+            "tokens": self.tokens,
+            "reward": self.reward,
+            "parts": {n: v for n, v in self.parts.items() if v == v},  # NaN: not prompt
+        }
 
 
 class Tracker(Protocol):

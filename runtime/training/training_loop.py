@@ -16,9 +16,8 @@ from typing import Any, Protocol
 import jax
 
 from tunelang.dsl.vocabulary.stages import Training
-from tunelang.runtime.evals.run_evals import Completed
 from tunelang.runtime.training.checkpoints import Checkpoints
-from tunelang.runtime.training.metrics import Recorder
+from tunelang.runtime.training.metrics import Recorder, SampleRecord
 from tunelang.runtime.training.train_state import TrainState
 
 CHECKPOINT_SECONDS = 300.0
@@ -59,7 +58,7 @@ class Trainer(Protocol):
         them over all devices; both become rates.
         """
 
-    def samples(self) -> Sequence[Completed]:
+    def samples(self) -> Sequence[SampleRecord]:
         """Completions of the last step, to read."""
 
     def progress(self) -> dict[str, Any]:

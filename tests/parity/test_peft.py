@@ -18,10 +18,10 @@ from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.families import architecture_of
 from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Dora, Lora
+from tunelang.runtime.loading import initial_weights
 from tunelang.runtime.models import pretrained
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import abstract_decoder, merge_params, split_trainable
-from tunelang.runtime.pipeline import initial_weights
-from tunelang.runtime.pipeline.resources import Model
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages import export as exporting
 from tunelang.runtime.tokenize.chat_renderer import Renderer

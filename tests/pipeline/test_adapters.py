@@ -11,9 +11,10 @@ import pytest
 
 from tests.pipeline import tiny
 from tests.pipeline.test_pretrained import spec as spec
-from tunelang.runtime.pipeline.initial_weights import Origins, loaded
-from tunelang.runtime.pipeline.resources import Resources
+from tunelang.runtime.loading.initial_weights import loaded
+from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.pipeline.runner import StageFailed
+from tunelang.runtime.pipeline.weight_sources import Origins
 from tunelang.runtime.sharding import make_layout
 
 STAGES = """

@@ -20,8 +20,8 @@ from tunelang.dsl.vocabulary.data import DataRef
 from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.stages import Ppo
 from tunelang.dsl.vocabulary.training import Critic, Sampling, Sgd
+from tunelang.runtime.loading.initial_weights import score_head
 from tunelang.runtime.objectives import gae
-from tunelang.runtime.pipeline.initial_weights import score_head
 from tunelang.runtime.rewards.reward_functions import Scores
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages.policy_step import PolicyBatch, policy_step, score_program

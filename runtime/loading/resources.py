@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from tunelang.compiler.models.adapters import Storage, storage_of
-from tunelang.compiler.models.architecture import Architecture, from_transformer
+from tunelang.compiler.models.adapters import storage_of
+from tunelang.compiler.models.architecture import from_transformer
 from tunelang.compiler.models.presets import PRESETS
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
@@ -26,27 +26,13 @@ from tunelang.runtime.data.examples import Example, texts_of
 from tunelang.runtime.data.stream import Library, Stream
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.layers import DTYPES
+from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.rewards.judges import Ask, EndpointJudge, rubric
 from tunelang.runtime.rewards.reward_parts import Scorer, Surroundings
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 from tunelang.runtime.tokenize.open_tokenizer import open_renderer
 
 Made = TypeVar("Made")
-
-
-@dataclass(frozen=True)
-class Model:
-    """A declared model, opened."""
-
-    name: str
-    architecture: Architecture
-    renderer: Renderer
-    dtype: Any
-    """Of activations."""
-    storage: Storage = "f32"
-    """How weights are kept that are not trained."""
-    folder: Path | None = None
-    """Where its weights are; None for random ones."""
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""What stages read: data, tokenizers, models and their weights, opened when first asked for."""

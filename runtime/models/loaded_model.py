@@ -1,0 +1,26 @@
+"""A declared model, opened: architecture, tokenizer, and where its weights are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunelang.compiler.models.adapters import Storage
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.runtime.tokenize.chat_renderer import Renderer
+
+
+@dataclass(frozen=True)
+class Model:
+    """A declared model, opened."""
+
+    name: str
+    architecture: Architecture
+    renderer: Renderer
+    dtype: Any
+    """Of activations."""
+    storage: Storage = "f32"
+    """How weights are kept that are not trained."""
+    folder: Path | None = None
+    """Where its weights are; None for random ones."""

@@ -1,0 +1,183 @@
+"""Resolves references to models and stages to weights, in a plan and its store.
+
+A chain of stages that train adapters is followed down to the one that trained all weights, or to
+the declared model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tunelang.compiler.graph import Input, StageGraph, StageNode, models_of, named
+from tunelang.compiler.plan import Plan
+from tunelang.dsl.vocabulary.base import Reference
+from tunelang.dsl.vocabulary.training import Continued
+from tunelang.runtime.loading.initial_weights import Origin
+from tunelang.runtime.loading.resources import Resources
+from tunelang.runtime.store.run_store import StageFolder, Store
+
+
+class MissingInputError(Exception):
+    """A stage would read one that is left out of the run and not done: `stage`, `missing`."""
+
+    def __init__(self, stage: str, missing: str) -> None:
+        super().__init__(stage, missing)
+        self.stage = stage
+        self.missing = missing
+
+
+class NoMetricError(Exception):
+    """No branch of a sweep has the metric that decides it: `stage`, `metric`, `known`."""
+
+    def __init__(self, stage: str, metric: str, known: tuple[str, ...]) -> None:
+        super().__init__(stage, metric, known)
+        self.stage = stage
+        self.metric = metric
+        self.known = known
+
+
+class NoCheckpointError(Exception):
+    """A stage is to start from a step that another one did not keep: `stage`, `step`, `kept`."""
+
+    def __init__(self, stage: str, step: int, kept: tuple[int, ...]) -> None:
+        super().__init__(stage, step, kept)
+        self.stage = stage
+        self.step = step
+        self.kept = kept
+
+
+@dataclass
+class Origins:
+    """Finds what references to models and stages stand for, in one plan and its store."""
+
+    plan: Plan
+    graph: StageGraph
+    store: Store
+    resources: Resources
+    selected: Callable[[Input, str, float], None] = lambda *_: None
+    """Told of each sweep that is decided, once: what reads it, the winner, its metric."""
+    _told: set[tuple[str, str]] = field(default_factory=set)
+
+    def summary(self, node: str) -> dict[str, Any]:
+        """Return what a finished stage said of itself; raises `MissingInputError`."""
+        held = self.store.folder(self.plan.by_node[node].digest).done()
+        if held is None:
+            raise MissingInputError("", node)
+        found: dict[str, Any] = held["summary"]
+        return found
+
+    def of(self, node: StageNode, reference: Reference) -> Origin:
+        """Return the weights that a reference to a model or a stage stands for, as it is in a node.
+
+        Raises `MissingInputError`, `NoMetricError`, `NoCheckpointError`.
+        """
+        if reference.noun == "model":
+            return Origin(reference.name, None)
+        read = next(each for each in node.inputs if each.stage == reference.name)
+        name = self.winner(read)
+        summary = self.summary(name)
+        step = int(summary["steps"]) if reference.step is None else reference.step
+        found = self.at(name, step)
+        return found if reference.step is not None else replace(found, evals=summary["evals"])
+
+    def at(self, name: str, step: int) -> Origin:
+        """Return the weights of a node after a step, which need not be its last.
+
+        Raises what `of` raises.
+        """
+        node = self.graph.nodes[name]
+        folder = self.store.folder(self.plan.by_node[name].digest)
+        if step not in folder.steps():
+            raise NoCheckpointError(node.stage, step, folder.steps())
+        path = folder.checkpoints / str(step)
+        value: Any = node.value
+        scores = value.yields == "scores"
+        if getattr(value, "adapter", None) is None:
+            done = folder.done()
+            model = done["summary"]["model"] if done else models_of(self.graph, name)[0]
+            return Origin(model, path, scores=scores, node=name)
+        below = self.of(node, value.from_)
+        adapters = below.adapters
+        if isinstance(value.adapter, Continued):
+            adapters, lora = adapters[:-1], adapters[-1][0]
+        else:
+            lora = value.adapter
+        return Origin(below.model, below.path, (*adapters, (lora, path)), scores, name)
+
+    def latest(self, stage: str) -> Origin:
+        """Return what a stage yielded, or, of one that is not done, its last checkpoint.
+
+        Of a sweep the first branch that is done is taken, unless `stage` names one. Raises
+        `UnknownStage`, `MissingInputError` and what `of` raises.
+        """
+        found: tuple[str, int] | None = None
+        for node in named(self.graph, stage):
+            folder = self.store.folder(self.plan.by_node[node].digest)
+            done, steps = folder.done(), folder.steps()
+            if steps and (done is not None or found is None):
+                found = node, steps[-1]
+                if done is not None:
+                    break
+        if found is None:
+            raise MissingInputError(stage, stage)
+        return self.at(*found)
+
+    def anywhere(self, reference: Reference) -> Origin:
+        """Return what a reference stands for that is not of a node, but of a reward.
+
+        Raises what `of` raises.
+        """
+        readers = (
+            node
+            for node in self.graph.nodes.values()
+            if reference.noun == "model" or any(e.stage == reference.name for e in node.inputs)
+        )
+        return self.of(next(readers), reference)
+
+    def folder(self, reference: Reference) -> StageFolder:
+        """Return the folder of a finished stage; raises `MissingInputError`, `NoMetricError`."""
+        read = next(
+            each
+            for node in self.graph.nodes.values()
+            for each in node.inputs
+            if each.stage == reference.name
+        )
+        name = self.winner(read)
+        folder = self.store.folder(self.plan.by_node[name].digest)
+        if folder.done() is None:
+            raise MissingInputError("", name)
+        return folder
+
+    def winner(self, read: Input) -> str:
+        """Return the node that an input stands for; raises `NoMetricError`."""
+        if read.selection is None:
+            return read.nodes[0]
+        metric = read.selection.metric
+        found: list[tuple[float, str, str]] = []
+        known: dict[str, None] = {}
+        for node in read.nodes:
+            metrics = self.summary(node)["metrics"]
+            known.update(dict.fromkeys(metrics))
+            value = metric_of(self.resources, metrics, metric)
+            if value is not None and value == value:
+                found.append((value, self.plan.by_node[node].digest, node))
+        if not found:
+            raise NoMetricError(read.stage, metric, tuple(known))
+        sign = -1.0 if read.selection.direction == "best" else 1.0
+        value, _, node = min(found, key=lambda each: (sign * each[0], each[1]))
+        if (read.stage, node) not in self._told:
+            self._told.add((read.stage, node))
+            self.selected(read, node, value)
+        return node
+
+
+def metric_of(resources: Resources, metrics: Mapping[str, float], name: str) -> float | None:
+    """Return a metric by the name that a spec uses: an eval's bare name is its first metric."""
+    if name in metrics:
+        return metrics[name]
+    declared = resources.program.declarations.get(name)
+    if declared is not None and declared.noun == "eval":
+        return metrics.get(f"{name}.{next(iter(declared.value.metrics))}")
+    return None
