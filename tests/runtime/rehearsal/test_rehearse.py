@@ -35,7 +35,7 @@ from tunelang.dsl.vocabulary.training import K3, AdamW, Axes, Critic, Lora, Samp
 from tunelang.runtime import sharding
 from tunelang.runtime.planning.prepare import Shapes
 from tunelang.runtime.rehearsal import collectives
-from tunelang.runtime.rehearsal.abstract_programs import Program, programs
+from tunelang.runtime.rehearsal.abstract_programs import AbstractProgram, programs
 from tunelang.runtime.rehearsal.rehearse import Rehearsed, measure, rehearse, remedies, unsplit
 from tunelang.runtime.rehearsal.topologies import compilable
 from tunelang.runtime.sharding import make_layout
@@ -272,7 +272,9 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
 
 def test_what_is_not_donated_is_found() -> None:
     shapes = jax.ShapeDtypeStruct((1024, 1024), "float32")
-    program = Program("p", lambda: jax.jit(lambda a: a + 1).lower(shapes), donated=4 * 2**20)
+    program = AbstractProgram(
+        "p", lambda: jax.jit(lambda a: a + 1).lower(shapes), donated=4 * 2**20
+    )
     kept = measure(program, program.lower())
     assert "not donated" in kept.findings[0]
     given = measure(program, jax.jit(lambda a: a + 1, donate_argnums=0).lower(shapes))
