@@ -171,3 +171,24 @@ def _names_in(body: list[ast.stmt], prefix: str) -> list[str]:
             case ast.AnnAssign(target=ast.Name(id=name)):
                 found.append(prefix + name)
     return found
+
+
+# Modules
+
+
+def test_every_module_has_a_test() -> None:
+    """A module has a test file of its name, or a row in `tests/README.md`."""
+    files = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    table = (ROOT / "tests/README.md").read_text("utf-8").partition("## Which file tests")[2]
+    rows = re.findall(r"^\| (`.*?) \| (`.*) \|$", table, re.MULTILINE)
+    listed = {module for cell, _ in rows for module in re.findall(r"`([^`]+\.py)`", cell)}
+    modules = {
+        _name(path)
+        for layer in ("dsl", "compiler", "runtime")
+        for path in (ROOT / layer).rglob("*.py")
+        if path.name not in ("__init__.py", "__main__.py")
+    }
+    untested = {m for m in modules - listed if f"test_{Path(m).name}" not in files}
+    assert not untested, "give it a test, and say where in tests/README.md"
+    twice = {m for m in listed if f"test_{Path(m).name}" in files}
+    assert not twice, "these have a test file of their own: no row is needed"
