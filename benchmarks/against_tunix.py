@@ -37,7 +37,8 @@ import sentencepiece
 from rollout import skewed
 from tunix_side import Found, Given, Meter, examples_of, random_batches, report, reward_of
 
-from tunelang.compiler.layout.layout_search import lay_out
+from tunelang.compiler.layout.layout_query import LayoutQuery
+from tunelang.compiler.layout.layout_search import best_layout
 from tunelang.compiler.layout.stage_layout import CHUNK
 from tunelang.compiler.models.architecture import Architecture, parameter_count
 from tunelang.dsl.vocabulary.base import Measure
@@ -165,7 +166,11 @@ def program_of(given: Given) -> StepConfig:
         stage = Sft.model_construct(batch=rows, optimizer=AdamW(lr=1e-4))
     with tempfile.TemporaryDirectory() as folder:
         devices = local_devices(Path(folder), 1)
-    found = lay_out(stage, architecture_of(given), 4, devices)
+    found = best_layout(
+        LayoutQuery(
+            stage=stage, architecture=architecture_of(given), dtype_bytes=4, devices=devices
+        )
+    )
     return StepConfig(
         layout=make_layout(),
         micro_batches=given.get("micro_batches", found.micro_batches),

@@ -25,8 +25,14 @@ from typing import Any
 from tunelang.compiler.costs import step_costs
 from tunelang.compiler.costs.step_costs import estimated
 from tunelang.compiler.layout.hardware import CHIPS, Devices
-from tunelang.compiler.layout.layout_search import MARGIN, attention_kernel, lay_out, ranked
-from tunelang.compiler.layout.stage_layout import DoesNotFitError, NoLayoutError, StageLayout
+from tunelang.compiler.layout.layout_query import DoesNotFitError, LayoutQuery, NoLayoutError
+from tunelang.compiler.layout.layout_search import (
+    MARGIN,
+    attention_kernel,
+    best_layout,
+    rank_layouts,
+)
+from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture, parameter_count
 from tunelang.compiler.models.presets import PRESETS
@@ -231,9 +237,14 @@ def planned(point: Point) -> tuple[Sft, StageLayout]:
     layout = StageLayout(
         mesh=point.mesh, rows=point.rows, length=point.length, remat=point.remat, slots=None,
         micro_batches=point.micro_batches,
-        kernel=attention_kernel("auto", a, point.length, 2, there),
+        kernel=attention_kernel("auto", a, point.length, 2, there.chip.platform),
     )  # fmt: skip
-    return stage, estimated(layout, stage, a, 2, there, None)
+    return stage, estimated(layout, query_of(stage, a, there))
+
+
+def query_of(stage: Sft, a: Architecture, there: Devices) -> LayoutQuery:
+    """Return the question to the layout search for a stage in bfloat16."""
+    return LayoutQuery(stage=stage, architecture=a, dtype_bytes=2, devices=there)
 
 
 def points(count: int) -> Iterator[Point]:
@@ -423,7 +434,7 @@ def cases(count: int) -> None:
             batch=Measure.unvalidated(value=rows, unit="sequences"),
             optimizer=AdamW.unvalidated(lr=1e-4),
         )
-        chosen = lay_out(stage, a, 2, there)
+        chosen = best_layout(query_of(stage, a, there))
         faster = [each for each in everything(stage, a, there) if each.seconds < chosen.seconds]
         best = chosen
         for layout in sorted([*faster, chosen], key=lambda each: each.seconds):
@@ -451,9 +462,8 @@ def everything(stage: Sft, a: Architecture, there: Devices) -> Iterator[StageLay
     for remat in ("none", "dots", "full"):
         for each in (n for n in range(1, rows + 1) if rows % n == 0):
             with suppress(NoLayoutError):
-                yield from ranked(
-                    stage.model_copy(update={"remat": remat, "micro_batch": each}), a, 2, large
-                )
+                pinned = stage.model_copy(update={"remat": remat, "micro_batch": each})
+                yield from rank_layouts(query_of(pinned, a, large))
 
 
 def brief(layout: StageLayout) -> str:
@@ -480,7 +490,7 @@ def published() -> None:
         )
         where = f"{there}"
         try:
-            layout = lay_out(stage, replace(LARGER[name], context=length), 2, there)
+            layout = best_layout(query_of(stage, replace(LARGER[name], context=length), there))
         except DoesNotFitError as error:
             needed, there_is = error.nearest.total / 2**30, chip.memory / 2**30
             why = (

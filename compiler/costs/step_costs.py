@@ -12,7 +12,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tunelang.compiler.layout.hardware import Chip, Devices
-from tunelang.compiler.layout.stage_layout import CHUNK, NoLayoutError, StageLayout, held, shards_of
+from tunelang.compiler.layout.layout_query import Judge, LayoutQuery, NoLayoutError
+from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout, held, shards_of
 from tunelang.compiler.models.adapters import STORED_BYTES, adapter_parameters, off_width
 from tunelang.compiler.models.architecture import (
     Architecture,
@@ -134,28 +135,10 @@ def _sizes(a: Architecture, dtype_bytes: int, length: int) -> _Sizes:
     )
 
 
-@dataclass(frozen=True)
-class Judge:
-    """A model that scores completions: it lies as where it would be sampled from, over all
-    devices.
-    """
-
-    architecture: Architecture
-    dtype_bytes: int
-    speaks: bool
-    """Whether it says what it thinks, as in a rubric; else it gives a number at once."""
-
-
-def estimated(
-    layout: StageLayout,
-    stage: Training,
-    a: Architecture,
-    dtype_bytes: int,
-    there: Devices,
-    teacher: Architecture | None,
-    judges: tuple[Judge, ...] = (),
-) -> StageLayout:
+def estimated(layout: StageLayout, query: LayoutQuery) -> StageLayout:
     """Fill in what a layout of a stage takes: memory, FLOPs, seconds."""
+    stage, a, dtype_bytes = query.stage, query.architecture, query.dtype_bytes
+    there, teacher, judges = query.devices, query.teacher, query.judges
     chip = there.chip
     sizes = _sizes(a, dtype_bytes, layout.length)
     devices = math.prod(layout.mesh.values())

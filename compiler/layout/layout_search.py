@@ -6,16 +6,17 @@ simpler layout.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import fields, replace
+from typing import Any, Literal, cast
 
-from tunelang.compiler.costs.step_costs import Judge, estimated, has_reference
-from tunelang.compiler.layout.hardware import Chip, Devices
+from tunelang.compiler.costs.step_costs import estimated, has_reference
+from tunelang.compiler.layout.hardware import Chip
+from tunelang.compiler.layout.layout_query import DoesNotFitError, LayoutQuery, NoLayoutError
 from tunelang.compiler.layout.stage_layout import (
     OFFLOADS,
-    DoesNotFitError,
-    NoLayoutError,
+    Kernel,
+    Remat,
     StageLayout,
     shards_of,
 )
@@ -33,8 +34,8 @@ SHORTEST = 1024
 """Tokens of a part of a sequence, at least, where the plan decides to split sequences."""
 _LEAST_REMAT = 0.7
 """How much less a layout may have to compute than another one, at least."""
-TOLD = 4
-"""Layouts that a plan tells of: the best, and those that come next."""
+REPORTED_LAYOUTS = 4
+"""Layouts listed in a plan, best first."""
 _LEAST_SKIPPED = 0.7
 """What is left at least of the time of an update whose parts are skipped where nothing counts."""
 _PINS = {
@@ -47,46 +48,22 @@ _FURTHER = 4
 of them can be skipped or stay in a cache."""
 
 
-def lay_out(
-    stage: Training,
-    architecture: Architecture,
-    dtype_bytes: int,
-    devices: Devices,
-    attention: str = "auto",
-    teacher: Architecture | None = None,
-    judges: tuple[Judge, ...] = (),
-    branches: int = 1,
-) -> StageLayout:
-    """Return the best layout of a training stage; see `ranked`."""
-    found = ranked(stage, architecture, dtype_bytes, devices, attention, teacher, judges, branches)
-    return found[0]
+def best_layout(query: LayoutQuery) -> StageLayout:
+    """Return the best layout of a training stage; see `rank_layouts`."""
+    return rank_layouts(query)[0]
 
 
-def ranked(
-    stage: Training,
-    architecture: Architecture,
-    dtype_bytes: int,
-    devices: Devices,
-    attention: str = "auto",
-    teacher: Architecture | None = None,
-    judges: tuple[Judge, ...] = (),
-    branches: int = 1,
-) -> list[StageLayout]:
+def rank_layouts(query: LayoutQuery) -> list[StageLayout]:
     """Return the layouts of a training stage that fit, best first: for each mesh the fastest one,
-    and of equally fast ones the simpler first. `attention` is the kernel that its model wants,
-    `teacher` what it is distilled from, `judges` what scores its completions, `branches` those that
-    one program trains. Where nothing fits, the optimizer or the reference go to the host, but not
-    those of several branches.
+    and of equally fast ones the simpler first. Where nothing fits, the optimizer or the reference
+    go to the host, but not those of several branches.
 
     Raises `DoesNotFitError` and `NoLayoutError`.
     """
     nearest: DoesNotFitError | None = None
-    for offload in _offloads(stage, architecture, devices) if branches == 1 else ((),):
+    for offload in _offloads(query) if query.branches == 1 else ((),):
         try:
-            return _ranked(
-                stage, architecture, dtype_bytes, devices, attention, teacher, judges, branches,
-                offload,
-            )  # fmt: skip
+            return _ranked(query, offload)
         except DoesNotFitError as error:
             if nearest is None or error.nearest.total < nearest.nearest.total:
                 nearest = error
@@ -94,16 +71,15 @@ def ranked(
     raise nearest
 
 
-def _offloads(
-    stage: Training, architecture: Architecture, devices: Devices
-) -> Iterator[tuple[str, ...]]:
+def _offloads(query: LayoutQuery) -> Iterator[tuple[str, ...]]:
     """Give what may go to the host, in the order in which it is tried.
 
     Raises `NoLayoutError` where a reference is to go that the stage does not hold.
     """
+    stage, architecture = query.stage, query.architecture
     waits = has_reference(stage, architecture)
     match stage.offload:
-        case "auto" if devices.chip.platform == "cpu":
+        case "auto" if query.devices.chip.platform == "cpu":
             yield ()  # it is the same memory
         case "auto":
             # The moments of an adapter are few.
@@ -120,30 +96,22 @@ def _offloads(
             raise NoLayoutError("offload", "the stage holds no reference that could wait there")
 
 
-def _ranked(
-    stage: Training,
-    architecture: Architecture,
-    dtype_bytes: int,
-    devices: Devices,
-    attention: str,
-    teacher: Architecture | None,
-    judges: tuple[Judge, ...],
-    branches: int,
-    offload: tuple[str, ...],
-) -> list[StageLayout]:
+def _ranked(query: LayoutQuery, offload: tuple[str, ...]) -> list[StageLayout]:
+    stage, architecture, devices = query.stage, query.architecture, query.devices
     rows, length = _batch(stage, architecture)
-    kernel = attention_kernel(attention, architecture, length, dtype_bytes, devices)
+    kernel = attention_kernel(
+        query.attention, architecture, length, query.dtype_bytes, devices.chip.platform
+    )
     if isinstance(stage, Policy):
         kernel = "xla"  # completions attend to a prompt of any length that they share
     unit = SPLASH_UNIT if kernel == "splash" else 1
-    pinned = pins(stage)
     nearest: StageLayout | None = None
     best: StageLayout | None = None
     undivided = 0
     found: list[tuple[tuple[float, int, int], StageLayout]] = []
 
     def filled(layout: StageLayout) -> StageLayout:
-        return estimated(layout, stage, architecture, dtype_bytes, devices, teacher, judges)
+        return estimated(layout, query)
 
     experts = 1 if architecture.experts is None else architecture.experts.count
     for mesh in _meshes(stage, devices.count, experts, length // SHORTEST):
@@ -168,10 +136,10 @@ def _ranked(
             continue
         plain = StageLayout(
             mesh=mesh, rows=rows, length=length, micro_batches=1, remat="none", kernel=kernel,
-            offload=offload, slots=None, branches=branches,
+            offload=offload, slots=None, branches=query.branches,
         )  # fmt: skip
-        told = sorted(each.seconds for _, each in found)[:TOLD]
-        cutoff = told[-1] if len(told) == TOLD else math.inf
+        fastest = sorted(each.seconds for _, each in found)[:REPORTED_LAYOUTS]
+        cutoff = fastest[-1] if len(fastest) == REPORTED_LAYOUTS else math.inf
         layout, fits = _fitting(plain, stage, devices.chip, filled, cutoff)
         if nearest is None or layout.total < nearest.total:
             nearest = layout
@@ -199,24 +167,18 @@ def _ranked(
             "mesh" if stage.mesh is not None else "batch",
             f"{rows} sequences do not divide over {size} devices",
         )
-    asked = stage, architecture, dtype_bytes, devices, attention, teacher, judges, branches
-    raise DoesNotFitError(nearest, devices, pinned, asked)
+    raise DoesNotFitError(query, nearest, pins(stage))
 
 
-def remedies(
-    stage: Training, architecture: Architecture, dtype_bytes: int, devices: Devices, *rest: Any
-) -> Iterator[tuple[str, int]]:
+def remedies(query: LayoutQuery) -> Iterator[tuple[str, int]]:
     """Give what would make a stage fit that does not, each by itself and as little of it as will
-    do, and the bytes that a device would then need by the estimate. The arguments are those of
-    `ranked`.
+    do, and the bytes that a device would then need by the estimate.
     """
-    beside = rest[:3]
-    branches = rest[3] if len(rest) > 3 else 1
-    for changes in _changes(stage, architecture, dtype_bytes, devices, branches):
+    for changes in _changes(query):
         least: tuple[str, int] | None = None
-        for what, changed, a, there in reversed(changes):
+        for change, changed in reversed(changes):
             try:
-                least = what, ranked(changed, a, dtype_bytes, there, *beside)[0].total
+                least = change, best_layout(changed).total
             except NoLayoutError:
                 continue
             except DoesNotFitError:  # then nothing less does
@@ -225,41 +187,43 @@ def remedies(
             yield least
 
 
-_Change = tuple[str, Training, Architecture, Devices]
-
-
-def _changes(
-    stage: Training, a: Architecture, dtype_bytes: int, devices: Devices, branches: int
-) -> Iterator[list[_Change]]:
+def _changes(query: LayoutQuery) -> Iterator[list[tuple[str, LayoutQuery]]]:
     """Give kinds of changes to a stage that may make it fit; of each the smallest first."""
-    if branches > 1:
-        yield [("`sweep = in_turn`", stage, a, devices)]
+    stage, a, devices = query.stage, query.architecture, query.devices
+    if query.branches > 1:
+        yield [("`sweep = in_turn`", replace(query, branches=1))]
         return
     if pinned := pins(stage):
         names = ", ".join(f"`{name}`" for name in pinned)
-        yield [(f"{names} left to the plan", unpinned(stage), a, devices)]
+        yield [(f"{names} left to the plan", replace(query, stage=unpinned(stage)))]
     by = (2, 4, 8, 16)
     batch: Any = stage.batch  # type: ignore[attr-defined]
     unit, count = getattr(batch, "unit", "prompts"), int(getattr(batch, "value", batch))
-    smaller: list[_Change] = []
+    smaller: list[tuple[str, LayoutQuery]] = []
     for less in (count // part for part in by if count % part == 0):
         given = less if isinstance(batch, int) else batch.model_copy(update={"value": less})
         changed = stage.model_copy(update={"batch": given})
-        smaller.append((f"`batch = {less} {unit}`", changed, a, devices))
+        smaller.append((f"`batch = {less} {unit}`", replace(query, stage=changed)))
     yield smaller
     if devices.chip.platform != "cpu":  # those that are simulated share a memory
         several = (replace(devices, count=times * devices.count) for times in by)
-        yield [(str(more), stage, a, more) for more in several]
+        yield [(str(more), replace(query, devices=more)) for more in several]
     if not a.adapters:
-        plain: Storage = "bf16" if dtype_bytes == 2 else "f32"
+        plain: Storage = "bf16" if query.dtype_bytes == 2 else "f32"
         lora, adapter = "`adapter = lora()`", (Lora.unvalidated(),)
         yield [
-            (lora, stage, adapted(a, adapter, plain), devices),
-            (f"{lora}, `weights = nf4` of the model", stage, adapted(a, adapter, "nf4"), devices),
+            (lora, replace(query, architecture=adapted(a, adapter, plain))),
+            (
+                f"{lora}, `weights = nf4` of the model",
+                replace(query, architecture=adapted(a, adapter, "nf4")),
+            ),
         ]
     if isinstance(stage, Supervised):
         contexts = [a.context // part for part in by if a.context // part >= SHORTEST]
-        yield [(f"a context of {n}", stage, replace(a, context=n), devices) for n in contexts]
+        yield [
+            (f"a context of {n}", replace(query, architecture=replace(a, context=n)))
+            for n in contexts
+        ]
 
 
 def pins(stage: Training) -> tuple[str, ...]:
@@ -278,8 +242,9 @@ _DECIDING = (
 )  # fmt: skip
 
 
-def depends(stage: Training) -> tuple[Any, ...]:
-    """Return what of a stage its layout depends on."""
+def layout_key(query: LayoutQuery) -> Hashable:
+    """Return what determines the layouts of a query; queries with equal keys share them."""
+    stage = query.stage
     critic = getattr(stage, "critic", None)
     return (
         type(stage),
@@ -288,18 +253,22 @@ def depends(stage: Training) -> tuple[Any, ...]:
         getattr(stage, "advantage", None) == "gae",
         critic and (critic.trunk, type(critic.optimizer)),
         *(str(getattr(stage, name, None)) for name in _DECIDING),
+        *(getattr(query, each.name) for each in fields(query) if each.name != "stage"),
     )
 
 
 def attention_kernel(
-    asked: str, a: Architecture, length: int, dtype_bytes: int, devices: Devices
-) -> str:
-    """Return the kernel of attention: the one that is asked for, or for `auto` the fastest.
+    declared: Kernel | Literal["auto"],
+    a: Architecture,
+    length: int,
+    dtype_bytes: int,
+    platform: str,
+) -> Kernel:
+    """Return the kernel of attention: the one that the model declares, or for `auto` the fastest.
 
-    Raises `NoLayoutError` where the one that is asked for cannot be.
+    Raises `NoLayoutError` where the declared one cannot be used.
     """
-    platform = devices.chip.platform
-    why = {"xla": ""}
+    why: dict[Kernel, str] = {"xla": ""}
     why["cudnn"] = (
         "it is for GPUs"
         if platform != "gpu"
@@ -318,11 +287,12 @@ def attention_kernel(
         if length % SPLASH_UNIT
         else ""
     )
-    if asked != "auto":
-        if why[asked]:
-            raise NoLayoutError("attention", f"the kernel `{asked}`: {why[asked]}")
-        return asked
-    return next(name for name in ("splash", "cudnn", "xla") if not why[name])
+    if declared != "auto":
+        if why[declared]:
+            raise NoLayoutError("attention", f"the kernel `{declared}`: {why[declared]}")
+        return declared
+    fastest_first: tuple[Kernel, ...] = ("splash", "cudnn", "xla")
+    return next(name for name in fastest_first if not why[name])
 
 
 def _batch(stage: Training, architecture: Architecture) -> tuple[int, int]:
@@ -401,7 +371,9 @@ def _fitting(
         counts = [n for n in counts if max(group, local // n) % min(group, local // n) == 0]
     if stage.micro_batch is not None:
         counts = [local // stage.micro_batch]
-    remats = ("none", "dots", "full") if stage.remat == "auto" else (stage.remat,)
+    remats: tuple[Remat, ...] = ("none", "dots", "full")
+    if stage.remat != "auto":
+        remats = (cast(Remat, stage.remat),)
     # More parts take longer, and so does computing again: but not always on a CPU, nor where parts
     # are skipped.
     on_cpu, skips = chip.cache is not None, isinstance(stage, Policy)

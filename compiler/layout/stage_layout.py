@@ -1,4 +1,4 @@
-"""A layout: mesh, micro-batches, remat, slots of a stage; and why there may be none."""
+"""A layout: mesh, micro-batches, remat and slots of a stage, and its memory by phases of a step."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
-from tunelang.compiler.layout.hardware import Devices
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass computes again: nothing, all but matrix products, everything."""
+Kernel = Literal["xla", "cudnn", "splash"]
+"""Kernels of attention."""
 
 CHUNK = 128
 """Tokens of a sequence whose logits are in memory at once."""
@@ -61,9 +64,8 @@ class StageLayout:
     length: int
     """Tokens of a sequence, at most."""
     micro_batches: int
-    remat: str
-    kernel: str = "xla"
-    """Of attention."""
+    remat: Remat
+    kernel: Kernel = "xla"
     offload: tuple[str, ...] = ()
     """What lies in the memory of the host: the moments of the optimizer, the reference."""
     slots: int | None
@@ -91,34 +93,6 @@ class StageLayout:
     def bound(self) -> str:
         """What takes longest in a step."""
         return max(self.times, key=self.times.__getitem__)
-
-
-class DoesNotFitError(Exception):
-    """No layout fits; `nearest` is the one that needs the least memory, `devices` what it is for,
-    `pinned` what the spec itself decides, `asked` what was searched for.
-    """
-
-    def __init__(
-        self,
-        nearest: StageLayout,
-        devices: Devices,
-        pinned: tuple[str, ...],
-        asked: tuple[Any, ...],
-    ) -> None:
-        super().__init__(f"needs {nearest.total} bytes of {devices.chip.memory}")
-        self.nearest = nearest
-        self.devices = devices
-        self.pinned = pinned
-        self.asked = asked
-
-
-class NoLayoutError(Exception):
-    """A pinned mesh or micro-batch contradicts the devices or the batch; `why` in words."""
-
-    def __init__(self, attribute: str, why: str) -> None:
-        super().__init__(attribute, why)
-        self.attribute = attribute
-        self.why = why
 
 
 def shards_of(mesh: Mapping[str, int]) -> int:

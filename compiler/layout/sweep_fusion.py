@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
-from tunelang.compiler.layout.hardware import Devices
-from tunelang.compiler.layout.layout_search import depends, ranked
-from tunelang.compiler.layout.stage_layout import DoesNotFitError, NoLayoutError, StageLayout
+from tunelang.compiler.layout.layout_query import DoesNotFitError, LayoutQuery, NoLayoutError
+from tunelang.compiler.layout.layout_search import layout_key, rank_layouts
+from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.vocabulary.stages import Distill, Policy, Training
 from tunelang.dsl.vocabulary.training import Muon, Optimizer
@@ -27,11 +26,13 @@ class Branch:
     """A branch with the layout that it would have by itself."""
 
     planned: StagePlan
-    value: Training
-    devices: Devices
-    given: tuple[Any, ...]
-    """What `search.ranked` is given beside the stage."""
+    query: LayoutQuery
     alone: StageLayout
+
+    @property
+    def value(self) -> Training:
+        """The stage as the branch has it."""
+        return self.query.stage
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,16 @@ def _weighed(group: list[Branch], known: Known) -> Sweep:
         why = "the memory of the host is for the moments of one branch"
     if wanted and why:
         raise NoLayoutError("sweep", why)
-    if first.devices.chip.platform == "cpu" and not wanted:
+    if first.query.devices.chip.platform == "cpu" and not wanted:
         why = why or "on CPUs one program of all is seldom faster"
     nodes = tuple(branch.planned.node for branch in group)
     if why:
         return Sweep(nodes, first.alone, (), fused=False, why=why)
-    key = count, depends(value), first.devices, first.given
+    together = replace(first.query, branches=count)
+    key = layout_key(together)
     if key not in known:
         try:
-            known[key] = tuple(ranked(value, *(*first.given, count)))
+            known[key] = tuple(rank_layouts(together))
         except (NoLayoutError, DoesNotFitError):
             if wanted:
                 raise

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from tunelang.compiler.file_digests import ContentError
 from tunelang.compiler.graph import GraphError
+from tunelang.compiler.layout.layout_query import DoesNotFitError, NoLayoutError
 from tunelang.compiler.layout.layout_search import MARGIN, remedies
-from tunelang.compiler.layout.stage_layout import DoesNotFitError, NoLayoutError
 from tunelang.compiler.models.adapters import NoTargetError
 from tunelang.compiler.models.families import UndescribedError
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
@@ -147,7 +147,7 @@ class _Place:
 
 
 def _does_not_fit(error: DoesNotFitError, place: _Place) -> Diagnostic:
-    nearest, chip = error.nearest, error.devices.chip
+    nearest, chip = error.nearest, error.query.devices.chip
     largest = sorted(nearest.memory.items(), key=lambda part: -part[1])[:4]
     parts = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
     mesh = " × ".join(f"{axis} {size}" for axis, size in nearest.mesh.items() if size > 1)
@@ -160,13 +160,13 @@ def _does_not_fit(error: DoesNotFitError, place: _Place) -> Diagnostic:
     if nearest.total <= chip.memory:
         share = f"{size_text(int(MARGIN * chip.memory))}, {MARGIN:.0%} of the memory"
         notes.append(f"a plan takes no more than {share}: its estimate can be too low")
-    would = [f"{what} ({size_text(size)})" for what, size in remedies(*error.asked)]
+    would = [f"{what} ({size_text(size)})" for what, size in remedies(error.query)]
     nothing = "no single change would do, as far as the estimate goes"
     return message(
         "does-not-fit",
         f"`{place.stage}` needs {size_text(nearest.total)} of {size_text(chip.memory)} in a device",
         place.declared(place.stage),
-        f"on {error.devices}",
+        f"on {error.query.devices}",
         notes=notes,
         help=f"by the estimate it would fit with {' or '.join(would)}" if would else nothing,
     )

@@ -16,12 +16,25 @@ import jax
 import jax.numpy as jnp
 
 from tunelang.compiler import graph as graphs
-from tunelang.compiler.costs.step_costs import Judge
 from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.graph import StageGraph
 from tunelang.compiler.layout.hardware import Chip, Devices, chip_of, declared
-from tunelang.compiler.layout.layout_search import AXES, TOLD, depends, pins, ranked, unpinned
-from tunelang.compiler.layout.stage_layout import DoesNotFitError, NoLayoutError, StageLayout, plain
+from tunelang.compiler.layout.layout_query import (
+    DoesNotFitError,
+    Judge,
+    LayoutQuery,
+    NoLayoutError,
+)
+from tunelang.compiler.layout.layout_search import (
+    AXES,
+    REPORTED_LAYOUTS,
+    best_layout,
+    layout_key,
+    pins,
+    rank_layouts,
+    unpinned,
+)
+from tunelang.compiler.layout.stage_layout import StageLayout, plain
 from tunelang.compiler.layout.sweep_fusion import Branch, Known, Sweep, sweeps
 from tunelang.compiler.models.adapters import NoTargetError, adapted, storage_of
 from tunelang.compiler.models.architecture import Architecture, from_transformer
@@ -86,6 +99,8 @@ class Prepared:
     """Node -> what it runs on."""
     shapes: dict[str, Shapes]
     """Node -> the models of its programs; training stages only."""
+    queries: dict[str, LayoutQuery]
+    """Node -> what its layout was searched for; training stages only."""
     measured: dict[str, tuple[Shapes, ...]]
     """Node -> the models that it samples from or measures; other stages only."""
 
@@ -155,25 +170,31 @@ def prepare(
         except (NoTargetError, ValueError) as error:
             raise LayoutError(stage.stage, error) from error
         dtype = program.declarations[name].value.dtype
-        asked = program.declarations[name].value.attention
         teacher = None
         if isinstance(value, Distill):
             whose = _model_of(graph, stage.node, value.teacher)
             teacher = known.setdefault(whose, _architecture(program, whose))[0]
         judges = _judges(program, graph, stage.node) if isinstance(value, Policy) else ()
-        # Stages and branches that differ in what no layout depends on share one.
-        rest = architecture, dtype_bytes, devices, asked, teacher, judges
-        key = (depends(value), *rest)
+        query = LayoutQuery(
+            stage=value,
+            architecture=architecture,
+            dtype_bytes=dtype_bytes,
+            devices=devices,
+            attention=program.declarations[name].value.attention,
+            teacher=teacher,
+            judges=judges,
+        )
+        key = layout_key(query)
         try:
             if on is not None:  # of the spec's own hardware it was checked with the spec
                 _fills(value, devices)
             if key not in searched:
-                searched[key] = _search(value, *rest)
+                searched[key] = _search(query)
         except Exception as error:
             raise LayoutError(stage.stage, error) from error
         found = searched[key]
         steps = estimate_steps.steps(program, value, name, found.layouts[0], extents)
-        laid_out[stage.node] = _LaidOut(stage, value, devices, rest, found, steps)
+        laid_out[stage.node] = _LaidOut(stage, query, found, steps)
         chosen[stage.node] = devices
         shapes[stage.node] = Shapes(architecture, dtype, teacher, judges)
         stages.append(stage)
@@ -185,7 +206,8 @@ def prepare(
     plan = replace(made, stages=tuple(whole))
     layouts = {node: each.found.layouts[0] for node, each in laid_out.items()}
     fused = {node: sweep for node, sweep in weighed.items() if sweep.fused}
-    return Prepared(program, plan, graph, layouts, fused, chosen, shapes, measured)
+    queries = {node: each.query for node, each in laid_out.items()}
+    return Prepared(program, plan, graph, layouts, fused, chosen, shapes, queries, measured)
 
 
 @dataclass(frozen=True)
@@ -205,10 +227,7 @@ class _LaidOut:
     """A stage, or a branch of one, with what was found for it."""
 
     stage: StagePlan
-    value: Training
-    devices: Devices
-    rest: tuple[Any, ...]
-    """What `search.ranked` is given beside the stage."""
+    query: LayoutQuery
     found: _Found
     steps: tuple[int, bool] | None
     """See `lengths.steps`."""
@@ -222,13 +241,12 @@ def _fills(value: Training, devices: Devices) -> None:
             raise NoLayoutError("mesh", f"this mesh is for {size} devices, and there are {devices}")
 
 
-def _search(value: Training, *rest: Any) -> _Found:
-    """Search; `rest` is what `search.ranked` is given beside the stage."""
-    layouts, pinned = ranked(value, *rest), pins(value)
+def _search(query: LayoutQuery) -> _Found:
+    layouts, pinned = rank_layouts(query), pins(query.stage)
     free: StageLayout | None = None
     if pinned:
         with suppress(NoLayoutError, DoesNotFitError):
-            free = ranked(unpinned(value), *rest)[0]
+            free = best_layout(replace(query, stage=unpinned(query.stage)))
     return _Found(layouts, pinned, free)
 
 
@@ -239,7 +257,7 @@ def _sweeps(laid_out: Iterable[_LaidOut]) -> dict[str, Sweep]:
     """
     branches: dict[str, list[Branch]] = {}
     for each in laid_out:
-        branch = Branch(each.stage, each.value, each.devices, each.rest, each.found.layouts[0])
+        branch = Branch(each.stage, each.query, each.found.layouts[0])
         branches.setdefault(each.stage.stage, []).append(branch)
     known: Known = {}
     found: dict[str, Sweep] = {}
@@ -254,7 +272,7 @@ def _sweeps(laid_out: Iterable[_LaidOut]) -> dict[str, Sweep]:
 
 def _told(laid_out: _LaidOut, sweep: Sweep | None) -> StagePlan:
     """Return the stage with its layout and its cost; of branches in one program, its share."""
-    found, devices = laid_out.found, laid_out.devices
+    found, devices = laid_out.found, laid_out.query.devices
     layouts = found.layouts if sweep is None or not sweep.fused else sweep.layouts
     layout = layouts[0]
     steps, exact = (None, False) if laid_out.steps is None else laid_out.steps
@@ -274,7 +292,7 @@ def _told(laid_out: _LaidOut, sweep: Sweep | None) -> StagePlan:
         **plain(layout),
         "devices": str(devices),
         "here": devices.here,
-        "others": [_brief(each) for each in layouts[1:TOLD]],
+        "others": [_brief(each) for each in layouts[1:REPORTED_LAYOUTS]],
         "pinned": list(found.pinned),
         "unpinned": None if found.unpinned is None else _brief(found.unpinned),
         "sweep": sweep and {"branches": len(sweep.nodes), "share": sweep.share, "why": sweep.why},

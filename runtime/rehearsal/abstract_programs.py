@@ -17,7 +17,8 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tunelang.compiler.costs.step_costs import MOST_SLOTS, VERDICT, VERDICTS, Judge, has_reference
+from tunelang.compiler.costs.step_costs import MOST_SLOTS, VERDICT, VERDICTS, has_reference
+from tunelang.compiler.layout.layout_query import Judge
 from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture, plain
@@ -108,8 +109,8 @@ def _program_of(shapes: Shapes, planned: StageLayout, layout: Layout) -> StepCon
         layout=layout,
         dtype=DTYPES[shapes.dtype],
         micro_batches=planned.micro_batches,
-        remat=planned.remat,  # type: ignore[arg-type]
-        kernel=planned.kernel,  # type: ignore[arg-type]
+        remat=planned.remat,
+        kernel=planned.kernel,
         chunk=CHUNK,
         offloaded="optimizer" in planned.offload,
         branches=planned.branches,

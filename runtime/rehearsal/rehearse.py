@@ -22,12 +22,9 @@ import jax
 
 from tunelang.compiler.layout import layout_search
 from tunelang.compiler.layout.hardware import Devices
-from tunelang.compiler.layout.layout_search import lay_out, unpinned
-from tunelang.compiler.layout.stage_layout import (
-    DoesNotFitError,
-    StageLayout,
-    shards_of,
-)
+from tunelang.compiler.layout.layout_query import DoesNotFitError
+from tunelang.compiler.layout.layout_search import best_layout, unpinned
+from tunelang.compiler.layout.stage_layout import StageLayout, shards_of
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.stages import (
@@ -143,15 +140,16 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
     shapes = prepared.shapes[node]
     stage = bound(unpinned(stage), prepared.program.folder)
     devices, planned = prepared.devices[node], prepared.layout(node)
-    a, width = shapes.architecture, 4 if shapes.dtype == "f32" else 2
-    beside = shapes.teacher, shapes.judges
+    query = replace(
+        prepared.queries[node], stage=stage, attention=planned.kernel, branches=planned.branches
+    )
     budget = devices.chip.memory
     worst = max(found.peak, budget + 1)
     for _ in range(_TRIES):
         budget = int(budget * min(0.95, planned.total / worst))
         try:
             smaller = replace(devices, chip=replace(devices.chip, memory=budget))
-            layout = lay_out(stage, a, width, smaller, planned.kernel, *beside, planned.branches)
+            layout = best_layout(replace(query, devices=smaller))
         except DoesNotFitError:
             break
         mesh = make_layout(**layout.mesh, devices=compilable(devices))
@@ -160,8 +158,7 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
         if all(not each.refused and each.peak <= devices.chip.memory for each in made):
             yield f"{_pinned(layout)}: {size_text(worst)}, as the compiler says"
             return
-    given = a, width, smaller, planned.kernel, *beside, planned.branches
-    for what, size in layout_search.remedies(stage, *given):
+    for what, size in layout_search.remedies(replace(query, devices=smaller)):
         yield f"{what}: {size_text(size)}, by the estimate"
 
 

@@ -393,7 +393,7 @@ def policy_trainer(
         layout=layout,
         dtype=model.dtype,
         micro_batches=math.gcd(planned.micro_batches, rows // layout.batch_shards),
-        remat=planned.remat,  # type: ignore[arg-type]
+        remat=planned.remat,
         kernel="xla",  # prompts are short, and of any length
         chunk=CHUNK,
         seed=derive(seed, "minibatches") % 2**31 if stage.minibatches > 1 else 0,

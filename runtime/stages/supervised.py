@@ -210,8 +210,8 @@ def supervised_trainer(
         layout=layout,
         dtype=model.dtype,
         micro_batches=math.gcd(planned.micro_batches, table.batch // layout.batch_shards),
-        remat=planned.remat,  # type: ignore[arg-type]
-        kernel=kernel,  # type: ignore[arg-type]
+        remat=planned.remat,
+        kernel=kernel,
         chunk=CHUNK,
         seed=derive(seed, "dropout") % 2**31 if uses_dropout(a) else 0,
         offloaded="optimizer" in planned.offload,

@@ -12,10 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.compiler.workspace import folder, program
-from tunelang.compiler.costs.step_costs import Judge
 from tunelang.compiler.layout.hardware import CHIPS, Devices, chip_of, declared, named
-from tunelang.compiler.layout.layout_search import MARGIN, lay_out, ranked, remedies
-from tunelang.compiler.layout.stage_layout import DoesNotFitError, NoLayoutError, shards_of
+from tunelang.compiler.layout.layout_query import (
+    DoesNotFitError,
+    Judge,
+    LayoutQuery,
+    NoLayoutError,
+)
+from tunelang.compiler.layout.layout_search import MARGIN, rank_layouts, remedies
+from tunelang.compiler.layout.stage_layout import StageLayout, shards_of
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture, Mixture, parameter_count
 from tunelang.compiler.models.presets import PRESETS
@@ -26,6 +31,16 @@ from tunelang.dsl.vocabulary.training import AdamW, Axes, Lora, Sampling
 __all__ = ["folder"]
 
 LLAMA = replace(PRESETS["llama-3.1-8b"], context=4096)
+
+
+def query(stage: Training, a: Architecture, dtype_bytes: int, devices: Devices) -> LayoutQuery:
+    return LayoutQuery(stage=stage, architecture=a, dtype_bytes=dtype_bytes, devices=devices)
+
+
+def lay_out(
+    stage: Training, a: Architecture, dtype_bytes: int, devices: Devices, **more: Any
+) -> StageLayout:
+    return rank_layouts(replace(query(stage, a, dtype_bytes, devices), **more))[0]
 
 
 def stage(folder: Path, more: str = "", batch: str = "batch = 64 sequences") -> Training:
@@ -102,7 +117,7 @@ def test_properties(at: int, form: str, chip: str, count: int, rows: int, policy
     )
     there = Devices(CHIPS[chip], count, False)
     try:
-        best, *others = ranked(made, a, 2, there)
+        best, *others = rank_layouts(query(made, a, 2, there))
     except DoesNotFitError:
         return
     experts = 1 if a.experts is None else a.experts.count
@@ -119,9 +134,10 @@ def test_properties(at: int, form: str, chip: str, count: int, rows: int, policy
     # Pinning what was chosen changes nothing.
     local = best.rows // shards_of(best.mesh) // best.micro_batches
     pins = {"mesh": Axes.unvalidated(**best.mesh), "micro_batch": local, "remat": best.remat}
-    assert ranked(made.model_copy(update=pins), a, 2, there) == [best]
+    pinned = made.model_copy(update=pins)
+    assert rank_layouts(query(pinned, a, 2, there)) == [best]
     # More devices are never slower.
-    more = ranked(made, a, 2, replace(there, count=2 * count))[0]
+    more = lay_out(made, a, 2, replace(there, count=2 * count))
     assert more.seconds <= best.seconds * (1 + 1e-5)
 
 
@@ -181,14 +197,14 @@ def test_what_does_not_fit_says_what_it_needs(folder: Path) -> None:
 def test_what_would_fit_is_computed_and_is_the_least_change(folder: Path) -> None:
     one = Devices(replace(CHIPS["a100"], memory=80 << 30), 1, False)
     asked = stage(folder, batch="batch = 16 sequences"), LLAMA, 2, one
-    found = dict(remedies(*asked))
+    found = dict(remedies(query(*asked)))
     assert list(found) == [
         "`batch = 4 sequences`", "2 × a100", "`adapter = lora()`", "a context of 1024",
     ]  # fmt: skip
     assert all(size <= MARGIN * one.chip.memory for size in found.values())
     with pytest.raises(DoesNotFitError) as caught:
         lay_out(stage(folder, batch="batch = 8 sequences"), *asked[1:])
-    assert next(remedies(*caught.value.asked))[0] == "`batch = 4 sequences`"
+    assert next(remedies(caught.value.query))[0] == "`batch = 4 sequences`"
     smaller = lay_out(stage(folder, batch="batch = 4 sequences"), *asked[1:])
     assert smaller.total == found["`batch = 4 sequences`"]
 
@@ -196,7 +212,7 @@ def test_what_would_fit_is_computed_and_is_the_least_change(folder: Path) -> Non
 def test_what_the_spec_pins_may_be_what_does_not_fit(folder: Path) -> None:
     there = Devices(CHIPS["v5p"], 16, False)
     asked = stage(folder, "mesh = axes(data = 16)"), LLAMA, 2, there
-    what, size = next(remedies(*asked))
+    what, size = next(remedies(query(*asked)))
     assert what == "`mesh` left to the plan"
     assert size == lay_out(stage(folder), *asked[1:]).total
 
@@ -204,8 +220,8 @@ def test_what_the_spec_pins_may_be_what_does_not_fit(folder: Path) -> None:
 def test_branches_that_do_not_fit_together_may_fit_in_turn(folder: Path) -> None:
     there = Devices(CHIPS["v5p"], 4, False)
     with pytest.raises(DoesNotFitError) as caught:
-        ranked(stage(folder), LLAMA, 2, there, branches=16)
-    assert [what for what, _ in remedies(*caught.value.asked)] == ["`sweep = in_turn`"]
+        lay_out(stage(folder), LLAMA, 2, there, branches=16)
+    assert [what for what, _ in remedies(caught.value.query)] == ["`sweep = in_turn`"]
 
 
 @pytest.mark.parametrize(
@@ -441,13 +457,13 @@ def test_the_kernel_of_attention(
     pinned = stage(folder, "remat = dots, micro_batch = 1 sequence, mesh = axes(fsdp = 64)")
     found = lay_out(pinned, architecture, dtype_bytes, devices)
     assert found.kernel == kernel
-    asked = lay_out(pinned, architecture, dtype_bytes, devices, "xla")
+    asked = lay_out(pinned, architecture, dtype_bytes, devices, attention="xla")
     assert asked.kernel == "xla"
     assert asked.total >= found.total  # which holds the logits of attention
     if kernel == "xla":
         wrong = "splash" if chip == "v5p" else "cudnn"
         with pytest.raises(NoLayoutError, match=f"the kernel `{wrong}`"):
-            lay_out(pinned, architecture, dtype_bytes, devices, wrong)
+            lay_out(pinned, architecture, dtype_bytes, devices, attention=wrong)
 
 
 def test_the_host_helps_where_nothing_else_does(folder: Path) -> None:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import pytest
 
 from tests.pipeline import tiny
-from tunelang.compiler.costs.step_costs import Judge
 from tunelang.compiler.layout.hardware import CHIPS, Devices, declared
-from tunelang.compiler.layout.layout_search import lay_out
-from tunelang.compiler.layout.stage_layout import DoesNotFitError, StageLayout
+from tunelang.compiler.layout.layout_query import DoesNotFitError, Judge, LayoutQuery
+from tunelang.compiler.layout.layout_search import best_layout
+from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture, parameter_count
 from tunelang.dsl.vocabulary import models
@@ -50,6 +50,16 @@ BATCH = Measure.unvalidated(value=8, unit="sequences")
 ROLLOUT = Sampling.unvalidated(max_tokens=16, max_prompt=16)
 CHIP = replace(CHIPS["h200"], name="simulated")
 DEVICES = Devices(CHIP, 8, True)
+
+
+def query(stage: Training, a: Architecture, dtype_bytes: int, devices: Devices) -> LayoutQuery:
+    return LayoutQuery(stage=stage, architecture=a, dtype_bytes=dtype_bytes, devices=devices)
+
+
+def lay_out(
+    stage: Training, a: Architecture, dtype_bytes: int, devices: Devices, **more: Any
+) -> StageLayout:
+    return best_layout(replace(query(stage, a, dtype_bytes, devices), **more))
 
 
 def found(
@@ -359,6 +369,7 @@ def refused(stage: Training, devices: Devices, peak: int, cache: Path) -> list[s
     prepared: Any = SimpleNamespace(
         graph=SimpleNamespace(nodes={"s": SimpleNamespace(value=stage)}),
         shapes={"s": Shapes(SMALL, "f32", None)},
+        queries={"s": query(stage, SMALL, 4, devices)},
         devices={"s": devices},
         program=SimpleNamespace(folder=cache),
         layout=lambda node: planned,
