@@ -1,4 +1,4 @@
-"""LoRA and QLoRA against full tuning: time of a step, memory of its program.
+"""Compare LoRA, DoRA and QLoRA with full tuning: time of a step, memory of its program.
 
 `python benchmarks/adapters.py [--layers 8 --width 512 --batch 4 --length 512]`. Steps of all forms
 alternate in one process; the time is the median. Memory is what the compiler says of one step:

@@ -1,4 +1,4 @@
-"""Training and sampling here against google-tunix 0.1.7, in turn, on this machine's processor.
+"""Compare training and sampling with google-tunix 0.1.7 on this machine's CPU.
 
     python3 -m venv tunix-env && tunix-env/bin/pip install google-tunix==0.1.7
     python benchmarks/against_tunix.py tunix-env/bin/python \
@@ -79,7 +79,7 @@ DEPTHS = (2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a case, and the ratio of ours to tunix's that is wanted."""
+    """One measured figure of a case, and the goal for the ratio of ours to tunix's."""
 
     name: str
     goal: float | None = None
@@ -89,7 +89,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Case:
-    """What both sides do, the settings beside the model's, and the figures that they find."""
+    """One comparison: the settings that both sides run with, and the figures that they report."""
 
     what: str
     settings: Given
@@ -144,14 +144,14 @@ CASES = {
 
 
 def architecture_of(given: Given) -> Architecture:
-    """Return the decoder that tunix's Qwen3 is."""
+    """Return the architecture of tunix's Qwen3."""
     sizes = {name: given[name] for name in MODEL}
     context = given.get("length") or given["prompt"] + given["tokens"]
     return Architecture(**sizes, context=context, qk_norm=True, rope_base=1e6, tied=False)
 
 
 def adamw(lr: float) -> tuple[Any, Any]:
-    """Return the optimizer that `optax.adamw(lr)` is, and its schedule."""
+    """Return our equivalent of `optax.adamw(lr)`, and its schedule."""
     spec = AdamW(lr=lr, weight_decay=1e-4, clip_norm=None)
     return build_optimizer(spec, 1000), learning_rate(spec, 1000)
 
@@ -264,7 +264,7 @@ def prompts_of(given: Given, seed: int) -> list[Prompt]:
 
 
 def sampling_of(given: Given) -> Sampling:
-    """Return how tokens are drawn."""
+    """Return the sampling settings of a case."""
     return Sampling(
         max_tokens=given["tokens"],
         temperature=given["temperature"],
@@ -303,7 +303,7 @@ def sample(given: Given) -> Found:
 
 
 def policy_of(given: Given) -> Policy:
-    """Return the stage that is the paper's GRPO, and tunix's default."""
+    """Return a stage with the GRPO of the paper, which is tunix's default."""
     return Policy.model_construct(
         rollout=sampling_of(given),
         kl=K3(coefficient=given["beta"]),
@@ -370,13 +370,17 @@ OURS = {
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Ours against google-tunix 0.1.7.")
-    parser.add_argument("python", help="of an environment with google-tunix==0.1.7")
-    parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl, for `lengths`")
-    parser.add_argument("--tokenizer", type=Path, help="a SentencePiece model, for `lengths`")
-    parser.add_argument("--only", choices=CASES, action="append", help="this case; repeatable")
-    parser.add_argument("--runs", type=int, default=3, help="of each side")
-    parser.add_argument("--set", default="{}", help="JSON: settings of the cases to change")
-    parser.add_argument("--json", type=Path, help="where to write what every run found")
+    parser.add_argument("python", help="the interpreter of an environment with google-tunix==0.1.7")
+    parser.add_argument("--data", type=Path, help="GSM8K's train.jsonl, for the case `lengths`")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a SentencePiece model, for the case `lengths`"
+    )
+    parser.add_argument("--only", choices=CASES, action="append", help="run this case; repeatable")
+    parser.add_argument("--runs", type=int, default=3, help="number of runs of each side")
+    parser.add_argument(
+        "--set", default="{}", help="JSON object with settings of the cases to change"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the figures of every run to")
     return parser.parse_args()
 
 

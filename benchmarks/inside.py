@@ -1,10 +1,11 @@
-"""What is inside the training programs of points of `plan_accuracy.py`, without a device.
+"""Show what the compiled training programs of `plan_accuracy.py` contain, without a device.
 
-`python benchmarks/inside.py 108 1023` compiles them, and prints what XLA for TPUs takes a step to
-cost: the cycles that it writes at each operation, as often as its loops turn. They leave out what
-devices exchange, which stands beside them. `--options '{}'` compiles without the runtime's options,
-or with others in their place. `--kept` prints the arrays by layers that the loop forward hands to
-the loop backward, weights and gradients among them: what the plan's activations are counted from.
+`python benchmarks/inside.py 108 1023` compiles these points and prints the cycles of a step that
+XLA for TPUs estimates: the estimate written at each operation, times the trip count of its loops.
+Exchanges between devices are not in it and are printed apart. `--options '{}'` compiles
+without the runtime's compiler options, or with others instead. `--kept` prints the arrays, stacked
+over layers, that the forward loop hands to the backward loop, weights and gradients among them: the
+plan's activations are counted from them.
 """
 
 from __future__ import annotations
@@ -54,11 +55,21 @@ def kept(text: str, layers: int) -> Counter[str]:
 
 
 def main() -> None:
-    """Compile points and print what is in each."""
+    """Compile the points and print the cycles, or the kept arrays, of each."""
     parser = argparse.ArgumentParser(description="What is inside compiled programs.")
-    parser.add_argument("points", type=int, nargs="+", help="numbers of points")
-    parser.add_argument("--options", type=json.loads, help="of the compiler for TPUs, as JSON")
-    parser.add_argument("--kept", action="store_true", help="arrays by layers")
+    parser.add_argument(
+        "points", type=int, nargs="+", help="numbers of points, as `plan_accuracy.py` counts them"
+    )
+    parser.add_argument(
+        "--options",
+        type=json.loads,
+        help="JSON object with options for the TPU compiler, in place of the runtime's",
+    )
+    parser.add_argument(
+        "--kept",
+        action="store_true",
+        help="print the arrays that the layers keep for the backward pass",
+    )
     given = parser.parse_args()
     if given.options is not None:
         sharding.OPTIONS = {"tpu": given.options}

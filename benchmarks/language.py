@@ -1,4 +1,4 @@
-"""How long `tune check` takes, as whole processes: `python benchmarks/language.py`.
+"""Time `tune check` as a whole process: `python benchmarks/language.py`.
 
 Prints the median, minimum and maximum of several runs for the three-session spec and for made-up
 specs of 200, 2,000 and 20,000 declarations, and the ratios between them. Runs alternate, so that a
@@ -43,7 +43,7 @@ reward correct = numeric_match()
 
 
 def made_up(declarations: int) -> str:
-    """A spec of that many declarations, each stage starting from the one before."""
+    """Return a spec of that many declarations in which each stage starts from the one before."""
     parts = [HEAD]
     for i in range(declarations // 4):
         start = f"tuned{i - 1}" if i else "gemma"
@@ -52,7 +52,7 @@ def made_up(declarations: int) -> str:
 
 
 def seconds(spec: Path) -> float:
-    """Wall time of one `tune check`, interpreter included."""
+    """Return the wall time of one `tune check`, interpreter included."""
     begin = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "tunelang.runtime", "check", str(spec)],

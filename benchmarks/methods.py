@@ -1,11 +1,11 @@
-"""Every kind of training against plain supervised tuning of the same model on the same rows.
+"""Compare every kind of training with supervised tuning of the same model on the same rows.
 
 `python benchmarks/methods.py [--width 256 --layers 4 --batch 4 --only 'dpo, live;kto']`. A row has
-four segments, each a prompt and an answer; for pairs, two beside each other are one. Steps of
-all methods alternate in one process; times are medians. The share in theory is by FLOPs: a token
-that is trained on takes three forward passes, and each model that is only run takes one; KTO runs
-both models on mismatched answers too. PPO's is the update alone, of rows that are cut into prompt
-and completion, where logits are of completions only.
+four segments, each a prompt and an answer; for pairs, two neighbouring segments form one. Steps of
+all methods alternate in one process; times are medians. The expected share counts FLOPs: a trained
+token takes three forward passes, and each model that only runs forward takes one; KTO runs
+both models on mismatched answers too. PPO's is the update alone, on rows that are cut into prompt
+and completion, where logits are computed for completions only.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SFT = "sft"
 
 @dataclass
 class Method:
-    """A step to run again and again, and what it has to compute for a token, in FLOPs."""
+    """A step to repeat, and the FLOPs that it needs for a token."""
 
     step: Callable[[Any, Any], tuple[Any, Any]]
     state: Any
@@ -67,7 +67,7 @@ class Method:
     cpu: list[float] = field(default_factory=list)
 
     def run(self) -> None:
-        """Make a step, and note what it took."""
+        """Run a step and record its time."""
         start, busy = time.perf_counter(), time.process_time()
         self.state, metrics = self.step(self.state, self.batch)
         jax.block_until_ready((self.state, metrics))
@@ -87,7 +87,7 @@ def arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=list(DTYPES), default="f32")
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
-    parser.add_argument("--only", help="methods, separated by semicolons")
+    parser.add_argument("--only", help="measure these methods only, separated by semicolons")
     return parser.parse_args()
 
 
@@ -107,7 +107,7 @@ def architectures(given: argparse.Namespace) -> tuple[Architecture, Architecture
 
 
 def make_batch(given: argparse.Namespace) -> Batch:
-    """Random tokens, every segment trained behind its prompt, with all that an objective reads."""
+    """Return random rows with trained answers and every field that an objective reads."""
     random = np.random.default_rng(0)
     shape, count = (given.batch, given.length), (given.batch, SEGMENTS)
     place, each = np.arange(given.length, dtype=np.int32), given.length // SEGMENTS
@@ -138,7 +138,7 @@ def top_k_of(given: argparse.Namespace) -> tuple[Any, Any]:
 def supervised_methods(
     given: argparse.Namespace, config: StepConfig
 ) -> dict[str, Callable[[], Method]]:
-    """Return what makes each method of given sequences."""
+    """Return a constructor for each method that trains on given sequences."""
     model, teacher = architectures(given)
     scoring = replace(model, scores=True)
     optimizer, schedule = build_optimizer(SPEC, STEPS), learning_rate(SPEC, STEPS)
@@ -195,7 +195,7 @@ def supervised_methods(
 
 
 def ppo_methods(given: argparse.Namespace, config: StepConfig) -> dict[str, Callable[[], Method]]:
-    """Return what makes each method of sampled completions."""
+    """Return a constructor for each method that trains on sampled completions."""
     model, _ = architectures(given)
     scoring = replace(model, scores=True)
     optimizer, schedule = build_optimizer(SPEC, STEPS), learning_rate(SPEC, STEPS)
@@ -260,7 +260,7 @@ def main() -> None:
         f"{parameter_count(model) / 1e6:.1f} M parameters, a teacher of"
         f" {parameter_count(teacher) / 1e6:.1f} M, {given.batch} × {given.length} tokens\n"
     )
-    print("| method | ms a step | tokens/s | of sft | of CPU seconds | in theory | of theory |")
+    print("| method | ms a step | tokens/s | of sft | of sft, by CPU time | expected | reached |")
     print("|---|---|---|---|---|---|---|")
     plain = methods[SFT]
     for name, method in methods.items():

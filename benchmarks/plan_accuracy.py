@@ -1,4 +1,4 @@
-"""The plan's memory against what XLA's compilers say, for hardware that is not here.
+"""Compare the plan's memory with what XLA's compilers report, for hardware that is not here.
 
 `python benchmarks/plan_accuracy.py --out points.jsonl` draws stages and layouts by a fixed rule,
 compiles the training program of each (half a minute a point on two cores) and appends what the
@@ -74,7 +74,7 @@ PUBLISHED = (
     ("llama-2-7b", 4096, "v5p", (4, 8, 8), 4, 6_554, "AXLearn, paper"),
     ("llama-2-70b", 4096, "v5p", (8, 8, 8), 2, 706, "AXLearn, paper"),
 )
-"""Runs that others published: in bfloat16, with adam, on plain text."""
+"""Published runs of others: in bfloat16, with Adam, on plain text."""
 LARGER = {
     "llama-2-7b": Architecture(
         vocabulary=32_000, layers=32, width=4096, heads=32, kv_heads=32, head_dim=128, mlp=11_008,
@@ -219,7 +219,7 @@ def architecture(point: Point) -> Architecture:
 
 
 def devices(point: Point) -> Devices:
-    """Return what a point is for."""
+    """Return the hardware of a point."""
     chip = CHIPS[point.chip]
     if chip.platform == "gpu":
         count = point.shape[0]
@@ -228,7 +228,7 @@ def devices(point: Point) -> Devices:
 
 
 def planned(point: Point) -> tuple[Sft, StageLayout]:
-    """Return the stage, and its layout with what the plan says of it."""
+    """Return the stage, and its layout with the plan's memory and time."""
     a, there = architecture(point), devices(point)
     stage = Sft.unvalidated(
         batch=Measure.unvalidated(value=point.rows, unit="sequences"),
@@ -280,7 +280,7 @@ def points(count: int) -> Iterator[Point]:
 
 
 def compiled(point: Point) -> dict[str, Any]:
-    """Return what the compiler says of a point's training program."""
+    """Return the compiler's memory figures for a point's training program."""
     # Compilers are needed here only: a report reads what is known.
     from tunelang.runtime.planning.prepare import Shapes
     from tunelang.runtime.rehearsal.abstract_programs import programs
@@ -353,7 +353,7 @@ def read(path: Path) -> list[Said]:
 
 
 def fit(paths: list[Path]) -> None:
-    """Print the factors of the plan's memory that suit the points best that are not held out."""
+    """Print the memory model's constants that fit the points best; held-out points are left out."""
     from scipy.optimize import least_squares
 
     every = [each for path in paths for each in read(path) if each.peak and not each.held_out]
@@ -379,9 +379,9 @@ def fit(paths: list[Path]) -> None:
 
 
 def report(paths: list[Path]) -> None:
-    """Print each point, and the errors of both halves."""
+    """Print each point, and the errors of the fitted and of the held-out points."""
     print(
-        "| model | form | chip | mesh | rows × length | parts | remat"
+        "| model | form | chip | mesh | rows × length | micro-batches | remat"
         " | plan GiB | XLA GiB | error | |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
@@ -414,12 +414,14 @@ def report(paths: list[Path]) -> None:
 
 
 def cases(count: int) -> None:
-    """Print for small stages whether there is a faster layout than the chosen one: those that the
-    plan says to be faster, and to need too much memory, are compiled until one fits after all.
+    """Print for small stages whether a layout faster than the chosen one fits after all.
+
+    Layouts that the plan calls faster and rejects for their memory are compiled, fastest first.
     """
     draw = random.Random(20_261_122)
     chips = (("h200", (1,)), ("h200", (8,)), ("v5e", (2, 2)), ("v6e", (2, 4)))
-    print("| model | form | hardware | rows × length | chosen | seconds | XLA GiB | best | times |")
+    head = "| model | form | hardware | rows × length | chosen | seconds | XLA GiB | best |"
+    print(f"{head} times the best |")
     print("|---|---|---|---|---|---|---|---|---|")
     worst, compilations = 1.0, 0
     for _ in range(count):
@@ -456,7 +458,7 @@ def cases(count: int) -> None:
 
 
 def everything(stage: Sft, a: Architecture, there: Devices) -> Iterator[StageLayout]:
-    """Give the layouts of a stage whether they fit or not."""
+    """Yield the layouts of a stage, also those that do not fit."""
     large = replace(there, chip=replace(there.chip, memory=2**60))
     rows = int(stage.batch.value)
     for remat in ("none", "dots", "full"):
@@ -469,11 +471,12 @@ def everything(stage: Sft, a: Architecture, there: Devices) -> Iterator[StageLay
 def brief(layout: StageLayout) -> str:
     """Return a layout in a few words."""
     mesh = " ".join(f"{axis} {size}" for axis, size in layout.mesh.items() if size > 1)
-    return f"{mesh or 'one'}, remat {layout.remat}, {layout.micro_batches} parts"
+    plural = "" if layout.micro_batches == 1 else "es"
+    return f"{mesh or 'one'}, remat {layout.remat}, {layout.micro_batches} micro-batch{plural}"
 
 
 def published() -> None:
-    """Print what the plan says of published runs, in the layout that it would choose itself."""
+    """Compare the plan's time with published runs, in the layout that the plan would choose."""
     print("| model | length | hardware | published | plan | error | layout | bound by | source |")
     print("|---|---|---|---|---|---|---|---|---|")
     errors = []
@@ -508,14 +511,24 @@ def published() -> None:
 
 
 def main() -> None:
-    """Compile points, or report what is known."""
+    """Compile points, or report on those that are compiled."""
     parser = argparse.ArgumentParser(description="The plan against XLA's compilers.")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--chips", default=",".join(SLICES), help="only these")
-    parser.add_argument("--report", type=Path, nargs="+")
-    parser.add_argument("--fit", type=Path, nargs="+", help="the factors of the plan")
-    parser.add_argument("--published", action="store_true", help="against runs of others")
-    parser.add_argument("--cases", type=int, help="of small stages: is the chosen layout the best?")
+    parser.add_argument("--out", type=Path, help="compile points and append them to this file")
+    parser.add_argument(
+        "--chips", default=",".join(SLICES), help="compile points of these chips only"
+    )
+    parser.add_argument("--report", type=Path, nargs="+", help="compare points with the plan")
+    parser.add_argument(
+        "--fit", type=Path, nargs="+", help="fit the constants of the plan's memory model to points"
+    )
+    parser.add_argument(
+        "--published", action="store_true", help="compare the plan's time with published runs"
+    )
+    parser.add_argument(
+        "--cases",
+        type=int,
+        help="check for this many small stages whether the chosen layout is the best that fits",
+    )
     given = parser.parse_args()
     if given.cases is not None:
         cases(given.cases)

@@ -1,4 +1,4 @@
-"""Rollouts of one configuration on the devices that are here: completions/s and tokens/s.
+"""Measure rollouts of one configuration on the local devices: completions/s and tokens/s.
 
     PYTHONPATH=.types python benchmarks/rollout.py --width 256 --layers 4 --slots 32 --prompts 32
 
@@ -40,7 +40,11 @@ def arguments() -> argparse.Namespace:
     }  # fmt: skip
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--refill-at", type=int, help="free slots; default an eighth of them")
+    parser.add_argument(
+        "--refill-at",
+        type=int,
+        help="refill when this many slots are free; default: an eighth of them",
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="f32")
     parser.add_argument("--top-p", type=float)
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Time of one sampling step on this machine, against top-p by a full sort.
+"""Time one draw of a token on this machine, against top-p by a full sort.
 
     PYTHONPATH=.types python benchmarks/sampling.py
 

@@ -1,4 +1,4 @@
-"""Branches of a sweep in one program against one after another: seconds of a step of all of them.
+"""Compare branches of a sweep trained in one program with branches trained in turn.
 
 `python benchmarks/sweeps.py [--branches 3]`. The two alternate in one process; the time is the
 median. On CPUs; what the plan says of other hardware is in `tune plan -v`.

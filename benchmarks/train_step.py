@@ -1,4 +1,4 @@
-"""Time and memory of the training step for one configuration, on the devices that are here.
+"""Measure time and memory of the training step of one configuration on the local devices.
 
     python benchmarks/train_step.py --width 256 --layers 4 --length 256 --batch 16
 
@@ -44,7 +44,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--remat", choices=("none", "dots", "full"), default="none")
     parser.add_argument("--kernel", choices=("xla", "cudnn"), default="xla")
     parser.add_argument("--untied", action="store_true")
-    parser.add_argument("--packed", action="store_true", help="four segments in a sequence")
+    parser.add_argument(
+        "--packed", action="store_true", help="pack four segments into each sequence"
+    )
     return parser.parse_args()
 
 

@@ -1,8 +1,8 @@
-"""What `against_tunix.py` runs in google-tunix's own environment, and how both sides measure.
+"""Run one case in google-tunix's environment; also the meters that both sides measure with.
 
     python benchmarks/tunix_side.py train '{"layers": 4, ...}'
 
-Prints one line of JSON. Paths of the library, each as its own examples have them:
+`against_tunix.py` calls it. Prints one line of JSON. The library is called as in its own examples:
 `PeftTrainer.train` with its default loss, `Sampler.__call__`, `GRPOLearner.train` with a separate
 reference model.
 """
@@ -38,7 +38,7 @@ Found = dict[str, float]
 
 
 class Meter:
-    """Wall and processor time of windows, and memory from where the imports ended."""
+    """Measures wall and CPU time of windows, and memory beyond that of the imports."""
 
     def __init__(self) -> None:
         jax.block_until_ready(jax.numpy.zeros(()))
@@ -76,13 +76,13 @@ def resident(name: str) -> float:
 
 
 def random_batches(given: Given, count: int, seed: int = 0) -> np.ndarray:
-    """Random tokens, `[count, batch, length]`."""
+    """Return random tokens, `[count, batch, length]`."""
     shape = (count, given["batch"], given["length"])
     return np.random.default_rng(seed).integers(2, given["vocabulary"], shape, np.int32)
 
 
 def reward_of(tokens: np.ndarray) -> float:
-    """Share of even tokens: cheap, and not the same for all completions of a prompt."""
+    """Return the share of even tokens: cheap, and different for the completions of a prompt."""
     return float(np.mean(np.asarray(tokens) % 2 == 0))
 
 
@@ -93,7 +93,7 @@ def examples_of(given: Given) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def report(cases: dict[str, Callable[[Given], Found]]) -> None:
-    """Run the case that the command line names and print what it found."""
+    """Run the case that the command line names and print its figures."""
     name, settings = sys.argv[1:3]
     given = json.loads(settings)
     np.random.seed(0)
@@ -104,7 +104,7 @@ def report(cases: dict[str, Callable[[Given], Found]]) -> None:
 
 
 class IntTokenizer:
-    """Text is token ids with spaces between them. No id is the end token: all tokens are drawn."""
+    """Encodes text that consists of token ids and spaces. No id ends a text: all are drawn."""
 
     def __init__(self, vocabulary: int) -> None:
         self._end = vocabulary
@@ -131,7 +131,7 @@ class IntTokenizer:
 
 
 def make_model(given: Given, seed: int = 0) -> Any:
-    """Return the library's Qwen3 with random parameters; its own start leaves the MLP at zero."""
+    """Return tunix's Qwen3 with random parameters; its own initialisation zeroes the MLP."""
     from tunix.models.qwen3 import model as qwen3
 
     config = qwen3.ModelConfig(
@@ -156,7 +156,7 @@ def parameters(model: Any) -> int:
 
 
 def one_device() -> jax.sharding.Mesh:
-    """Return the mesh that the library's trainer wants."""
+    """Return the one-device mesh that the library's trainer needs."""
     return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
 
 

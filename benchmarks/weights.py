@@ -1,4 +1,4 @@
-"""Time and memory of reading a checkpoint: `python benchmarks/weights.py [GIB]`.
+"""Measure time and memory of reading a checkpoint: `python benchmarks/weights.py [GIB]`.
 
 Writes a random Llama of that size, float32, then reads it in a process of its own. Memory is the
 highest resident set (VmHWM) less that after the imports: on a CPU, the parameters themselves are
@@ -32,7 +32,7 @@ LAYER = 12.6e6
 
 
 def config(gib: float) -> dict[str, Any]:
-    """Return a Llama of so many GiB in float32."""
+    """Return the configuration of a float32 Llama of about this many GiB."""
     layers = max(1, round((gib * 2**30 / 4 - 2 * 32_000 * 1024) / LAYER))
     return {
         "model_type": "llama", "vocab_size": 32_000, "hidden_size": 1024,
@@ -67,7 +67,7 @@ def write(folder: Path, stated: dict[str, Any]) -> None:
 
 
 def resident(what: str) -> float:
-    """Return a figure of this process's memory in MiB."""
+    """Return a field of `/proc/self/status` (`VmRSS`, `VmHWM`) in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(what + ":"):
             return int(line.split()[1]) / 1024
@@ -75,7 +75,7 @@ def resident(what: str) -> float:
 
 
 def read(folder: Path) -> None:
-    """Read the checkpoint and print what it took."""
+    """Read the checkpoint; print the time and the memory that it took."""
     architecture = architecture_of(pretrained.configuration(folder))
     layout = make_layout()
     before, start = resident("VmRSS"), time.perf_counter()
