@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+from tests.type_checks import check
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -22,6 +25,11 @@ os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+install_import_hook(
+    [f"tunelang.runtime.{name}" for name in ("models", "objectives", "generation", "training")],
+    f"{check.__module__}.{check.__name__}",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

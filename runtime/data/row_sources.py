@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +39,7 @@ from tunelang.runtime.user_functions import made_rows
 _BLOCK = 1 << 20
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Rows by number."""
 

@@ -12,7 +12,7 @@ mask, or where weights are 0, counts nothing even where it is not a number.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -149,17 +149,18 @@ def top_k(
 
 def _likeliest(log_probs: jax.Array, k: int, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
     """`jax.lax.top_k` of each part on its own devices; the compiler would gather all the parts."""
+
+    def top(log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values, ids = jax.lax.top_k(log_probs, k)
+        return values, ids
+
     if layout is None:
-        return jax.lax.top_k(log_probs, k)
+        return top(log_probs)
     parts = PartitionSpec(layout.spec(("batch",), log_probs.shape[:1])[0])
-    found: tuple[jax.Array, jax.Array] = jax.shard_map(
-        lambda log_probs: jax.lax.top_k(log_probs, k),
-        mesh=layout.mesh,
-        in_specs=parts,
-        out_specs=parts,
-        check_vma=False,
-    )(log_probs)
-    return found
+    sharded_top: Callable[[jax.Array], tuple[jax.Array, jax.Array]] = jax.shard_map(
+        top, mesh=layout.mesh, in_specs=parts, out_specs=parts, check_vma=False
+    )
+    return sharded_top(log_probs)
 
 
 def _outcomes(

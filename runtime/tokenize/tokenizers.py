@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import sentencepiece
 import tokenizers
@@ -19,6 +19,7 @@ import tokenizers
 REPLACEMENT = "\ufffd"
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of the runtime knows of a tokenizer."""
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from tunelang.dsl.vocabulary.base import Function
 from tunelang.dsl.vocabulary.training import TensorBoard, Wandb
@@ -49,6 +49,7 @@ class SampleRecord:
         }
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Where metrics go beside the store."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class Models:
     config: StepConfig
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a step makes smaller: a sum over the parts of a batch."""
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -39,6 +39,7 @@ class DivergedError(Exception):
         self.step = step
 
 
+@runtime_checkable
 class Trainer(Protocol):
     """What a kind of training does; the loop does the rest."""
 
@@ -68,6 +69,7 @@ class Trainer(Protocol):
         """Go on from a checkpoint."""
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Who is told how a stage goes on."""
 
