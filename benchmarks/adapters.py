@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from tunelang.compiler.models.adapters import adapted
-from tunelang.compiler.models.architecture import Architecture, parameter_count, train_flops
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.parameter_counts import parameter_count, train_flops
 from tunelang.dsl.vocabulary.training import AdamW, Dora, Lora
 from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.sharding import make_layout

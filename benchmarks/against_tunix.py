@@ -40,7 +40,8 @@ from tunix_side import Found, Given, Meter, examples_of, random_batches, report,
 from tunelang.compiler.layout.layout_query import LayoutQuery
 from tunelang.compiler.layout.layout_search import best_layout
 from tunelang.compiler.layout.stage_layout import CHUNK
-from tunelang.compiler.models.architecture import Architecture, parameter_count
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import Policy, Sft, Training
 from tunelang.dsl.vocabulary.training import K3, AdamW, Sampling

@@ -21,12 +21,8 @@ import jax
 import numpy as np
 
 from tunelang.compiler.layout.stage_layout import CHUNK
-from tunelang.compiler.models.architecture import (
-    Architecture,
-    forward_flops,
-    parameter_count,
-    train_flops,
-)
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.parameter_counts import forward_flops, parameter_count, train_flops
 from tunelang.dsl.vocabulary.stages import Distill, Kto, Ppo, Preference, RewardModel
 from tunelang.dsl.vocabulary.training import AdamW, Critic, Sampling
 from tunelang.runtime.loading.initial_weights import score_head

@@ -22,19 +22,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunelang.compiler.costs import step_costs
-from tunelang.compiler.costs.step_costs import estimated
+from tunelang.compiler.costs.factors import FACTORS
+from tunelang.compiler.costs.step_costs import estimate_step
 from tunelang.compiler.layout.hardware import CHIPS, Devices
+from tunelang.compiler.layout.kernels import attention_kernel
 from tunelang.compiler.layout.layout_query import DoesNotFitError, LayoutQuery, NoLayoutError
 from tunelang.compiler.layout.layout_search import (
     MARGIN,
-    attention_kernel,
     best_layout,
     rank_layouts,
 )
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.adapters import adapted
-from tunelang.compiler.models.architecture import Architecture, parameter_count
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.compiler.models.presets import PRESETS
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import Sft
@@ -239,7 +240,7 @@ def planned(point: Point) -> tuple[Sft, StageLayout]:
         micro_batches=point.micro_batches,
         kernel=attention_kernel("auto", a, point.length, 2, there.chip.platform),
     )  # fmt: skip
-    return stage, estimated(layout, query_of(stage, a, there))
+    return stage, estimate_step(layout, query_of(stage, a, there))
 
 
 def query_of(stage: Sft, a: Architecture, there: Devices) -> LayoutQuery:
@@ -359,21 +360,21 @@ def fit(paths: list[Path]) -> None:
     every = [each for path in paths for each in read(path) if each.peak and not each.held_out]
     for platform in ("gpu", "tpu"):
         chosen = [each for each in every if CHIPS[each.point.chip].platform == platform]
-        names = list(step_costs.FACTORS[platform])
-        start = [math.log(each) for each in step_costs.FACTORS[platform].values()]
+        names = list(FACTORS[platform])
+        start = [math.log(each) for each in FACTORS[platform].values()]
 
         def errors(
             logs: Any, chosen: list[Said] = chosen, names: list[str] = names,
             platform: str = platform,
         ) -> list[float]:  # fmt: skip
-            step_costs.FACTORS[platform] = dict(zip(names, map(math.exp, logs), strict=True))
+            FACTORS[platform] = dict(zip(names, map(math.exp, logs), strict=True))
             # A little towards where it began, where the points say nothing.
             near = [0.05 * (now - before) for now, before in zip(logs, start, strict=True)]  # noqa: B023
             return [math.log(each.ratio) for each in chosen] + near
 
         found = least_squares(errors, start, diff_step=1e-3)
         errors(found.x)
-        factors = {name: round(factor, 2) for name, factor in step_costs.FACTORS[platform].items()}
+        factors = {name: round(factor, 2) for name, factor in FACTORS[platform].items()}
         print(f"{platform}: {len(chosen)} points\n{factors}\n")
     report(paths)
 

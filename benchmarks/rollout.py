@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tunelang.compiler.models.architecture import Architecture, parameter_count
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.generation.engine import Admission, Engine, Prefilled, Slots, make_engine
 from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tunelang.compiler.models.adapters import adapted
-from tunelang.compiler.models.architecture import Architecture, parameter_count
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.dsl.vocabulary.training import AdamW, Lora
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.objective import Batch

@@ -21,8 +21,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 from safetensors.numpy import save_file
 
-from tunelang.compiler.models.architecture import parameter_count
 from tunelang.compiler.models.families import architecture_of
+from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.sharding import make_layout
 

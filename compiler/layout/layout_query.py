@@ -39,6 +39,8 @@ class LayoutQuery:
     """The models of the spec that score the stage's completions."""
     branches: int = 1
     """Branches of a sweep that one program trains side by side."""
+    roles: frozenset[str] = frozenset()
+    """Roles that every source of the stage's data has."""
 
 
 class DoesNotFitError(Exception):

@@ -21,7 +21,7 @@ _SAMPLING, _SCORING, _LOSS, _BACKWARD, _UPDATE = range(5)
 """The phases of a step: completions are sampled; judges and an offloaded reference score them; the
 loss, the backward pass, and new parameters are computed."""
 _ALWAYS = (_SAMPLING, _SCORING, _LOSS, _BACKWARD, _UPDATE)
-_THERE = {
+_PHASES = {
     **dict.fromkeys(
         ("parameters", "optimizer", "reference", "critic", "teacher", "judges"), _ALWAYS
     ),
@@ -37,19 +37,19 @@ _THERE = {
     "summed gradients": (_LOSS, _BACKWARD, _UPDATE),
     "moments in transit": (_UPDATE,),
 }
-"""Part of the memory -> the phases that it is there in."""
+"""Part of the memory -> the phases of a step in which it is in the devices."""
 
 
-def held(memory: Mapping[str, int]) -> int:
+def resident_bytes(memory: Mapping[str, int]) -> int:
     """Return the bytes in a device that stay for the whole stage."""
-    return sum(size for name, size in memory.items() if _THERE[name] is _ALWAYS)
+    return sum(size for name, size in memory.items() if _PHASES[name] is _ALWAYS)
 
 
 def peak(memory: Mapping[str, int]) -> int:
     """Return the most bytes in a device, from its parts: phases come in turn."""
     totals = [0] * len(_ALWAYS)
     for name, size in memory.items():
-        for phase in _THERE[name]:
+        for phase in _PHASES[name]:
             totals[phase] += size
     return max(totals)
 

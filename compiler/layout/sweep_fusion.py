@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from tunelang.compiler.costs.stage_costs import cost_of
 from tunelang.compiler.layout.layout_query import DoesNotFitError, LayoutQuery, NoLayoutError
 from tunelang.compiler.layout.layout_search import layout_key, rank_layouts
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.plan import StagePlan
-from tunelang.dsl.vocabulary.stages import Distill, Policy, Training
+from tunelang.dsl.vocabulary.stages import Training
 from tunelang.dsl.vocabulary.training import Muon, Optimizer
 
 WORTH = 0.95
@@ -97,12 +98,8 @@ def _weighed(group: list[Branch], known: Known) -> Sweep:
     """Weigh one program for branches of a kind, at one step, against one after another."""
     first, count = group[0], len(group)
     value, wanted = first.value, _asked(first) == "fused"
-    why = ""
-    if isinstance(value, Policy):
-        why = "each has rollouts of its own"
-    elif isinstance(value, Distill) and value.on_policy:
-        why = "each learns from answers of its own (`on_policy`)"
-    elif first.alone.offload:
+    why = cost_of(value).why_in_turn
+    if not why and first.alone.offload:
         why = "the memory of the host is for the moments of one branch"
     if wanted and why:
         raise NoLayoutError("sweep", why)

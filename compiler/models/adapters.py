@@ -8,19 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, cast
+from dataclasses import replace
+from typing import cast
 
+from tunelang.compiler.models.architecture import Adapter, Architecture, Storage
 from tunelang.dsl.vocabulary.models import Pretrained, Transformer
 from tunelang.dsl.vocabulary.training import TARGETS, Dora, Lora
-
-if TYPE_CHECKING:
-    from tunelang.compiler.models.architecture import Architecture
-
-Storage = Literal["f32", "bf16", "nf4", "int8"]
-"""How matrices are kept; only frozen ones are in less than float32."""
-STORED_BYTES: dict[str, float] = {"f32": 4, "bf16": 2, "nf4": 0.5 + 4 / 64, "int8": 1}
-"""Bytes of a stored parameter; of nf4 with the scales of its tiles, each of 64."""
 
 _ROLES = {
     "attention": ("q", "k", "v", "o"),
@@ -28,20 +21,6 @@ _ROLES = {
     "all": ("q", "k", "v", "o", "gate", "up", "down"),
     "embed": ("embedding",),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """A low-rank update (LoRA, arXiv:2106.09685) of some matrices."""
-
-    rank: int
-    scale: float
-    """Factor of the update: `alpha / rank`, or `alpha / sqrt(rank)`."""
-    matrices: tuple[str, ...]
-    """Paths, as in `matrices`."""
-    dropout: float = 0.0
-    magnitudes: bool = False
-    """Whether the update is of directions, beside learned magnitudes (DoRA, arXiv:2402.09353)."""
 
 
 class NoTargetError(Exception):
@@ -117,25 +96,3 @@ def adapted(architecture: Architecture, loras: tuple[Lora, ...], storage: Storag
         return architecture
     adapters = tuple(adapter_of(lora, architecture) for lora in loras)
     return replace(architecture, adapters=adapters, storage=storage)
-
-
-def adapter_parameters(architecture: Architecture, adapter: Adapter) -> int:
-    """Count the numbers of an adapter."""
-    total = 0
-    for path, (inputs, outputs) in matrices(architecture).items():
-        if path in adapter.matrices:
-            times = architecture.layers if path.startswith("blocks") else 1
-            total += times * (adapter.rank * (inputs + outputs) + adapter.magnitudes * outputs)
-    return total
-
-
-def off_width(architecture: Architecture, adapter: Adapter) -> int:
-    """Count the numbers of an adapter that are not along the width, which alone is split by fully
-    sharded data parallelism.
-    """
-    total = 0
-    for path, (inputs, outputs) in matrices(architecture).items():
-        if path in adapter.matrices:
-            times = architecture.layers if path.startswith("blocks") else 1
-            total += times * adapter.rank * (inputs + outputs - architecture.width)
-    return total

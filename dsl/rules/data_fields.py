@@ -58,6 +58,12 @@ def examples(expression: DataExpression, program: Program, fields: Fields) -> It
             yield from examples(expression.of, program, fields)
 
 
+def common_roles(expression: DataExpression, program: Program) -> frozenset[str]:
+    """Return the roles that every source of an expression has."""
+    roles = [source.roles for source in examples(expression, program, {})]
+    return frozenset.intersection(*roles) if roles else frozenset()
+
+
 def declared_names(expression: DataExpression, program: Program) -> set[str]:
     """Every declared data that takes part: sources, and named expressions on the way to them."""
     names = {found.source for found in examples(expression, program, {})}

@@ -29,6 +29,8 @@ class Optimizer(Function):
 
     family = "optimizer"
     word = ""
+    moments: ClassVar[int]
+    """Numbers that it keeps of each parameter."""
     lr: Positive = result("The peak learning rate.", "lr = 1e-5")
     warmup: Warmup = result(
         "Linear rise from 0: a share of the run, or steps.",
@@ -57,6 +59,7 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv:1711.05101)."""
 
     word = "adamw"
+    moments = 2
     b1: Annotated[float, types.Number(low=0, below=1)] = result(
         "Decay of the first moment.", "b1 = 0.9", 0.9
     )
@@ -73,6 +76,7 @@ class Muon(Optimizer):
     """Orthogonalised momentum for matrices (Jordan et al. 2024), AdamW for all else."""
 
     word = "muon"
+    moments = 2
     momentum: Annotated[float, types.Number(low=0, below=1)] = result(
         "Decay of the momentum.", "momentum = 0.95", 0.95
     )
@@ -89,6 +93,7 @@ class Sgd(Optimizer):
     """Stochastic gradient descent with momentum."""
 
     word = "sgd"
+    moments = 1
     momentum: Annotated[float, types.Number(low=0, below=1)] = result(
         "Decay of the momentum.", "momentum = 0.9", 0.0
     )
@@ -100,6 +105,7 @@ class Lion(Optimizer):
     """Sign of the interpolated momentum (arXiv:2302.06675)."""
 
     word = "lion"
+    moments = 1
     b1: Annotated[float, types.Number(low=0, below=1)] = result(
         "Interpolation for the update.", "b1 = 0.9", 0.9
     )

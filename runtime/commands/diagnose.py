@@ -7,7 +7,8 @@ from pathlib import Path
 from tunelang.compiler.file_digests import ContentError
 from tunelang.compiler.graph import GraphError
 from tunelang.compiler.layout.layout_query import DoesNotFitError, NoLayoutError
-from tunelang.compiler.layout.layout_search import MARGIN, remedies
+from tunelang.compiler.layout.layout_search import MARGIN
+from tunelang.compiler.layout.remedies import remedies
 from tunelang.compiler.models.adapters import NoTargetError
 from tunelang.compiler.models.families import UndescribedError
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic

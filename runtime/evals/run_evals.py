@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tunelang.compiler.costs.step_costs import MOST_SLOTS, sampling_tensor
+from tunelang.compiler.costs.rollout_costs import MOST_SLOTS, sampling_tensor
 from tunelang.compiler.layout.hardware import chip_of
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.base import Reference

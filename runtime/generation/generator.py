@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tunelang.compiler.costs.step_costs import VERDICT, VERDICTS
+from tunelang.compiler.costs.judge_costs import VERDICT_SLOTS, VERDICT_TOKENS
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.data.examples import Example, Message
 from tunelang.runtime.evals.run_evals import (
@@ -27,7 +27,7 @@ from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.sharding import Layout
 
-_VERDICT = Sampling.unvalidated(max_tokens=VERDICT, temperature=0.0)
+_VERDICT = Sampling.unvalidated(max_tokens=VERDICT_TOKENS, temperature=0.0)
 _SHORTEST = 64
 """Tokens of prompts that programs have room for, at least; then twice as many."""
 
@@ -61,7 +61,7 @@ class TextGenerator:
     @property
     def slots(self) -> int:
         """How many completions it makes at once: 64 in each group of devices."""
-        return VERDICTS * self.layout.batch_shards
+        return VERDICT_SLOTS * self.layout.batch_shards
 
     def complete(
         self, prompts: Sequence[str], sampling: Sampling, samples: int, seed: int, raw: bool

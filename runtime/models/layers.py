@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from tunelang.compiler.models.adapters import Adapter
-from tunelang.compiler.models.architecture import Architecture, Mixture
+from tunelang.compiler.models.architecture import Adapter, Architecture, Mixture
 from tunelang.runtime.models.matmul import product
 from tunelang.runtime.models.quantization import dequantized, frozen_product, quantized
 from tunelang.runtime.models.rope import Rotation, rotate

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunelang.compiler.models.adapters import Storage
-from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.architecture import Architecture, Storage
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 
 

@@ -22,8 +22,7 @@ from flax import nnx
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from tunelang.compiler.models.adapters import Storage
-from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.architecture import Architecture, Storage
 from tunelang.compiler.models.families import (
     BadConfigError,
     Config,

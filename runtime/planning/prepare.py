@@ -26,7 +26,6 @@ from tunelang.compiler.layout.layout_query import (
     NoLayoutError,
 )
 from tunelang.compiler.layout.layout_search import (
-    AXES,
     REPORTED_LAYOUTS,
     best_layout,
     layout_key,
@@ -34,6 +33,7 @@ from tunelang.compiler.layout.layout_search import (
     rank_layouts,
     unpinned,
 )
+from tunelang.compiler.layout.meshes import AXES
 from tunelang.compiler.layout.stage_layout import StageLayout, plain
 from tunelang.compiler.layout.sweep_fusion import Branch, Known, Sweep, sweeps
 from tunelang.compiler.models.adapters import NoTargetError, adapted, storage_of
@@ -42,6 +42,7 @@ from tunelang.compiler.models.presets import PRESETS
 from tunelang.compiler.plan import Plan, StagePlan, State
 from tunelang.compiler.stage_states import plan as plan_stages
 from tunelang.dsl.program import Program
+from tunelang.dsl.rules.data_fields import common_roles
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.models import HardwareKind
@@ -183,6 +184,7 @@ def prepare(
             attention=program.declarations[name].value.attention,
             teacher=teacher,
             judges=judges,
+            roles=common_roles(value.data, program),
         )
         key = layout_key(query)
         try:

@@ -17,7 +17,9 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from tunelang.compiler.costs.step_costs import MOST_SLOTS, VERDICT, VERDICTS, has_reference
+from tunelang.compiler.costs.judge_costs import VERDICT_SLOTS, VERDICT_TOKENS
+from tunelang.compiler.costs.rollout_costs import MOST_SLOTS
+from tunelang.compiler.costs.stage_costs import cost_of
 from tunelang.compiler.layout.layout_query import Judge
 from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
@@ -282,7 +284,7 @@ def _policy(
         values=each if valued else None, returns=each if valued else None,
     )  # fmt: skip
     reference = 0
-    if has_reference(stage, a):
+    if cost_of(stage).holds_reference(a):
         reference = _bytes(parameters(plain(a), config))
     changing = _bytes(replace(state, frozen=nnx.State({}), aux_params=None))
     at_host = _at_host(state, config)
@@ -336,10 +338,10 @@ def _judging(
     params = parameters(a, config)
     beside = held - _bytes(params)
     if judge.speaks:
-        said = min(VERDICT, a.context - 1)
+        said = min(VERDICT_TOKENS, a.context - 1)
         asked = _Asked(count, min(length, a.context - said), said)
         sampling = Sampling.unvalidated(max_tokens=said, temperature=0.0)
-        most = VERDICTS * there.batch_shards
+        most = VERDICT_SLOTS * there.batch_shards
         yield from _sampled(a, dtype, params, there, asked, sampling, beside, f"{name} ", most)
         return
     length = min(length, a.context)

@@ -20,10 +20,10 @@ from typing import Any
 
 import jax
 
-from tunelang.compiler.layout import layout_search
 from tunelang.compiler.layout.hardware import Devices
 from tunelang.compiler.layout.layout_query import DoesNotFitError
 from tunelang.compiler.layout.layout_search import best_layout, unpinned
+from tunelang.compiler.layout.remedies import remedies as remedies_of
 from tunelang.compiler.layout.stage_layout import StageLayout, shards_of
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture
@@ -158,7 +158,7 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
         if all(not each.refused and each.peak <= devices.chip.memory for each in made):
             yield f"{_pinned(layout)}: {size_text(worst)}, as the compiler says"
             return
-    for what, size in layout_search.remedies(replace(query, devices=smaller)):
+    for what, size in remedies_of(replace(query, devices=smaller)):
         yield f"{what}: {size_text(size)}, by the estimate"
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from tunelang.compiler.models.architecture import Architecture, parameter_count
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.dsl.vocabulary.stages import Distill
 from tunelang.dsl.vocabulary.training import JensenShannon, Sampling
 from tunelang.runtime.data.feistel import derive

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
-from tunelang.compiler.models.architecture import Architecture, forward_flops, train_flops
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.parameter_counts import forward_flops, train_flops
 from tunelang.dsl.vocabulary.stages import Policy, Ppo
 from tunelang.runtime.data.examples import Example
 from tunelang.runtime.data.feistel import derive

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
-from tunelang.compiler.models.architecture import Architecture, train_flops
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.parameter_counts import train_flops
 from tunelang.dsl.vocabulary.stages import (
     Compared,
     Distill,

@@ -19,10 +19,12 @@ from tunelang.compiler.layout.layout_query import (
     LayoutQuery,
     NoLayoutError,
 )
-from tunelang.compiler.layout.layout_search import MARGIN, rank_layouts, remedies
+from tunelang.compiler.layout.layout_search import MARGIN, rank_layouts
+from tunelang.compiler.layout.remedies import remedies
 from tunelang.compiler.layout.stage_layout import StageLayout, shards_of
 from tunelang.compiler.models.adapters import adapted
-from tunelang.compiler.models.architecture import Architecture, Mixture, parameter_count
+from tunelang.compiler.models.architecture import Architecture, Mixture
+from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.compiler.models.presets import PRESETS
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import Policy, Sft, Training

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from tunelang.compiler.models.architecture import (
+from tunelang.compiler.models.architecture import from_transformer
+from tunelang.compiler.models.parameter_counts import (
     forward_flops,
-    from_transformer,
     kv_bytes_per_token,
     matmul_parameters,
     parameter_count,

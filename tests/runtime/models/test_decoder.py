@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.runtime import reference
 from tests.runtime.architectures import FAMILIES, LLAMA
-from tunelang.compiler.models.architecture import parameter_count
+from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.runtime.models.decoder import KEYS, VALUES, Cache, Decoder, empty_cache, insert
 from tunelang.runtime.sharding import make_layout, shardings
 

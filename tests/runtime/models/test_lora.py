@@ -12,8 +12,9 @@ from flax import nnx
 
 from tests.runtime.architectures import FAMILIES, LLAMA
 from tests.runtime.training.test_train_step import ADAMW, make_batch, same
-from tunelang.compiler.models.adapters import NoTargetError, adapter_of, adapter_parameters
+from tunelang.compiler.models.adapters import NoTargetError, adapter_of
 from tunelang.compiler.models.architecture import plain
+from tunelang.compiler.models.parameter_counts import adapter_parameters
 from tunelang.dsl.vocabulary.training import Dora, Lora, Sampling
 from tunelang.runtime.generation.engine import make_engine
 from tunelang.runtime.generation.rollout import Prompt, rollout

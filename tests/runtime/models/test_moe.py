@@ -12,7 +12,8 @@ from flax import nnx
 
 from tests.runtime.architectures import FAMILIES
 from tests.runtime.training.test_train_step import ADAMW, make_batch, same
-from tunelang.compiler.models.architecture import Mixture, parameter_count
+from tunelang.compiler.models.architecture import Mixture
+from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.layers import MixtureOfExperts, balance_loss
 from tunelang.runtime.sharding import make_layout

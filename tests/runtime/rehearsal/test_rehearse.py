@@ -18,7 +18,8 @@ from tunelang.compiler.layout.layout_query import DoesNotFitError, Judge, Layout
 from tunelang.compiler.layout.layout_search import best_layout
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.adapters import adapted
-from tunelang.compiler.models.architecture import Architecture, parameter_count
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.stages import (
