@@ -15,7 +15,7 @@ from typing import Any, Literal
 import networkx as nx
 
 from tunelang.dsl.program import Branch, Declared, Program
-from tunelang.dsl.rules.stage_rules import references_in
+from tunelang.dsl.references import references_in
 from tunelang.dsl.vocabulary import training
 from tunelang.dsl.vocabulary.base import Kind
 

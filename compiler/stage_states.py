@@ -12,7 +12,7 @@ from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.fingerprint import Fingerprint, fingerprints
 from tunelang.compiler.plan import Json, Plan, StagePlan, State, verify
 from tunelang.dsl.program import Program, plain
-from tunelang.dsl.resolve.values import RegexValue, Word
+from tunelang.dsl.vocabulary.raw_values import RegexValue, Word
 
 _COMPARED = 32
 """Earlier branches that are compared to find the most alike."""

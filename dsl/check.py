@@ -11,22 +11,25 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tunelang.dsl import messages
 from tunelang.dsl.diagnostics.diagnostic import Diagnostics
+from tunelang.dsl.messages import attribute_use, malformed, naming, wrong_values
+from tunelang.dsl.messages.attribute_use import Owner
+from tunelang.dsl.messages.wording import article
 from tunelang.dsl.program import Branch, Declared, Origin, Program
+from tunelang.dsl.references import reachable
 from tunelang.dsl.resolve import overrides
-from tunelang.dsl.resolve.binding import Entry, Owner, Place, bind
+from tunelang.dsl.resolve.binding import Entry, Place, bind
 from tunelang.dsl.resolve.expressions import NONE_VALUE, Evaluator, each_nodes
 from tunelang.dsl.resolve.fit import fit
 from tunelang.dsl.resolve.load import Loaded, load, read
 from tunelang.dsl.resolve.scope import Module, Symbol, in_order
-from tunelang.dsl.resolve.values import INVALID, Word, article
-from tunelang.dsl.rules import stage_rules
+from tunelang.dsl.rules.apply_rules import apply_rules, warn_of_unused
 from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Source
 from tunelang.dsl.syntax.units import Quantity
 from tunelang.dsl.vocabulary import EXPRESSION_NOUNS, KINDS, RUN, types
 from tunelang.dsl.vocabulary.base import KindInfo
+from tunelang.dsl.vocabulary.raw_values import INVALID, Word
 from tunelang.dsl.vocabulary.stages import Run
 
 MAX_BRANCHES = 256
@@ -46,7 +49,7 @@ def check_file(path: Path, sets: Sequence[str] = (), *, elsewhere: bool = False)
         source = read(path)
     except (OSError, ValueError) as error:
         diagnostics = Diagnostics()
-        diagnostics.add(messages.unreadable(Source(str(path), ""), error))
+        diagnostics.add(malformed.unreadable(Source(str(path), ""), error))
         return Checked(diagnostics, None)
     return check(source, sets, elsewhere=elsewhere)
 
@@ -82,10 +85,12 @@ class _Checker:
                 declared[symbol.name] = found
         run = self._run()
         program = Program(declared, run, self.folder, self.origins)
-        stage_rules.apply(program, self.places, self.diagnostics, elsewhere)
+        apply_rules(program, self.places, self.diagnostics, elsewhere)
         if not self.diagnostics.errors:  # what is wrong may be what would have used it
-            stage_rules.unused(self.loaded.root, self.diagnostics)
-        return Program(_reachable(program, self.loaded.root), run, self.folder, self.origins)
+            warn_of_unused(self.loaded.root, self.diagnostics)
+        root = self.loaded.root
+        declared = reachable(program, {s.name for s in root.names.values() if s.module is root})
+        return Program(declared, run, self.folder, self.origins)
 
     def _evaluator(self, module: Module, path: str) -> Evaluator:
         return Evaluator(
@@ -121,7 +126,7 @@ class _Checker:
         node = declaration.value
         assert node is not None
         if symbol.noun not in EXPRESSION_NOUNS:
-            self.diagnostics.add(messages.needs_kind(declaration, KINDS[symbol.noun]))
+            self.diagnostics.add(naming.needs_kind(declaration, KINDS[symbol.noun]))
             return INVALID
         module = symbol.module
         kind = "override" if node.span.source.kind == "override" else "spec"
@@ -137,7 +142,7 @@ class _Checker:
     def _param(self, symbol: Symbol, node: nodes.Expr) -> Any:
         declaration, module = symbol.declaration, symbol.module
         if declaration.type is None:
-            self.diagnostics.add(messages.param_without_type(declaration))
+            self.diagnostics.add(attribute_use.param_without_type(declaration))
             return INVALID
         want = self._param_type(declaration.type)
         if symbol.declaration.name.text in module.arguments:
@@ -165,7 +170,7 @@ class _Checker:
             names = [a.value.text for a in words if isinstance(a.value, nodes.Name) and not a.name]
             if node.head.text == "choice" and names and len(names) == len(words):
                 return types.Choice(tuple(names))
-        self.diagnostics.add(messages.unknown_type(node.span, list(types.PARAMETERS)))
+        self.diagnostics.add(attribute_use.unknown_type(node.span, list(types.PARAMETERS)))
         return None
 
     def _kinded(
@@ -174,7 +179,7 @@ class _Checker:
         """The value of `noun name : kind { ... }`, and for a stage its branches."""
         info = KINDS.get(symbol.noun, {}).get(kind.text)
         if info is None:
-            found = messages.unknown_kind(symbol.declaration, kind, KINDS)
+            found = naming.unknown_kind(symbol.declaration, kind, KINDS)
             self.diagnostics.add(found)
             info = KINDS.get(symbol.noun, {}).get(found.fix[0].text) if found.fix else None
             block = nodes.Block(block.attributes, block.span, damaged=True)
@@ -189,7 +194,9 @@ class _Checker:
         forks = each_nodes([attribute.value for attribute in block.attributes])
         sizes = [len(fork.links[0].arguments) for fork in forks]  # type: ignore[union-attr]
         if prod(sizes) > MAX_BRANCHES:
-            self.diagnostics.add(messages.too_many_branches(forks[-1].span, sizes, MAX_BRANCHES))
+            self.diagnostics.add(
+                wrong_values.too_many_branches(forks[-1].span, sizes, MAX_BRANCHES)
+            )
             return INVALID, ()
         branches: list[Branch] = []
         for combination in product(*(range(max(size, 1)) for size in sizes)):
@@ -239,15 +246,3 @@ def _argument(fork: nodes.Chain, at: int) -> nodes.Expr:
     call = fork.links[0]
     assert isinstance(call, nodes.Call)
     return call.arguments[at].value
-
-
-def _reachable(program: Program, root: Module) -> dict[str, Declared]:
-    """The root's own declarations, and what they use of the imports."""
-    own = {s.name for s in root.names.values() if s.module is root}
-    wanted = set(own)
-    for name in reversed(program.declarations):
-        if name in wanted:
-            wanted.update(stage_rules.uses(program.declarations[name]))
-    for path_value in stage_rules.references_in(program.run, "run"):
-        wanted.add(path_value[1].name)
-    return {name: d for name, d in program.declarations.items() if name in wanted}

@@ -51,6 +51,11 @@ class Declared:
     """A syntax error took something away: no Program that is returned has such a declaration."""
 
     @property
+    def values(self) -> list[Any]:
+        """The value; for a stage, that of each branch."""
+        return [branch.value for branch in self.branches] or [self.value]
+
+    @property
     def title(self) -> str:
         """`data math`."""
         return f"{self.noun} {self.name}"

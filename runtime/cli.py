@@ -184,7 +184,7 @@ def fmt_command(
     """Bring specs into their canonical form, in place; `-` formats standard input to standard
     output.
     """
-    from tunelang.dsl.syntax.format import format_source  # only this command needs it
+    from tunelang.dsl.parsing.formatter import format_source  # only this command needs it
 
     failed = False
     for spec in specs:
@@ -632,10 +632,10 @@ def _read(spec: str) -> Source | None:
 
 
 def _refuse(source: Source, error: Exception) -> None:
-    from tunelang.dsl import messages
+    from tunelang.dsl.messages import malformed
 
     diagnostics = Diagnostics()
-    diagnostics.add(messages.unreadable(source, error))
+    diagnostics.add(malformed.unreadable(source, error))
     report(diagnostics)
 
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import ast
 import tomllib
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+
+import networkx as nx
+import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ["dsl", "compiler", "runtime"]
@@ -41,3 +46,47 @@ def test_every_module_says_what_it_is() -> None:
     for layer in LAYERS:
         for path in (ROOT / layer).rglob("*.py"):
             assert ast.get_docstring(ast.parse(path.read_text("utf-8"))), path
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name, without `tunelang`."""
+    paths = {path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")}
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """The modules of the project that a file imports, also in functions and for type checkers."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            name = name.removeprefix("tunelang.")
+            if name not in modules():
+                name = name.rpartition(".")[0]
+            if name in modules():
+                yield name
+
+
+def circles(layer: str, depth: int | None) -> list[list[str]]:
+    """Groups of modules of a layer that import each other; of their packages, cut to `depth`."""
+    graph = nx.DiGraph()
+    for name, path in modules().items():
+        for target in imports_of(path):
+            if name.startswith(f"{layer}.") and target.startswith(f"{layer}."):
+                ends = [".".join(end.split(".")[:depth]) for end in (name, target)]
+                if ends[0] != ends[1]:
+                    graph.add_edge(*ends)
+    return [sorted(group) for group in nx.strongly_connected_components(graph) if len(group) > 1]
+
+
+@pytest.mark.parametrize("layer", ["dsl"])
+def test_modules_do_not_import_each_other_in_circles(layer: str) -> None:
+    assert circles(layer, None) == []
+
+
+@pytest.mark.parametrize("layer", ["dsl"])
+def test_sub_packages_do_not_import_each_other_in_circles(layer: str) -> None:
+    assert circles(layer, 2) == []

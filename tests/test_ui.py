@@ -10,8 +10,8 @@ import pytest
 from tunelang.dsl.check import Checked, check
 from tunelang.dsl.diagnostics import render
 from tunelang.dsl.diagnostics.codes import codes
+from tunelang.dsl.parsing.formatter import format_source
 from tunelang.dsl.reference.resolved_text import show
-from tunelang.dsl.syntax.format import format_source
 from tunelang.dsl.syntax.source import Source
 
 UI = Path(__file__).parent / "ui"

@@ -15,8 +15,8 @@ from typing import Literal
 from tunelang.compiler.graph import StageGraph, StageNode
 from tunelang.dsl.program import Program
 from tunelang.dsl.reference.resolved_text import literal
-from tunelang.dsl.rules.data_fields import examples
-from tunelang.dsl.rules.stage_rules import references_in
+from tunelang.dsl.references import references_in
+from tunelang.dsl.rules.data_fields import source_rows
 from tunelang.dsl.vocabulary import stages
 from tunelang.dsl.vocabulary.base import Reference
 
@@ -101,7 +101,7 @@ def _detail(node: StageNode, program: Program) -> str:
         case stages.Training():
             data = literal(node.value.data)
             if len(data) > _DATA_WIDTH:
-                sources = (found.source for found in examples(node.value.data, program, {}))
+                sources = (found.source for found in source_rows(node.value.data, program, {}))
                 data = " + ".join(dict.fromkeys(sources))
             return f"{node.kind}, {literal(node.value.length)} on {data}"
         case stages.Export():

@@ -1,1 +1,6 @@
-"""What is wrong with a spec, as data; its codes, and its rendering as text."""
+"""Errors and warnings as data, the registry of their codes, and their rendering.
+
+- `diagnostic`: one error or warning with its places and fixes; their collection.
+- `codes`: the registry of codes, with an explanation of each (`codes.md`).
+- `render`: diagnostics as text for a terminal, and as JSON for editors.
+"""

@@ -1,32 +1,12 @@
-"""Every sentence that a diagnostic says. A function for each cause; its arguments are the facts.
+"""Every sentence that a diagnostic says: a function for each cause, which takes the facts.
 
-The modules are read on first use: a spec without errors needs none of them.
+- `malformed`: characters, quotes, brackets and units that cannot be read.
+- `unexpected_tokens`: a token that does not fit where it stands.
+- `naming`: names that are unknown, taken, unused or of the wrong noun.
+- `attribute_use`: attributes and arguments that are unknown, missing, repeated or unnamed.
+- `wrong_values`: values of the wrong type, unit, range or form; sweeps.
+- `conflicts`: stages, models, data and rewards that do not go together.
+- `exclusions`: attributes of one declaration that exclude each other.
+- `outside`: files, fields, functions and generators that a spec names and that do not fit.
+- `wording`: suggestions, lists and the names of values, for all of these.
 """
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from tunelang.dsl.diagnostics.diagnostic import Diagnostic
-
-if TYPE_CHECKING:
-    from tunelang.dsl.messages.attributes import *
-    from tunelang.dsl.messages.forms import *
-    from tunelang.dsl.messages.misfits import *
-    from tunelang.dsl.messages.names import *
-    from tunelang.dsl.messages.pipeline import *
-    from tunelang.dsl.messages.world import *
-    from tunelang.dsl.messages.wrong_values import *
-
-_MODULES = ("attributes", "forms", "misfits", "names", "pipeline", "wrong_values", "world")
-
-
-def __getattr__(name: str) -> Any:
-    for module in _MODULES:
-        found = import_module(f"tunelang.dsl.messages.{module}")
-        message = getattr(found, name, None)
-        if message is not None and message.__module__ == found.__name__:
-            return message
-    raise AttributeError(name)
-
-
-__all__ = ["Diagnostic"]

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label
 from tunelang.dsl.messages.wording import (
     SHORT_LIST,
+    article,
     error,
     listed,
     nearest,
     quoted,
 )
-from tunelang.dsl.resolve.values import article
+from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, foreign, types
+from tunelang.dsl.vocabulary.base import Attribute
 
-if TYPE_CHECKING:
-    from tunelang.dsl.resolve.binding import Owner
-    from tunelang.dsl.syntax import nodes
-    from tunelang.dsl.vocabulary.base import Attribute
+
+@dataclass(frozen=True)
+class Owner:
+    """The declaration or function that attributes or arguments belong to."""
+
+    title: str
+    """`an sft stage`, "`adamw`"."""
+    noun: str
+    """`stage`, `data`, ..., or `function`."""
+    span: Span
+    """Its place: what a missing attribute is reported at."""
+    damaged: bool = False
+    """Whether a syntax error removed attributes, so that none counts as missing."""
+    word: str = ""
+    """The kind of the declaration, if it has one."""
 
 
 def unknown_attribute(

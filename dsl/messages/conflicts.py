@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label
-from tunelang.dsl.messages.wording import choose, error, listed, nearest, replace_fix
-from tunelang.dsl.resolve.values import article
+from tunelang.dsl.messages.wording import article, choose, error, listed, nearest, replace_fix
+from tunelang.dsl.program import Declared
 from tunelang.dsl.syntax import units
 from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary.base import Measure
-
-if TYPE_CHECKING:
-    from tunelang.dsl.program import Declared
-
 
 # Models and hardware.
 
@@ -323,9 +318,15 @@ def quantized_without_adapter(span: Span, stage: Declared, weights: str) -> Diag
     )
 
 
-def contradiction(span: Span, title: str, label: str, help: str) -> Diagnostic:
-    """Two attributes that cannot both be."""
-    return error("contradiction", title, span, label, help=help)
+def eval_of_reward_model(span: Span, model: str, eval_name: str) -> Diagnostic:
+    """An eval that samples answers, of a reward model."""
+    return error(
+        "contradiction",
+        f"`{eval_name}` samples answers, and `{model}` only scores them",
+        span,
+        "not for a reward model",
+        help="measure it with a `preference` eval",
+    )
 
 
 def yields_other(span: Span, stage: Declared, wanted: Sequence[str]) -> Diagnostic:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from typing import TYPE_CHECKING
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit
 from tunelang.dsl.messages.wording import error, listed, nearest, quoted
-from tunelang.dsl.syntax.lexer import LOOKALIKES
 from tunelang.dsl.syntax.source import Source, Span
+from tunelang.dsl.syntax.tokens import LOOKALIKES
 from tunelang.dsl.syntax.units import BYTES, COUNTED, SCALES, SECONDS, UNITS
-
-if TYPE_CHECKING:
-    pass
-
 
 _NAMES = {
     "{": "brace",

@@ -4,26 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label
 from tunelang.dsl.messages.wording import (
     KNOWN_AFTER,
+    article,
     choose,
+    describe,
     error,
     listed,
     nearest,
     quoted,
     replace_fix,
 )
-from tunelang.dsl.resolve.values import article, describe
+from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary import FUNCTIONS, NOUNS, foreign, types
+from tunelang.dsl.vocabulary.base import KindInfo
 
-if TYPE_CHECKING:
-    from tunelang.dsl.resolve.scope import Symbol
-    from tunelang.dsl.syntax import nodes
-    from tunelang.dsl.vocabulary.base import KindInfo
+
+class NamedDeclaration(Protocol):
+    """The facts of a declaration that these messages mention."""
+
+    @property
+    def noun(self) -> str:
+        """`data`, `stage`, ..."""
+
+    @property
+    def name(self) -> str:
+        """The qualified name: `base.math`."""
+
+    @property
+    def local_name(self) -> str:
+        """The name as its own file declares it: `math`."""
+
+    @property
+    def span(self) -> Span:
+        """The place of the name in its declaration."""
 
 
 # Declarations.
@@ -100,20 +118,22 @@ def needs_kind(item: nodes.Declaration, kinds: Mapping[str, KindInfo]) -> Diagno
     )
 
 
-def name_taken(span: Span, taken: Symbol) -> Diagnostic:
+def name_taken(span: Span, taken: NamedDeclaration) -> Diagnostic:
     """A name is declared twice."""
     return error(
         "name-taken",
-        f"{quoted(taken.declaration.name.text)} is declared already",
+        f"{quoted(taken.local_name)} is declared already",
         span,
         "declared again",
         seconds=[Label(taken.span, f"first declared here, as {article(taken.noun)}")],
     )
 
 
-def name_taken_by_import(span: Span, taken: Symbol, other: Symbol) -> Diagnostic:
+def name_taken_by_import(
+    span: Span, taken: NamedDeclaration, other: NamedDeclaration
+) -> Diagnostic:
     """An import brings a name in that is there already."""
-    name = taken.declaration.name.text
+    name = taken.local_name
     return error(
         "name-taken",
         f"this import brings in a second `{name}`",
@@ -123,7 +143,7 @@ def name_taken_by_import(span: Span, taken: Symbol, other: Symbol) -> Diagnostic
     )
 
 
-def cycle(symbols: Sequence[Symbol], spans: Sequence[Span]) -> Diagnostic:
+def cycle(symbols: Sequence[NamedDeclaration], spans: Sequence[Span]) -> Diagnostic:
     """Declarations that need one another."""
     names = [symbol.name for symbol in symbols]
     path = " → ".join([*names, names[0]])
@@ -162,11 +182,11 @@ def second_run(span: Span, first: Span) -> Diagnostic:
     )
 
 
-def unused(symbol: Symbol) -> Diagnostic:
+def unused(symbol: NamedDeclaration) -> Diagnostic:
     """Declared for nothing."""
     return error(
         "unused",
-        f"{symbol.noun} {quoted(symbol.declaration.name.text)} is never used",
+        f"{symbol.noun} {quoted(symbol.local_name)} is never used",
         symbol.span,
         severity="warning",
         help={
@@ -293,7 +313,9 @@ def unknown_name(span: Span, name: str, names: list[str], want: types.Type) -> D
     return error("unknown-name", title, span, help=help, fix=replace_fix(span, name, known))
 
 
-def wrong_noun(span: Span, owner: str, symbol: Symbol, nouns: Sequence[str]) -> Diagnostic:
+def wrong_noun(
+    span: Span, owner: str, symbol: NamedDeclaration, nouns: Sequence[str]
+) -> Diagnostic:
     """A `reward` where `data` is wanted."""
     wanted = " or ".join(article(noun) for noun in nouns)
     return error(
@@ -320,7 +342,7 @@ def unknown_function(span: Span, name: str, near: list[str], every: list[str]) -
     return error("unknown-function", title, span, help=help, fix=replace_fix(span, name, near))
 
 
-def not_a_function(span: Span, symbol: Symbol) -> Diagnostic:
+def not_a_function(span: Span, symbol: NamedDeclaration) -> Diagnostic:
     """`math(1)`."""
     return error(
         "unknown-function",
@@ -395,7 +417,7 @@ def unknown_override(span: Span, path: str, noun: str, names: list[str]) -> Diag
     return error("bad-override", f"there is no {noun} {quoted(last)} to set", span, help=help)
 
 
-def override_needs_noun(span: Span, symbol: Symbol, rest: list[str]) -> Diagnostic:
+def override_needs_noun(span: Span, symbol: NamedDeclaration, rest: list[str]) -> Diagnostic:
     """`--set baseline.batch=...`, or `--set math=...`."""
     path = ".".join([symbol.noun, symbol.name, *rest])
     what = "only a `param` is set by its bare name"
@@ -407,7 +429,7 @@ def override_needs_noun(span: Span, symbol: Symbol, rest: list[str]) -> Diagnost
     )
 
 
-def override_needs_attribute(span: Span, symbol: Symbol) -> Diagnostic:
+def override_needs_attribute(span: Span, symbol: NamedDeclaration) -> Diagnostic:
     """`--set stage.baseline=...`."""
     path = f"{symbol.noun}.{symbol.name}"
     return error(
@@ -418,7 +440,7 @@ def override_needs_attribute(span: Span, symbol: Symbol) -> Diagnostic:
     )
 
 
-def override_of_expression(span: Span, symbol: Symbol) -> Diagnostic:
+def override_of_expression(span: Span, symbol: NamedDeclaration) -> Diagnostic:
     """`--set data.general.path=...` where `general` is an expression."""
     path = f"{symbol.noun}.{symbol.name}"
     return error(

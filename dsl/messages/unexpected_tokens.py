@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit
 from tunelang.dsl.messages.wording import error, quoted
 from tunelang.dsl.syntax.source import Span
+from tunelang.dsl.syntax.tokens import KEYWORDS, OPERAND_ENDS, OPERAND_STARTS, Lexeme
 
-if TYPE_CHECKING:
-    from tunelang.dsl.syntax.lexer import Lexeme
-
-_OPERAND_END = {"NAME", "NUMBER", "TEXT", "REGEX", "TRUE", "FALSE", "NONE", "RPAR", "RSQB"}
-_OPERAND_START = {"NAME", "NUMBER", "TEXT", "REGEX", "TRUE", "FALSE", "NONE", "LPAR", "LSQB", "NOT"}
-_KEYWORDS = {"IF", "ELSE", "AND", "OR", "NOT", "TRUE", "FALSE", "NONE"}
+_KEYWORDS = set(KEYWORDS.values())
 _FORMS = "a declaration is `NOUN NAME : KIND { ... }` or `NOUN NAME = expression`"
 _OPERATORS = {"PLUS", "MINUS", "STAR", "SLASH", "COMPARE", "AND", "OR", "NOT", "IF", "ELSE"}
 
@@ -253,7 +248,7 @@ class _Misfit:
         return None
 
     def _open_expression(self) -> Diagnostic | None:
-        if self.type_at(1) in _OPERATORS and self.kind not in _OPERAND_START:
+        if self.type_at(1) in _OPERATORS and self.kind not in OPERAND_STARTS:
             return error(
                 "unexpected-token",
                 f"nothing to the right of `{self.before.text}`",
@@ -290,13 +285,13 @@ class _Misfit:
                 "missing-equals",
                 f"`=` is missing after `{self.before.text}`",
                 self.span,
-                fix=Edit(between, " = ") if self.kind in _OPERAND_START else (),
+                fix=Edit(between, " = ") if self.kind in OPERAND_STARTS else (),
             )
         return None
 
     def _side_by_side(self) -> Diagnostic | None:
-        if not self.inside and self.at > 2 and self.kind in _OPERAND_START - {"LPAR", "LSQB"}:
-            if self.type_at(1) in _OPERAND_END:
+        if not self.inside and self.at > 2 and self.kind in OPERAND_STARTS - {"LPAR", "LSQB"}:
+            if self.type_at(1) in OPERAND_ENDS:
                 return error(
                     "unexpected-token",
                     "two values stand side by side",
@@ -306,7 +301,7 @@ class _Misfit:
         return None
 
     def _missing_comma(self) -> Diagnostic | None:
-        if self.kind not in _OPERAND_START or self.type_at(1) not in _OPERAND_END:
+        if self.kind not in OPERAND_STARTS or self.type_at(1) not in OPERAND_ENDS:
             return None
         touching = self.before.span.end == self.span.start
         if self.before.type == "REGEX" or (
@@ -359,7 +354,7 @@ class _Misfit:
                 self.span,
                 help="compare two values at a time: `a < b and b < c`",
             )
-        if self.kind == "LSQB" and self.type_at(1) in _OPERAND_END:
+        if self.kind == "LSQB" and self.type_at(1) in OPERAND_ENDS:
             return error(
                 "unexpected-token",
                 "nothing is indexed here",

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label, Severity
+from tunelang.dsl.syntax import units
 from tunelang.dsl.syntax.source import Span
+from tunelang.dsl.vocabulary import data
+from tunelang.dsl.vocabulary.base import (
+    Condition,
+    DataExpression,
+    Function,
+    Reference,
+    RewardExpression,
+    TextExpression,
+)
+from tunelang.dsl.vocabulary.raw_values import RegexValue, Word
 
 SHORT_LIST = 8
 KNOWN_AFTER = "what a run measures is known only after the run, so it cannot be a setting"
@@ -107,3 +118,47 @@ def replace_fix(span: Span, word: str, names: Iterable[str]) -> tuple[Edit, ...]
 def plural(count: int, one: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{count:,} {one}{'' if count == 1 else 's'}"
+
+
+def describe(value: object) -> str:
+    """How a message calls a value: `text`, `a percentage`, `a reward`."""
+    match value:
+        case units.Quantity():
+            return units.DIMENSION_NAMES.get(value.dimension, "a number")
+        case bool():
+            return "`true`" if value else "`false`"
+        case None:
+            return "`none`"
+        case str():
+            return "text"
+        case Word():
+            return f"the word `{value.text}`"
+        case RegexValue():
+            return "a regular expression"
+        case tuple():
+            return "a list"
+        case Reference():
+            return article(str(value.noun))
+        case data.Split() if value.part is None:
+            return "a split, of which no part is named"
+        case data.Weighted():
+            return f"{units.show(value.weight, '%')} of some data"
+        case DataExpression():
+            return "data"
+        case RewardExpression():
+            return "a reward"
+        case TextExpression():
+            return "text"
+        case Condition():
+            return "a condition"
+        case Function():
+            return f"{article(value.family)}" if value.family != "winner" else "a choice of winner"
+    return "something else"
+
+
+def article(word: str) -> str:
+    """`an eval`, `a stage`; `data` and `hardware` take none."""
+    if word in ("data", "hardware", "settings", "experts", "text", "sampling"):
+        return word
+    spoken_with_vowel = word in ("sft", "rloo", "sgd") or word[0] in "aeiou"
+    return f"{'an' if spoken_with_vowel else 'a'} {word}"

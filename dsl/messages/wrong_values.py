@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label
-from tunelang.dsl.messages.wording import KNOWN_AFTER, error, listed, nearest, plural
-from tunelang.dsl.resolve.values import describe
-from tunelang.dsl.syntax import units
+from tunelang.dsl.messages.wording import KNOWN_AFTER, describe, error, listed, nearest, plural
+from tunelang.dsl.syntax import nodes, units
 from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.syntax.units import Quantity
 from tunelang.dsl.vocabulary import data, foreign, types
 from tunelang.dsl.vocabulary.base import DataExpression, Reference
-
-if TYPE_CHECKING:
-    from tunelang.dsl.syntax import nodes
 
 
 def wrong_type(

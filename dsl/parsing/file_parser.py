@@ -8,17 +8,16 @@ from dataclasses import dataclass, field, replace
 
 from lark.exceptions import UnexpectedToken
 
-from tunelang.dsl import messages
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
+from tunelang.dsl.messages import malformed, naming, unexpected_tokens
+from tunelang.dsl.parsing.item_parser import parse_item
+from tunelang.dsl.parsing.lexer import lex
 from tunelang.dsl.syntax import nodes
-from tunelang.dsl.syntax.item_parser import parse_item
-from tunelang.dsl.syntax.lexer import KEYWORDS, Comment, Lexeme, lex
 from tunelang.dsl.syntax.source import Source, Span
+from tunelang.dsl.syntax.tokens import CLOSING_BRACKETS, KEYWORDS, OPENING_BRACKETS, Comment, Lexeme
 
 MAX_SYNTAX_ERRORS = 20
 MAX_DEPTH = 100
-_OPENERS = {"LBRACE": "RBRACE", "LPAR": "RPAR", "LSQB": "RSQB"}
-_CLOSERS = {closer: opener for opener, closer in _OPENERS.items()}
 _CONTINUES = {
     "PLUS", "MINUS", "STAR", "SLASH", "COMPARE", "AND", "OR", "NOT", "IF", "ELSE", "DOT",
 }  # fmt: skip
@@ -52,7 +51,7 @@ def parse(source: Source) -> tuple[nodes.File, list[Diagnostic]]:
     items: list[nodes.Item] = []
     for chunk in _cut(lexed.tokens, state):
         if len(state.diagnostics) >= MAX_SYNTAX_ERRORS:
-            state.diagnostics[-1] = messages.too_many_errors(chunk[0].span)
+            state.diagnostics[-1] = malformed.too_many_errors(chunk[0].span)
             state.broken.update(token.text for token in lexed.tokens if token.type == "NAME")
             break
         item = _read_item(chunk, state)
@@ -72,11 +71,11 @@ def parse_expression(source: Source) -> tuple[nodes.Expr | None, list[Diagnostic
     state = _State(source, lexed.diagnostics)
     if len(lexed.tokens) < 3:
         end = len(source.text)
-        state.diagnostics.append(messages.no_value(Span(source, end, end)))
+        state.diagnostics.append(malformed.no_value(Span(source, end, end)))
         return None, state.diagnostics
     start = next((at for at, token in enumerate(lexed.tokens) if token.type == "EQUALS"), None)
     if start is None:  # `a==b`
-        state.diagnostics.append(messages.bad_override(Span(source, 0, len(source.text))))
+        state.diagnostics.append(naming.bad_override(Span(source, 0, len(source.text))))
         return None, state.diagnostics
     noun = Lexeme("NAME", Span(source, 0, 0), 0)
     item = _read_item([noun, noun, *lexed.tokens[start:]], state)
@@ -120,13 +119,13 @@ def _chunks(tokens: list[Lexeme], state: _State) -> list[list[Lexeme]]:
             current, stack = resume
             chunks.append(current)
             resume = None
-        ended = not stack and token.type not in _CLOSERS and token.type != "LBRACE"
+        ended = not stack and token.type not in CLOSING_BRACKETS and token.type != "LBRACE"
         if at and ended and tokens[at - 1].type in _CONTINUES:
             ended = False
         starts = new_line and _starts_item(tokens, at)
         if starts and resume is None and stack == ["LBRACE"] and _inside(chunks[-1][0], token):
             resume = (chunks.pop(), stack)
-            state.report(messages.nested_declaration(token.span))
+            state.report(malformed.nested_declaration(token.span))
             chunks.append([])
             stack = []
         elif not chunks or (new_line and ended) or starts:
@@ -137,12 +136,12 @@ def _chunks(tokens: list[Lexeme], state: _State) -> list[list[Lexeme]]:
                 last = chunks[-1][-1]
                 chunks[-1].append(_after(last, "LBRACE"))
                 stack = ["LBRACE"]
-                state.report(messages.missing_brace(last.span))
+                state.report(malformed.missing_brace(last.span))
         chunks[-1].append(token)
-        if token.type in _OPENERS:
+        if token.type in OPENING_BRACKETS:
             stack.append(token.type)
-        elif token.type in _CLOSERS and _CLOSERS[token.type] in stack:
-            while stack.pop() != _CLOSERS[token.type]:
+        elif token.type in CLOSING_BRACKETS and CLOSING_BRACKETS[token.type] in stack:
+            while stack.pop() != CLOSING_BRACKETS[token.type]:
                 pass
     if resume is not None:
         chunks.append(resume[0])
@@ -192,10 +191,10 @@ def _read_item(chunk: list[Lexeme], state: _State) -> nodes.Item | None:
                 item = parse_item(tokens)
                 break
             except UnexpectedToken as error:
-                state.report(messages.syntax_error(tokens, error.token))
+                state.report(unexpected_tokens.syntax_error(tokens, error.token))
                 tokens = _without_attribute(tokens, error.token)
         if _too_deep(item):
-            state.report(messages.too_deep(chunk[0].span))
+            state.report(malformed.too_deep(chunk[0].span))
             raise _Unreadable
     except _Unreadable:
         state.broken.update(token.text for token in chunk[:2] if token.type == "NAME")
@@ -244,20 +243,20 @@ def _balance(chunk: list[Lexeme], state: _State) -> list[Lexeme]:
                 if not _inside(first, line_start):
                     break
             at += 1
-        insert.setdefault(at, []).append(_OPENERS[chunk[opener].type])
-        state.report(messages.unclosed_bracket(chunk[opener].span))
+        insert.setdefault(at, []).append(OPENING_BRACKETS[chunk[opener].type])
+        state.report(malformed.unclosed_bracket(chunk[opener].span))
 
     for at, token in enumerate(chunk):
-        if token.type in _OPENERS:
+        if token.type in OPENING_BRACKETS:
             stack.append(at)
             if len(stack) > MAX_DEPTH // 2:
-                state.report(messages.too_deep(token.span))
+                state.report(malformed.too_deep(token.span))
                 raise _Unreadable
-        elif token.type in _CLOSERS:
-            opener = _CLOSERS[token.type]
+        elif token.type in CLOSING_BRACKETS:
+            opener = CLOSING_BRACKETS[token.type]
             if not any(chunk[i].type == opener for i in stack):
                 dropped.add(at)
-                state.report(messages.unopened_bracket(token.span))
+                state.report(malformed.unopened_bracket(token.span))
                 continue
             while chunk[stack[-1]].type != opener:
                 close_early(stack.pop())
@@ -266,11 +265,11 @@ def _balance(chunk: list[Lexeme], state: _State) -> list[Lexeme]:
     swallowed = last.startswith('"""') and (len(last) < 6 or not last.endswith('"""'))
     for at in reversed(stack):
         if swallowed:  # by text that is not closed, reported already
-            insert.setdefault(len(chunk), []).append(_OPENERS[chunk[at].type])
+            insert.setdefault(len(chunk), []).append(OPENING_BRACKETS[chunk[at].type])
         elif chunk[at].type == "LBRACE":
             insert.setdefault(len(chunk), []).append("RBRACE")
             if chunk[at].text:  # else it was missing itself
-                state.report(messages.unclosed_bracket(chunk[at].span))
+                state.report(malformed.unclosed_bracket(chunk[at].span))
         else:
             close_early(at)
     if not insert and not dropped:
@@ -295,9 +294,9 @@ def _separate(tokens: list[Lexeme]) -> list[Lexeme]:
         if in_block and tokens[at - 1].last_line != token.line:
             if tokens[at - 1].type not in _CONTINUES and tokens[at - 1].type != "LBRACE":
                 out.append(_after(tokens[at - 1], "SEP"))
-        if token.type in _OPENERS:
+        if token.type in OPENING_BRACKETS:
             stack.append(token.type)
-        elif token.type in _CLOSERS:
+        elif token.type in CLOSING_BRACKETS:
             stack.pop()
         out.append(token.retyped("SEP") if in_block and token.type == "COMMA" else token)
     return out
@@ -319,7 +318,7 @@ def _without_attribute(tokens: list[Lexeme], bad: object) -> list[Lexeme]:
             if at >= where and start < at:
                 return tokens[:start] + tokens[at:]
             start = at + 1
-        depth += (kind in _OPENERS) - (kind in _CLOSERS)
+        depth += (kind in OPENING_BRACKETS) - (kind in CLOSING_BRACKETS)
     raise _Unreadable
 
 

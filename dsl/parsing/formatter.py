@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
+from tunelang.dsl.parsing.file_parser import parse
+from tunelang.dsl.parsing.lexer import lex
 from tunelang.dsl.syntax import nodes, units
-from tunelang.dsl.syntax.lexer import Comment, lex
-from tunelang.dsl.syntax.parser import parse
 from tunelang.dsl.syntax.source import Source, Span
+from tunelang.dsl.syntax.tokens import Comment
 
 WIDTH = 100
 INDENT = "  "

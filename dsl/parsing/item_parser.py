@@ -14,8 +14,8 @@ from lark import Lark, Token, Transformer
 from lark.lexer import Lexer
 
 from tunelang.dsl.syntax import nodes
-from tunelang.dsl.syntax.lexer import Lexeme
 from tunelang.dsl.syntax.source import Span
+from tunelang.dsl.syntax.tokens import Lexeme
 
 
 class _NoLexer(Lexer):
@@ -31,7 +31,7 @@ class _NoLexer(Lexer):
 @cache
 def item_parser() -> Lark:
     """The parser of one item, built once a process."""
-    text = resources.files("tunelang.dsl.syntax").joinpath("grammar.lark").read_text("utf-8")
+    text = resources.files("tunelang.dsl.parsing").joinpath("grammar.lark").read_text("utf-8")
     return Lark(
         text,
         parser="lalr",

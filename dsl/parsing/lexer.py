@@ -7,20 +7,18 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tunelang.dsl import messages
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
+from tunelang.dsl.messages import malformed
 from tunelang.dsl.syntax import units
 from tunelang.dsl.syntax.source import Source, Span
-
-KEYWORDS = {
-    word: word.upper() for word in ("if", "else", "and", "or", "not", "true", "false", "none")
-}
-_PUNCTUATION = {
-    "{": "LBRACE", "}": "RBRACE", "(": "LPAR", ")": "RPAR", "[": "LSQB", "]": "RSQB",
-    ":": "COLON", "=": "EQUALS", ",": "COMMA", ".": "DOT",
-    "+": "PLUS", "-": "MINUS", "*": "STAR", "/": "SLASH",
-}  # fmt: skip
-_ENDS_OPERAND = {"NAME", "NUMBER", "TEXT", "REGEX", "TRUE", "FALSE", "NONE", "RPAR", "RSQB"}
+from tunelang.dsl.syntax.tokens import (
+    KEYWORDS,
+    LOOKALIKES,
+    OPERAND_ENDS,
+    PUNCTUATION,
+    Comment,
+    Lexeme,
+)
 
 # A number takes its scale or unit along: `20%`, `4Ki`, `2 epochs`, `10M tokens`, `1.2 per
 # device_hour`.
@@ -46,56 +44,11 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-LOOKALIKES = {
-    "“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "’": '"', "‘": '"', "`": '"',
-    "–": "-", "—": "-", "−": "-", "×": "*", "·": "*", "÷": "/", "，": ",", "：": ":", "＝": "=",
-}  # fmt: skip
-"""Characters that stand in for one of the language's own, as word processors put them in."""
-
 _LINE_END = re.compile(r"\r\n?|\n")
 _TEXTS = {"TEXT", "LONGTEXT", "OPENTEXT", "OPENLONG", "SINGLE", "CURLY"}
 _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|[\s\S])")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "'": "'", "\\": "\\"}
 _REGEX = re.compile(r"/((?:[^/\\\r\n]|\\[^\r\n])+)/")
-
-
-class Lexeme:
-    """A token for lark: its terminal, place, lines (from 0), and what it means.
-
-    `meaning` is the `Quantity` of a NUMBER (None if its unit is unknown), the text of a TEXT, the
-    pattern of a REGEX. A plain class: there are many, and lark asks for no more than a `type`.
-    """
-
-    __slots__ = ("last_line", "line", "meaning", "span", "type")
-
-    def __init__(
-        self,
-        type: str,
-        span: Span,
-        line: int,
-        last_line: int | None = None,
-        meaning: units.Quantity | str | None = None,
-    ) -> None:
-        self.type, self.span, self.line, self.meaning = type, span, line, meaning
-        self.last_line = line if last_line is None else last_line
-
-    @property
-    def text(self) -> str:
-        """The characters of the token; empty for one that stands for a line end."""
-        return self.span.text
-
-    def retyped(self, type: str) -> Lexeme:
-        """The same token as another terminal of the grammar."""
-        return Lexeme(type, self.span, self.line, self.last_line, self.meaning)
-
-
-@dataclass(frozen=True, slots=True)
-class Comment:
-    """A comment with its `#`, and whether it has its line to itself."""
-
-    text: str
-    span: Span
-    alone: bool
 
 
 @dataclass
@@ -136,13 +89,13 @@ def lex(source: Source) -> Tokens:
             alone = not out.tokens or out.tokens[-1].last_line != line
             out.comments.append(Comment(match.group().rstrip(), span, alone))
         elif kind == "OTHERCOMMENT":
-            complain(messages.other_comment(span))
+            complain(malformed.other_comment(span))
             line += len(_LINE_END.findall(text, at, stop))
         elif kind == "STRAY":
             if stray_end != at:
-                complain(messages.stray_character(span))
+                complain(malformed.stray_character(span))
             stray_end = stop
-            meant = _PUNCTUATION.get(LOOKALIKES.get(span.text, ""))
+            meant = PUNCTUATION.get(LOOKALIKES.get(span.text, ""))
             if meant is not None:
                 out.tokens.append(Lexeme(meant, span, line))
             elif span.text != ";":
@@ -162,7 +115,7 @@ def lex(source: Source) -> Tokens:
             line = last_line
         else:
             word = match.group()
-            kind = _PUNCTUATION.get(word) or KEYWORDS.get(word) or kind
+            kind = PUNCTUATION.get(word) or KEYWORDS.get(word) or kind
             out.tokens.append(Lexeme(kind, span, line))
         at = stop
     return out
@@ -171,7 +124,7 @@ def lex(source: Source) -> Tokens:
 def _after_operand(out: Tokens, line: int) -> bool:
     """Whether a slash here divides: something to divide stands before it on the line."""
     before = out.tokens[-1] if out.tokens else None
-    return before is not None and before.type in _ENDS_OPERAND and before.last_line == line
+    return before is not None and before.type in OPERAND_ENDS and before.last_line == line
 
 
 def _stands_as_name(out: Tokens, line: int) -> bool:
@@ -188,9 +141,9 @@ def _quantity(span: Span, complain: Callable[[Diagnostic], None]) -> units.Quant
     try:
         return units.parse(span.text)
     except units.UnknownUnit as error:
-        complain(messages.unknown_unit(span, str(error)))
+        complain(malformed.unknown_unit(span, str(error)))
     except units.NumberTooLarge:
-        complain(messages.number_too_large(span))
+        complain(malformed.number_too_large(span))
     return None
 
 
@@ -200,15 +153,15 @@ def _text(kind: str, span: Span, complain: Callable[[Diagnostic], None]) -> str:
     if kind == "LONGTEXT":
         body = textwrap.dedent(raw[3:-3].removeprefix("\n").removeprefix("\r\n"))
     elif kind == "OPENLONG":
-        complain(messages.unclosed_text(Span(span.source, span.start, span.start + 3)))
+        complain(malformed.unclosed_text(Span(span.source, span.start, span.start + 3)))
         return raw[3:]
     elif kind == "OPENTEXT":
-        complain(messages.unclosed_text(span))
+        complain(malformed.unclosed_text(span))
         return raw[1:]
     else:
         body = raw[1:-1]
         if kind in ("SINGLE", "CURLY"):
-            complain(messages.other_quotes(span))
+            complain(malformed.other_quotes(span))
     if "\\" not in body:
         return body
 
@@ -218,7 +171,7 @@ def _text(kind: str, span: Span, complain: Callable[[Diagnostic], None]) -> str:
             return _ESCAPES[what]
         if len(what) > 1 and int(what[1:], 16) not in range(0xD800, 0xE000):
             return chr(int(what[1:], 16))
-        complain(messages.unknown_escape(span, match.group()))
+        complain(malformed.unknown_escape(span, match.group()))
         return match.group()
 
     return _ESCAPE.sub(resolve, body)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from tunelang.dsl.program import Declared, Program
-from tunelang.dsl.resolve.values import RegexValue, Word
 from tunelang.dsl.syntax import units
 from tunelang.dsl.syntax.units import Quantity
 from tunelang.dsl.vocabulary import KINDS, RUN, data, rewards, types
@@ -21,6 +20,7 @@ from tunelang.dsl.vocabulary.base import (
     TextExpression,
     attributes,
 )
+from tunelang.dsl.vocabulary.raw_values import RegexValue, Word
 
 _PRECEDENCE = {
     "or": 1,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from tunelang.dsl import messages
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic
+from tunelang.dsl.messages import attribute_use, wrong_values
+from tunelang.dsl.messages.attribute_use import Owner
 from tunelang.dsl.resolve.scope import Module
-from tunelang.dsl.resolve.values import INVALID, Word
 from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary import data, types
 from tunelang.dsl.vocabulary.base import Attribute, Function, Node, attributes
-
-if TYPE_CHECKING:
-    from tunelang.dsl.resolve.expressions import Evaluator
+from tunelang.dsl.vocabulary.raw_values import INVALID, Word
 
 Entry = tuple[nodes.Name | None, nodes.Expr, Span]
 """Name, value and place of an argument or attribute."""
@@ -31,24 +32,28 @@ class Place:
     arguments: dict[str, Span]
 
 
-@dataclass(frozen=True)
-class Owner:
-    """What attributes or arguments belong to, for messages."""
+class Evaluation(Protocol):
+    """The evaluator of the expressions of one declaration, as binding uses it."""
 
-    title: str
-    """`an sft stage`, "`adamw`"."""
-    noun: str
-    """`stage`, `data`, ..., or `function`."""
-    span: Span
-    """Where it stands: the place of what is missing."""
-    damaged: bool = False
-    """A syntax error took something away, so nothing counts as missing."""
-    word: str = ""
-    """The kind, where it is one."""
+    module: Module
+    places: dict[int, Place]
+
+    @property
+    def complain(self) -> Callable[[Diagnostic], None]:
+        """Report a diagnostic."""
+
+    def at(self, part: str) -> AbstractContextManager[None]:
+        """Enter a part of the value under evaluation."""
+
+    def origin(self, span: Span) -> None:
+        """Record where the value at the current path was written."""
+
+    def value(self, node: nodes.Expr, want: types.Type, attribute: Attribute | None = None) -> Any:
+        """Evaluate an expression; return `INVALID` after a report."""
 
 
 def bind_call(
-    evaluator: Evaluator,
+    evaluator: Evaluation,
     function: type[Function],
     head: nodes.Name,
     call: nodes.Call,
@@ -66,14 +71,14 @@ def bind_call(
     return placed(evaluator, function.unvalidated(**given, **bound), owner.span, spans)
 
 
-def placed(evaluator: Evaluator, value: Node, span: Span, arguments: dict[str, Span]) -> Node:
+def placed(evaluator: Evaluation, value: Node, span: Span, arguments: dict[str, Span]) -> Node:
     """Remember where a value stands, for the rules."""
     evaluator.places[id(value)] = Place(value, span, arguments)
     return value
 
 
 def _bind_variadic(
-    evaluator: Evaluator,
+    evaluator: Evaluation,
     function: type[Function],
     into: str,
     head: nodes.Name,
@@ -89,12 +94,12 @@ def _bind_variadic(
     failed = False
     for argument in call.arguments:
         if argument.name is None:
-            evaluator.complain(messages.needs_names(argument.span, function.word))
+            evaluator.complain(attribute_use.needs_names(argument.span, function.word))
             failed = True
             continue
         name = argument.name.text
         if name in values:
-            evaluator.complain(messages.repeated(argument.name.span, name, head.text))
+            evaluator.complain(attribute_use.repeated(argument.name.span, name, head.text))
             failed = True
         spans[name] = argument.name.span
         with evaluator.at(name):
@@ -105,10 +110,10 @@ def _bind_variadic(
     if failed or INVALID in values.values():
         return INVALID
     if not values:
-        evaluator.complain(messages.needs_names(head.span.to(call.span), function.word))
+        evaluator.complain(attribute_use.needs_names(head.span.to(call.span), function.word))
         return INVALID
     if function is data.Split and (sum(values.values()) >= 1 or "train" in values):
-        evaluator.complain(messages.split_too_large(call.span, values))
+        evaluator.complain(wrong_values.split_too_large(call.span, values))
         return INVALID
     return placed(
         evaluator, function.unvalidated(**given, **{into: values}), head.span.to(call.span), spans
@@ -116,7 +121,7 @@ def _bind_variadic(
 
 
 def bind(
-    evaluator: Evaluator,
+    evaluator: Evaluation,
     entries: list[Entry],
     known: dict[str, Attribute],
     owner: Owner,
@@ -141,15 +146,17 @@ def bind(
             if attribute is None:
                 nameless = True
                 open_ = [a for a in known.values() if a.name not in given]
-                evaluator.complain(messages.needs_name(span, owner.title, open_))
+                evaluator.complain(attribute_use.needs_name(span, owner.title, open_))
         else:
             attribute = known.get(name.text)
             if attribute is None:
                 unknown.append(name.text)
                 evaluator.complain(
-                    messages.unknown_attribute(name.span, name.text, node.span, owner, known, given)
+                    attribute_use.unknown_attribute(
+                        name.span, name.text, node.span, owner, known, given
+                    )
                 )
-                meant = messages.misspelt(name.text, owner, list(known))
+                meant = attribute_use.misspelt(name.text, owner, list(known))
                 if meant is not None and meant not in given:
                     attribute = known[meant]  # go on as if it were written right
             if attribute in places:
@@ -160,7 +167,7 @@ def bind(
             continue
         if attribute.name in seen:
             evaluator.complain(
-                messages.repeated(span, attribute.name, owner.title, seen[attribute.name])
+                attribute_use.repeated(span, attribute.name, owner.title, seen[attribute.name])
             )
             failed = True
             continue
@@ -174,12 +181,12 @@ def bind(
     missing = [a for a in known.values() if a.required and a.name not in seen]
     if missing:
         failed = True
-        taken_over = messages.meant_by(unknown, owner)
+        taken_over = attribute_use.meant_by(unknown, owner)
         missing = [a for a in missing if a.name not in taken_over]
         if owner.noun == "function" and len(unknown) >= len(missing):
             missing = []  # misnamed rather than missing
         if missing and not owner.damaged and not nameless:
-            evaluator.complain(messages.missing_attribute(owner, missing))
+            evaluator.complain(attribute_use.missing_attribute(owner, missing))
     return INVALID if failed else bound
 
 

@@ -11,14 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tunelang.dsl import messages
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
+from tunelang.dsl.messages import naming, wrong_values
+from tunelang.dsl.messages.attribute_use import Owner
 from tunelang.dsl.program import Origin
 from tunelang.dsl.resolve import operators
-from tunelang.dsl.resolve.binding import Owner, Place, bind, bind_call, entries, mark_used, placed
+from tunelang.dsl.resolve.binding import Place, bind, bind_call, entries, mark_used, placed
 from tunelang.dsl.resolve.fit import Site, fit
 from tunelang.dsl.resolve.scope import Module, Symbol
-from tunelang.dsl.resolve.values import INVALID, RegexValue, Word
 from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary import (
@@ -36,6 +36,7 @@ from tunelang.dsl.vocabulary.base import (
     Reference,
     attributes,
 )
+from tunelang.dsl.vocabulary.raw_values import INVALID, RegexValue, Word
 
 
 @cache
@@ -103,7 +104,7 @@ class Evaluator:
                 items = tuple(self.value(item, want.item, attribute) for item in node.items)
                 if len(items) < want.low:
                     owner = self.site(node.span).owner
-                    self.complain(messages.empty_list(node.span, owner, want))
+                    self.complain(wrong_values.empty_list(node.span, owner, want))
                     return INVALID
                 return INVALID if INVALID in items else items
         if isinstance(want, types.ListOf):
@@ -116,7 +117,7 @@ class Evaluator:
         if isinstance(want, types.Of) and want.family == "condition":
             test = self._condition(node)
             if isinstance(test, data.Literal | data.FieldValue):  # compares nothing
-                self.complain(messages.not_a_condition(node.span))
+                self.complain(wrong_values.not_a_condition(node.span))
                 return INVALID
             return test
         special = self._word(node, want)
@@ -188,7 +189,7 @@ class Evaluator:
                 if isinstance(option, types.Choice) and option.words:
                     owner = self.site(node.span).owner
                     self.complain(
-                        messages.unknown_choice(node.span, owner, node.text, option.words)
+                        wrong_values.unknown_choice(node.span, owner, node.text, option.words)
                     )
                     return INVALID
         return None
@@ -201,7 +202,7 @@ class Evaluator:
             return INVALID
         if node.text in choice_words() and isinstance(want, types.Anything):
             return Word(node.text)
-        self.complain(messages.unknown_name(node.span, node.text, self._candidates(want), want))
+        self.complain(naming.unknown_name(node.span, node.text, self._candidates(want), want))
         return INVALID
 
     def _candidates(self, want: types.Type) -> list[str]:
@@ -247,7 +248,7 @@ class Evaluator:
                 if not module.excuses(member.name.text):
                     names = list(module.names)
                     self.complain(
-                        messages.unknown_in_import(
+                        naming.unknown_in_import(
                             member.name.span, head.text, member.name.text, names
                         )
                     )
@@ -260,7 +261,7 @@ class Evaluator:
             link = links.pop(0)
             span = span.to(link.span)
             if isinstance(link, nodes.Call):
-                self.complain(messages.not_callable(link.span, value))
+                self.complain(naming.not_callable(link.span, value))
                 return INVALID
             if links and isinstance(links[0], nodes.Call):
                 call = links.pop(0)
@@ -276,12 +277,12 @@ class Evaluator:
     def _method(self, value: Any, name: nodes.Name, call: nodes.Call) -> Any:
         if isinstance(value, DataExpression):
             if isinstance(value, data.Split) and value.part is None:
-                self.complain(messages.split_needs_part(name.span, value))
+                self.complain(wrong_values.split_needs_part(name.span, value))
                 return INVALID
             method = data.METHODS.get(name.text)
             if method is None:
                 self.complain(
-                    messages.unknown_method(name.span, name.text, value, list(data.METHODS))
+                    naming.unknown_method(name.span, name.text, value, list(data.METHODS))
                 )
                 return INVALID
             return bind_call(self, method, name, call, {"of": value})
@@ -304,7 +305,7 @@ class Evaluator:
                 return INVALID
             return Reference.unvalidated(noun="stage", name=value.name, step=bound["step"])
         known = ["step"] if isinstance(value, Reference) and value.noun == "stage" else []
-        self.complain(messages.unknown_method(name.span, name.text, value, known))
+        self.complain(naming.unknown_method(name.span, name.text, value, known))
         return INVALID
 
     def _member(self, value: Any, name: nodes.Name) -> Any:
@@ -313,10 +314,10 @@ class Evaluator:
             if name.text in parts:
                 part = value.model_copy(update={"part": name.text})
                 return placed(self, part, name.span, {})
-            self.complain(messages.unknown_part(name.span, name.text, parts))
+            self.complain(naming.unknown_part(name.span, name.text, parts))
             return INVALID
         known = list(data.METHODS) if isinstance(value, DataExpression) else []
-        self.complain(messages.unknown_method(name.span, name.text, value, known))
+        self.complain(naming.unknown_method(name.span, name.text, value, known))
         return INVALID
 
     def _call(self, head: nodes.Name, call: nodes.Call, want: types.Type) -> Any:
@@ -326,13 +327,11 @@ class Evaluator:
                 raise AssertionError(head.text)
             symbol = self.module.names.get(head.text)
             if symbol is not None:
-                self.complain(messages.not_a_function(head.span, symbol))
+                self.complain(naming.not_a_function(head.span, symbol))
             else:
                 family = want.family if isinstance(want, types.Of) else None
                 near = list(functions_of(family)) if family else list(FUNCTIONS)
-                self.complain(
-                    messages.unknown_function(head.span, head.text, near, list(FUNCTIONS))
-                )
+                self.complain(naming.unknown_function(head.span, head.text, near, list(FUNCTIONS)))
             for argument in call.arguments:
                 mark_used(argument.value, self.module)
             return INVALID
@@ -349,16 +348,16 @@ class Evaluator:
         call = node.links[0]
         assert isinstance(call, nodes.Call)
         if self.choice is None:
-            self.complain(messages.each_outside(node.span))
+            self.complain(wrong_values.each_outside(node.span))
             return INVALID
         for argument in call.arguments:
             if argument.name is not None:
-                self.complain(messages.each_name(argument.name.span))
+                self.complain(wrong_values.each_name(argument.name.span))
                 return INVALID
         if len(call.arguments) < 2:
             inside = call.arguments[0].value if call.arguments else None
             listed = inside if isinstance(inside, nodes.ListOf) and len(inside.items) > 1 else None
-            self.complain(messages.each_too_few(node.span, len(call.arguments), listed))
+            self.complain(wrong_values.each_too_few(node.span, len(call.arguments), listed))
             return INVALID
         chosen = call.arguments[self.choice.get(node.span, 0)].value
         self.origin(chosen.span)
@@ -376,7 +375,7 @@ class Evaluator:
             if all(isinstance(link, nodes.Member) for link in node.links):
                 names = [node.head.text, *(link.name.text for link in node.links)]  # type: ignore[union-attr]
         if not names:
-            self.complain(messages.not_a_metric(node.span))
+            self.complain(wrong_values.not_a_metric(node.span))
             return INVALID
         symbol = self.module.names.get(names[0])
         if symbol is None and len(names) > 1 and self._is_prefix(names[0]):
@@ -415,7 +414,7 @@ class Evaluator:
                         return INVALID
                     left = data.Operator.unvalidated(operator=operator, operands=(left, right))
                 return left
-        self.complain(messages.not_a_condition(node.span))
+        self.complain(wrong_values.not_a_condition(node.span))
         return INVALID
 
 

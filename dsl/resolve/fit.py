@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tunelang.dsl import messages
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Label
+from tunelang.dsl.messages import naming, wrong_values
 from tunelang.dsl.resolve.scope import Symbol
-from tunelang.dsl.resolve.values import INVALID, RegexValue, Word, template_fields
-from tunelang.dsl.rules.named_files import is_hub_id
 from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.syntax.units import Quantity
 from tunelang.dsl.vocabulary import data, types
@@ -26,6 +24,7 @@ from tunelang.dsl.vocabulary.base import (
     TextExpression,
 )
 from tunelang.dsl.vocabulary.custom import Python
+from tunelang.dsl.vocabulary.raw_values import INVALID, RegexValue, Word, template_fields
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Site:
         if symbol is not None:
             seconds = (Label(symbol.span, f"`{symbol.name}` is declared as {symbol.noun} here"),)
         self.complain(
-            messages.wrong_type(self.span, self.owner, value, want, self.example, help, seconds)
+            wrong_values.wrong_type(self.span, self.owner, value, want, self.example, help, seconds)
         )
         return INVALID
 
@@ -100,7 +99,7 @@ def fit(value: Any, want: types.Type, site: Site) -> Any:
             if INVALID in fitted:
                 return INVALID
             if len(fitted) < want.low:
-                site.complain(messages.empty_list(site.span, site.owner, want))
+                site.complain(wrong_values.empty_list(site.span, site.owner, want))
                 return INVALID
             return fitted
         case types.Either():
@@ -116,13 +115,13 @@ def _number(value: Any, want: types.Number, site: Site) -> Any:
     number: int | float = value.value
     if isinstance(want, types.Whole):
         if number != int(number):
-            site.complain(messages.not_whole(site.span, site.owner, value))
+            site.complain(wrong_values.not_whole(site.span, site.owner, value))
             return INVALID
         number = int(number)
     else:
         number = float(number)
     if not want.admits(number):
-        site.complain(messages.out_of_range(site.span, site.owner, value, want))
+        site.complain(wrong_values.out_of_range(site.span, site.owner, value, want))
         return INVALID
     return number
 
@@ -131,7 +130,7 @@ def _share(value: Any, want: types.Share, site: Site) -> Any:
     if not isinstance(value, Quantity) or value.dimension not in (None, "%"):
         return site.wrong_type(value, want)
     if not want.admits(value.value):
-        site.complain(messages.share_out_of_range(site.span, site.owner, value))
+        site.complain(wrong_values.share_out_of_range(site.span, site.owner, value))
         return INVALID
     return float(value.value)
 
@@ -145,7 +144,7 @@ def _amount(value: Any, want: types.Amount, site: Site) -> Any:
     if value.dimension is None:
         if want.measured and not (value.value == 0 and want.low == 0):
             site.complain(
-                messages.missing_unit(site.span, site.owner, value, want.units, want.share)
+                wrong_values.missing_unit(site.span, site.owner, value, want.units, want.share)
             )
             return INVALID
     elif value.dimension not in want.units:
@@ -153,11 +152,11 @@ def _amount(value: Any, want: types.Amount, site: Site) -> Any:
     unit = value.dimension or want.units[0]
     number = value.value
     if number != int(number) and unit != "epochs":
-        site.complain(messages.not_whole(site.span, site.owner, value))
+        site.complain(wrong_values.not_whole(site.span, site.owner, value))
         return INVALID
     if number < want.low and not (unit == "epochs" and number > 0):
         site.complain(
-            messages.out_of_range(site.span, site.owner, value, types.Whole(low=want.low))
+            wrong_values.out_of_range(site.span, site.owner, value, types.Whole(low=want.low))
         )
         return INVALID
     number = int(number) if number == int(number) else number
@@ -166,12 +165,14 @@ def _amount(value: Any, want: types.Amount, site: Site) -> Any:
 
 def _dimension(value: Any, dimension: str, want: types.Type, site: Site, unit: str) -> Any:
     if isinstance(value, Quantity) and value.dimension is None:
-        site.complain(messages.missing_unit(site.span, site.owner, value, (unit,), False))
+        site.complain(wrong_values.missing_unit(site.span, site.owner, value, (unit,), False))
         return INVALID
     if not isinstance(value, Quantity) or value.dimension != dimension:
         return site.wrong_type(value, want)
     if value.value <= 0 and not isinstance(want, types.Price):
-        site.complain(messages.out_of_range(site.span, site.owner, value, types.Number(above=0)))
+        site.complain(
+            wrong_values.out_of_range(site.span, site.owner, value, types.Number(above=0))
+        )
         return INVALID
     return int(value.value) if dimension == "bytes" else float(value.value)
 
@@ -182,11 +183,11 @@ def _choice(value: Any, want: types.Choice, site: Site) -> Any:
     word = value.text if isinstance(value, Word) else value
     if isinstance(value, Word | str) and word in want.words:
         if isinstance(value, str):
-            site.complain(messages.quoted_choice(site.span, word))
+            site.complain(wrong_values.quoted_choice(site.span, word))
             return INVALID
         return word
     if isinstance(value, Word | str):
-        site.complain(messages.unknown_choice(site.span, site.owner, str(word), want.words))
+        site.complain(wrong_values.unknown_choice(site.span, site.owner, str(word), want.words))
         return INVALID
     return site.wrong_type(value, want)
 
@@ -204,7 +205,7 @@ def _text(value: Any, want: types.Text, site: Site) -> Any:
         return site.wrong_type(value, want)
     if want.among and value not in want.among:
         site.complain(
-            messages.unknown_choice(site.span, site.owner, value, want.among, quoted=True)
+            wrong_values.unknown_choice(site.span, site.owner, value, want.among, quoted=True)
         )
         return INVALID
     return value
@@ -215,18 +216,18 @@ def _path(value: Any, want: types.Path, site: Site) -> Any:
     if not isinstance(value, str):
         return site.wrong_type(value, want)
     if not value.strip() or "\0" in value:
-        site.complain(messages.empty_path(site.span, site.owner))
+        site.complain(wrong_values.empty_path(site.span, site.owner))
         return INVALID
     file, colon, function = value.rpartition(":") if want.what == "python" else (value, "", "")
     if want.what == "python" and not (file and function.isidentifier()):
-        site.complain(messages.bad_python_reference(site.span, value))
+        site.complain(wrong_values.bad_python_reference(site.span, value))
         return INVALID
     path = site.span.source.folder / Path(file).expanduser()
-    if want.what == "model" and is_hub_id(file) and not path.exists():
+    if want.what == "model" and types.is_hub_id(file) and not path.exists():
         return value
     if site.span.source.folder != site.folder and not Path(file).is_absolute():
         file = os.path.relpath(path, site.folder)
-    if want.what == "model" and is_hub_id(file):
+    if want.what == "model" and types.is_hub_id(file):
         file = f"./{file}"
     return f"{file}{colon}{function}"
 
@@ -241,7 +242,7 @@ def _pattern(value: Any, want: types.Pattern, site: Site) -> Any:
     except (re.error, OverflowError, RecursionError) as error:
         at = getattr(error, "pos", None)
         what = getattr(error, "msg", "it is too large")
-        site.complain(messages.bad_regex(value.node.span, at, what))
+        site.complain(wrong_values.bad_regex(value.node.span, at, what))
         return INVALID
     return value.pattern
 
@@ -251,7 +252,7 @@ def _reference(value: Any, want: types.Ref, site: Site) -> Any:
         return value
     symbol = site.symbol(value)
     if symbol is not None:
-        site.complain(messages.wrong_noun(site.span, site.owner, symbol, want.nouns))
+        site.complain(naming.wrong_noun(site.span, site.owner, symbol, want.nouns))
         return INVALID
     return site.wrong_type(value, want)
 
@@ -259,17 +260,17 @@ def _reference(value: Any, want: types.Ref, site: Site) -> Any:
 def _family(value: Any, want: types.Of, site: Site) -> Any:
     if isinstance(value, Function) and value.family == want.family:
         if isinstance(value, data.Split) and value.part is None:
-            site.complain(messages.split_needs_part(site.span, value))
+            site.complain(wrong_values.split_needs_part(site.span, value))
             return INVALID
         if isinstance(value, data.Weighted):
-            site.complain(messages.weights(site.span, [value.weight]))
+            site.complain(wrong_values.weights(site.span, [value.weight]))
             return INVALID
         return value
     if want.family == "text":
         return _template(value, want, site)
     symbol = site.symbol(value)
     if symbol is not None and want.family in ("data", "reward"):
-        site.complain(messages.wrong_noun(site.span, site.owner, symbol, (want.family,)))
+        site.complain(naming.wrong_noun(site.span, site.owner, symbol, (want.family,)))
         return INVALID
     if isinstance(value, DataExpression) and want.family == "reward":
         return site.wrong_type(value, want)
@@ -281,11 +282,11 @@ def _template(value: Any, want: types.Of, site: Site) -> TextExpression | Any:
         return site.wrong_type(value, want)
     fields, brace = template_fields(value)
     if brace is not None:
-        site.complain(messages.lone_brace(site.span, value[brace]))
+        site.complain(wrong_values.lone_brace(site.span, value[brace]))
         return INVALID
     for name, _ in fields:
         if not re.fullmatch(r"[^\W\d][\w-]*(?:\.[\w-]+)*", name):
-            site.complain(messages.bad_field_name(site.span, name))
+            site.complain(wrong_values.bad_field_name(site.span, name))
             return INVALID
     return data.TemplateText.unvalidated(text=value)
 
@@ -299,6 +300,6 @@ def _either(value: Any, want: types.Either, site: Site) -> Any:
             return fitted
     if isinstance(value, Word):
         words = [w for o in want.options if isinstance(o, types.Choice) for w in o.words]
-        site.complain(messages.unknown_choice(site.span, site.owner, value.text, tuple(words)))
+        site.complain(wrong_values.unknown_choice(site.span, site.owner, value.text, tuple(words)))
         return INVALID
     return site.wrong_type(value, want)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tunelang.dsl import messages
 from tunelang.dsl.diagnostics.diagnostic import Diagnostics
+from tunelang.dsl.messages import naming
+from tunelang.dsl.parsing.file_parser import parse
 from tunelang.dsl.resolve.scope import Module
 from tunelang.dsl.syntax import nodes
-from tunelang.dsl.syntax.parser import parse
 from tunelang.dsl.syntax.source import Source
 from tunelang.dsl.vocabulary import KINDS, NOUNS
 
@@ -50,7 +50,7 @@ class _Loader:
         for item in module.file.items:
             if isinstance(item, nodes.Run):
                 if run is not None:
-                    self.diagnostics.add(messages.second_run(item.span, run.span))
+                    self.diagnostics.add(naming.second_run(item.span, run.span))
                 else:
                     run = item
         return Loaded(module, self.order, run)
@@ -69,10 +69,10 @@ class _Loader:
                 if item.noun.text in NOUNS:
                     module.declare(item, self.diagnostics)
                 else:
-                    self.diagnostics.add(messages.unknown_noun(item, list(NOUNS), KINDS))
+                    self.diagnostics.add(naming.unknown_noun(item, list(NOUNS), KINDS))
                     module.broken.add(item.name.text)
             elif isinstance(item, nodes.Run) and len(self.stack) > 1:
-                self.diagnostics.add(messages.run_in_import(item.span))
+                self.diagnostics.add(naming.run_in_import(item.span))
         for item in tree.items:
             if isinstance(item, nodes.Import):
                 self._import(module, item)
@@ -92,7 +92,7 @@ class _Loader:
         if resolved in [entry for entry, _ in self.stack]:
             start = [entry for entry, _ in self.stack].index(resolved)
             cycle = [name for _, name in self.stack[start:]]
-            self.diagnostics.add(messages.import_cycle(item.path.span, [*cycle, cycle[0]]))
+            self.diagnostics.add(naming.import_cycle(item.path.span, [*cycle, cycle[0]]))
             return
         tree = self.files.get(resolved)
         if tree is None:
@@ -114,11 +114,11 @@ class _Loader:
             module.broken.discard(item.prefix.text)
             taken = module.names.get(item.prefix.text)
             if taken is not None:
-                self.diagnostics.add(messages.name_taken(item.prefix.span, taken))
+                self.diagnostics.add(naming.name_taken(item.prefix.span, taken))
             module.prefixes[item.prefix.text] = imported
 
     def _unreadable(self, module: Module, item: nodes.Import, path: Path, error: Exception) -> None:
-        self.diagnostics.add(messages.unreadable_import(item.path.span, path, error))
+        self.diagnostics.add(naming.unreadable_import(item.path.span, path, error))
         if item.prefix is None:
             module.anything = True
 
@@ -128,10 +128,10 @@ class _Loader:
         ]
         for argument in item.arguments:
             if argument.name is None:
-                self.diagnostics.add(messages.nameless_parameter(argument.span, params))
+                self.diagnostics.add(naming.nameless_parameter(argument.span, params))
             elif argument.name.text not in params:
                 self.diagnostics.add(
-                    messages.unknown_parameter(argument.name.span, argument.name.text, params)
+                    naming.unknown_parameter(argument.name.span, argument.name.text, params)
                 )
             else:
                 imported.arguments[argument.name.text] = (argument, module)

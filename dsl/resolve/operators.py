@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tunelang.dsl import messages
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
-from tunelang.dsl.resolve.values import INVALID
+from tunelang.dsl.messages import malformed, wrong_values
 from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.syntax.units import Quantity
 from tunelang.dsl.vocabulary import data, rewards
 from tunelang.dsl.vocabulary.base import DataExpression, RewardExpression
+from tunelang.dsl.vocabulary.raw_values import INVALID
 
 Complain = Callable[[Diagnostic], None]
 _COMPARE = ("==", "!=", "<", "<=", ">", ">=")
@@ -39,7 +39,7 @@ def unary(operator: str, value: Any, span: Span, complain: Complain) -> Any:
             return value
         minus = rewards.RewardConstant.unvalidated(value=-1.0)
         return rewards.RewardOperator.unvalidated(operator="*", operands=(minus, value))
-    complain(messages.wrong_operand(span, operator, (value,)))
+    complain(wrong_values.wrong_operand(span, operator, (value,)))
     return INVALID
 
 
@@ -60,7 +60,7 @@ def binary(
         return (left == right) is (operator == "==")
     elif operator == "+" and isinstance(left, str) and isinstance(right, str):
         return left + right
-    complain(messages.wrong_operand(span, operator, (left, right)))
+    complain(wrong_values.wrong_operand(span, operator, (left, right)))
     return INVALID
 
 
@@ -71,7 +71,7 @@ def _numbers(
     one, other = left.dimension, right.dimension
     if operator in ("+", "-") or operator in _COMPARE:
         if one != other:
-            complain(messages.unit_mismatch(span, operator, left, right))
+            complain(wrong_values.unit_mismatch(span, operator, left, right))
             return INVALID
         if operator in _COMPARE:
             return {"==": a == b, "!=": a != b, "<": a < b, "<=": a <= b, ">": a > b, ">=": a >= b}[
@@ -80,25 +80,25 @@ def _numbers(
         return Quantity(a + b if operator == "+" else a - b, one)
     if operator == "/":
         if b == 0:
-            complain(messages.division_by_zero(right_span))
+            complain(wrong_values.division_by_zero(right_span))
             return INVALID
         if other not in (None, "%", one):
-            complain(messages.unit_mismatch(span, operator, left, right))
+            complain(wrong_values.unit_mismatch(span, operator, left, right))
             return INVALID
         ratio = a // b if isinstance(a, int) and isinstance(b, int) and a % b == 0 else a / b
         return Quantity(ratio, None if one == other else one)
     if one not in (None, "%") and other not in (None, "%"):
-        complain(messages.unit_mismatch(span, operator, left, right))
+        complain(wrong_values.unit_mismatch(span, operator, left, right))
         return INVALID
     dimension = one if one not in (None, "%") else other if other not in (None, "%") else None
     if one == "%" and other == "%":
         dimension = "%"
     product = a * b
     if isinstance(product, float) and (product != product or abs(product) > 1e300):
-        complain(messages.number_too_large(span))
+        complain(malformed.number_too_large(span))
         return INVALID
     if isinstance(product, int) and abs(product) > 10**300:
-        complain(messages.number_too_large(span))
+        complain(malformed.number_too_large(span))
         return INVALID
     if (
         isinstance(product, float)
@@ -117,10 +117,10 @@ def _rewards(operator: str, left: Any, right: Any, span: Span, complain: Complai
         elif isinstance(value, RewardExpression):
             operands.append(value)
     if len(operands) < 2:
-        complain(messages.wrong_operand(span, operator, (left, right)))
+        complain(wrong_values.wrong_operand(span, operator, (left, right)))
         return INVALID
     if operator == "/" and operands[1] == rewards.RewardConstant.unvalidated(value=0.0):
-        complain(messages.division_by_zero(span))
+        complain(wrong_values.division_by_zero(span))
         return INVALID
     first = operands[0]
     if (
@@ -141,13 +141,13 @@ def _data(
         weight, of = (left, right) if isinstance(left, Quantity) else (right, left)
         if isinstance(weight, Quantity) and isinstance(of, DataExpression):
             if weight.dimension != "%":
-                complain(messages.weight_not_percent(span, weight))
+                complain(wrong_values.weight_not_percent(span, weight))
                 return INVALID
             if not 0 < weight.value <= 1:
-                complain(messages.share_out_of_range(span, "a weight", weight))
+                complain(wrong_values.share_out_of_range(span, "a weight", weight))
                 return INVALID
             if isinstance(of, data.Split) and of.part is None:
-                complain(messages.split_needs_part(right_span, of))
+                complain(wrong_values.split_needs_part(right_span, of))
                 return INVALID
             return data.Weighted.unvalidated(of=of, weight=float(weight.value))
     if operator == "+" and isinstance(left, DataExpression) and isinstance(right, DataExpression):
@@ -155,7 +155,7 @@ def _data(
             return _Sum.unvalidated(parts=(*left.parts, right), spans=(*left.spans, right_span))
         first = Span(span.source, span.start, right_span.start)
         return _Sum.unvalidated(parts=(left, right), spans=(first, right_span))
-    complain(messages.wrong_operand(span, operator, (left, right)))
+    complain(wrong_values.wrong_operand(span, operator, (left, right)))
     return INVALID
 
 
@@ -165,9 +165,9 @@ def finish(value: Any, span: Span, complain: Complain) -> Any:
         return value
     weights = [part.weight if isinstance(part, data.Weighted) else None for part in value.parts]
     if None in weights:
-        complain(messages.mixture_without_weights(span, len(weights), any(weights)))
+        complain(wrong_values.mixture_without_weights(span, len(weights), any(weights)))
         return INVALID
     if abs(sum(weights) - 1) > 1e-9:  # type: ignore[arg-type]
-        complain(messages.weights(span, weights))  # type: ignore[arg-type]
+        complain(wrong_values.weights(span, weights))  # type: ignore[arg-type]
         return INVALID
     return data.Mixture.unvalidated(parts=value.parts)

@@ -7,12 +7,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tunelang.dsl import messages
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Diagnostics
+from tunelang.dsl.messages import naming
+from tunelang.dsl.parsing.file_parser import parse_expression
 from tunelang.dsl.resolve.load import Loaded
 from tunelang.dsl.resolve.scope import Module, Symbol
 from tunelang.dsl.syntax import nodes
-from tunelang.dsl.syntax.parser import parse_expression
 from tunelang.dsl.syntax.source import Source, Span
 from tunelang.dsl.syntax.units import Quantity
 from tunelang.dsl.vocabulary import KINDS, RUN, types
@@ -28,14 +28,14 @@ def apply(overrides: list[str], loaded: Loaded, diagnostics: Diagnostics) -> Non
         left, equals, _ = text.partition("=")
         path = [part.strip() for part in left.split(".")]
         if not equals or not all(part.isidentifier() for part in path):
-            diagnostics.add(messages.bad_override(Span(source, 0, len(text))))
+            diagnostics.add(naming.bad_override(Span(source, 0, len(text))))
             continue
         value, found = parse_expression(source)
         target = Span(source, 0, len(left.rstrip()))
         wanted = _wanted(loaded, path)
         if _is_text(wanted) and not _reads_as_text(value, loaded.root):
             right = Span(source, len(left) + 1, len(text))
-            diagnostics.add(messages.override_needs_quotes(right, left.strip()))
+            diagnostics.add(naming.override_needs_quotes(right, left.strip()))
             continue
         diagnostics.extend(found)
         if value is None:
@@ -89,7 +89,7 @@ class _Override:
             if symbol is not None and symbol.noun == path[0]:
                 return self._into(symbol, rest)
             names = [s.name for s in self.loaded.root.names.values() if s.noun == path[0]]
-            return messages.unknown_override(self.target, ".".join(path), path[0], names)
+            return naming.unknown_override(self.target, ".".join(path), path[0], names)
         symbol, rest = self._find(self.loaded.root, path)
         if symbol is not None and symbol.noun == "param" and not rest:
             symbol.module.arguments.pop(symbol.declaration.name.text, None)
@@ -97,9 +97,9 @@ class _Override:
             symbol.used = True
             return None
         if symbol is not None:
-            return messages.override_needs_noun(self.target, symbol, rest)
+            return naming.override_needs_noun(self.target, symbol, rest)
         names = [n for n, s in self.loaded.root.names.items() if s.noun == "param"]
-        return messages.unknown_override(self.target, ".".join(path), "param", names)
+        return naming.unknown_override(self.target, ".".join(path), "param", names)
 
     def _find(self, module: Module, path: list[str]) -> tuple[Symbol | None, list[str]]:
         """The symbol that a path starts with, and the rest of the path."""
@@ -111,11 +111,11 @@ class _Override:
         declaration = symbol.declaration
         if not path:
             if declaration.value is None:
-                return messages.override_needs_attribute(self.target, symbol)
+                return naming.override_needs_attribute(self.target, symbol)
             symbol.declaration = replace(declaration, value=self.value)
             return None
         if declaration.block is None:
-            return messages.override_of_expression(self.target, symbol)
+            return naming.override_of_expression(self.target, symbol)
         block = self._block(declaration.block, path, symbol)
         if not isinstance(block, nodes.Block):
             return block
@@ -132,7 +132,7 @@ class _Override:
         if len(path) > 1:
             known = self._known(symbol)
             if found is None and path[0] not in known:
-                return messages.unknown_override(self.target, path[0], "attribute", list(known))
+                return naming.unknown_override(self.target, path[0], "attribute", list(known))
             value = self._call(
                 found.value if found else self._default(symbol, path[0]), path[1:], symbol
             )
@@ -156,7 +156,7 @@ class _Override:
                 target.used = True
                 node = target.declaration.value
         if not isinstance(node, nodes.Chain) or not isinstance(node.links[-1], nodes.Call):
-            return messages.override_needs_call(self.target, path[0])
+            return naming.override_needs_call(self.target, path[0])
         call = node.links[-1]
         found = next((a for a in call.arguments if a.name and a.name.text == path[0]), None)
         value: nodes.Expr | Diagnostic = self.value

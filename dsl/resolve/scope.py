@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunelang.dsl import messages
 from tunelang.dsl.diagnostics.diagnostic import Diagnostics
+from tunelang.dsl.messages import naming
 from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Span
 
@@ -23,6 +23,11 @@ class Symbol:
     module: Module
     value: Any = None
     used: bool = False
+
+    @property
+    def local_name(self) -> str:
+        """The name as its own file declares it: `math`."""
+        return self.declaration.name.text
 
     @property
     def span(self) -> Span:
@@ -59,7 +64,7 @@ class Module:
         name = declaration.name.text
         taken = self.names.get(name)
         if taken is not None:
-            diagnostics.add(messages.name_taken(declaration.name.span, taken))
+            diagnostics.add(naming.name_taken(declaration.name.span, taken))
             return None
         symbol = Symbol(declaration.noun.text, f"{self.prefix}{name}", declaration, self)
         self.names[name] = symbol
@@ -70,7 +75,7 @@ class Module:
         for name, symbol in other.names.items():
             taken = self.names.setdefault(name, symbol)
             if taken is not symbol:
-                diagnostics.add(messages.name_taken_by_import(at, taken, symbol))
+                diagnostics.add(naming.name_taken_by_import(at, taken, symbol))
         self.broken |= other.broken
         self.anything = self.anything or other.anything
         for prefix, module in other.prefixes.items():
@@ -148,12 +153,12 @@ def in_order(symbols: list[Symbol], diagnostics: Diagnostics) -> list[Symbol]:
                 start = path.index(target)
                 cycle = path[start:]
                 if not any(symbol.name in symbol.module.broken for symbol in cycle):
-                    diagnostics.add(messages.cycle(cycle, [*spans[start + 1 :], span]))
+                    diagnostics.add(naming.cycle(cycle, [*spans[start + 1 :], span]))
                 for symbol in cycle:
-                    symbol.module.broken.add(symbol.declaration.name.text)
+                    symbol.module.broken.add(symbol.local_name)
             elif target not in done:
                 path.append(target)
                 spans.append(span)
                 on_path.add(target)
                 pending.append(references(target))
-    return [s for s in order if s.declaration.name.text not in s.module.broken]
+    return [s for s in order if s.local_name not in s.module.broken]

@@ -1,4 +1,4 @@
-"""What examples a data expression yields: its sources, their fields and roles."""
+"""The rows of a data expression: its sources, their fields and roles."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from tunelang.dsl.vocabulary.base import DataExpression
 
 
 @dataclass(frozen=True)
-class Examples:
-    """The examples of one source as they reach a stage."""
+class SourceRows:
+    """The rows of one source as they reach a stage or an eval."""
 
     source: str
     """The name of the declared data."""
     kind: str
     fields: frozenset[str] | None
-    """None where they are not known."""
+    """None if they are unknown."""
     roles: frozenset[str]
 
 
 Fields = dict[str, frozenset[str] | None]
-"""Name of declared data -> its fields."""
+"""Name of declared data -> its fields; None if they are unknown."""
 
 
-def examples(expression: DataExpression, program: Program, fields: Fields) -> Iterator[Examples]:
-    """Each source of an expression; sources that could not be checked are left out."""
+def source_rows(
+    expression: DataExpression, program: Program, fields: Fields
+) -> Iterator[SourceRows]:
+    """Yield each source of an expression; sources that could not be checked are left out."""
     match expression:
         case data.DataRef():
             declared = program.declarations.get(expression.name)
@@ -35,27 +37,33 @@ def examples(expression: DataExpression, program: Program, fields: Fields) -> It
                 return
             if isinstance(declared.value, data.DataKind):
                 kind = declared.kind or ""
-                roles = frozenset(r for r in data.ROLES if getattr(declared.value, r) is not None)
-                if not roles and kind == "procedural":
-                    roles = frozenset({"prompt", "response", "target"})
-                if not roles and isinstance(declared.value, data.Sampled):
-                    roles = frozenset({"prompt", "target", *data.sampled_roles(declared.value)})
-                if not roles and kind == "text":
-                    roles = frozenset({"text"})
-                yield Examples(declared.name, kind, fields.get(declared.name), roles)
+                roles = _roles(declared.value, kind)
+                yield SourceRows(declared.name, kind, fields.get(declared.name), roles)
             elif isinstance(declared.value, DataExpression):
-                yield from examples(declared.value, program, fields)
+                yield from source_rows(declared.value, program, fields)
         case data.Mixture():
             for part in expression.parts:
-                yield from examples(part, program, fields)
+                yield from source_rows(part, program, fields)
         case data.Weighted():
-            yield from examples(expression.of, program, fields)
+            yield from source_rows(expression.of, program, fields)
         case data.Map():
             new = {role for role in data.ROLES if getattr(expression, role) is not None}
-            for found in examples(expression.of, program, fields):
-                yield replace(found, roles=found.roles | new)
+            for source in source_rows(expression.of, program, fields):
+                yield replace(source, roles=source.roles | new)
         case data.DataMethod():
-            yield from examples(expression.of, program, fields)
+            yield from source_rows(expression.of, program, fields)
+
+
+def _roles(source: data.DataKind, kind: str) -> frozenset[str]:
+    """Return the roles that a source declares; those of its kind if it declares none."""
+    roles = frozenset(role for role in data.ROLES if getattr(source, role) is not None)
+    if roles:
+        return roles
+    if kind == "procedural":
+        return frozenset({"prompt", "response", "target"})
+    if isinstance(source, data.Sampled):
+        return frozenset({"prompt", "target", *data.sampled_roles(source)})
+    return frozenset({"text"}) if kind == "text" else frozenset()
 
 
 def common_roles(expression: DataExpression, program: Program) -> frozenset[str]:
@@ -65,8 +73,8 @@ def common_roles(expression: DataExpression, program: Program) -> frozenset[str]
 
 
 def declared_names(expression: DataExpression, program: Program) -> set[str]:
-    """Every declared data that takes part: sources, and named expressions on the way to them."""
-    names = {found.source for found in examples(expression, program, {})}
+    """Return every declared data in an expression: sources, and named expressions on the way."""
+    names = {source.source for source in source_rows(expression, program, {})}
     pending: list[DataExpression] = [expression]
     while pending:
         node = pending.pop()

@@ -19,9 +19,11 @@ _FIRST_BYTES = 1 << 20
 
 
 class BadFile(Exception):
-    """A file does not hold what it should; `args[0]` says what, `args[1]` the line (from 1) or
-    None.
-    """
+    """A file is not of its kind. `problem` says why; `line` counts from 1."""
+
+    def __init__(self, problem: str, line: int | None) -> None:
+        super().__init__(problem, line)
+        self.problem, self.line = problem, line
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,8 @@ def _parquet(path: Path) -> Sample:
     return Sample(dict.fromkeys(schema.names, 1), 1, {})
 
 
-def nearest(path: Path) -> list[str]:
-    """Names beside a path that does not exist: of its folder, or of the nearest folder that
-    does.
-    """
+def neighbours(path: Path) -> list[str]:
+    """List the names in the folder of a missing file, or in the nearest folder that exists."""
     folder = path.parent
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
@@ -121,11 +121,6 @@ def nearest(path: Path) -> list[str]:
         return sorted(entry.name for entry in folder.iterdir())[:10_000]
     except OSError:
         return []
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a path has the form of an id on the hub: `organisation/name`."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
 
 
 def model_config(path: Path) -> dict[str, Any]:

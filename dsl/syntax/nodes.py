@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from tunelang.dsl.syntax.lexer import Comment
 from tunelang.dsl.syntax.source import Source, Span
+from tunelang.dsl.syntax.tokens import Comment
 from tunelang.dsl.syntax.units import Quantity
 
 

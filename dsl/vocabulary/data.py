@@ -140,6 +140,10 @@ class TextFiles(DataKind):
     )
 
 
+FileData = Jsonl | Parquet | Csv | TextFiles
+"""Sources whose rows stand in files: their attribute `path` lists them."""
+
+
 class Settings(Function):
     """Named settings that are handed on as they are, checked against the generator's own list."""
 

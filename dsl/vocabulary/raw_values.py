@@ -1,24 +1,12 @@
-"""What an expression may be worth before it is fitted to the type of an attribute."""
+"""Values of expressions that no Program holds: words, regular expressions, the invalid value."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Final
 
-from tunelang.dsl.syntax import units
-from tunelang.dsl.vocabulary import data
-from tunelang.dsl.vocabulary.base import (
-    Condition,
-    DataExpression,
-    Function,
-    Reference,
-    RewardExpression,
-    TextExpression,
-)
-
-if TYPE_CHECKING:
-    from tunelang.dsl.syntax import nodes
+from tunelang.dsl.syntax import nodes
 
 
 class Invalid:
@@ -41,50 +29,6 @@ class RegexValue:
 
     pattern: str
     node: nodes.Regex = field(compare=False)
-
-
-def describe(value: Any) -> str:
-    """How a message calls a value: `text`, `a percentage`, `a reward`."""
-    match value:
-        case units.Quantity():
-            return units.DIMENSION_NAMES.get(value.dimension, "a number")
-        case bool():
-            return "`true`" if value else "`false`"
-        case None:
-            return "`none`"
-        case str():
-            return "text"
-        case Word():
-            return f"the word `{value.text}`"
-        case RegexValue():
-            return "a regular expression"
-        case tuple():
-            return "a list"
-        case Reference():
-            return article(str(value.noun))
-        case data.Split() if value.part is None:
-            return "a split, of which no part is named"
-        case data.Weighted():
-            return f"{units.show(value.weight, '%')} of some data"
-        case DataExpression():
-            return "data"
-        case RewardExpression():
-            return "a reward"
-        case TextExpression():
-            return "text"
-        case Condition():
-            return "a condition"
-        case Function():
-            return f"{article(value.family)}" if value.family != "winner" else "a choice of winner"
-    return "something else"
-
-
-def article(word: str) -> str:
-    """`an eval`, `a stage`; `data` and `hardware` take none."""
-    if word in ("data", "hardware", "settings", "experts", "text", "sampling"):
-        return word
-    spoken_with_vowel = word in ("sft", "rloo", "sgd") or word[0] in "aeiou"
-    return f"{'an' if spoken_with_vowel else 'a'} {word}"
 
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")

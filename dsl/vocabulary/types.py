@@ -7,6 +7,7 @@ Python value that a field holds is named in each docstring.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -209,6 +210,11 @@ class Path(Type):
     def json(self) -> Json:
         """See `Type`."""
         return {"type": "string", "minLength": 1}
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path has the form of an id on the Hugging Face hub: `organisation/name`."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

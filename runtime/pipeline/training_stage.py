@@ -15,7 +15,7 @@ from tunelang.compiler.graph import StageNode
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.architecture import Architecture, plain
 from tunelang.compiler.plan import StagePlan
-from tunelang.dsl.rules.stage_rules import references_in
+from tunelang.dsl.references import references_in
 from tunelang.dsl.vocabulary.stages import (
     Distill,
     Policy,

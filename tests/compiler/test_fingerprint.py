@@ -13,8 +13,8 @@ from tests.compiler.workspace import PIPELINE, digests, prints, program, write
 from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.fingerprint import SEMANTICS, fingerprints
 from tunelang.compiler.graph import build
+from tunelang.dsl.parsing.formatter import format_source
 from tunelang.dsl.program import Branch, Declared
-from tunelang.dsl.syntax.format import format_source
 from tunelang.dsl.syntax.source import Source
 from tunelang.dsl.vocabulary import KINDS, rewards
 

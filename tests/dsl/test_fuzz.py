@@ -10,8 +10,8 @@ import pytest
 
 from tunelang.dsl.check import Checked, check
 from tunelang.dsl.diagnostics import render
-from tunelang.dsl.syntax.format import format_source
-from tunelang.dsl.syntax.lexer import lex
+from tunelang.dsl.parsing.formatter import format_source
+from tunelang.dsl.parsing.lexer import lex
 from tunelang.dsl.syntax.source import Source
 
 WORKSPACE = Path(__file__).parents[1] / "ui" / "workspace"

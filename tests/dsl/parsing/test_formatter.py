@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tunelang.dsl.check import check
-from tunelang.dsl.syntax.format import format_source
-from tunelang.dsl.syntax.lexer import lex
-from tunelang.dsl.syntax.parser import parse
+from tunelang.dsl.parsing.file_parser import parse
+from tunelang.dsl.parsing.formatter import format_source
+from tunelang.dsl.parsing.lexer import lex
 from tunelang.dsl.syntax.source import Source
 
 NAMES = st.sampled_from(["a", "beta", "longer_name", "x1", "données"])

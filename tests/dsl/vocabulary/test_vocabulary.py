@@ -12,12 +12,12 @@ import pytest
 
 from tunelang.dsl.check import check
 from tunelang.dsl.diagnostics.codes import PRELUDE
+from tunelang.dsl.parsing.file_parser import parse
+from tunelang.dsl.parsing.formatter import format_source
 from tunelang.dsl.reference.explain import explain, reference, topics
 from tunelang.dsl.reference.schema import schema
 from tunelang.dsl.resolve.fit import Site, fit
-from tunelang.dsl.syntax.format import format_source
 from tunelang.dsl.syntax.nodes import Declaration
-from tunelang.dsl.syntax.parser import parse
 from tunelang.dsl.syntax.source import Source, Span
 from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, NOUNS, RUN, data, types
 from tunelang.dsl.vocabulary.base import EFFECTS, Attribute, Node, attributes, doc_of

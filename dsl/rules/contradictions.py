@@ -1,0 +1,158 @@
+"""Attributes of one declaration that exclude each other: a table for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from tunelang.dsl.diagnostics.diagnostic import Diagnostic
+from tunelang.dsl.messages import exclusions
+from tunelang.dsl.program import Declared
+from tunelang.dsl.rules.book import Book
+from tunelang.dsl.syntax.source import Span
+from tunelang.dsl.vocabulary import rewards, stages, training
+from tunelang.dsl.vocabulary.base import Kind
+
+K = TypeVar("K", bound=Kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contradiction(Generic[K]):
+    """A combination of values of one kind that makes no sense."""
+
+    path: str
+    """The attribute to report at."""
+    applies: Callable[[K], bool]
+    message: Callable[[Span, K], Diagnostic]
+
+
+POLICY = (
+    Contradiction[stages.Policy](
+        path="loss",
+        applies=lambda stage: stage.loss is not None and stage.clip is not None,
+        message=exclusions.custom_loss_with_clip,
+    ),
+)
+
+DISTILL = (
+    Contradiction[stages.Distill](
+        path="teacher_log_probs",
+        applies=lambda stage: stage.teacher_log_probs == "ahead" and stage.top_k is None,
+        message=exclusions.every_log_prob_stored,
+    ),
+    Contradiction[stages.Distill](
+        path="teacher_log_probs",
+        applies=lambda stage: stage.teacher_log_probs == "ahead" and stage.on_policy > 0,
+        message=exclusions.stored_before_sampling,
+    ),
+    Contradiction[stages.Distill](
+        path="teacher_log_probs",
+        applies=lambda stage: (
+            stage.teacher_log_probs == "ahead"
+            and (stage.attention is not None or stage.features is not None)
+        ),
+        message=exclusions.hidden_states_stored,
+    ),
+    Contradiction[stages.Distill](
+        path="on_policy",
+        applies=lambda stage: stage.packing and stage.on_policy > 0,
+        message=exclusions.packed_examples,
+    ),
+    Contradiction[stages.Distill](
+        path="features",
+        applies=lambda stage: stage.packing and not stage.on_policy and _pools_features(stage),
+        message=exclusions.packed_examples,
+    ),
+)
+
+
+def _pools_features(stage: stages.Distill) -> bool:
+    return stage.features is not None and stage.features.pooling != "token"
+
+
+PREFERENCE = (
+    Contradiction[stages.Preference](
+        path="label_smoothing",
+        applies=lambda stage: stage.label_smoothing > 0 and stage.loss not in ("sigmoid", "robust"),
+        message=exclusions.unread_label_smoothing,
+    ),
+    Contradiction[stages.Preference](
+        path="label_smoothing",
+        applies=lambda stage: stage.label_smoothing >= 0.5,
+        message=exclusions.mostly_wrong_labels,
+    ),
+)
+
+PPO = (
+    Contradiction[stages.Ppo](
+        path="kl_target",
+        applies=lambda stage: (
+            stage.kl_target is not None and (stage.kl is None or stage.kl.at != "reward")
+        ),
+        message=exclusions.kl_target_without_penalty,
+    ),
+    Contradiction[stages.Ppo](
+        path="value_model",
+        applies=lambda stage: stage.value_model is not None and stage.critic.trunk == "shared",
+        message=exclusions.value_model_with_shared_trunk,
+    ),
+)
+
+MERGE = (
+    Contradiction[stages.Merge](
+        path="method",
+        applies=lambda stage: _weight_count(stage) not in (None, 1 + len(stage.others)),
+        message=exclusions.weights_for_models,
+    ),
+    Contradiction[stages.Merge](
+        path="method",
+        applies=lambda stage: isinstance(stage.method, training.Slerp) and len(stage.others) != 1,
+        message=exclusions.slerp_of_models,
+    ),
+)
+
+
+def _weight_count(stage: stages.Merge) -> int | None:
+    weights = getattr(stage.method, "weights", None)
+    return len(weights) if weights is not None else None
+
+
+GENERATE = (
+    Contradiction[rewards.Generate](
+        path="beams",
+        applies=lambda value: (
+            value.beams is not None and bool(value.temperature or value.top_k or value.top_p)
+        ),
+        message=exclusions.sampling_with_beams,
+    ),
+    Contradiction[rewards.Generate](
+        path="samples",
+        applies=lambda value: value.beams is not None and value.samples > value.beams,
+        message=exclusions.more_samples_than_beams,
+    ),
+    Contradiction[rewards.Generate](
+        path="rank",
+        applies=lambda value: value.rank is not None and value.samples < 2,
+        message=exclusions.ranking_of_one,
+    ),
+)
+
+CONTRADICTIONS: dict[type[Kind], tuple[Contradiction[Any], ...]] = {
+    stages.Policy: POLICY,
+    stages.Distill: DISTILL,
+    stages.Preference: PREFERENCE,
+    stages.Ppo: PPO,
+    stages.Merge: MERGE,
+    rewards.Generate: GENERATE,
+}
+"""Kind, subclasses included -> its contradictions."""
+
+
+def check_contradictions(book: Book, declared: Declared, value: object) -> None:
+    """Report each contradiction of a declaration's value."""
+    for kind, table in CONTRADICTIONS.items():
+        if isinstance(value, kind):
+            for row in table:
+                if row.applies(value):
+                    book.report(row.message(book.span(declared, row.path), value))
