@@ -14,7 +14,7 @@ import pytest
 from tunelang.dsl.check import check
 from tunelang.dsl.diagnostics.codes import PRELUDE
 from tunelang.dsl.diagnostics.render import text as rendered
-from tunelang.dsl.syntax.format import format_source
+from tunelang.dsl.parsing.formatter import format_source
 from tunelang.dsl.syntax.source import Source
 
 ROOT = Path(__file__).parents[1]
