@@ -68,7 +68,7 @@ def _roles(source: data.DataKind, kind: str) -> frozenset[str]:
 
 def common_roles(expression: DataExpression, program: Program) -> frozenset[str]:
     """Return the roles that every source of an expression has."""
-    roles = [source.roles for source in examples(expression, program, {})]
+    roles = [source.roles for source in source_rows(expression, program, {})]
     return frozenset.intersection(*roles) if roles else frozenset()
 
 
