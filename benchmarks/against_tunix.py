@@ -48,7 +48,8 @@ from tunelang.dsl.vocabulary.training import K3, AdamW, Sampling
 from tunelang.runtime.data.row_errors import BadRows
 from tunelang.runtime.data.sample_order import Order
 from tunelang.runtime.generation.engine import make_engine
-from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.generation.episode_sampler import Sampler
+from tunelang.runtime.generation.episodes import Prompt
 from tunelang.runtime.objectives import policy_gradient
 from tunelang.runtime.planning.prepare import local_devices
 from tunelang.runtime.sharding import make_layout
@@ -288,11 +289,10 @@ def sample(given: Given) -> Found:
         engine = skewed(engine, given["short"], given["tokens"])
     group = given.get("group", 1)
 
+    sampler = Sampler(engine, sampling_of(given), stop_ids=(), pad=0)
+
     def call(seed: int) -> None:
-        rollout(
-            engine, params, prompts_of(given, seed), sampling_of(given), group=group, stop_ids=(),
-            seed=seed, step=0, pad=0,
-        )  # fmt: skip
+        sampler.sample(params, prompts_of(given, seed), group=group, seed=seed)
 
     call(0)
     call(1)
@@ -327,6 +327,7 @@ def grpo(given: Given) -> Found:
         capacity=architecture.context,
         layout=program.layout,
     )
+    sampler = Sampler(engine, sampling, stop_ids=(), pad=0)
     update = policy_step(architecture, optimizer, schedule, policy, program)
     score = score_program(architecture, program, given["temperature"])
     advantages = jax.jit(policy_gradient.advantages, static_argnames="how")
@@ -335,14 +336,10 @@ def grpo(given: Given) -> Found:
     reference = jax.tree.map(jnp.copy, state.params)
 
     def step(state: TrainState, at: int) -> TrainState:
-        rollouts = rollout(
-            engine, state.params, prompts_of(given, at), sampling, group=group, stop_ids=(),
-            seed=0, step=at, pad=0,
-        )  # fmt: skip
-        batch = in_parts(batch_of(rollouts, given["prompt"], given["tokens"]), part)
+        episodes = sampler.sample(state.params, prompts_of(given, at), group=group, seed=0, step=at)
+        batch = in_parts(batch_of(episodes, given["prompt"], given["tokens"]), part)
         scored = score(reference, batch.prompts, batch.prompt_lengths, batch.tokens)
-        every = (rollouts.completion(row) for row in range(len(rollouts.lengths)))
-        rewards = np.array([reward_of(completion) for completion in every])
+        rewards = np.array([reward_of(episode.tokens) for episode in episodes])
         found = advantages(rewards.reshape(-1, group), how="group_mean_std")
         values = np.asarray(found.values, np.float32).reshape(-1, part)
         batch = dataclasses.replace(batch, advantages=values, reference=scored)

@@ -25,7 +25,8 @@ from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.generation.engine import Admission, Engine, Prefilled, Slots, make_engine
-from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
+from tunelang.runtime.generation.episode_sampler import Sampler
+from tunelang.runtime.generation.episodes import Episodes, Prompt
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.sharding import make_layout, shardings
@@ -89,20 +90,17 @@ def main() -> None:
     sampling = Sampling(max_tokens=given.max_tokens, top_p=given.top_p)
     short = given.max_tokens // 4
 
-    def run(engine: Engine, step: int) -> Rollouts:
-        return rollout(
-            engine, params, prompts, sampling, group=given.group, stop_ids=(), seed=0, step=step,
-            pad=0,
-        )  # fmt: skip
+    def run(engine: Engine, step: int) -> Episodes:
+        sampler = Sampler(engine, sampling, stop_ids=(), pad=0)
+        return sampler.sample(params, prompts, group=given.group, seed=0, step=step)
 
-    def make(refill_at: int | None) -> Engine:
-        return make_engine(
-            architecture, slots=given.slots, capacity=architecture.context, layout=layout,
-            dtype=DTYPES[given.dtype], refill_at=refill_at,
-        )  # fmt: skip
-
-    engine = make(given.refill_at)
-    batches = make(given.slots)
+    engine = make_engine(
+        architecture, slots=given.slots, capacity=architecture.context, layout=layout,
+        dtype=DTYPES[given.dtype],
+    )  # fmt: skip
+    if given.refill_at is not None:
+        engine = replace(engine, refill_at=given.refill_at)
+    batches = replace(engine, refill_at=given.slots)
     cases = {
         "even": (engine, given.max_tokens),
         "skewed": (skewed(engine, short, given.max_tokens), short),
@@ -125,9 +123,9 @@ def main() -> None:
             "first_call_s": round(times[0], 1),
             "completions_per_s": round(count / took, 2),
             "tokens_per_s": round(tokens / took),
-            "turns": found.work.turns,
-            "rounds": found.work.rounds,
-            "slots_used": round(tokens / (found.work.turns * given.slots), 3),
+            "decode_steps": found.work.decode_steps,
+            "decode_calls": found.work.decode_calls,
+            "slots_used": round(tokens / (found.work.decode_steps * given.slots), 3),
         }), flush=True)  # fmt: skip
 
 

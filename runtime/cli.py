@@ -466,7 +466,6 @@ def generate_command(
         raise typer.Exit(WRONG_COMMAND)
     from tunelang.dsl.vocabulary.training import Sampling
     from tunelang.runtime.commands import generate  # JAX is slow to import
-    from tunelang.runtime.generation.generator import UnscoredError
 
     if temperature is None:
         temperature = 1.0 if best_of else 0.0
@@ -484,8 +483,8 @@ def generate_command(
                 asked, max_tokens, raw, beams=beams, length_penalty=penalty, returned=samples
             )
         elif best_of:
-            texts = generator.best(
-                asked, sampling, best_of, seed, raw, returned=samples, reward=reward
+            texts = generate.best_of(
+                generator, asked, sampling, best_of, seed, raw, returned=samples, reward=reward
             )
         else:
             texts = generator.complete(asked, sampling, samples, seed, raw)
@@ -493,7 +492,7 @@ def generate_command(
             with reward or nullcontext():
                 for text in texts:
                     typer.echo(text)
-        except UnscoredError as error:
+        except generate.UnscoredError as error:
             typer.echo(f"`{by}` scores no completion here: {error.part}: {error.why}", err=True)
             raise typer.Exit(WRONG_COMMAND) from None
 
@@ -515,7 +514,7 @@ def chat_command(
 
     sampling = Sampling.unvalidated(max_tokens=max_tokens, temperature=temperature)
     with _failing(program, traceback):
-        generate.chat(generate.open_speaker(program, _store(spec, store), stage), sampling)
+        generate.chat(generate.open_generator(program, _store(spec, store), stage), sampling)
 
 
 @app.command("export")

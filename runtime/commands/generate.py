@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from tunelang.dsl.program import Program
+from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.rewards import RewardRef
 from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.data.examples import Message
+from tunelang.runtime.data.examples import Example, Message
+from tunelang.runtime.generation.episodes import completion_texts
 from tunelang.runtime.generation.generator import TextGenerator
-from tunelang.runtime.loading.initial_weights import Origin
+from tunelang.runtime.loading.initial_weights import Origin, load_generator
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.pipeline.runner import compile_cache
 from tunelang.runtime.pipeline.weight_sources import Origins
 from tunelang.runtime.planning.prepare import prepare
+from tunelang.runtime.rewards.judges import Ask
 from tunelang.runtime.rewards.reward_functions import Reward
+from tunelang.runtime.rewards.reward_rows import reward_rows
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages.export import export
 from tunelang.runtime.store.run_store import Store
 
 
-def open_speaker(program: Program, store: Store, stage: str) -> TextGenerator:
+class UnscoredError(Exception):
+    """A reward has a value for no completion: what its part `part` lacks is in `why`."""
+
+    def __init__(self, part: str, why: str) -> None:
+        super().__init__(part, why)
+        self.part = part
+        self.why = why
+
+
+def open_generator(program: Program, store: Store, stage: str) -> TextGenerator:
     """Open what a stage yielded, or, of a stage that is not done, its last checkpoint.
 
     Of a sweep the first branch that is done is taken, unless `stage` names one. Raises
     `UnknownStage`, `MissingInputError` and `StoreError`.
     """
-    origin, _, resources = _opened(program, store, stage)
-    return TextGenerator.of(origin, resources)
+    origin, model, resources = _opened(program, store, stage)
+    return load_generator(origin, model, resources.devices)
 
 
 def open_ranked(
     program: Program, store: Store, stage: str, by: str | None, max_tokens: int
 ) -> tuple[TextGenerator, Reward | None]:
-    """`open_speaker`, with a declared reward for completions of at most `max_tokens`, where `by`
+    """`open_generator`, with a declared reward for completions of at most `max_tokens`, where `by`
     names one.
 
     Raises also what `Reward` raises.
     """
-    origin, _, resources = _opened(program, store, stage)
-    generator = TextGenerator.of(origin, resources)
+    origin, model, resources = _opened(program, store, stage)
+    generator = load_generator(origin, model, resources.devices)
     if by is None:
         return generator, None
     return generator, Reward(RewardRef.unvalidated(name=by), resources.surroundings(max_tokens))
@@ -54,7 +69,7 @@ def write(
 ) -> list[str]:
     """Write what a stage yielded to a folder; returns the names of the files.
 
-    Raises what `open_speaker` and `export` raise.
+    Raises what `open_generator` and `export` raise.
     """
     origin, model, resources = _opened(program, store, stage)
     kind = Export.unvalidated(adapter="apart" if apart else "merged", dtype=dtype)
@@ -67,9 +82,46 @@ def _opened(program: Program, store: Store, stage: str) -> tuple[Origin, Model, 
     prepared = prepare(program, store, only=[stage])
     resources = Resources(program, store.root / "cache", tuple(jax.devices()))
     origins = Origins(prepared.plan, prepared.graph, store, resources)
-    resources.generator = lambda judge: TextGenerator.of(origins.anywhere(judge), resources).judge
+
+    def judge(reference: Reference) -> Ask:
+        origin = origins.anywhere(reference)
+        model = resources.model(origin.model)
+        return load_generator(origin, model, resources.devices).judge
+
+    resources.generator = judge
     origin = origins.latest(stage)
     return origin, resources.model(origin.model), resources
+
+
+def best_of(
+    generator: TextGenerator,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    samples: int,
+    seed: int,
+    raw: bool,
+    *,
+    returned: int = 1,
+    reward: Reward | None = None,
+) -> Iterator[str]:
+    """Give of `samples` completions of each prompt the `returned` best.
+
+    Best by the reward, which is given the prompt and the completion, or without one by the mean
+    log-probability of a token, at the temperature. Raises `UnscoredError`.
+    """
+    renderer = generator.model.renderer
+    episodes = generator.sample(prompts, sampling, samples, seed, raw)
+    texts = completion_texts(renderer, episodes)
+    values = episodes.log_probs.sum(1) / episodes.lengths
+    if reward is not None:
+        examples = [Example("", 0, {}, prompt=text) for text in prompts]
+        scores = reward.score(reward_rows(renderer, examples, episodes, texts))
+        if len({event.row for event in scores.events}) == len(texts):
+            raise UnscoredError(scores.events[0].part, scores.events[0].why)
+        values = scores.values
+    for prompt, group in enumerate(values.reshape(-1, samples)):
+        for sample in np.argsort(-group, kind="stable")[:returned].tolist():
+            yield texts[prompt * samples + sample]
 
 
 def chat(generator: TextGenerator, sampling: Sampling) -> None:

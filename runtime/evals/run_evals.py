@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import jax
 import numpy as np
 
-from tunelang.compiler.costs.rollout_costs import MOST_SLOTS, sampling_tensor
-from tunelang.compiler.layout.hardware import chip_of
-from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.costs.rollout_costs import MOST_SLOTS
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity, Preference
 from tunelang.dsl.vocabulary.training import Sampling
@@ -21,24 +18,23 @@ from tunelang.runtime.data.examples import Example
 from tunelang.runtime.evals import statistics
 from tunelang.runtime.evals.score_answers import epoch, score_answers
 from tunelang.runtime.generation.beam_search import beam_search, make_search
-from tunelang.runtime.generation.engine import Engine, make_engine
-from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
+from tunelang.runtime.generation.engine_sizes import sampling_layout, slot_capacity, slot_count
+from tunelang.runtime.generation.episode_sampler import Sampler
+from tunelang.runtime.generation.episodes import Episodes, Prompt, completion_texts
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.rewards import number_match
 from tunelang.runtime.rewards.reward_functions import Reward, Scores
 from tunelang.runtime.rewards.reward_parts import Row, function_of
-from tunelang.runtime.sharding import DECODE_RULES, Layout, make_layout, sampling
+from tunelang.runtime.rewards.reward_rows import reward_rows, sample_records
+from tunelang.runtime.sharding import Layout
 from tunelang.runtime.tokenize.token_cache import Corpus, tokenise
-from tunelang.runtime.tokenize.tokenizers import StreamDecoder
 from tunelang.runtime.training.metrics import SampleRecord
 from tunelang.runtime.training.objective import loss_program
 from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.user_functions import CustomError
 from tunelang.runtime.workers.worker_pool import Workers
 
-_ROUND = 32
-"""Slots hold a multiple of so many tokens, so that stages share programs."""
 _SEED = 20_210_707
 """Of all evaluations: the same prompts get the same draws at every step and in every stage."""
 
@@ -75,140 +71,53 @@ def named(reference: Reference, evaluation: Evaluation) -> dict[str, float]:
 # Completions.
 
 
-def capacity_of(model: Model, longest: int, max_tokens: int) -> int:
-    """Return the tokens of a slot for prompts of up to `longest` tokens."""
-    wanted = -(-(longest + max_tokens) // _ROUND) * _ROUND
-    return min(wanted, model.architecture.context)
-
-
-def sampled_on(architecture: Architecture, dtype: Any, layout: Layout) -> Layout:
-    """Return where to sample from a model that has a layout for training: with whole weights in
-    each group of devices, or no turn would be done before it has gathered them all.
-    """
-    count, chip = layout.mesh.size, chip_of(layout.mesh.devices.flat[0].device_kind)
-    if count == 1 or layout.rules is DECODE_RULES:
-        return layout
-    width = np.dtype(dtype).itemsize
-    tensor = 1 if chip is None else sampling_tensor(architecture, width, count, chip.memory)
-    return sampling(layout, count // tensor, tensor)
-
-
-def sampled_everywhere(resources: Resources, model: Model) -> Layout:
-    """Return where a model lies that is only sampled from, or asked: on all devices."""
-    everywhere = make_layout(fsdp=len(resources.devices), devices=resources.devices)
-    return sampled_on(model.architecture, model.dtype, everywhere)
-
-
-def slots_of(count: int, most: int = MOST_SLOTS) -> int:
-    """Return how many of `count` completions to sample at once, over all devices."""
-    return min(most, 1 << (count - 1).bit_length())
-
-
-def engine_of(
-    resources: Resources, model: Model, slots: int, capacity: int, layout: Layout
-) -> Engine:
-    """Return the sampler's programs; those of equal sizes are shared by all stages."""
-    layout = sampled_on(model.architecture, model.dtype, layout)
-    return resources.cached(
-        ("engine", model.architecture, str(model.dtype), slots, capacity, layout),
-        lambda: make_engine(
-            model.architecture, slots=slots, capacity=capacity, dtype=model.dtype, layout=layout
-        ),
-    )
-
-
-def texts_of(model: Model, rollouts: Rollouts) -> list[str]:
-    """Return the texts of completions, without the tokens that end them."""
-    tokenizer, stops = model.renderer.tokenizer, model.renderer.stops
-    return [
-        tokenizer.decode(rollouts.completion(row), continues=True, hide=stops)
-        for row in range(len(rollouts.lengths))
-    ]
-
-
-def rows_of(
-    model: Model, examples: Sequence[Example], rollouts: Rollouts, texts: Sequence[str]
-) -> list[Row]:
-    """Return what the reward reads: completion `i` belongs to example `i // group`."""
-    rows = []
-    for at, text in enumerate(texts):
-        example = examples[at // rollouts.group]
-        roles = {
-            role: getattr(example, role)
-            for role in ("prompt", "response", "target", "system")
-            if getattr(example, role) is not None
-        }
-        if example.messages is not None:
-            roles["messages"] = [
-                {"role": each.role, "content": each.content} for each in example.messages
-            ]
-        fields = {**example.fields, **roles, "completion": text}
-        pieces = partial(_pieces, model, rollouts, at)
-        rows.append(Row(fields, example.source, int(rollouts.lengths[at]), pieces))
-    return rows
-
-
-def _pieces(model: Model, rollouts: Rollouts, row: int) -> list[str]:
-    """Return the text of each token of a completion: a character is that of its last one."""
-    decoder = StreamDecoder(model.renderer.tokenizer, model.renderer.stops)
-    found = [decoder.push(int(token)) for token in rollouts.completion(row)]
-    return [*found[:-1], found[-1] + decoder.finish()] if found else []
-
-
-def completed(
-    examples: Sequence[Example], rollouts: Rollouts, texts: Sequence[str], scores: Scores
-) -> Iterator[SampleRecord]:
-    """Give each completion with its reward."""
-    for at, text in enumerate(texts):
-        parts = {name: float(values[at]) for name, values in scores.parts.items()}
-        yield SampleRecord(
-            examples[at // rollouts.group],
-            text,
-            int(rollouts.lengths[at]),
-            float(scores.values[at]),
-            parts,
-        )
-
-
 @dataclass(frozen=True)
-class _Asked:
-    """The prompts of an eval, tokenised."""
+class _Prompts:
+    """The examples of an eval, and their prompts as tokens."""
 
     examples: list[Example]
-    prompts: list[Prompt]
+    tokens: list[Prompt]
 
     @property
     def longest(self) -> int:
-        return max(len(prompt.tokens) for prompt in self.prompts)
+        return max(len(prompt.tokens) for prompt in self.tokens)
 
 
-def _asked(resources: Resources, name: str, kind: Generate, model: Model) -> _Asked:
+def _prompts(resources: Resources, name: str, kind: Generate, model: Model) -> _Prompts:
     renderer = model.renderer
 
-    def make() -> _Asked:
-        stream = resources.stream(kind.data, seed=0, renderer=renderer, shuffled=False)
-        room = model.architecture.context - kind.max_tokens
-        stream = resources.library.within(stream, lambda e: len(renderer.prompt(e)), room)
+    def make() -> _Prompts:
+        stream, _ = resources.prompts(kind.data, model, _sampling(kind), seed=0, shuffled=False)
         examples = list(islice(stream.once(), kind.limit))
-        prompts = [Prompt(renderer.prompt(e), at) for at, e in enumerate(examples)]
-        return _Asked(examples, prompts)
+        tokens = [Prompt(renderer.prompt(e), index) for index, e in enumerate(examples)]
+        return _Prompts(examples, tokens)
 
-    return resources.cached(("asked", name, renderer.digest, model.architecture.context), make)
+    return resources.cached(
+        ("eval prompts", name, renderer.digest, model.architecture.context), make
+    )
+
+
+def _sampling(kind: Generate) -> Sampling:
+    return Sampling.unvalidated(
+        max_tokens=kind.max_tokens,
+        temperature=kind.temperature,
+        top_p=kind.top_p,
+        top_k=kind.top_k,
+    )
 
 
 def _generate(
     resources: Resources, name: str, kind: Generate, model: Model, params: Params, layout: Layout
 ) -> Evaluation:
-    asked = _asked(resources, name, kind, model)
-    capacity = capacity_of(model, asked.longest, kind.max_tokens)
-    found = _completions(resources, kind, model, params, layout, asked.prompts, capacity)
-    texts = texts_of(model, found)
+    prompts = _prompts(resources, name, kind, model)
+    episodes = _episodes(resources, kind, model, params, layout, prompts)
+    texts = completion_texts(model.renderer, episodes)
     rewards = [kind.score, *kind.also, *([] if kind.rank is None else [kind.rank])]
     around = resources.surroundings(kind.max_tokens)
     opened = resources.cached(
         ("eval rewards", name), lambda: [Reward(each, around) for each in rewards]
     )
-    rows = rows_of(model, asked.examples, found, texts)
+    rows = reward_rows(model.renderer, prompts.examples, episodes, texts)
     scores, *others = [reward.score(rows) for reward in opened]
     groups = scores.values.reshape(-1, kind.samples)
     low, high = statistics.interval(groups)
@@ -216,8 +125,8 @@ def _generate(
         "score": float(groups.mean()),
         "score_low": low,
         "score_high": high,
-        "length": float(found.lengths.mean()),
-        "truncated": float(found.truncated.mean()),
+        "length": float(episodes.lengths.mean()),
+        "truncated": float(episodes.truncated.mean()),
     }
     for expression, other in zip(kind.also, others, strict=False):
         metrics[kind.called(expression)] = float(other.values.mean())
@@ -230,11 +139,11 @@ def _generate(
     if kind.rank is not None:
         chosen = others[-1].values.reshape(groups.shape).argmax(1)
         metrics["best_of_n"] = float(groups[np.arange(len(groups)), chosen].mean())
-    by_source = _by_source(asked.examples, groups)
+    by_source = _by_source(prompts.examples, groups)
     if len(by_source) > 1:
         metrics |= {f"score/{source}": value for source, value in by_source.items()}
-    every = list(completed(asked.examples, found, texts, scores))
-    return Evaluation(metrics, tuple(every[: kind.show * kind.samples : kind.samples]))
+    records = list(sample_records(prompts.examples, episodes, texts, scores))
+    return Evaluation(metrics, tuple(records[: kind.show * kind.samples : kind.samples]))
 
 
 def _measured(
@@ -258,43 +167,32 @@ def _measured(
     return found
 
 
-def _completions(
+def _episodes(
     resources: Resources,
     kind: Generate,
     model: Model,
     params: Params,
     layout: Layout,
-    prompts: Sequence[Prompt],
-    capacity: int,
-) -> Rollouts:
+    prompts: _Prompts,
+) -> Episodes:
     """Sample, or search for, `samples` completions of each prompt."""
-    stops, pad = model.renderer.stops, model.renderer.tokenizer.pad
-    a, dtype = model.architecture, model.dtype
-    if kind.beams is not None:
-        beams = kind.beams
-        layout = sampled_on(a, dtype, layout)
-        size = slots_of(len(prompts), max(1, MOST_SLOTS // beams))
-        search = resources.cached(
-            ("search", a, str(dtype), size, beams, capacity, layout),
-            lambda: make_search(
-                a, prompts=size, beams=beams, capacity=capacity, dtype=dtype, layout=layout
-            ),
-        )
-        return beam_search(
-            search, params, prompts, max_tokens=kind.max_tokens, stop_ids=stops, pad=pad,
-            returned=kind.samples,
-        )  # fmt: skip
-    settings = Sampling.unvalidated(
-        max_tokens=kind.max_tokens,
-        temperature=kind.temperature,
-        top_p=kind.top_p,
-        top_k=kind.top_k,
+    if kind.beams is None:
+        slots = slot_count(len(prompts.tokens) * kind.samples)
+        sampler = Sampler.open(model, layout, _sampling(kind), slots=slots, longest=prompts.longest)
+        return sampler.sample(params, prompts.tokens, group=kind.samples, seed=_SEED)
+    a, dtype, beams = model.architecture, model.dtype, kind.beams
+    capacity = slot_capacity(a, prompts.longest, kind.max_tokens)
+    layout = sampling_layout(a, dtype, layout)
+    size = slot_count(len(prompts.tokens), max(1, MOST_SLOTS // beams))
+    search = resources.cached(
+        ("search", a, str(dtype), size, beams, capacity, layout),
+        lambda: make_search(
+            a, prompts=size, beams=beams, capacity=capacity, dtype=dtype, layout=layout
+        ),
     )
-    slots = slots_of(len(prompts) * kind.samples)
-    engine = engine_of(resources, model, slots, capacity, layout)
-    return rollout(
-        engine, params, prompts, settings, group=kind.samples, stop_ids=stops, seed=_SEED, step=0,
-        pad=pad, tokenizer=model.renderer.tokenizer,
+    return beam_search(
+        search, params, prompts.tokens, max_tokens=kind.max_tokens,
+        stop_ids=model.renderer.stops, pad=model.renderer.tokenizer.pad, returned=kind.samples,
     )  # fmt: skip
 
 

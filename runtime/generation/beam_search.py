@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.generation.engine import Given
-from tunelang.runtime.generation.rollout import SHORTEST, Floats, Prompt, Rollouts, Work
-from tunelang.runtime.models.attention import Kernel
+from tunelang.runtime.generation.episodes import Episodes, Floats, Prompt, Work
+from tunelang.runtime.generation.slot_queue import SHORTEST
 from tunelang.runtime.models.decoder import (
     KEYS,
     VALUES,
@@ -91,7 +91,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Beams(Rollouts):
+class Beams(Episodes):
     """The best completions of each prompt, the best first.
 
     Where a prompt has fewer (`beams` is more than there are sequences), the length of the last is 0
@@ -123,11 +123,10 @@ def make_search(
     capacity: int,
     dtype: Any = jnp.float32,
     layout: Layout | None = None,
-    kernel: Kernel = "xla",
 ) -> Search:
     """Make the program; it compiles once for each length that prompts are padded to.
 
-    `capacity`, `dtype` and `layout` are as for `decode_loop.make_engine`. Raises `ValueError` where
+    `capacity`, `dtype` and `layout` are as for `engine.make_engine`. Raises `ValueError` where
     a size is out of range.
     """
     if not 1 <= capacity <= architecture.context:
@@ -145,9 +144,7 @@ def make_search(
         decoder: Decoder = nnx.merge(graph, params)
         if ahead and architecture.adapters:
             decoder = decoder.merged()
-        hidden, prefilled = decoder.prefill(
-            tokens, jnp.maximum(lengths, 1), layout=layout, kernel=kernel
-        )
+        hidden, prefilled = decoder.prefill(tokens, jnp.maximum(lengths, 1), layout=layout)
         rows, slots = jnp.repeat(jnp.arange(prompts), beams), jnp.arange(prompts * beams)
         cache = empty_cache(architecture, prompts * beams, capacity, dtype)
         first = _no_paths(prompts, beams, capacity)
@@ -227,13 +224,14 @@ def beam_search(
         return every.reshape(-1, *every.shape[2:])
 
     found = jax.tree.map(rows, *parts)
-    inside = np.arange(max_tokens) < found.lengths[:, None]
+    mask = np.arange(max_tokens) < found.lengths[:, None]
     return Beams(
         prompts=tuple(tuple(prompt.tokens) for prompt in prompts),
         group=returned,
-        tokens=np.where(inside, found.tokens[:, :max_tokens], np.int32(pad)),
+        tokens=np.where(mask, found.tokens[:, :max_tokens], np.int32(pad)),
         lengths=found.lengths,
         log_probs=found.log_probs[:, :max_tokens],
+        mask=mask,
         truncated=~found.stopped,
         pad=pad,
         work=Work(len(prompts), turns, len(parts)),

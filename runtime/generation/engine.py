@@ -2,7 +2,7 @@
 
 Four programs. `empty` makes the slots, `prefill` runs prompts, `admit` copies a prefilled prompt
 into the slots of its completions, and `decode` draws tokens in all slots at once, in one
-`lax.while_loop`. `rollout.py` calls them.
+`lax.while_loop`. `episode_sampler.py` calls them.
 
 A turn of the loop draws a token from the hidden state that a slot holds, then runs the decoder on
 it. So the first token of a completion, whose hidden state comes from the prefill, is drawn by the
@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.generation.token_sampling import SlotSettings, sample, token_keys
-from tunelang.runtime.models.attention import Kernel
 from tunelang.runtime.models.decoder import (
     KEYS,
     VALUES,
@@ -150,15 +149,13 @@ def make_engine(
     capacity: int,
     dtype: Any = jnp.float32,
     layout: Layout | None = None,
-    kernel: Kernel = "xla",
-    refill_at: int | None = None,
 ) -> Engine:
     """Make the programs; each compiles at its first call.
 
     `slots` completions run at once, each of at most `capacity` tokens with its prompt. `dtype`, of
     activations and cache, and `layout` should be those of the training program, whose parameters
-    the programs take as they are. Without `refill_at`, the loop is left when an eighth of the slots
-    are free. Raises `ValueError` where a size is out of range.
+    the programs take as they are. The loop is left when an eighth of the slots are free. Raises
+    `ValueError` where a size is out of range.
 
     Why the loop is left at all: the prompts could all be prefilled beforehand, and slots refilled
     inside the loop, but then the cache of every prompt of the step would have to be held. Left for
@@ -171,9 +168,6 @@ def make_engine(
         )
     if slots < 1:
         raise ValueError(f"{slots} slots")
-    refill_at = max(1, slots // 8) if refill_at is None else refill_at
-    if not 1 <= refill_at <= slots:
-        raise ValueError(f"refilled when {refill_at} of {slots} slots are free")
     graph, _ = abstract_decoder(architecture, dtype)
     # Where every turn would convert or copy the weights, that is done once, ahead of the loop.
     # Quantised ones are not: the copy would take the memory that they save.
@@ -186,7 +180,7 @@ def make_engine(
 
     def prefill(params: Any, tokens: Array, lengths: Array) -> Prefilled:
         decoder: Decoder = nnx.merge(graph, params)
-        hidden, cache = decoder.prefill(tokens, lengths, layout=layout, kernel=kernel)
+        hidden, cache = decoder.prefill(tokens, lengths, layout=layout)
         return Prefilled(hidden, cache, tokens)
 
     def admit(state: Slots, prompts: Prefilled, admission: Admission) -> Slots:
@@ -214,7 +208,7 @@ def make_engine(
         return jax.lax.while_loop(going, turn, (state, jnp.zeros((), jnp.int32)))
 
     return Engine(
-        slots, capacity, refill_at,
+        slots, capacity, max(1, slots // 8),
         empty=jit(empty, layout, static_argnums=(0, 1, 2)),
         prefill=jit(prefill, layout),
         admit=jit(admit, layout, donate_argnums=0),

@@ -6,7 +6,7 @@ their adapters and its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from flax import nnx
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture, plain
 from tunelang.dsl.vocabulary.training import Adapter, Continued, Lora
+from tunelang.runtime.generation.engine_sizes import sampling_layout_over
+from tunelang.runtime.generation.generator import TextGenerator
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.loaded_model import Model
@@ -116,6 +118,12 @@ def loaded(origin: Origin, model: Model, layout: Layout, seed: int) -> Any:
     architecture = adapted(base, loras, storage)
     params = _loaded(origin, architecture, model, layout)
     return merged(params, architecture, layout, model.dtype)
+
+
+def load_generator(origin: Origin, model: Model, devices: Sequence[jax.Device]) -> TextGenerator:
+    """Load a model to generate with, over all devices; raises what `loaded` raises."""
+    layout = sampling_layout_over(devices, model.architecture, model.dtype)
+    return TextGenerator(model, loaded(origin, model, layout, 0), layout)
 
 
 def shaped_adapter(lora: Lora, model: Model, layout: Layout) -> Any:

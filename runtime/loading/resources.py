@@ -22,8 +22,10 @@ from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import DataExpression, Reference, RewardExpression
 from tunelang.dsl.vocabulary.data import Procedural, Sampled
 from tunelang.dsl.vocabulary.rewards import Endpoint, Learned, RewardKind, Rubric
+from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.data.examples import Example, texts_of
 from tunelang.runtime.data.stream import Library, Stream
+from tunelang.runtime.generation.engine_sizes import prompt_room
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.models.loaded_model import Model
@@ -127,6 +129,33 @@ class Resources:
             measure=None if renderer is None else measure,
             shuffled=shuffled,
         )
+
+    def prompts(
+        self,
+        expression: DataExpression,
+        model: Model,
+        sampling: Sampling,
+        *,
+        seed: int,
+        shuffled: bool = True,
+    ) -> tuple[Stream, int]:
+        """Return the examples whose prompts leave room for a completion, and the tokens of the
+        longest prompt.
+
+        Raises what opening data raises, `BadRowError` under `on_long_row = stop`, and
+        `NoRowsError`.
+        """
+        renderer, room = model.renderer, prompt_room(model.architecture, sampling)
+        longest = 0
+
+        def measure(example: Example) -> int:
+            nonlocal longest
+            count = len(renderer.prompt(example))
+            longest = max(longest, count if count <= room else 0)
+            return count
+
+        stream = self.stream(expression, seed=seed, renderer=renderer, shuffled=shuffled)
+        return self.library.within(stream, measure, room), longest
 
     def surroundings(self, max_tokens: int) -> Surroundings:
         """Return what the rewards of the program may refer to."""

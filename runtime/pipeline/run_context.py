@@ -16,10 +16,10 @@ from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.data import Sampled
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.data.row_errors import BadRows
-from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named, sampled_everywhere
+from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named
 from tunelang.runtime.evals.score_answers import learned
-from tunelang.runtime.generation.generator import TextGenerator
-from tunelang.runtime.loading.initial_weights import loaded
+from tunelang.runtime.generation.engine_sizes import sampling_layout_over
+from tunelang.runtime.loading.initial_weights import load_generator, loaded
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.pipeline.weight_sources import Origins
@@ -87,7 +87,9 @@ class Session:
         self.resources.learned = self._learned
 
     def _judge(self, reference: Reference) -> Ask:
-        return TextGenerator.of(self.origins.anywhere(reference), self.resources).judge
+        origin = self.origins.anywhere(reference)
+        model = self.resources.model(origin.model)
+        return load_generator(origin, model, self.resources.devices).judge
 
     def _sampled(self, kind: Sampled) -> Path:
         return self.origins.folder(kind.from_).path / FILES[kind.rows]
@@ -96,7 +98,7 @@ class Session:
         origin = self.origins.anywhere(reference)
         model = self.resources.model(origin.model)
         model = replace(model, architecture=replace(plain(model.architecture), scores=True))
-        layout = sampled_everywhere(self.resources, model)
+        layout = sampling_layout_over(self.resources.devices, model.architecture, model.dtype)
         return learned(self.resources, model, loaded(origin, model, layout, 0), layout)
 
     def seed(self, own: int | None) -> int:

@@ -311,9 +311,7 @@ class Job:
         teacher, params = self._teacher(stage, layout)
         _, known = session.measured(self.planned, stage.evals, teacher, params, layout, {})
         student = model, state.decoder_params
-        found = compared(
-            session.resources, student, (teacher, params), layout, recorder.last, known
-        )
+        found = compared(student, (teacher, params), layout, recorder.last, known)
         found |= {f"teacher/{name}": value for name, value in known.items()}
         recorder.evaluated(step, found)
         return found

@@ -40,11 +40,11 @@ from tunelang.dsl.vocabulary.stages import (
     Training,
 )
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.evals.run_evals import sampled_on, slots_of
 from tunelang.runtime.evals.score_answers import TOKENS
 from tunelang.runtime.generation import beam_search
 from tunelang.runtime.generation.engine import Request, abstract_slots, make_engine
-from tunelang.runtime.generation.rollout import PREFILL
+from tunelang.runtime.generation.engine_sizes import sampling_layout, slot_count
+from tunelang.runtime.generation.slot_queue import PREFILL
 from tunelang.runtime.generation.token_sampling import slot_settings
 from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.objectives.answer_scores import segment_program
@@ -333,7 +333,7 @@ def _judging(
     all; with it, the stage holds `held` bytes in each device.
     """
     a, dtype = judge.architecture, DTYPES["bf16" if judge.dtype_bytes == 2 else "f32"]
-    there = sampled_on(a, dtype, layout)
+    there = sampling_layout(a, dtype, layout)
     config = StepConfig(layout=there, dtype=dtype, chunk=CHUNK)
     params = parameters(a, config)
     beside = held - _bytes(params)
@@ -474,9 +474,9 @@ def _sampled(
     a: Architecture, dtype: Any, params: Any, layout: Layout, asked: _Asked, sampling: Sampling,
     beside: int, name: str = "", most: int = MOST_SLOTS,
 ) -> Iterator[AbstractProgram]:  # fmt: skip
-    """Give the programs of a rollout that is no part of a step, see `evaluate.sampled_on`."""
+    """Give the programs of a rollout that is no part of a step, see `sampling_layout`."""
     params, layout, twice = _brought(a, dtype, params, layout)
-    slots = slots_of(asked.completions, most)
+    slots = slot_count(asked.completions, most)
     capacity = asked.prompt + asked.completion
     sizes = _Sizes(slots, capacity, asked.prompt, asked.completion, asked.completions)
     yield from _sampler(a, dtype, params, layout, sizes, sampling, beside + twice, name)
@@ -488,7 +488,7 @@ def _searched(
 ) -> AbstractProgram:  # fmt: skip
     """Return the program of a beam search."""
     params, layout, twice = _brought(a, dtype, params, layout)
-    prompts = slots_of(asked.completions, max(1, MOST_SLOTS // beams))
+    prompts = slot_count(asked.completions, max(1, MOST_SLOTS // beams))
     capacity = asked.prompt + asked.completion
     search: Any = beam_search.make_search(
         a, prompts=prompts, beams=beams, capacity=capacity, dtype=dtype, layout=layout
@@ -505,7 +505,7 @@ def _brought(a: Architecture, dtype: Any, params: Any, layout: Layout) -> tuple[
     """Return parameters where they are sampled from, and the bytes in each device of those that
     stay where they were.
     """
-    there = sampled_on(a, dtype, layout)
+    there = sampling_layout(a, dtype, layout)
     if there == layout:
         return params, layout, 0
     return parameters(a, StepConfig(layout=there, dtype=dtype)), there, _bytes(params)

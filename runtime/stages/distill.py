@@ -20,11 +20,10 @@ from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.dsl.vocabulary.stages import Distill
 from tunelang.dsl.vocabulary.training import JensenShannon, Sampling
 from tunelang.runtime.data.feistel import derive
-from tunelang.runtime.evals.run_evals import capacity_of, engine_of
 from tunelang.runtime.evals.score_answers import epoch
-from tunelang.runtime.generation.engine import Engine
-from tunelang.runtime.generation.rollout import Prompt, rollout
-from tunelang.runtime.loading.resources import Resources
+from tunelang.runtime.generation.episode_sampler import Sampler
+from tunelang.runtime.generation.episodes import Prompt
+from tunelang.runtime.generation.slot_queue import power_of_two
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import OBJECTIVE_PARAMS, abstract_decoder
@@ -278,8 +277,7 @@ class OwnAnswers:
     """Samples answers of the student to the prompts of a batch (GKD)."""
 
     stage: Distill
-    engine: Engine
-    model: Model
+    sampler: Sampler
     seed: int
 
     def drawn(self, step: int) -> bool:
@@ -293,18 +291,13 @@ class OwnAnswers:
             Prompt(row[:begin].tolist(), at)
             for at, (row, begin) in enumerate(zip(batch.tokens, begins, strict=True))
         ]
-        renderer = self.model.renderer
-        found = rollout(
-            self.engine, params, prompts, self.stage.rollout, group=1,
-            stop_ids=renderer.stops, seed=self.seed, step=step,
-            pad=renderer.tokenizer.pad, tokenizer=renderer.tokenizer,
-        )  # fmt: skip
+        episodes = self.sampler.sample(params, prompts, group=1, seed=self.seed, step=step)
         length = batch.tokens.shape[1]
-        tokens = np.full_like(batch.tokens, renderer.tokenizer.pad)
+        tokens = np.full_like(batch.tokens, episodes.pad)
         trained = np.zeros_like(batch.trained)
         segments = np.zeros_like(batch.segments)
-        for row, begin in enumerate(begins):
-            ids = [*prompts[row].tokens, *found.completion(row)][:length]
+        for row, (begin, episode) in enumerate(zip(begins, episodes, strict=True)):
+            ids = [*episode.prompt, *episode.tokens][:length]
             tokens[row, : len(ids)] = ids
             trained[row, begin : len(ids)] = True
             segments[row, : len(ids)] = 1
@@ -315,25 +308,18 @@ class OwnAnswers:
 
 
 def own_answers(
-    resources: Resources,
-    stage: Distill,
-    model: Model,
-    batch: int,
-    longest: int,
-    layout: Layout,
-    seed: int,
+    stage: Distill, model: Model, batch: int, longest: int, layout: Layout, seed: int
 ) -> OwnAnswers:
     """Open the sampler of the student."""
-    capacity = capacity_of(model, longest, stage.rollout.max_tokens)
-    engine = engine_of(resources, model, 1 << (batch - 1).bit_length(), capacity, layout)
-    return OwnAnswers(stage, engine, model, derive(seed, "student"))
+    slots = power_of_two(batch)
+    sampler = Sampler.open(model, layout, stage.rollout, slots=slots, longest=longest)
+    return OwnAnswers(stage, sampler, derive(seed, "student"))
 
 
 # The report.
 
 
 def compared(
-    resources: Resources,
     student: tuple[Model, Any],
     teacher: tuple[Model, Any],
     layout: Layout,
@@ -344,7 +330,7 @@ def compared(
     metrics, of its parameters, and of its decoding speed.
     """
     sizes = [parameter_count(model.architecture) for model, _ in (student, teacher)]
-    rates = [_decode_rate(resources, *each, layout) for each in (student, teacher)]
+    rates = [_decode_rate(*each, layout) for each in (student, teacher)]
     shares = {
         f"retention.{name}": found[name] / value
         for name, value in known.items()
@@ -359,16 +345,17 @@ def compared(
     }
 
 
-def _decode_rate(resources: Resources, model: Model, params: Any, layout: Layout) -> float:
+def _decode_rate(model: Model, params: Any, layout: Layout) -> float:
     """Measure tokens/s of greedy decoding."""
     tokens = min(_TIMED_TOKENS, model.architecture.context // 2)
-    engine = engine_of(resources, model, _TIMED_SLOTS, capacity_of(model, 8, tokens), layout)
     sampling = Sampling.unvalidated(max_tokens=tokens, temperature=0.0)
+    sampler = Sampler.open(model, layout, sampling, slots=_TIMED_SLOTS, longest=8)
+    sampler = replace(sampler, stop_ids=())
     prompts = [Prompt([1, 2, 3, 4 + at], at) for at in range(_TIMED_SLOTS)]
 
     def run() -> float:
         begun = time.perf_counter()
-        rollout(engine, params, prompts, sampling, group=1, stop_ids=(), seed=0, step=0, pad=0)
+        sampler.sample(params, prompts, group=1, seed=0)
         return time.perf_counter() - begun
 
     run()

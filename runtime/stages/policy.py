@@ -25,19 +25,13 @@ from tunelang.runtime.data.examples import Example
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.data.sample_order import steps_of
 from tunelang.runtime.data.stream import Stream
-from tunelang.runtime.evals.run_evals import (
-    capacity_of,
-    completed,
-    engine_of,
-    rows_of,
-    texts_of,
-)
-from tunelang.runtime.generation.engine import Engine
-from tunelang.runtime.generation.rollout import Prompt, Rollouts, rollout
+from tunelang.runtime.generation.episode_sampler import Sampler
+from tunelang.runtime.generation.episodes import Episodes, Prompt, completion_texts
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.objectives import policy_gradient
 from tunelang.runtime.rewards.reward_functions import Reward, Scores
+from tunelang.runtime.rewards.reward_rows import reward_rows, sample_records
 from tunelang.runtime.sharding import HOST, Layout, on_devices, sampling, shardings
 from tunelang.runtime.stages.policy_step import (
     Learner,
@@ -73,7 +67,7 @@ class _Sampled:
     """Groups of completions that were sampled and scored together."""
 
     examples: list[Example]
-    rollouts: Rollouts
+    episodes: Episodes
     texts: list[str]
     scores: Scores
     batch: PolicyBatch
@@ -94,7 +88,7 @@ class PolicyTrainer:
     steps: int
     marks: frozenset[int]
     stream: Stream
-    engine: Engine
+    sampler: Sampler
     reward: Reward
     config: StepConfig
     step_program: StateProgram
@@ -186,21 +180,12 @@ class PolicyTrainer:
             Prompt(renderer.prompt(example), int(place) % 2**31)
             for example, place in zip(examples, places, strict=True)
         ]
-        rollouts = rollout(
-            self.engine,
-            self.state.decoder_params,
-            prompts,
-            stage.rollout,
-            group=stage.group,
-            stop_ids=renderer.stops,
-            seed=self.seed,
-            step=step,
-            pad=renderer.tokenizer.pad,
-            tokenizer=renderer.tokenizer,
+        episodes = self.sampler.sample(
+            self.state.decoder_params, prompts, group=stage.group, seed=self.seed, step=step
         )
-        texts = texts_of(self.model, rollouts)
-        scoring = self.reward.submit(rows_of(self.model, examples, rollouts, texts))
-        batch = batch_of(rollouts, self.prompt_length, self._padded(rollouts))
+        texts = completion_texts(renderer, episodes)
+        scoring = self.reward.submit(reward_rows(renderer, examples, episodes, texts))
+        batch = batch_of(episodes, self.prompt_length, self._padded(episodes))
         old = reference = valued = None
         if self._needs_old:
             old = self._scored(self.score, self.state.decoder_params, batch)
@@ -229,7 +214,7 @@ class PolicyTrainer:
         if stage.passes * stage.minibatches == 1:
             batch = replace(batch, old=None)
         rewards = rewards.reshape(-1, stage.group)
-        return _Sampled(examples, rollouts, texts, scores, batch, rewards)
+        return _Sampled(examples, episodes, texts, scores, batch, rewards)
 
     def _scored(self, score: ScoreProgram, params: Any, batch: PolicyBatch) -> NDArray[np.float32]:
         parts = in_parts(batch, self.part)
@@ -242,10 +227,10 @@ class PolicyTrainer:
         in_reward = stage.kl is not None and stage.kl.at == "reward"
         return stage.passes * stage.minibatches > 1 or in_reward
 
-    def _padded(self, rollouts: Rollouts) -> int:
+    def _padded(self, episodes: Episodes) -> int:
         most = self.stage.rollout.max_tokens
         unit = -(-most // _LENGTHS)
-        longest = max(1, int(rollouts.lengths.max()))
+        longest = max(1, int(episodes.lengths.max()))
         return min(-(-longest // unit) * unit, most)
 
     # The batch.
@@ -267,7 +252,7 @@ class PolicyTrainer:
             # Their rewards still count in the baseline of their group (DAPO, arXiv:2503.14476,
             # section 3.4).
             truncated = np.concatenate(
-                [s.rollouts.truncated.reshape(-1, stage.group)[prompts] for s, prompts in kept]
+                [s.episodes.truncated.reshape(-1, stage.group)[prompts] for s, prompts in kept]
             )
             mask = mask & ~truncated[..., None]
         batch = replace(batch, mask=mask)
@@ -284,12 +269,12 @@ class PolicyTrainer:
         trained = float(batch.mask.sum() + batch.prompt_lengths[counted.any(1)].sum())
         row = self._metrics(kept, advantages, flat, trained) | valued
         if self.critic is not None:
-            row["flops"] += self.critic.flops(trained, self.engine.capacity)
+            row["flops"] += self.critic.flops(trained, self.sampler.engine.capacity)
         return batch, row
 
     def _show(self, sampled: _Sampled) -> None:
-        every = completed(sampled.examples, sampled.rollouts, sampled.texts, sampled.scores)
-        self._shown = list(every)[:: self.stage.group][: self.stage.show]
+        records = sample_records(sampled.examples, sampled.episodes, sampled.texts, sampled.scores)
+        self._shown = list(records)[:: self.stage.group][: self.stage.show]
 
     def _metrics(
         self,
@@ -322,14 +307,14 @@ class PolicyTrainer:
                 if example.source == source
             ]
             rows[f"{source}.reward"] = float(np.mean(values))
-        lengths = np.concatenate([sampled.rollouts.lengths for sampled in rounds])
-        truncated = np.concatenate([sampled.rollouts.truncated for sampled in rounds])
+        lengths = np.concatenate([sampled.episodes.lengths for sampled in rounds])
+        truncated = np.concatenate([sampled.episodes.truncated for sampled in rounds])
         prompts = sum(
-            len(prompt) * self.stage.group for s in rounds for prompt in s.rollouts.prompts
+            len(prompt) * self.stage.group for s in rounds for prompt in s.episodes.prompts
         )
-        read = sum(len(prompt) for s in rounds for prompt in s.rollouts.prompts)
+        read = sum(len(prompt) for s in rounds for prompt in s.episodes.prompts)
         a = self.model.architecture
-        turns = sum(sampled.rollouts.work.turns for sampled in rounds)
+        decode_steps = sum(sampled.episodes.work.decode_steps for sampled in rounds)
         return {
             **rows,
             "length": float(lengths.mean()),
@@ -338,10 +323,10 @@ class PolicyTrainer:
             "advantage": float(advantages.mean()),
             "advantage_std": float(advantages.std()),
             "flat_groups": float(flat.mean()),
-            "slots_used": float(lengths.sum()) / max(1, turns * self.engine.slots),
+            "slots_used": float(lengths.sum()) / max(1, decode_steps * self.sampler.engine.slots),
             "tokens": float(prompts + lengths.sum()),
-            "flops": self.stage.passes * trained * train_flops(a, self.engine.capacity)
-            + float(read + lengths.sum()) * forward_flops(a, self.engine.capacity),
+            "flops": self.stage.passes * trained * train_flops(a, self.sampler.engine.capacity)
+            + float(read + lengths.sum()) * forward_flops(a, self.sampler.engine.capacity),
         }
 
 
@@ -372,21 +357,7 @@ def policy_trainer(
     the head alone. Raises what opening data raises.
     """
     a, rollouts = model.architecture, stage.rollout
-    renderer = model.renderer
-    room = a.context - rollouts.max_tokens
-    if rollouts.max_prompt is not None:
-        room = min(room, rollouts.max_prompt)
-    stream = resources.stream(stage.data, seed=derive(seed, "data"), renderer=renderer)
-    longest = 0
-
-    def measure(example: Example) -> int:
-        nonlocal longest
-        count = len(renderer.prompt(example))
-        longest = max(longest, count if count <= room else 0)
-        return count
-
-    stream = resources.library.within(stream, measure, room)
-    capacity = capacity_of(model, longest, rollouts.max_tokens)
+    stream, longest = resources.prompts(stage.data, model, rollouts, seed=derive(seed, "data"))
     assert planned.slots is not None
     steps = steps_of(stage.length, epoch=len(stream), batch=stage.batch)
     rows = stage.batch * stage.group // stage.minibatches
@@ -448,7 +419,9 @@ def policy_trainer(
         steps=steps,
         marks=marks,
         stream=stream,
-        engine=engine_of(resources, model, planned.slots, capacity, decode or layout),
+        sampler=Sampler.open(
+            model, decode or layout, rollouts, slots=planned.slots, longest=longest
+        ),
         reward=reward,
         config=config,
         step_program=step_program,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.stages import Policy
 from tunelang.dsl.vocabulary.training import Critic
-from tunelang.runtime.generation.rollout import Rollouts
+from tunelang.runtime.generation.episodes import Episodes
 from tunelang.runtime.models.decoder import RESIDUAL, Decoder, scored
 from tunelang.runtime.models.parameters import abstract_decoder, merge_params
 from tunelang.runtime.objectives import gae, policy_gradient
@@ -82,31 +82,31 @@ class Learner:
     schedule: Schedule
 
 
-def batch_of(rollouts: Rollouts, prompt_length: int, length: int) -> PolicyBatch:
+def batch_of(episodes: Episodes, prompt_length: int, length: int) -> PolicyBatch:
     """Lay out what was sampled: numpy, with groups as they are and without advantages.
 
     `ValueError` where a prompt is longer than `prompt_length` or a completion than `length`.
     """
-    lengths = np.array([len(prompt) for prompt in rollouts.prompts], np.int32)
+    lengths = np.array([len(prompt) for prompt in episodes.prompts], np.int32)
     for what, found, most in (
         ("prompt", lengths.max(initial=0), prompt_length),
-        ("completion", rollouts.lengths.max(initial=0), length),
+        ("completion", episodes.lengths.max(initial=0), length),
     ):
         if found > most:
             raise ValueError(f"a {what} of {found} tokens for a length of {most}")
-    prompts = np.full((len(lengths), prompt_length), rollouts.pad, np.int32)
-    for row, prompt in enumerate(rollouts.prompts):
+    prompts = np.full((len(lengths), prompt_length), episodes.pad, np.int32)
+    for row, prompt in enumerate(episodes.prompts):
         prompts[row, : len(prompt)] = prompt
 
     def grouped(array: NDArray[Any]) -> NDArray[Any]:
-        return _to_length(array, length).reshape(len(lengths), rollouts.group, length)
+        return _to_length(array, length).reshape(len(lengths), episodes.group, length)
 
     return PolicyBatch(
         prompts=prompts,
         prompt_lengths=lengths,
-        tokens=grouped(rollouts.tokens),
-        mask=grouped(np.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]),
-        sampler=grouped(rollouts.log_probs),
+        tokens=grouped(episodes.tokens),
+        mask=grouped(episodes.mask),
+        sampler=grouped(episodes.log_probs),
     )
 
 

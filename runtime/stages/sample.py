@@ -17,11 +17,13 @@ import numpy as np
 from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.stages import Sample
 from tunelang.runtime.data.examples import Example
-from tunelang.runtime.evals.run_evals import capacity_of, engine_of, rows_of, slots_of, texts_of
-from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.generation.engine_sizes import slot_count
+from tunelang.runtime.generation.episode_sampler import Sampler
+from tunelang.runtime.generation.episodes import Prompt, completion_texts
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.rewards.reward_functions import Reward
+from tunelang.runtime.rewards.reward_rows import reward_rows
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.store.atomic_files import RowWriter, keep_rows, read_rows, written_whole
 from tunelang.runtime.training.training_loop import Interrupted
@@ -48,19 +50,13 @@ def sample(
 ) -> dict[str, float]:
     """Sample and choose; returns the stage's metrics. Raises `Interrupted` between chunks."""
     renderer, sampling = model.renderer, stage.rollout
-    room = model.architecture.context - sampling.max_tokens
-    if sampling.max_prompt is not None:
-        room = min(room, sampling.max_prompt)
-    stream = resources.stream(stage.data, seed=0, renderer=renderer, shuffled=False)
-    stream = resources.library.within(stream, lambda e: len(renderer.prompt(e)), room)
+    stream, _ = resources.prompts(stage.data, model, sampling, seed=0, shuffled=False)
     examples = list(islice(stream.once(), stage.limit))
     prompts = [Prompt(renderer.prompt(e), at) for at, e in enumerate(examples)]
     each = max(1, CHUNK // stage.samples)
-    slots = slots_of(min(each, len(prompts)) * stage.samples)
+    slots = slot_count(min(each, len(prompts)) * stage.samples)
     longest = max(len(prompt.tokens) for prompt in prompts)
-    engine = engine_of(
-        resources, model, slots, capacity_of(model, longest, sampling.max_tokens), layout
-    )
+    sampler = Sampler.open(model, layout, sampling, slots=slots, longest=longest)
     tries = folder / TRIES
     chunks = -(-len(prompts) // each)
     done = _whole_chunks(tries)
@@ -73,13 +69,9 @@ def sample(
         try:
             for chunk in range(done, chunks):
                 own = slice(chunk * each, (chunk + 1) * each)
-                found = rollout(
-                    engine, params, prompts[own], sampling, group=stage.samples,
-                    stop_ids=renderer.stops, seed=seed, step=0, pad=renderer.tokenizer.pad,
-                    tokenizer=renderer.tokenizer,
-                )  # fmt: skip
-                texts = texts_of(model, found)
-                rows = rows_of(model, examples[own], found, texts)
+                episodes = sampler.sample(params, prompts[own], group=stage.samples, seed=seed)
+                texts = completion_texts(renderer, episodes)
+                rows = reward_rows(renderer, examples[own], episodes, texts)
                 scores, kept = score.score(rows).values, keep.score(rows).values > 0
                 for at, text in enumerate(texts):
                     place = own.start + at // stage.samples
@@ -87,8 +79,8 @@ def sample(
                         **_fields(examples[place]),
                         "completion": text,
                         "reward": float(scores[at]),
-                        "tokens": int(found.lengths[at]),
-                        "truncated": bool(found.truncated[at]),
+                        "tokens": int(episodes.lengths[at]),
+                        "truncated": bool(episodes.truncated[at]),
                     }
                     what = {"chunk": chunk, "place": place, "kept": bool(kept[at])}
                     writer.append({**what, "row": row})

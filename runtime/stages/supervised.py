@@ -235,7 +235,7 @@ def supervised_trainer(
             teacher = store_teacher(stage, corpus, live, aux_params, a.vocabulary, config, kept)
             aux_params = None
         if stage.on_policy:
-            own = own_answers(resources, stage, model, table.batch, longest, layout, seed)
+            own = own_answers(stage, model, table.batch, longest, layout, seed)
     # Built for a rate of 1, which the state's scale makes the stage's own: a sweep over rates
     # shares the program.
     unit = at_unit_rate(stage.optimizer)

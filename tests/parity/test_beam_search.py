@@ -10,7 +10,7 @@ import pytest
 
 from tests.parity.test_transformers import made, opened, torch
 from tunelang.runtime.generation.beam_search import beam_search, make_search
-from tunelang.runtime.generation.rollout import Prompt
+from tunelang.runtime.generation.episodes import Prompt
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 

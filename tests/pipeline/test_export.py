@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from tests.pipeline import tiny
 from tests.pipeline.test_pretrained import workspace
-from tunelang.runtime.commands.generate import open_speaker
+from tunelang.runtime.commands.generate import open_generator
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.sharding import make_layout
@@ -54,7 +54,7 @@ def exported(once: Path, tmp_path: Path) -> Path:
 
 def logits_of(spec: Path, stage: str, tokens: np.ndarray) -> np.ndarray:
     prepared, store = tiny.planned(spec)
-    generator = open_speaker(prepared.program, store, stage)
+    generator = open_generator(prepared.program, store, stage)
     graph, _ = abstract_decoder(generator.model.architecture, jnp.float32)
     decoder = nnx.merge(graph, generator.params)
     return np.asarray(decoder.logits(decoder(jnp.asarray(tokens))))
@@ -250,7 +250,7 @@ def test_transformers_loads_them(exported: Path) -> None:
         theirs = transformers.AutoTokenizer.from_pretrained(folder / name)
         text = "line 3 of the prose"
         prepared, store = tiny.planned(exported)
-        ours = open_speaker(prepared.program, store, "tuned").model.renderer
+        ours = open_generator(prepared.program, store, "tuned").model.renderer
         assert theirs(text, add_special_tokens=False).input_ids == ours.tokenizer.encode(text)
 
 
@@ -270,7 +270,7 @@ def test_what_was_trained_from_scratch(tmp_path: Path) -> None:
         folder = tmp_path / name
         same_as(transformers, folder, logits_of(spec, stage, tokens), tokens)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
-        ours = open_speaker(prepared.program, store, stage).model.renderer
+        ours = open_generator(prepared.program, store, stage).model.renderer
         text = " two  spaces\n\tand 👩‍👧 1234567 naïve"
         assert theirs(text, add_special_tokens=False).input_ids == ours.tokenizer.encode(text)
         assert theirs.decode(ours.tokenizer.encode(text)) == text

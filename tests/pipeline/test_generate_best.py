@@ -9,8 +9,7 @@ import pytest
 from tests.pipeline import tiny
 from tests.pipeline.test_run import tune
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.commands.generate import open_ranked
-from tunelang.runtime.generation.generator import UnscoredError
+from tunelang.runtime.commands.generate import UnscoredError, best_of, open_ranked
 
 PROMPTS = ("line 7 of", "the")
 SAMPLING = Sampling(max_tokens=6, temperature=1.0)
@@ -34,21 +33,21 @@ def test_the_best_of_several_samples(spec: Path) -> None:
     generator, reward = opened(spec, "plain")
     with reward:
         every = list(generator.complete(PROMPTS, SAMPLING, 8, 0, True))
-        found = list(generator.best(PROMPTS, SAMPLING, 8, 0, True, returned=8, reward=reward))
-        first = list(generator.best(PROMPTS, SAMPLING, 8, 0, True, reward=reward))
+        found = list(best_of(generator, PROMPTS, SAMPLING, 8, 0, True, returned=8, reward=reward))
+        first = list(best_of(generator, PROMPTS, SAMPLING, 8, 0, True, reward=reward))
     for at in (0, 8):
         # Equally good ones stay in their order.
         assert found[at : at + 8] == sorted(every[at : at + 8], key=lambda text: "e" in text)
     assert {"e" in text for text in every} == {True, False}
     assert first == found[::8]
-    likeliest = list(generator.best(PROMPTS, SAMPLING, 8, 0, True, returned=8))
+    likeliest = list(best_of(generator, PROMPTS, SAMPLING, 8, 0, True, returned=8))
     assert sorted(likeliest[:8]) == sorted(every[:8])
 
 
 def test_a_reward_without_its_fields(spec: Path) -> None:
     generator, reward = opened(spec, "correct")
     with reward, pytest.raises(UnscoredError, match="no field `target`"):
-        list(generator.best(PROMPTS, SAMPLING, 2, 0, True, reward=reward))
+        list(best_of(generator, PROMPTS, SAMPLING, 2, 0, True, reward=reward))
 
 
 def test_beams(spec: Path) -> None:

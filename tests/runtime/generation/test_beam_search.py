@@ -14,7 +14,8 @@ from tests.runtime.models.test_lora import ALL, LORA, adapted, random_decoder
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.generation.beam_search import beam_search, make_search
 from tunelang.runtime.generation.engine import make_engine
-from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.generation.episode_sampler import Sampler
+from tunelang.runtime.generation.episodes import Prompt
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.sharding import make_layout, shardings
 
@@ -92,7 +93,7 @@ def test_enough_beams_find_the_best_of_all_completions(name):
         for at, total in enumerate(totals):
             scores = {e: t / len(e) ** length_penalty for e, t in zip(every, total, strict=True)}
             mine = range(at * found.group, (at + 1) * found.group)
-            ours = {tuple(found.completion(row)): found.scores[row] for row in mine}
+            ours = {tuple(found[row].tokens): found.scores[row] for row in mine}
             assert (np.diff(list(ours.values())) <= 0).all()
             # One more than there are was asked for.
             assert ours.pop(()) == -np.inf
@@ -100,7 +101,7 @@ def test_enough_beams_find_the_best_of_all_completions(name):
             for each, score in ours.items():
                 np.testing.assert_allclose(score, scores[each], atol=1e-4)
             for row in mine[:-1]:
-                assert found.truncated[row] == (found.completion(row)[-1] not in stops)
+                assert found.truncated[row] == (found[row].tokens[-1] not in stops)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -108,10 +109,8 @@ def test_one_beam_is_greedy(name):
     architecture = FAMILIES[name]
     _, params = moved(architecture)
     engine = make_engine(architecture, slots=5, capacity=CAPACITY)
-    greedy = rollout(
-        engine, params, prompts(), Sampling(max_tokens=MAX_TOKENS, temperature=0.0),
-        group=1, stop_ids=MANY, seed=0, step=0, pad=PAD,
-    )  # fmt: skip
+    sampler = Sampler(engine, Sampling(max_tokens=MAX_TOKENS, temperature=0.0), MANY, PAD)
+    greedy = sampler.sample(params, prompts(), group=1, seed=0)
     found = search(architecture, params, beams=1, stop_ids=MANY, length_penalty=0.7)
     scores = greedy.log_probs.sum(1) / greedy.lengths**0.7
     np.testing.assert_array_equal(found.tokens, greedy.tokens)

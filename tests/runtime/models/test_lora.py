@@ -17,7 +17,8 @@ from tunelang.compiler.models.architecture import plain
 from tunelang.compiler.models.parameter_counts import adapter_parameters
 from tunelang.dsl.vocabulary.training import Dora, Lora, Sampling
 from tunelang.runtime.generation.engine import make_engine
-from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.generation.episode_sampler import Sampler
+from tunelang.runtime.generation.episodes import Prompt
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.parameters import abstract_decoder, split_trainable
 from tunelang.runtime.models.quantization import dequantized, quantized
@@ -156,9 +157,8 @@ def test_samplers_use_them(chain, storage):
     params = nnx.split(random_decoder(architecture))[1]
     engine = make_engine(architecture, slots=4, capacity=16)
     prompts = [Prompt(tokens, at) for at, tokens in enumerate([[1, 2, 3], [4, 5]])]
-    found = rollout(
-        engine, params, prompts, Sampling(max_tokens=6), group=2, stop_ids=(), seed=1, step=0, pad=0
-    )
+    sampler = Sampler(engine, Sampling(max_tokens=6), stop_ids=(), pad=0)
+    found = sampler.sample(params, prompts, group=2, seed=1)
     score = score_program(architecture, StepConfig(layout=make_layout(), chunk=4), 1.0)
     padded = np.zeros((2, 3), np.int32)
     for row, prompt in enumerate(prompts):

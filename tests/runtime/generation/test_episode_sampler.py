@@ -1,4 +1,4 @@
-"""Rollouts against whole forward passes, against the trainer, and against themselves."""
+"""Episodes against whole forward passes, against the trainer, and against themselves."""
 
 from dataclasses import replace
 
@@ -11,7 +11,8 @@ from flax import nnx
 from tests.runtime.architectures import FAMILIES
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.generation.engine import make_engine
-from tunelang.runtime.generation.rollout import Prompt, rollout
+from tunelang.runtime.generation.episode_sampler import Sampler
+from tunelang.runtime.generation.episodes import Prompt
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.sharding import (
     DECODE_RULES,
@@ -76,13 +77,17 @@ def run(engine, model):
         name="llama", slots=4, asked=None, *, given=None, own=None, params=None, refill_at=None,
         stop_ids=(STOP,), seed=3, step=0, group=GROUP, tokenizer=None,
     ):  # fmt: skip
-        more = {} if refill_at is None else {"refill_at": refill_at}
-        return rollout(
-            engine(name, slots, **more) if own is None else own,
+        sampler = Sampler(
+            engine(name, slots) if own is None else own,
+            Sampling(max_tokens=MAX_TOKENS, **(given or {})),
+            stop_ids, PAD, tokenizer,
+        )  # fmt: skip
+        if refill_at is not None:
+            sampler = replace(sampler, engine=replace(sampler.engine, refill_at=refill_at))
+        return sampler.sample(
             model(name)[1] if params is None else params,
             prompts() if asked is None else asked,
-            Sampling(max_tokens=MAX_TOKENS, **(given or {})),
-            group=group, stop_ids=stop_ids, seed=seed, step=step, pad=PAD, tokenizer=tokenizer,
+            group=group, seed=seed, step=step,
         )  # fmt: skip
 
     return run
@@ -134,7 +139,7 @@ def test_greedy_is_the_argmax_of_repeated_whole_passes(run, whole_pass, name, pe
     logits = whole_pass(name)
     for place, prompt in enumerate(prompts()):
         for row in (2 * place, 2 * place + 1):
-            completion = found.completion(row)
+            completion = found[row].tokens
             assert_greedy(logits, prompt.tokens, completion, penalty)
             assert STOP not in completion[:-1]
             assert found.truncated[row] == (completion[-1] != STOP)
@@ -169,7 +174,7 @@ def test_a_batch_holds_prompts_and_completions(run):
         expected = list(found.prompts[prompt])
         assert batch.prompts[prompt, : batch.prompt_lengths[prompt]].tolist() == expected
         assert (batch.prompts[prompt, batch.prompt_lengths[prompt] :] == PAD).all()
-        assert batch.tokens[prompt, at, :length].tolist() == found.completion(row)
+        assert batch.tokens[prompt, at, :length].tolist() == found[row].tokens
         np.testing.assert_array_equal(np.flatnonzero(batch.mask[prompt, at]), range(length))
         np.testing.assert_array_equal(batch.sampler[prompt, at], found.log_probs[row])
     with pytest.raises(ValueError, match="tokens for a length of 2"):
@@ -208,7 +213,7 @@ def test_a_refilled_slot_holds_nothing_of_its_predecessor(run, whole_pass):
     found = run(slots=1, asked=both, given=given, group=1, stop_ids=())
     for row, prompt in enumerate(both):
         assert found.lengths[row] == MAX_TOKENS
-        assert_greedy(whole_pass("llama"), prompt.tokens, found.completion(row), 1.6)
+        assert_greedy(whole_pass("llama"), prompt.tokens, found[row].tokens, 1.6)
 
 
 def test_draws_belong_to_the_step_the_seed_and_the_sample(run):
@@ -227,7 +232,7 @@ def test_stop_tokens_are_part_of_the_completion_and_can_change(run):
     free = run(stop_ids=())
     assert (free.lengths == MAX_TOKENS).all()
     assert free.truncated.all()
-    assert free.work.turns >= MAX_TOKENS
+    assert free.work.decode_steps >= MAX_TOKENS
     # On the same engine: the most frequent tokens of the first run, one and then two of them.
     frequent = np.bincount(free.tokens.ravel()).argsort()[::-1]
     for stops in ([int(frequent[0])], [int(each) for each in frequent[:2]]):
@@ -237,7 +242,7 @@ def test_stop_tokens_are_part_of_the_completion_and_can_change(run):
             place = next((place for place, each in enumerate(ids) if each in stops), None)
             assert found.truncated[row] == (place is None)
             end = MAX_TOKENS if place is None else place + 1
-            assert found.completion(row) == ids[:end]
+            assert found[row].tokens == ids[:end]
             assert (found.tokens[row, end:] == PAD).all()
             assert (found.log_probs[row, :end] < 0).all()
             assert (found.log_probs[row, end:] == 0).all()
@@ -265,22 +270,22 @@ class Letters(Bytes):
 @pytest.mark.parametrize("slots", [2, 8])
 @pytest.mark.parametrize("turns", [1, 3, 16])
 def test_stop_strings_end_right_after_the_token_that_completes_them(run, monkeypatch, slots, turns):
-    monkeypatch.setattr("tunelang.runtime.generation.rollout.TEXT_TURNS", turns)
+    monkeypatch.setattr("tunelang.runtime.generation.episode_sampler.TEXT_STEPS", turns)
     tokenizer = Letters()
     free = run(stop_ids=())
-    texts = [tokenizer.decode(free.completion(row)) for row in range(len(free.lengths))]
+    texts = [tokenizer.decode(free[row].tokens) for row in range(len(free.lengths))]
     # One that stands in the middle of a completion, one that is rare, and one in no text.
     stop = (texts[4][2:4], texts[8][-1], "é-")
     found = run(slots=slots, stop_ids=(), given={"stop": stop}, tokenizer=tokenizer)
     for row in range(len(free.lengths)):
-        ids = free.completion(row)
+        ids = free[row].tokens
         ends = (
             count
             for count in range(1, len(ids) + 1)
             if any(each in tokenizer.decode(ids[:count]) for each in stop)
         )
         end = next(ends, None)
-        assert found.completion(row) == ids[:end]
+        assert found[row].tokens == ids[:end]
         assert found.truncated[row] == (end is None)
         assert (found.log_probs[row, found.lengths[row] :] == 0).all()
     assert 0 < found.lengths[4] <= 4
@@ -310,7 +315,7 @@ def test_many_prompts_are_prefilled_together(run):
 def test_an_empty_queue(run):
     found = run(asked=[])
     assert found.tokens.shape == (0, MAX_TOKENS)
-    assert found.work.rounds == found.work.prefilled == 0
+    assert found.work.decode_calls == found.work.prefilled == 0
     assert batch_of(found, CAPACITY, MAX_TOKENS).tokens.shape == (0, GROUP, MAX_TOKENS)
 
 
@@ -379,7 +384,6 @@ def test_what_cannot_run_is_refused(run, given, message):
     [
         ({"slots": 0, "capacity": 8}, "0 slots"),
         ({"slots": 2, "capacity": 33}, "context of 32"),
-        ({"slots": 2, "capacity": 8, "refill_at": 3}, "3 of 2 slots"),
     ],
 )
 def test_sizes_out_of_range_are_refused(given, message):
