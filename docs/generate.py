@@ -6,6 +6,7 @@ command line. `tests/test_docs.py` fails while a page differs from what this scr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tunelang.dsl.vocabulary.base import Attribute, Function, Kind, KindInfo, at
 FOLDER = Path(__file__).parent
 EFFECTS = {"result": "result", "placement": "placement", "observe": "log"}
 """Effect of a change -> its word in the tables; `docs/language.md` explains the three."""
+
+SHARED = "Attributes of several kinds"
 
 FAMILIES = {
     "text": "Text",
@@ -113,38 +116,35 @@ def _noun_page(noun: str) -> str:
     groups: dict[type[Kind], list[KindInfo]] = {}
     for info in table.values():
         groups.setdefault(info.model, []).append(info)
-    shared = _shared(list(table.values()))
+    shared = _shared([group[0] for group in groups.values()])
     parts = [NOUNS[noun], "Kinds: " + ", ".join(f"[`{w}`](#{w})" for w in table) + "."]
     if noun in ("data", "reward"):
         parts.append(f"Also an expression: `{noun} NAME = ...`.")
     if shared:
-        parts += ["## Attributes of every kind", _table(shared.values())]
+        parts += [f"## {SHARED}", "Each kind lists below which of these it has.", _table(shared)]
     for group in groups.values():
         parts += _family(group, shared) if len(group) > 1 else _kind(group[0], shared)
     return _page(f"`{noun}`", "the vocabulary (`dsl/vocabulary/`)", *parts)
 
 
-def _shared(kinds: list[KindInfo]) -> dict[str, Attribute]:
-    """The attributes that all of several kinds have, equal in everything."""
-    if len(kinds) < 2:
-        return {}
-    first, *others = kinds
-    return {
-        name: attribute
-        for name, attribute in first.attributes.items()
-        if all(_row(attribute) == _row(o.attributes.get(name)) for o in others)
-    }
+def _shared(kinds: list[KindInfo]) -> list[Attribute]:
+    """The attributes that at least half of several kinds have, equal in everything."""
+    if len(kinds) < 3:
+        return []
+    rows = Counter(_row(a) for info in kinds for a in info.attributes.values())
+    known = {_row(a): a for info in kinds for a in info.attributes.values()}
+    return [attribute for row, attribute in known.items() if 2 * rows[row] >= len(kinds)]
 
 
-def _kind(info: KindInfo, shared: dict[str, Attribute]) -> Iterator[str]:
+def _kind(info: KindInfo, shared: list[Attribute]) -> Iterator[str]:
     yield f"## {info.word}"
     yield f"`{info.noun} NAME : {info.word} {{ ... }}`"
     yield info.doc
-    yield _table(a for name, a in info.attributes.items() if name not in shared)
+    yield from _own_attributes(info.attributes.values(), shared)
     yield _metrics(info)
 
 
-def _family(group: list[KindInfo], shared: dict[str, Attribute]) -> Iterator[str]:
+def _family(group: list[KindInfo], shared: list[Attribute]) -> Iterator[str]:
     """Describe kinds that are rows of one table of presets over the same attributes."""
     for info in group:
         yield f"## {info.word}"
@@ -154,11 +154,20 @@ def _family(group: list[KindInfo], shared: dict[str, Attribute]) -> Iterator[str
         values = ", ".join(f"`{a.name} = {literal(a.default, a.type)}`" for a in presets)
         yield f"Its defaults: {values}." if values else ""
     words = ", ".join(f"`{info.word}`" for info in group)
-    known = attributes(group[0].model)
     yield f"## Attributes of {words}"
     yield "Where a kind has a default of its own, it is listed with the kind above."
-    yield _table(a for name, a in known.items() if name not in shared)
+    yield from _own_attributes(attributes(group[0].model).values(), shared)
     yield _metrics(group[0])
+
+
+def _own_attributes(known: Iterable[Attribute], shared: list[Attribute]) -> Iterator[str]:
+    """Name the attributes that stand in the table of shared ones, and tabulate the others."""
+    rows = {_row(attribute) for attribute in shared}
+    known = list(known)
+    common = [attribute.name for attribute in known if _row(attribute) in rows]
+    anchor = SHARED.lower().replace(" ", "-")
+    yield f"[{SHARED}](#{anchor}): {_words(common)}." if common else ""
+    yield _table(attribute for attribute in known if _row(attribute) not in rows)
 
 
 def _metrics(info: KindInfo) -> str:
@@ -208,9 +217,7 @@ def _table(known: Iterable[Attribute], name: str = "attribute") -> str:
     return "\n".join([head, "|---|---|---|---|---|---|", *rows])
 
 
-def _row(a: Attribute | None) -> str:
-    if a is None:
-        return ""
+def _row(a: Attribute) -> str:
     default = "*required*" if a.required else f"`{literal(a.default, a.type)}`"
     none = " (or `none`)" if a.optional else ""
     cells = (f"`{a.name}`", a.type.describe() + none, default, EFFECTS[a.effect], a.doc)
