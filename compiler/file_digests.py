@@ -25,6 +25,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from typing_extensions import override
+
+from tunelang.dsl.diagnostics.tune_error import FailureText, TuneError
+from tunelang.dsl.messages import run_failures
+
 DIGEST_LENGTH = 32
 """Hexadecimal digits of a digest: 128 bits of SHA-256."""
 SAMPLES = 64
@@ -37,12 +42,17 @@ _TOKENIZER_NAMES = ("tokenizer", "special_tokens", "added_tokens", "chat_templat
 _FORMAT = 1
 
 
-class ContentError(Exception):
-    """Something on disk cannot be read: `path`, and `reason` in words."""
+@dataclass(eq=False)
+class ContentError(TuneError):
+    """A file or folder that the spec names cannot be read."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = path, reason
+    code = "store-fails"
+    path: Path
+    reason: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.unreadable(self.path, self.reason)
 
 
 def digest(*parts: bytes) -> str:

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import networkx as nx
+from typing_extensions import override
 
+from tunelang.dsl.diagnostics.tune_error import (
+    WRONG_SPEC,
+    CommandError,
+    FailureText,
+    SpecPlace,
+    TuneError,
+)
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.program import Branch, Declared, Program
 from tunelang.dsl.references import references_in
 from tunelang.dsl.vocabulary import training
@@ -93,19 +102,29 @@ class StageGraph:
     """Node ids; an edge leads from what is read to its reader, with the attributes in `paths`."""
 
 
-class GraphError(ValueError):
-    """A graph cannot be made: `stage` is the stage at fault, `problem` says what is wrong."""
+@dataclass(eq=False)
+class GraphError(TuneError, ValueError):
+    """The graph of stages cannot be built: `problem` says what is wrong with `stage`."""
 
-    def __init__(self, stage: str, problem: str) -> None:
-        super().__init__(f"`{stage}` {problem}")
-        self.stage, self.problem = stage, problem
+    code = "cannot-lay-out"
+    exit_code = WRONG_SPEC
+    stage: str
+    problem: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.no_graph(self.stage, self.problem)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(declaration=self.stage)
 
 
-class UnknownStage(LookupError):
+class UnknownStage(CommandError):
     """No stage and no node has the name; `known` are the names of the stages."""
 
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
-        super().__init__(f"no stage is called `{name}`")
+        super().__init__(run_failures.unknown_stage(name, known))
         self.name, self.known = name, known
 
 

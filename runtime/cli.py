@@ -28,6 +28,7 @@ import typer
 from tunelang.dsl.check import check, check_file
 from tunelang.dsl.diagnostics import render
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Diagnostics
+from tunelang.dsl.diagnostics.tune_error import CommandError
 from tunelang.dsl.program import Program
 from tunelang.dsl.resolve.load import read
 from tunelang.dsl.syntax.source import Source
@@ -158,17 +159,12 @@ def _render(specs: list[str], sets: list[str], data: str, count: int) -> None:
     program = _checked(spec, sets)
     from rich.console import Console
 
-    from tunelang.runtime.commands.preview import UnreadDataError, rendered  # JAX is slow to import
+    from tunelang.runtime.commands.preview import rendered  # JAX is slow to import
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with _failing(program, traceback=False):
-        try:
-            for text in rendered(program, _store(spec, None), data, count, not console.is_terminal):
-                console.print(text, end="\n\n")
-        except UnreadDataError as error:
-            known = ", ".join(f"`{name}`" for name in error.known) or "none"
-            typer.echo(f"no stage reads data called `{data}`: they read {known}", err=True)
-            raise typer.Exit(WRONG_COMMAND) from None
+        for text in rendered(program, _store(spec, None), data, count, not console.is_terminal):
+            console.print(text, end="\n\n")
 
 
 @app.command("fmt")
@@ -488,13 +484,9 @@ def generate_command(
             )
         else:
             texts = generator.complete(asked, sampling, samples, seed, raw)
-        try:
-            with reward or nullcontext():
-                for text in texts:
-                    typer.echo(text)
-        except generate.UnscoredError as error:
-            typer.echo(f"`{by}` scores no completion here: {error.part}: {error.why}", err=True)
-            raise typer.Exit(WRONG_COMMAND) from None
+        with reward or nullcontext():
+            for text in texts:
+                typer.echo(text)
 
 
 @app.command("chat")
@@ -589,12 +581,10 @@ def _failing(program: Program, traceback: bool) -> Iterator[None]:
     except Exception as error:
         if traceback or isinstance(error, typer.Exit | BrokenPipeError):
             raise
-        from tunelang.compiler.graph import UnknownStage
         from tunelang.runtime.commands.diagnose import diagnose
 
-        if isinstance(error, UnknownStage):
-            known = ", ".join(f"`{name}`" for name in error.known)
-            typer.echo(f"no stage is called `{error.name}`: there is {known}", err=True)
+        if isinstance(error, CommandError):
+            typer.echo(str(error), err=True)
             raise typer.Exit(WRONG_COMMAND) from None
         diagnostic, code = diagnose(error, program)
         report([diagnostic])

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
+from typing_extensions import override
 
+from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary import types
 from tunelang.dsl.vocabulary.base import Function, Node, RewardExpression, attributes
 from tunelang.dsl.vocabulary.custom import Python
@@ -23,13 +26,21 @@ from tunelang.runtime.workers import worker_process
 _Node = TypeVar("_Node", bound=Node)
 
 
-class CustomError(Exception):
-    """A function cannot be loaded, or returned what it must not: its `reference`, and `why`."""
+@dataclass(eq=False)
+class CustomError(TuneError):
+    """A function cannot be loaded, failed, or returned the wrong thing: its `reference`, `why`."""
 
-    def __init__(self, reference: str, why: str) -> None:
-        super().__init__(f"{reference}: {why}")
-        self.reference = reference
-        self.why = why
+    code = "python-function"
+    reference: str
+    why: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.python_function(self.reference, self.why)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(quoted=self.reference)
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def test_check_renders_examples_with_what_is_trained(tmp_path: Path) -> None:
     assert len(long.stdout) < 1000
     wrong = tune("check", "spec.tune", "--render", "bok", cwd=tmp_path)
     assert wrong.returncode == 2
-    assert wrong.stderr == "no stage reads data called `bok`: they read `book`, `rows`\n"
+    assert wrong.stderr == "no stage reads data called `bok`: the stages read `book` and `rows`\n"
 
 
 PINNED = """\

@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from typing_extensions import override
+
 from tunelang.compiler.layout.hardware import Devices
 from tunelang.compiler.layout.stage_layout import Kernel, StageLayout
 from tunelang.compiler.models.architecture import Architecture
+from tunelang.dsl.diagnostics.tune_error import (
+    DOES_NOT_FIT,
+    WRONG_SPEC,
+    FailureText,
+    SpecPlace,
+    TuneError,
+)
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.stages import Training
 
 
@@ -43,24 +53,58 @@ class LayoutQuery:
     """Roles that every source of the stage's data has."""
 
 
-class DoesNotFitError(Exception):
-    """No layout fits into the memory of the devices.
+@dataclass(eq=False)
+class DoesNotFitError(TuneError):
+    """No layout fits into the memory of the devices."""
 
-    `nearest` is the layout that needs the least memory, `pinned` names the attributes with which
-    the spec restricts the layout, `query` is what was searched for.
+    code = "does-not-fit"
+    exit_code = DOES_NOT_FIT
+    query: LayoutQuery
+    nearest: StageLayout
+    """The layout that needs the least memory."""
+    pinned: tuple[str, ...]
+    """Attributes of the spec that restrict the layout."""
+    usable: int
+    """Bytes of a device that a plan may use."""
+    remedies: tuple[tuple[str, int], ...] = ()
+    """Changes that would make the stage fit, and the bytes that each needs; added where the error
+    is about to be reported, since they take a search of their own.
     """
 
-    def __init__(self, query: LayoutQuery, nearest: StageLayout, pinned: tuple[str, ...]) -> None:
-        super().__init__(f"needs {nearest.total} bytes of {query.devices.chip.memory}")
-        self.query = query
-        self.nearest = nearest
-        self.pinned = pinned
+    @override
+    def text(self, stage: str) -> FailureText:
+        nearest = self.nearest
+        mesh = " × ".join(f"{axis} {size}" for axis, size in nearest.mesh.items() if size > 1)
+        several = f", {nearest.branches} branches in one program" if nearest.branches > 1 else ""
+        return run_failures.does_not_fit(
+            stage=stage,
+            needed=nearest.total,
+            memory=self.query.devices.chip.memory,
+            usable=self.usable,
+            devices=str(self.query.devices),
+            layout=f"{mesh or 'one device'}, remat {nearest.remat}{several}",
+            parts=nearest.memory,
+            pinned=self.pinned,
+            remedies=self.remedies,
+        )
+
+    def __str__(self) -> str:
+        return f"needs {self.nearest.total} bytes of {self.query.devices.chip.memory}"
 
 
-class NoLayoutError(Exception):
-    """An attribute of the spec contradicts the devices or the batch; `why` in words."""
+@dataclass(eq=False)
+class NoLayoutError(TuneError):
+    """An attribute that the spec sets contradicts the devices or the batch; `why` in words."""
 
-    def __init__(self, attribute: str, why: str) -> None:
-        super().__init__(attribute, why)
-        self.attribute = attribute
-        self.why = why
+    code = "cannot-lay-out"
+    exit_code = WRONG_SPEC
+    attribute: str
+    why: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.no_layout(self.why)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(attribute=self.attribute)

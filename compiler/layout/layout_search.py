@@ -152,7 +152,8 @@ class _Search:
             return sorted(self.fitting, key=_rank)
         if self.nearest is None:
             raise self._contradiction()
-        raise DoesNotFitError(self.query, self.nearest, pins(self.stage))
+        usable = int(MARGIN * self.query.devices.chip.memory)
+        raise DoesNotFitError(self.query, self.nearest, pins(self.stage), usable)
 
     @property
     def best(self) -> StageLayout | None:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import cast
 
+from typing_extensions import override
+
 from tunelang.compiler.models.architecture import Adapter, Architecture, Storage
+from tunelang.dsl.diagnostics.tune_error import WRONG_SPEC, FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.models import Pretrained, Transformer
 from tunelang.dsl.vocabulary.training import TARGETS, Dora, Lora
 
@@ -23,14 +27,25 @@ _ROLES = {
 }
 
 
-class NoTargetError(Exception):
-    """A target of an adapter that no matrix of the architecture has, whose paths are `known`; or
-    one that the adapter cannot be on: `why`.
+@dataclass(eq=False)
+class NoTargetError(TuneError):
+    """A target of an adapter is no matrix of the architecture, whose matrices are `known`; or the
+    adapter cannot be on it, and `why` says so.
     """
 
-    def __init__(self, target: str, known: tuple[str, ...], why: str = "") -> None:
-        super().__init__(target, known, why)
-        self.target, self.known, self.why = target, known, why
+    code = "no-target"
+    exit_code = WRONG_SPEC
+    target: str
+    known: tuple[str, ...]
+    why: str = ""
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.no_target(self.target, self.known, self.why)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(attribute="adapter")
 
 
 def storage_of(model: Pretrained | Transformer) -> Storage:

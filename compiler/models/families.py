@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from typing_extensions import override
+
 from tunelang.compiler.models.architecture import (
     Architecture,
     LinearScaling,
@@ -21,6 +23,8 @@ from tunelang.compiler.models.architecture import (
     Span,
     plain,
 )
+from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 
 Config = Mapping[str, Any]
 
@@ -94,8 +98,18 @@ class UnknownFamilyError(Exception):
         self.model_type, self.known = model_type, known
 
 
-class UndescribedError(Exception):
-    """An architecture that no family in the table has."""
+class UndescribedError(TuneError):
+    """No family in the table has the architecture."""
+
+    code = "export-fails"
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.no_family()
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(attribute="from")
 
 
 class BadConfigError(Exception):

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tunelang.dsl.diagnostics.tune_error import CommandError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.rewards import RewardRef
@@ -30,11 +32,11 @@ from tunelang.runtime.stages.export import export
 from tunelang.runtime.store.run_store import Store
 
 
-class UnscoredError(Exception):
-    """A reward has a value for no completion: what its part `part` lacks is in `why`."""
+class UnscoredError(CommandError):
+    """A reward has a value for no completion; `why` is what its part `part` lacks."""
 
     def __init__(self, part: str, why: str) -> None:
-        super().__init__(part, why)
+        super().__init__(run_failures.unscored(part, why))
         self.part = part
         self.why = why
 

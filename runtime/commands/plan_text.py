@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tunelang.compiler.drawing.draw import picture, tree
 from tunelang.compiler.layout.stage_layout import peak
 from tunelang.compiler.plan import Json, StagePlan, describe
-from tunelang.runtime.human_units import count_text, duration, size_text
+from tunelang.dsl.messages.human_units import count_text, duration, size_text
 from tunelang.runtime.planning.prepare import Prepared
 
 if TYPE_CHECKING:

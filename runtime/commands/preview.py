@@ -10,6 +10,8 @@ from pydantic import BaseModel
 from rich.text import Text
 
 from tunelang.compiler.graph import build, models_of
+from tunelang.dsl.diagnostics.tune_error import CommandError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary.data import DataRef
 from tunelang.dsl.vocabulary.stages import Policy
@@ -23,12 +25,11 @@ _MOST = 600
 """Tokens of an example that are shown: three quarters from its beginning, the rest from its end."""
 
 
-class UnreadDataError(LookupError):
+class UnreadDataError(CommandError):
     """No stage reads data of this name; `known` are the names that stages read."""
 
     def __init__(self, name: str, known: tuple[str, ...]) -> None:
-        super().__init__(name, known)
-        self.name, self.known = name, known
+        super().__init__(run_failures.unread_data(name, known))
 
 
 def rendered(program: Program, store: Store, data: str, count: int, marks: bool) -> Iterator[Text]:

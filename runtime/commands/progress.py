@@ -15,9 +15,8 @@ from rich.text import Text
 
 from tunelang.compiler.graph import Input
 from tunelang.compiler.plan import StagePlan
-from tunelang.runtime.commands.diagnose import row_problem
+from tunelang.dsl.messages.human_units import count_text, duration, number
 from tunelang.runtime.data.row_errors import BadRows
-from tunelang.runtime.human_units import count_text, duration, number
 from tunelang.runtime.store.locks import Holder
 
 _PIPE_SECONDS = 10.0
@@ -127,7 +126,7 @@ class Progress:
         """See `execute.RunReporter`."""
         self._say(f"{rows.total} rows were dropped")
         for shown in rows.shown:
-            self._say(f"  {shown.place}: {row_problem(shown.cause)}")
+            self._say(f"  {shown.row}: {shown.cause}")
 
     def waiting(self, planned: StagePlan, holder: Holder | None) -> None:
         """See `execute.RunReporter`."""

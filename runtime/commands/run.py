@@ -10,10 +10,10 @@ from rich.console import Console
 from tunelang.runtime.commands import plan_text
 from tunelang.runtime.commands.progress import Progress
 from tunelang.runtime.commands.show import table
+from tunelang.runtime.errors import Interrupted
 from tunelang.runtime.pipeline.runner import execute
 from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.store.run_store import Store
-from tunelang.runtime.training.training_loop import Interrupted
 
 INTERRUPTED = 130
 

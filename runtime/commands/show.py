@@ -8,8 +8,8 @@ from typing import Any
 from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.fingerprint import fingerprints
 from tunelang.compiler.graph import StageGraph, build, named
+from tunelang.dsl.messages.human_units import count_text, duration, number, size_text
 from tunelang.dsl.program import Program
-from tunelang.runtime.human_units import count_text, duration, number, size_text
 from tunelang.runtime.store.run_store import StageFolder, Store
 
 _HEADLINES = ("loss", "perplexity", "reward", "length", "tokens_per_second", "mfu", "memory")

@@ -20,7 +20,8 @@ from tunelang.dsl.vocabulary.data import (
     TextFiles,
     sampled_roles,
 )
-from tunelang.runtime.data.text_templates import Row, WrongTypeError, lookup, render, sole_field
+from tunelang.runtime.data.row_errors import WrongTypeError
+from tunelang.runtime.data.text_templates import Row, lookup, render, sole_field
 
 SPEAKERS = ("system", "user", "assistant", "tool")
 

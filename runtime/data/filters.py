@@ -9,7 +9,8 @@ from typing import Any
 from tunelang.dsl.vocabulary.base import Condition
 from tunelang.dsl.vocabulary.data import FieldValue, Literal, Operator
 from tunelang.runtime.data.examples import Example
-from tunelang.runtime.data.text_templates import WrongTypeError, lookup
+from tunelang.runtime.data.row_errors import WrongTypeError
+from tunelang.runtime.data.text_templates import lookup
 
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,

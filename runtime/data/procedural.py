@@ -15,23 +15,31 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
+from tunelang.dsl.diagnostics.tune_error import FailureText, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.data import Procedural
 from tunelang.runtime.store.atomic_files import written_whole
 
 
-class GeneratorError(Exception):
-    """A generator refused its settings or broke down: its `task` and the `reason` that it gave."""
+@dataclass(eq=False)
+class GeneratorError(TuneError):
+    """A generator refused its settings or failed: its `task` and the `reason` that it gave."""
 
-    def __init__(self, task: str, reason: str) -> None:
-        super().__init__(task, reason)
-        self.task = task
-        self.reason = reason
+    code = "generator-fails"
+    task: str
+    reason: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.generator_failed(self.task, self.reason)
 
 
 class Problems:

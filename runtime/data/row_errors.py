@@ -5,51 +5,110 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import ClassVar
+
+from typing_extensions import override
+
+from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 
 SHOWN = 5
 
 
-class NotARowError(Exception):
-    """What stands in a file is no row: `reason` in words, and the `excerpt`."""
+class RowError(TuneError):
+    """A row that cannot be used. The message is what is wrong with it."""
 
-    def __init__(self, reason: str, excerpt: str) -> None:
-        super().__init__(reason, excerpt)
-        self.reason = reason
-        self.excerpt = excerpt
+    code = "unusable-row"
+    droppable: ClassVar[bool] = True
+    """Whether `on_bad_row` may drop the row: no, where most other rows would fail too."""
 
 
-class TooLongError(Exception):
+@dataclass(eq=False)
+class NotARowError(RowError):
+    """A place in a file that does not hold a row: `reason` in words, and the `excerpt`."""
+
+    reason: str
+    excerpt: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.no_row(self.reason, self.excerpt)
+
+
+@dataclass(eq=False)
+class MissingFieldError(RowError):
+    """A row lacks the field `name`; `known` are the names where it was looked for."""
+
+    name: str
+    known: tuple[str, ...]
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.missing_field(self.name, self.known)
+
+
+@dataclass(eq=False)
+class WrongTypeError(RowError):
+    """The `value` of a field `name` is not what its use needs: `expected` in words."""
+
+    name: str
+    expected: str
+    value: object
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.wrong_type(self.name, self.expected, self.value)
+
+
+@dataclass(eq=False)
+class TooLongError(RowError):
     """A row has more tokens than its context: `length` and `limit`, in tokens."""
 
-    def __init__(self, length: int, limit: int) -> None:
-        super().__init__(length, limit)
-        self.length = length
-        self.limit = limit
+    length: int
+    limit: int
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.too_long(self.length, self.limit)
 
 
-class BadRowError(Exception):
+@dataclass(eq=False)
+class BadRowError(TuneError):
     """A row that cannot be used, under the policy `stop`.
 
-    `source` is the declared data, `place` the file and line (or row), `cause` the exception that
-    says why: `NotARowError`, `TooLongError`, `MissingFieldError`, `WrongTypeError`, or one of the
-    chat renderer's.
+    `source` is the declared data, `row` the file and line (or row), `cause` says why.
     """
 
-    def __init__(self, source: str, place: str, cause: Exception) -> None:
-        super().__init__(source, place, cause)
-        self.source = source
-        self.place = place
-        self.cause = cause
+    code = "unusable-row"
+    source: str
+    row: str
+    cause: RowError
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.bad_row(self.row, str(self.cause))
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(declaration=self.source)
 
 
-class NoRowsError(Exception):
+@dataclass(eq=False)
+class NoRowsError(TuneError):
     """Data without a usable row: the name of its `source`, and the rows that were `dropped`."""
 
-    def __init__(self, source: str, dropped: BadRows) -> None:
-        super().__init__(source, dropped)
-        self.source = source
-        self.dropped = dropped
+    code = "no-rows"
+    source: str
+    dropped: BadRows
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        rows = [(shown.row, str(shown.cause)) for shown in self.dropped.shown]
+        return run_failures.no_rows(self.source, rows)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(declaration=self.source)
 
 
 @dataclass
@@ -60,7 +119,7 @@ class BadRows:
     """Name of the exception -> rows."""
     shown: list[BadRowError] = field(default_factory=list)
 
-    def handle(self, source: str, place: Callable[[], str], cause: Exception, policy: str) -> None:
+    def handle(self, source: str, place: Callable[[], str], cause: RowError, policy: str) -> None:
         """Count a row, or raise `BadRowError` where the `policy` is `stop`.
 
         `place` may take a while (it counts lines): it is asked only where the row will be shown.
@@ -75,9 +134,3 @@ class BadRows:
     def total(self) -> int:
         """How many rows were dropped."""
         return sum(self.counts.values())
-
-
-def excerpt(value: Any, length: int = 80) -> str:
-    """Return the beginning of a value as a report shows it."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= length else text[: length - 1] + "…"

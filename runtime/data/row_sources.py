@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from tunelang.dsl.messages.run_failures import excerpt
 from tunelang.dsl.vocabulary.data import (
     Csv,
     DataKind,
@@ -32,7 +33,7 @@ from tunelang.dsl.vocabulary.data import (
     TextFiles,
 )
 from tunelang.runtime.data.procedural import generate
-from tunelang.runtime.data.row_errors import NotARowError, excerpt
+from tunelang.runtime.data.row_errors import NotARowError
 from tunelang.runtime.store.atomic_files import written_whole
 from tunelang.runtime.user_functions import made_rows
 

@@ -25,17 +25,13 @@ from tunelang.runtime.data.feistel import derive, permute
 from tunelang.runtime.data.filters import holds
 from tunelang.runtime.data.mixture import assign
 from tunelang.runtime.data.row_errors import (
-    BadRowError,
     BadRows,
     NoRowsError,
-    NotARowError,
+    RowError,
     TooLongError,
 )
 from tunelang.runtime.data.row_sources import Rows, content_hash, open_lines, open_rows
 from tunelang.runtime.data.sample_order import Order, batch_positions
-from tunelang.runtime.data.text_templates import MissingFieldError, WrongTypeError
-from tunelang.runtime.tokenize.chat_renderer import EmptyMaskError
-from tunelang.runtime.tokenize.chat_templates import ChatError
 
 Indices = NDArray[np.int64]
 _READ = 256
@@ -157,13 +153,10 @@ class Library:
                 continue
             try:
                 verdicts[row] = keep(part.of_row(row))
-            except (NotARowError, MissingFieldError, WrongTypeError, EmptyMaskError) as error:
-                self.drop(part, row, error, part.source.kind.on_bad_row)
+            except RowError as error:
+                policy = part.source.kind.on_bad_row if error.droppable else "stop"
+                self.drop(part, row, error, policy)
                 verdicts[row] = False
-            except ChatError as error:
-                # From counting tokens. A template that fails on a row fails on many.
-                place = part.source.rows.place(row)
-                raise BadRowError(part.source.name, place, error) from error
         chosen = np.fromiter((verdicts[int(row)] for row in part.rows), bool, len(part.rows))
         return self.nonempty(replace(part, rows=part.rows[chosen]))
 
@@ -188,7 +181,7 @@ class Library:
         sizes = tuple(len(part.rows) for part in parts)
         return replace(stream, parts=tuple(parts), order=replace(stream.order, sizes=sizes))
 
-    def drop(self, part: Part, row: int, error: Exception, policy: str) -> None:
+    def drop(self, part: Part, row: int, error: RowError, policy: str) -> None:
         """Handle a row by a policy; raises `BadRowError` under `stop`."""
         self.bad.handle(part.source.name, lambda: part.source.rows.place(row), error, policy)
 

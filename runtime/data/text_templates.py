@@ -14,35 +14,11 @@ from typing import Any
 
 from tunelang.dsl.vocabulary.base import TextExpression
 from tunelang.dsl.vocabulary.data import After, Before, Between, TemplateText
+from tunelang.runtime.data.row_errors import MissingFieldError, WrongTypeError
 
 Row = Mapping[str, Any]
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
-
-
-class MissingFieldError(Exception):
-    """A row lacks the field `name`; `known` are the names where it was looked for."""
-
-    def __init__(self, name: str, known: tuple[str, ...]) -> None:
-        super().__init__(name, known)
-        self.name = name
-        self.known = known
-
-    def __str__(self) -> str:
-        return f"no field `{self.name}` among {', '.join(f'`{name}`' for name in self.known)}"
-
-
-class WrongTypeError(Exception):
-    """A field `name` is not what its use needs: `expected` in words, and the value `found`."""
-
-    def __init__(self, name: str, expected: str, found: Any) -> None:
-        super().__init__(name, expected, found)
-        self.name = name
-        self.expected = expected
-        self.found = found
-
-    def __str__(self) -> str:
-        return f"field `{self.name}` is {type(self.found).__name__}, not {self.expected}"
 
 
 def lookup(name: str, row: Row) -> Any:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tunelang.compiler.layout.stage_layout import CHUNK
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.runtime.data.examples import Example, conversation
-from tunelang.runtime.data.text_templates import WrongTypeError
+from tunelang.runtime.data.row_errors import WrongTypeError
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.objectives.answer_scores import segment_program

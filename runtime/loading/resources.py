@@ -25,6 +25,7 @@ from tunelang.dsl.vocabulary.rewards import Endpoint, Learned, RewardKind, Rubri
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.data.examples import Example, texts_of
 from tunelang.runtime.data.stream import Library, Stream
+from tunelang.runtime.errors import NotBuiltError
 from tunelang.runtime.generation.engine_sizes import prompt_room
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.layers import DTYPES
@@ -190,7 +191,7 @@ class Resources:
 
     def _sampled(self, kind: Sampled) -> Path:
         if self.sampled is None:
-            raise NotBuiltError(f"data from {kind.from_.name}", "rows that are not sampled yet")
+            raise NotBuiltError(kind.from_.name, "rows of a `sample` stage outside of a run")
         return self.sampled(kind)
 
     def _scorer(self, name: str, kind: RewardKind) -> Scorer:
@@ -198,7 +199,7 @@ class Resources:
             return self._rubric(name, kind)
         assert isinstance(kind, Learned)
         if self.learned is None:
-            raise NotBuiltError(f"reward {name}", "a reward model of the spec here")
+            raise NotBuiltError(name, "a reward model of the spec here")
         return self.cached(("learned", kind.from_), partial(self.learned, kind.from_))
 
     def _rubric(self, name: str, kind: Rubric) -> Scorer:
@@ -208,16 +209,7 @@ class Resources:
             if isinstance(judge, Endpoint):
                 return EndpointJudge(judge, self.cache)
             if self.generator is None:
-                raise NotBuiltError(f"reward {name}", "a judge of the spec's own here")
+                raise NotBuiltError(name, "a judge of the spec's own here")
             return self.generator(judge.model)
 
         return rubric(kind, self.cached(("judge", judge), opened), name)
-
-
-class NotBuiltError(Exception):
-    """The spec asks for something that this version cannot run: `title` of what, and `what`."""
-
-    def __init__(self, title: str, what: str) -> None:
-        super().__init__(title, what)
-        self.title = title
-        self.what = what

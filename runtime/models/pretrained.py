@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from typing_extensions import override
 
 from tunelang.compiler.models.architecture import Architecture, Storage
 from tunelang.compiler.models.families import (
@@ -32,6 +33,8 @@ from tunelang.compiler.models.families import (
     names_of,
 )
 from tunelang.compiler.models.presets import PRESETS, PUBLISHED
+from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.models import Pretrained
 from tunelang.runtime.models import hub
 from tunelang.runtime.models.layers import DTYPES
@@ -43,14 +46,26 @@ _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHOWN = 4
 
 
-class BadWeightsError(Exception):
+@dataclass(eq=False)
+class BadWeightsError(TuneError):
     """A folder whose weights cannot be read, or are not those of its configuration: its `path`, and
     `problems` in words.
     """
 
-    def __init__(self, path: Path, problems: tuple[str, ...]) -> None:
-        super().__init__(path, problems)
-        self.path, self.problems = path, problems
+    code = "weights-fail"
+    path: Path
+    problems: tuple[str, ...]
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.bad_weights(self.path.name, self.problems)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(file=self.path)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {'; '.join(self.problems)}"
 
 
 @dataclass(frozen=True)

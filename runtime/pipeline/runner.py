@@ -13,11 +13,14 @@ from types import FrameType
 from typing import Any
 
 import jax
+from typing_extensions import override
 
 from tunelang.compiler.graph import StageNode
 from tunelang.compiler.layout.sweep_fusion import Sweep
 from tunelang.compiler.models.architecture import plain
 from tunelang.compiler.plan import StagePlan
+from tunelang.dsl.diagnostics.tune_error import WRONG_SPEC, FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.stages import (
     Evaluate,
@@ -27,8 +30,8 @@ from tunelang.dsl.vocabulary.stages import (
     Training,
 )
 from tunelang.dsl.vocabulary.training import Dare, Ties
+from tunelang.runtime.errors import Interrupted, NotBuiltError, StageFailed
 from tunelang.runtime.loading.initial_weights import Origin, loaded
-from tunelang.runtime.loading.resources import NotBuiltError
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.weight_merging import merged
 from tunelang.runtime.pipeline.run_context import RunReporter, Session, Summary
@@ -42,35 +45,43 @@ from tunelang.runtime.store.locks import Holder
 from tunelang.runtime.store.run_store import StageFolder, Store
 from tunelang.runtime.training.checkpoints import Checkpoints
 from tunelang.runtime.training.metrics import check_trackers
-from tunelang.runtime.training.training_loop import DivergedError, Interrupted
+from tunelang.runtime.training.training_loop import DivergedError
 from tunelang.runtime.user_functions import bound
 
 
-class HardwareMissingError(Exception):
-    """The spec asks for devices that are not here: `wanted`, and `there`."""
+@dataclass(eq=False)
+class HardwareMissingError(TuneError):
+    """The stage names devices that are not here: `wanted` and `available`, in words."""
 
-    def __init__(self, wanted: str, there: str) -> None:
-        super().__init__(wanted, there)
-        self.wanted = wanted
-        self.there = there
+    code = "devices-missing"
+    wanted: str
+    available: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.devices_missing(stage, self.wanted, self.available)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(attribute="on")
 
 
-class NotAlikeError(Exception):
+@dataclass(eq=False)
+class NotAlikeError(TuneError):
     """Two models cannot be merged: their names, `first` and `other`."""
 
-    def __init__(self, first: str, other: str) -> None:
-        super().__init__(first, other)
-        self.first = first
-        self.other = other
+    code = "not-alike"
+    exit_code = WRONG_SPEC
+    first: str
+    other: str
 
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.not_alike(self.first, self.other)
 
-class StageFailed(Exception):
-    """Something went wrong in a stage: its `stage`, its `node`; the cause is `__cause__`."""
-
-    def __init__(self, stage: str, node: str) -> None:
-        super().__init__(stage, node)
-        self.stage = stage
-        self.node = node
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(attribute="others")
 
 
 def execute(prepared: Prepared, store: Store, reporter: RunReporter) -> None:
@@ -266,7 +277,7 @@ class _Run(Session):
                 case Evaluate():
                     summary |= self.evaluate(planned, node, value)
                 case _:
-                    raise NotBuiltError(f"stage {planned.stage}", f"the kind `{planned.kind}`")
+                    raise NotBuiltError(planned.stage, f"the kind `{planned.kind}`")
             self.tell_bad_rows()
             summary["seconds"] = time.time() - begun
         folder.finish(summary)

@@ -10,11 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from typing_extensions import override
 
 from tunelang.compiler.graph import StageNode
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.architecture import Architecture, plain
 from tunelang.compiler.plan import StagePlan
+from tunelang.dsl.diagnostics.tune_error import WRONG_SPEC, FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.references import references_in
 from tunelang.dsl.vocabulary.stages import (
     Distill,
@@ -25,9 +28,9 @@ from tunelang.dsl.vocabulary.stages import (
 )
 from tunelang.dsl.vocabulary.training import Continued
 from tunelang.runtime.data.feistel import derive
+from tunelang.runtime.errors import NotBuiltError
 from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named
 from tunelang.runtime.loading.initial_weights import Origin, loaded, score_head, scoring, starting
-from tunelang.runtime.loading.resources import NotBuiltError
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import merge_params, split_trainable
 from tunelang.runtime.pipeline.run_context import Session, Summary
@@ -45,13 +48,22 @@ from tunelang.runtime.training.train_state import TrainState, initial_state
 from tunelang.runtime.training.training_loop import Loop, Saving, Trainer
 
 
-class OtherTokenizerError(Exception):
-    """What an `attribute` names, `name`, has another tokenizer than the model that is trained."""
+@dataclass(eq=False)
+class OtherTokenizerError(TuneError):
+    """The model that an `attribute` names, `name`, has another tokenizer than the trained one."""
 
-    def __init__(self, attribute: str, name: str) -> None:
-        super().__init__(attribute, name)
-        self.attribute = attribute
-        self.name = name
+    code = "other-tokenizer"
+    exit_code = WRONG_SPEC
+    attribute: str
+    name: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.other_tokenizer(self.name)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(attribute=self.attribute)
 
 
 @dataclass
@@ -285,7 +297,7 @@ class Job:
                 close()
                 raise
         else:
-            raise NotBuiltError(f"stage {self.planned.stage}", f"the kind `{self.planned.kind}`")
+            raise NotBuiltError(self.planned.stage, f"the kind `{self.planned.kind}`")
         return trainer, model, close
 
     def _teacher(self, stage: Distill, layout: Layout) -> tuple[Model, Any]:

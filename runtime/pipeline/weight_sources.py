@@ -10,8 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from typing_extensions import override
+
 from tunelang.compiler.graph import Input, StageGraph, StageNode, models_of, named
 from tunelang.compiler.plan import Plan
+from tunelang.dsl.diagnostics.tune_error import FailureText, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.training import Continued
 from tunelang.runtime.loading.initial_weights import Origin
@@ -19,33 +23,43 @@ from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.store.run_store import StageFolder, Store
 
 
-class MissingInputError(Exception):
-    """A stage would read one that is left out of the run and not done: `stage`, `missing`."""
+@dataclass(eq=False)
+class MissingInputError(TuneError):
+    """A stage reads one that is not done and that this run leaves out: `missing`."""
 
-    def __init__(self, stage: str, missing: str) -> None:
-        super().__init__(stage, missing)
-        self.stage = stage
-        self.missing = missing
+    code = "missing-input"
+    missing: str
 
-
-class NoMetricError(Exception):
-    """No branch of a sweep has the metric that decides it: `stage`, `metric`, `known`."""
-
-    def __init__(self, stage: str, metric: str, known: tuple[str, ...]) -> None:
-        super().__init__(stage, metric, known)
-        self.stage = stage
-        self.metric = metric
-        self.known = known
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.missing_input(self.missing, stage)
 
 
-class NoCheckpointError(Exception):
-    """A stage is to start from a step that another one did not keep: `stage`, `step`, `kept`."""
+@dataclass(eq=False)
+class NoMetricError(TuneError):
+    """No branch of a sweep has the metric that decides it; `known` are those that there are."""
 
-    def __init__(self, stage: str, step: int, kept: tuple[int, ...]) -> None:
-        super().__init__(stage, step, kept)
-        self.stage = stage
-        self.step = step
-        self.kept = kept
+    code = "no-metric"
+    stage: str
+    metric: str
+    known: tuple[str, ...]
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.no_metric(self.stage, self.metric, self.known)
+
+
+@dataclass(eq=False)
+class NoCheckpointError(TuneError):
+    """A stage starts from a step whose checkpoint another stage did not keep."""
+
+    code = "no-checkpoint"
+    stage: str
+    step: int
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.no_checkpoint(self.stage, self.step)
 
 
 @dataclass
@@ -64,7 +78,7 @@ class Origins:
         """Return what a finished stage said of itself; raises `MissingInputError`."""
         held = self.store.folder(self.plan.by_node[node].digest).done()
         if held is None:
-            raise MissingInputError("", node)
+            raise MissingInputError(node)
         found: dict[str, Any] = held["summary"]
         return found
 
@@ -90,7 +104,7 @@ class Origins:
         node = self.graph.nodes[name]
         folder = self.store.folder(self.plan.by_node[name].digest)
         if step not in folder.steps():
-            raise NoCheckpointError(node.stage, step, folder.steps())
+            raise NoCheckpointError(node.stage, step)
         path = folder.checkpoints / str(step)
         value: Any = node.value
         scores = value.yields == "scores"
@@ -121,7 +135,7 @@ class Origins:
                 if done is not None:
                     break
         if found is None:
-            raise MissingInputError(stage, stage)
+            raise MissingInputError(stage)
         return self.at(*found)
 
     def anywhere(self, reference: Reference) -> Origin:
@@ -147,7 +161,7 @@ class Origins:
         name = self.winner(read)
         folder = self.store.folder(self.plan.by_node[name].digest)
         if folder.done() is None:
-            raise MissingInputError("", name)
+            raise MissingInputError(name)
         return folder
 
     def winner(self, read: Input) -> str:

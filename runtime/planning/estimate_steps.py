@@ -18,8 +18,8 @@ from tunelang.dsl.vocabulary.base import DataExpression
 from tunelang.dsl.vocabulary.models import Bytes
 from tunelang.dsl.vocabulary.stages import Policy, Supervised, Training
 from tunelang.runtime.data.examples import example_of, roles_of, texts_of
+from tunelang.runtime.data.row_errors import MissingFieldError, WrongTypeError
 from tunelang.runtime.data.sample_order import steps_of
-from tunelang.runtime.data.text_templates import MissingFieldError, WrongTypeError
 
 _READ = 2**18
 """Bytes at the beginning of a file that stand for all of it."""

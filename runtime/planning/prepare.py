@@ -6,8 +6,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Collection, Iterable
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ from tunelang.compiler.layout.layout_search import (
     unpinned,
 )
 from tunelang.compiler.layout.meshes import AXES
+from tunelang.compiler.layout.remedies import remedies
 from tunelang.compiler.layout.stage_layout import StageLayout, plain
 from tunelang.compiler.layout.sweep_fusion import Branch, Known, Sweep, sweeps
-from tunelang.compiler.models.adapters import NoTargetError, adapted, storage_of
+from tunelang.compiler.models.adapters import adapted, storage_of
 from tunelang.compiler.models.architecture import Architecture, from_transformer
 from tunelang.compiler.models.presets import PRESETS
 from tunelang.compiler.plan import Plan, StagePlan, State
@@ -56,6 +57,7 @@ from tunelang.dsl.vocabulary.stages import (
     Sample,
     Training,
 )
+from tunelang.runtime.errors import StageFailed
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.planning import estimate_steps
 from tunelang.runtime.store.atomic_files import StoreError, read_json, write_json
@@ -110,15 +112,6 @@ class Prepared:
         return self.fused[node].layouts[0] if node in self.fused else self.layouts[node]
 
 
-class LayoutError(Exception):
-    """A stage cannot be laid out: the `stage`, and its `cause`."""
-
-    def __init__(self, stage: str, cause: Exception) -> None:
-        super().__init__(stage, cause)
-        self.stage = stage
-        self.cause = cause
-
-
 def prepare(
     program: Program,
     store: Store,
@@ -131,7 +124,7 @@ def prepare(
     """Plan a program: states from the store, and for what is to run a layout.
 
     `on` is the hardware of all stages. Raises `UnknownStage`, `GraphError`,
-    `ContentError`, `StoreError`, `LayoutError` and what opening tokenizers raises.
+    `ContentError`, `StoreError`, `StageFailed` and what opening tokenizers raises.
     """
     contents = Contents.load(store.contents)
     made = plan_stages(program, store, contents, only=only, until=until, force=force)
@@ -166,10 +159,8 @@ def prepare(
         architecture, dtype_bytes = known[name]
         loras = () if value.adapter is None else graphs.loras_of(graph, stage.node)
         storage = storage_of(program.declarations[name].value)
-        try:
+        with _attributing_errors(stage.stage):
             architecture = adapted(architecture, loras, storage)
-        except (NoTargetError, ValueError) as error:
-            raise LayoutError(stage.stage, error) from error
         dtype = program.declarations[name].value.dtype
         teacher = None
         if isinstance(value, Distill):
@@ -187,13 +178,11 @@ def prepare(
             roles=common_roles(value.data, program),
         )
         key = layout_key(query)
-        try:
+        with _attributing_errors(stage.stage):
             if on is not None:  # of the spec's own hardware it was checked with the spec
                 _fills(value, devices)
             if key not in searched:
                 searched[key] = _search(query)
-        except Exception as error:
-            raise LayoutError(stage.stage, error) from error
         found = searched[key]
         steps = estimate_steps.steps(program, value, name, found.layouts[0], extents)
         laid_out[stage.node] = _LaidOut(stage, query, found, steps)
@@ -210,6 +199,18 @@ def prepare(
     fused = {node: sweep for node, sweep in weighed.items() if sweep.fused}
     queries = {node: each.query for node, each in laid_out.items()}
     return Prepared(program, plan, graph, layouts, fused, chosen, shapes, queries, measured)
+
+
+@contextmanager
+def _attributing_errors(stage: str) -> Iterator[None]:
+    """Raise any error as `StageFailed`, naming the stage; look for what would make a stage fit."""
+    try:
+        yield
+    except DoesNotFitError as error:
+        error.remedies = tuple(remedies(error.query))
+        raise StageFailed(stage) from error
+    except Exception as error:
+        raise StageFailed(stage) from error
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def _search(query: LayoutQuery) -> _Found:
 def _sweeps(laid_out: Iterable[_LaidOut]) -> dict[str, Sweep]:
     """Return for each node the branches that could be trained together with it.
 
-    Raises `LayoutError`.
+    Raises `StageFailed`.
     """
     branches: dict[str, list[Branch]] = {}
     for each in laid_out:
@@ -264,11 +265,9 @@ def _sweeps(laid_out: Iterable[_LaidOut]) -> dict[str, Sweep]:
     known: Known = {}
     found: dict[str, Sweep] = {}
     for stage, those in branches.items():
-        try:
+        with _attributing_errors(stage):
             for sweep in sweeps(those, known):
                 found |= dict.fromkeys(sweep.nodes, sweep)
-        except (NoLayoutError, DoesNotFitError) as error:
-            raise LayoutError(stage, error) from error
     return found
 
 

@@ -12,7 +12,7 @@ import jax
 from jax.experimental import topologies
 
 from tunelang.compiler.layout.hardware import Devices
-from tunelang.runtime.training.metrics import MissingExtraError
+from tunelang.runtime.errors import MissingExtraError
 
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # or it asks a metadata server that is not there
@@ -45,7 +45,7 @@ def compilable(devices: Devices) -> Sequence[Any]:
 
 def _tpu(devices: Devices) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None:
-        raise MissingExtraError("tpu")
+        raise MissingExtraError("tpu", "on")
     name = devices.chip.name
     shape = [*devices.shape, *[1] * (3 - len(devices.shape))]
     bounds = [min(size, most) for size, most in zip(shape, (2, 2, 1), strict=True)]
@@ -65,7 +65,7 @@ def _tpu(devices: Devices) -> Sequence[Any]:
 def _gpu(devices: Devices) -> Sequence[Any]:
     needed = ("jax_cuda13_plugin", "nvidia", "nvidia.cudnn")
     if any(importlib.util.find_spec(name) is None for name in needed):
-        raise MissingExtraError("cuda")
+        raise MissingExtraError("cuda", "on")
     each = devices.count // devices.groups
     found = topologies.get_topology_desc(
         platform="cuda",

@@ -15,13 +15,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
+from typing_extensions import override
 
+from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.rewards import Endpoint, Rubric
-from tunelang.runtime.data.text_templates import MissingFieldError, WrongTypeError, render
+from tunelang.runtime.data.row_errors import MissingFieldError, WrongTypeError
+from tunelang.runtime.data.text_templates import render
 from tunelang.runtime.rewards.reward_parts import Row, Scorer
 from tunelang.runtime.workers.worker_pool import LoadError, Result
 
@@ -54,12 +59,21 @@ Ask = Callable[[Sequence[str]], Sequence[Reply]]
 """What a judge says to each of some requests, or why it says nothing."""
 
 
-class JudgeDownError(Exception):
-    """A judge answered not one request of a batch: its `judge`, and `why`."""
+@dataclass(eq=False)
+class JudgeDownError(TuneError):
+    """A judge answered none of the requests of a batch; `why` is what the first one got."""
 
-    def __init__(self, judge: str, why: str) -> None:
-        super().__init__(judge, why)
-        self.judge, self.why = judge, why
+    code = "reward-fails"
+    judge: str
+    why: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.judge_down(self.judge, self.why)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(declaration=self.judge)
 
 
 class _Refused(Exception):

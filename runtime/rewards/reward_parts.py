@@ -24,7 +24,8 @@ from tunelang.dsl.vocabulary.rewards import (
     Overlong,
     Verified,
 )
-from tunelang.runtime.data.text_templates import MissingFieldError, WrongTypeError, lookup, render
+from tunelang.runtime.data.row_errors import MissingFieldError, WrongTypeError
+from tunelang.runtime.data.text_templates import lookup, render
 from tunelang.runtime.rewards import number_match
 from tunelang.runtime.workers.worker_pool import Result, Target, Workers
 

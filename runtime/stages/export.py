@@ -16,8 +16,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from typing_extensions import override
 
 from tunelang.compiler.models.families import config_of
+from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Dora, Lora
 from tunelang.runtime.loading.initial_weights import Origin, loaded, shaped_adapter
@@ -35,16 +38,36 @@ _PREFIX = "base_model.model."
 """What PEFT puts in front of the names of modules."""
 
 
-class ForeignFileError(Exception):
+@dataclass(eq=False)
+class ForeignFileError(TuneError):
     """A file would be overwritten that no export of this stage wrote: its `path`."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.path = path
+    code = "export-fails"
+    path: Path
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.foreign_file(self.path)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(attribute="path")
 
 
-class NotApartError(Exception):
-    """An adapter cannot be written by itself; the message says why."""
+@dataclass(eq=False)
+class NotApartError(TuneError):
+    """An adapter cannot be written by itself; `why` in words."""
+
+    code = "export-fails"
+    why: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.adapter_not_separable(self.why)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(attribute="adapter")
 
 
 class _Tensor(NamedTuple):

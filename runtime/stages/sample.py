@@ -17,6 +17,7 @@ import numpy as np
 from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.stages import Sample
 from tunelang.runtime.data.examples import Example
+from tunelang.runtime.errors import Interrupted
 from tunelang.runtime.generation.engine_sizes import slot_count
 from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Prompt, completion_texts
@@ -26,7 +27,6 @@ from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.rewards.reward_rows import reward_rows
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.store.atomic_files import RowWriter, keep_rows, read_rows, written_whole
-from tunelang.runtime.training.training_loop import Interrupted
 
 CHUNK = 1024
 """Completions that are sampled, scored and written together, about."""

@@ -16,6 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from typing_extensions import override
+
+from tunelang.dsl.diagnostics.tune_error import FailureText, TuneError
+from tunelang.dsl.messages import run_failures
+
 PART_SUFFIX = ".part"
 """The end of the names of files that are being written."""
 
@@ -24,16 +29,22 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 Row = dict[str, Any]
 
 
-class StoreError(Exception):
+@dataclass(eq=False)
+class StoreError(TuneError):
     """The store could not do something.
 
-    `what` it did (`write`, `lock`), `path` where, `reason` why, in lower case without a full stop
-    (`no space left on device`).
+    `action` is a verb (`write`, `lock`); `reason` is lower case without a full stop (`no space left
+    on device`).
     """
 
-    def __init__(self, what: str, path: Path, reason: str) -> None:
-        super().__init__(f"cannot {what} {path}: {reason}")
-        self.what, self.path, self.reason = what, path, reason
+    code = "store-fails"
+    action: str
+    path: Path
+    reason: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.store_failed(self.action, self.path, self.reason)
 
 
 @contextmanager

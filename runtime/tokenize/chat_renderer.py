@@ -16,6 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from typing_extensions import override
+
+from tunelang.dsl.diagnostics.tune_error import FailureText
+from tunelang.dsl.messages import run_failures
 from tunelang.runtime.data.examples import Example, Message
 from tunelang.runtime.tokenize.chat_templates import (
     ChatError,
@@ -30,45 +34,58 @@ _PRIVATE = 0xF0000
 _STAND_IN = "\U0010fff0"
 
 
+@dataclass(eq=False)
 class EmptyMaskError(ChatError):
     """Nothing in the `rendered` text would be trained: no turn of the assistant has text."""
 
-    def __init__(self, rendered: str) -> None:
-        super().__init__(rendered)
-        self.rendered = rendered
+    droppable = True
+    rendered: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.empty_mask(self.rendered)
 
 
+@dataclass(eq=False)
 class TemplateRewritesError(ChatError):
-    """A template changes what came before turn `turn` (from 0) once the conversation goes on.
+    """A template changes what came before turn `turn` (from 0) when the conversation continues.
 
-    `expected` is how the conversation began up to that turn, `rendered` the whole of it.
+    `expected` is how the conversation began up to that turn, `rendered` all of it.
     """
 
-    def __init__(self, turn: int, expected: str, rendered: str) -> None:
-        super().__init__(turn, expected, rendered)
-        self.turn = turn
-        self.expected = expected
-        self.rendered = rendered
+    turn: int
+    expected: str
+    rendered: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.template_rewrites(self.turn, self.rendered)
 
 
+@dataclass(eq=False)
 class TruncatedAnswerError(ChatError):
-    """A template leaves out a part of the `answer` of turn `turn` (from 0): see `rendered`."""
+    """A template leaves out a part of the `answer` of turn `turn` (from 0) in `rendered`."""
 
-    def __init__(self, turn: int, answer: str, rendered: str) -> None:
-        super().__init__(turn, answer, rendered)
-        self.turn = turn
-        self.answer = answer
-        self.rendered = rendered
+    turn: int
+    answer: str
+    rendered: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.truncated_answer(self.answer)
 
 
+@dataclass(eq=False)
 class NoStopTokenError(ChatError):
     """Neither the template nor the tokenizer has a token that ends an answer in the `rendered`
     text.
     """
 
-    def __init__(self, rendered: str) -> None:
-        super().__init__(rendered)
-        self.rendered = rendered
+    rendered: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.no_stop_token()
 
 
 @dataclass(frozen=True, slots=True)

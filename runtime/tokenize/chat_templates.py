@@ -15,8 +15,12 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing_extensions import override
 
+from tunelang.dsl.diagnostics.tune_error import FailureText
+from tunelang.dsl.messages import run_failures
 from tunelang.runtime.data.examples import Message
+from tunelang.runtime.data.row_errors import RowError
 
 
 @dataclass(frozen=True)
@@ -83,18 +87,25 @@ def chat_template(chat: str | None, own: str | None = None) -> ChatTemplate:
     return ChatTemplate(own) if own is not None else NAMED["plain"]
 
 
-class ChatError(Exception):
-    """Base of what can go wrong between a conversation and its ids and mask."""
+class ChatError(RowError):
+    """A conversation cannot be turned into ids and a mask. A chat template that fails on one row
+    fails on many, so that these rows are not dropped.
+    """
+
+    droppable = False
 
 
+@dataclass(eq=False)
 class TemplateFailedError(ChatError):
     """A Jinja template does not parse, or stops: its `reason`, `source` and `line` where known."""
 
-    def __init__(self, reason: str, source: str, line: int | None) -> None:
-        super().__init__(reason, source, line)
-        self.reason = reason
-        self.source = source
-        self.line = line
+    reason: str
+    source: str
+    line: int | None
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.template_failed(self.reason, self.line)
 
 
 def render_template(

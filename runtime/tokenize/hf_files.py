@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from typing_extensions import override
 
+from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 from tunelang.runtime.tokenize.tokenizers import Bytes, HuggingFace, SentencePiece, Tokenizer
 
@@ -21,8 +25,20 @@ _UNIGRAM, _BPE, _WORD = 1, 2, 3
 """Types of models."""
 
 
-class NoTokenizerFileError(Exception):
-    """A tokenizer that `tokenizer.json` has no form for; the message says why."""
+@dataclass(eq=False)
+class NoTokenizerFileError(TuneError):
+    """A tokenizer has no form as `tokenizer.json`; `why` in words."""
+
+    code = "export-fails"
+    why: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.no_tokenizer_file(self.why)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(attribute="from")
 
 
 def tokenizer_files(renderer: Renderer, own: dict[str, Any], context: int) -> dict[str, bytes]:

@@ -7,11 +7,15 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from typing_extensions import override
 
+from tunelang.dsl.diagnostics.tune_error import FailureText, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary import models
 from tunelang.runtime.models import hub
 from tunelang.runtime.store.atomic_files import written_whole
@@ -24,25 +28,33 @@ _SENTENCE_BYTES = 4096
 _NEWLINE = "\n"
 
 
-class BadTokenizerError(Exception):
+@dataclass(eq=False)
+class BadTokenizerError(TuneError):
     """A tokenizer's file that is missing or is not one: its `path`, and `reason` in words."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
+    code = "tokenizer-fails"
+    path: Path
+    reason: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.bad_tokenizer(self.path, self.reason)
 
 
-class VocabularySizeError(Exception):
+@dataclass(eq=False)
+class VocabularySizeError(TuneError):
     """Data that cannot fill a vocabulary of `wanted`, or has more characters than it holds.
 
     `possible` is the nearest size that works, all special tokens included.
     """
 
-    def __init__(self, wanted: int, possible: int) -> None:
-        super().__init__(wanted, possible)
-        self.wanted = wanted
-        self.possible = possible
+    code = "tokenizer-fails"
+    wanted: int
+    possible: int
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.vocabulary_size(self.wanted, self.possible)
 
 
 def open_renderer(

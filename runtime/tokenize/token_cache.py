@@ -20,10 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunelang.runtime.data.examples import Example
-from tunelang.runtime.data.row_errors import BadRowError, BadRows, NoRowsError, TooLongError
+from tunelang.runtime.data.row_errors import (
+    BadRowError,
+    BadRows,
+    NoRowsError,
+    RowError,
+    TooLongError,
+    WrongTypeError,
+)
 from tunelang.runtime.data.sample_order import Order
 from tunelang.runtime.data.stream import Part, Stream
-from tunelang.runtime.data.text_templates import WrongTypeError
 from tunelang.runtime.store.atomic_files import written_whole
 from tunelang.runtime.tokenize.chat_renderer import EmptyMaskError, Renderer
 from tunelang.runtime.tokenize.chat_templates import ChatError
@@ -240,7 +246,7 @@ class _Fit:
         self._drop(at, TooLongError(longest, self.context), kind.on_long_row)
         return []
 
-    def _drop(self, at: int, error: Exception, policy: str) -> None:
+    def _drop(self, at: int, error: RowError, policy: str) -> None:
         source, row = self.part.source, int(self.rows[at])
         self.bad.handle(source.name, lambda: source.rows.place(row), error, policy)
 
@@ -291,7 +297,6 @@ def _write(part: Part, renderer: Renderer, path: Path) -> None:
             except EmptyMaskError:
                 continue
             except ChatError as error:
-                # A template that fails on a row fails on many: not a matter of dropping rows.
                 row = int(part.rows[at])
                 place = part.source.rows.place(row)
                 raise BadRowError(part.source.name, place, error) from error

@@ -18,7 +18,10 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from typing_extensions import override
 
+from tunelang.dsl.diagnostics.tune_error import FailureText
+from tunelang.dsl.messages import run_failures
 from tunelang.runtime.sharding import is_variable
 from tunelang.runtime.store.atomic_files import StoreError, read_json, write_json
 from tunelang.runtime.store.run_store import StageFolder
@@ -34,6 +37,10 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 
 class CheckpointError(StoreError):
     """A checkpoint cannot be written, or cannot be read: damaged, or of another model."""
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.checkpoint_failed(self.action, self.path, self.reason, stage)
 
 
 def flat(tree: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from tunelang.dsl.vocabulary.base import Function
 from tunelang.dsl.vocabulary.training import TensorBoard, Wandb
 from tunelang.runtime.data.examples import Example
+from tunelang.runtime.errors import MissingExtraError
 from tunelang.runtime.store.run_store import StageFolder
 
 _LAST = frozenset({"learning_rate", "step"})
@@ -160,18 +161,10 @@ class _Wandb:
         self._run.finish()
 
 
-class MissingExtraError(Exception):
-    """A tracker's package, or a compiler, is not installed: the `extra` that brings it."""
-
-    def __init__(self, extra: str) -> None:
-        super().__init__(extra)
-        self.extra = extra
-
-
 def check_trackers(settings: Sequence[Function]) -> None:
     """Raise `MissingExtraError` where the package of a tracker is not installed."""
     if any(isinstance(each, Wandb) for each in settings) and find_spec("wandb") is None:
-        raise MissingExtraError("wandb")
+        raise MissingExtraError("wandb", "track")
 
 
 def open_trackers(

@@ -14,8 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+from typing_extensions import override
 
+from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.stages import Training
+from tunelang.runtime.errors import Interrupted
 from tunelang.runtime.training.checkpoints import Checkpoints
 from tunelang.runtime.training.metrics import Recorder, SampleRecord
 from tunelang.runtime.training.train_state import TrainState
@@ -26,17 +30,21 @@ CHECKPOINT_SECONDS = 300.0
 Row = dict[str, float]
 
 
-class Interrupted(Exception):
-    """The user asked to stop; everything is saved."""
+@dataclass(eq=False)
+class DivergedError(TuneError):
+    """A metric without which training is pointless is not a finite number at a step."""
 
+    code = "diverged"
+    metric: str
+    step: int
 
-class DivergedError(Exception):
-    """A metric that decides about training is no number any more: its `name`, at `step`."""
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.diverged(self.metric, self.step)
 
-    def __init__(self, name: str, step: int) -> None:
-        super().__init__(name, step)
-        self.name = name
-        self.step = step
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(attribute="optimizer")
 
 
 @runtime_checkable

@@ -17,10 +17,15 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
+from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
+from tunelang.dsl.messages import run_failures
 from tunelang.runtime.workers.worker_process import Parameters, taken
 
 _LOADING_SECONDS = 120.0  # importing torch from a cold network disk takes a minute
@@ -32,13 +37,24 @@ Result = float | list[float] | str
 """The value of a call, or why there is none."""
 
 
-class LoadError(Exception):
-    """A function could not be loaded at all: `target` and `why`."""
+@dataclass(eq=False)
+class LoadError(TuneError):
+    """A function could not be loaded: its `target`, and `why` in words or as a traceback."""
 
-    def __init__(self, target: Target, why: str) -> None:
-        super().__init__(f"{target}: {why}")
-        self.target = target
-        self.why = why
+    code = "reward-fails"
+    target: Target
+    why: str
+
+    @override
+    def text(self, stage: str) -> FailureText:
+        return run_failures.reward_not_loaded(self.why)
+
+    @override
+    def place(self) -> SpecPlace:
+        return SpecPlace(attribute="reward")
+
+    def __str__(self) -> str:
+        return f"{self.target}: {self.why}"
 
 
 class _Worker:

@@ -11,9 +11,9 @@ import pytest
 
 from tests.pipeline import tiny
 from tests.pipeline.test_pretrained import spec as spec
+from tunelang.runtime.errors import StageFailed
 from tunelang.runtime.loading.initial_weights import loaded
 from tunelang.runtime.loading.resources import Resources
-from tunelang.runtime.pipeline.runner import StageFailed
 from tunelang.runtime.pipeline.weight_sources import Origins
 from tunelang.runtime.sharding import make_layout
 
@@ -135,7 +135,7 @@ def _stopped_at(spec: Path, step: int) -> int:
         "    def step(self, step, steps, values):\n"
         f"        if step >= {step - 1}: os.kill(os.getpid(), signal.SIGINT)\n"
         "tiny.Heard = Stopping\n"
-        "from tunelang.runtime.training.training_loop import Interrupted\n"
+        "from tunelang.runtime.errors import Interrupted\n"
         "try: tiny.run(Path(sys.argv[1]), only=['first'])\n"
         "except Interrupted: pass\n"
     )
@@ -163,8 +163,8 @@ def test_speaking_uses_the_adapters(chain: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words", "code"),
     [
-        (("rank = 2, alpha = 4", "targets = [head]"), "no matrix of the model is `head`", 1),
-        (("rank = 2, alpha = 4", "targets = [/nowhere/]"), "is `nowhere`", 1),
+        (("rank = 2, alpha = 4", "targets = [head]"), "no matrix of the model is called `head`", 1),
+        (("rank = 2, alpha = 4", "targets = [/nowhere/]"), "called `nowhere`", 1),
         (("dora(rank = 2)", "dora(targets = [embed])"), "`dora` is for the matrices of blocks", 1),
     ],
 )

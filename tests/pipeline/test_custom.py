@@ -10,7 +10,7 @@ import pytest
 from tests.pipeline import tiny
 from tunelang.dsl.check import check_file
 from tunelang.runtime.commands.diagnose import diagnose
-from tunelang.runtime.pipeline.runner import StageFailed
+from tunelang.runtime.errors import StageFailed
 
 FUNCTIONS = """
 import jax, jax.numpy as jnp

@@ -70,7 +70,7 @@ def test_the_command(spec: Path) -> None:
     assert generate("--best-of", "4", "--by", "short")[0] == 0
     code, _, said = generate("--best-of", "4", "--by", "broad")
     assert code == 2
-    assert "`broad` scores no completion here: correct: no field `target`" in said
+    assert "the reward scores no completion: correct: no field `target`" in said
 
 
 @pytest.mark.parametrize(

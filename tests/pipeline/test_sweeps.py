@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tests.pipeline import tiny
-from tunelang.runtime.pipeline.runner import StageFailed, execute
-from tunelang.runtime.planning.prepare import LayoutError
+from tunelang.runtime.errors import Interrupted, StageFailed
+from tunelang.runtime.pipeline.runner import execute
 from tunelang.runtime.store.run_store import Store
 from tunelang.runtime.training import training_loop
-from tunelang.runtime.training.training_loop import DivergedError, Interrupted
+from tunelang.runtime.training.training_loop import DivergedError
 
 STAGES = """
 data pairs : jsonl { path = "pairs.jsonl", prompt = "{a}+{b}=", chosen = "{c}", rejected = "{a}" }
@@ -171,8 +171,8 @@ def test_what_cannot_be_one_program_says_why(workspace: Path, tmp_path: Path) ->
         (("length = 7 steps", "length = 7 steps, offload = optimizer"), "memory of the host"),
     ):
         spec.write_text(text.replace(*change))
-        with pytest.raises(LayoutError) as caught:
+        with pytest.raises(StageFailed) as caught:
             tiny.planned(spec, *FUSED)
         assert caught.value.stage == "tuned"
-        assert why in str(caught.value.cause)
-        assert caught.value.cause.attribute == "sweep"  # type: ignore[attr-defined]
+        assert why in str(caught.value.__cause__)
+        assert caught.value.__cause__.attribute == "sweep"  # type: ignore[attr-defined]

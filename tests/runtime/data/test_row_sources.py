@@ -235,7 +235,7 @@ def test_bad_rows_are_dropped_counted_and_shown(tmp_path: Path) -> None:
     assert sorted(e.prompt or "" for e in stream.once()) == ["1", "6"]
     assert stream.bad.total == 4
     assert stream.bad.counts == {"NotARowError": 1, "MissingFieldError": 1, "WrongTypeError": 2}
-    assert [bad.place for bad in stream.bad.shown] == [f"a.jsonl:{line}" for line in (2, 3, 4, 5)]
+    assert [bad.row for bad in stream.bad.shown] == [f"a.jsonl:{line}" for line in (2, 3, 4, 5)]
 
 
 def test_only_the_first_bad_rows_are_shown(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_bad_row_stops_where_that_is_wanted(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", BROKEN)
     with pytest.raises(BadRowError) as caught:
         library(tmp_path, d=jsonl("a.jsonl", on_bad_row="stop")).stream(ref(), seed=0)
-    assert (caught.value.source, caught.value.place) == ("d", "a.jsonl:2")
+    assert (caught.value.source, caught.value.row) == ("d", "a.jsonl:2")
     assert isinstance(caught.value.cause, NotARowError)
 
 

@@ -308,7 +308,7 @@ def test_where_counts_the_tokens_of_the_chat(made: Library) -> None:
     assert numbers(stream) == [0, 7]
     with pytest.raises(BadRowError) as caught:
         made.stream(kept, seed=0, measure=tokens("{{ nothing.at.all }}"))
-    assert caught.value.place == "c.jsonl:1"
+    assert caught.value.row == "c.jsonl:1"
 
 
 def test_where_that_leaves_nothing(made: Library) -> None:

@@ -7,13 +7,8 @@ import pytest
 from tests.runtime.data_helpers import text
 from tunelang.dsl.vocabulary.base import TextExpression
 from tunelang.dsl.vocabulary.data import After, Before, Between
-from tunelang.runtime.data.text_templates import (
-    MissingFieldError,
-    WrongTypeError,
-    fields,
-    render,
-    sole_field,
-)
+from tunelang.runtime.data.row_errors import MissingFieldError, WrongTypeError
+from tunelang.runtime.data.text_templates import fields, render, sole_field
 
 ROW = {
     "q": "Why?",
@@ -73,8 +68,8 @@ def test_a_missing_field_is_named() -> None:
 def test_a_value_that_is_no_text_is_named(name: str) -> None:
     with pytest.raises(WrongTypeError) as caught:
         render(text(f"{{{name}}}"), ROW)
-    found: Any = ROW[name]
-    assert (caught.value.name, caught.value.found) == (name, found)
+    value: Any = ROW[name]
+    assert (caught.value.name, caught.value.value) == (name, value)
 
 
 def test_fields() -> None:

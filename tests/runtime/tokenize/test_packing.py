@@ -184,7 +184,7 @@ def test_long_rows(tmp_path: Path, policy: str) -> None:
     if policy == "stop":
         with pytest.raises(BadRowError) as caught:
             corpus(tmp_path, context=20, on_long_row=policy)
-        assert caught.value.place == "d.jsonl:4"
+        assert caught.value.row == "d.jsonl:4"
         return
     made = corpus(tmp_path, context=20, on_long_row=policy)
     lengths = made.lengths(np.arange(made.order.epoch))
@@ -242,7 +242,7 @@ def test_rows_without_an_answer_are_dropped_each_time(tmp_path: Path) -> None:
         made = tokenise(stream, bytes_renderer(), context=20, cache=tmp_path)
         assert made.order.epoch == 1
         assert made.bad.counts == {"EmptyMaskError": 1}
-        assert made.bad.shown[0].place == "d.jsonl:1"
+        assert made.bad.shown[0].row == "d.jsonl:1"
 
 
 def test_no_row_with_an_answer_is_an_error(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_template_that_fails_names_the_row(tmp_path: Path) -> None:
     failing = open_renderer(models.Bytes(chat="{{ nothing.at.all }}"), Path(), cache=Path())
     with pytest.raises(BadRowError) as caught:
         tokenise(stream, failing, context=20, cache=tmp_path)
-    assert (caught.value.source, caught.value.place) == ("d", "d.jsonl:1")
+    assert (caught.value.source, caught.value.row) == ("d", "d.jsonl:1")
 
 
 def test_the_cache_follows_the_template(tmp_path: Path) -> None:
