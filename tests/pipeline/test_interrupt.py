@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_a_named_error(
     assert process.returncode == 3, said
     assert "error[store-fails]: cannot read" in said
     assert "checkpoints/6" in said
-    assert "to go on from the one before" in said
+    assert "to continue from the checkpoint before" in said
     assert "Traceback" not in said
     assert set(before) <= {str(path) for path in folder.rglob("*")}
 
