@@ -18,7 +18,8 @@ import numpy as np
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import parameter_count, train_flops
-from tunelang.dsl.vocabulary.training import AdamW, Dora, Lora
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
+from tunelang.dsl.vocabulary.training import Dora, Lora
 from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.objective import Batch

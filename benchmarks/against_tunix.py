@@ -43,8 +43,11 @@ from tunelang.compiler.layout.stage_layout import CHUNK
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.stages import Policy, Sft, Training
-from tunelang.dsl.vocabulary.training import K3, AdamW, Sampling
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
+from tunelang.dsl.vocabulary.policy_stages import Policy
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.supervised_stages import Sft
+from tunelang.dsl.vocabulary.training import K3, Sampling
 from tunelang.runtime.data.row_errors import BadRows
 from tunelang.runtime.data.sample_order import Order
 from tunelang.runtime.generation.engine import make_engine

@@ -23,8 +23,11 @@ import numpy as np
 from tunelang.compiler.layout.stage_layout import CHUNK
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import forward_flops, parameter_count, train_flops
-from tunelang.dsl.vocabulary.stages import Distill, Kto, Ppo, Preference, RewardModel
-from tunelang.dsl.vocabulary.training import AdamW, Critic, Sampling
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
+from tunelang.dsl.vocabulary.policy_stages import Ppo
+from tunelang.dsl.vocabulary.preference_stages import Kto, Preference, RewardModel
+from tunelang.dsl.vocabulary.supervised_stages import Distill
+from tunelang.dsl.vocabulary.training import Critic, Sampling
 from tunelang.runtime.loading.initial_weights import score_head
 from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.objectives.answer_scores import (

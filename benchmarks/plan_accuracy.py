@@ -38,8 +38,9 @@ from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.compiler.models.presets import PRESETS
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.stages import Sft
-from tunelang.dsl.vocabulary.training import AdamW, Lora
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
+from tunelang.dsl.vocabulary.supervised_stages import Sft
+from tunelang.dsl.vocabulary.training import Lora
 
 SLICES = {
     "v5e": ((4, 4), (8, 8)),

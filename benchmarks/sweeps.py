@@ -20,7 +20,8 @@ import numpy as np
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import parameter_count
-from tunelang.dsl.vocabulary.training import AdamW, Lora
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
+from tunelang.dsl.vocabulary.training import Lora
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.objective import Batch
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate

@@ -25,7 +25,7 @@ from tunelang.compiler.file_digests import Contents, digest
 from tunelang.compiler.graph import Selection, StageGraph, StageNode
 from tunelang.dsl.program import Declared
 from tunelang.dsl.reference.resolved_text import literal
-from tunelang.dsl.vocabulary import KINDS, data, models, rewards, types
+from tunelang.dsl.vocabulary import data, models, rewards, types
 from tunelang.dsl.vocabulary.base import (
     Attribute,
     Condition,
@@ -39,35 +39,8 @@ from tunelang.dsl.vocabulary.base import (
     TextExpression,
     attributes,
 )
-
-SEMANTICS: dict[str, tuple[str, int]] = {
-    "pretrain": ("pretrain", 1),
-    "sft": ("sft", 1),
-    "dpo": ("preference", 1),
-    "simpo": ("preference", 1),
-    "orpo": ("preference", 1),
-    "kto": ("kto", 1),
-    "reward_model": ("reward_model", 1),
-    "ppo": ("ppo", 1),
-    "distill": ("distill", 1),
-    "sample": ("sample", 1),
-    "merge": ("merge", 1),
-    "evaluate": ("evaluate", 1),
-    "grpo": ("policy", 1),
-    "dr_grpo": ("policy", 1),
-    "dapo": ("policy", 1),
-    "gspo": ("policy", 1),
-    "gspo_token": ("policy", 1),
-    "cispo": ("policy", 1),
-    "rloo": ("policy", 1),
-    "export": ("export", 1),
-}
-"""Kind of stage -> its implementation, and the version of what that computes.
-
-A change of a stage's results in any way beyond rounding (its loss, its data order, a reward that it
-calls) raises the version. Kinds that are presets of one implementation share it: `dapo` and the
-`grpo` that spells out the same attributes are one stage.
-"""
+from tunelang.dsl.vocabulary.stages import Stage
+from tunelang.dsl.vocabulary.tables import KINDS
 
 _Expression = TextExpression | Condition | DataExpression | RewardExpression
 _MARK = "#"
@@ -214,7 +187,8 @@ class _Writer:
 
     def stage(self, node: StageNode) -> None:
         """The components of a stage."""
-        implementation, version = SEMANTICS[node.kind]
+        assert isinstance(node.value, Stage)
+        implementation, version = node.value.semantics
         self.components |= {"kind": implementation, "semantics": str(version)}
         self.words["kind"] = node.kind
         self.fields("", node.value, KINDS["stage"][node.kind].attributes)

@@ -17,8 +17,9 @@ from tunelang.dsl.diagnostics.codes import codes
 from tunelang.dsl.reference import explain
 from tunelang.dsl.reference.resolved_text import literal
 from tunelang.dsl.syntax import units
-from tunelang.dsl.vocabulary import FORMS, FUNCTIONS, KINDS, NOUNS, RUN, data
+from tunelang.dsl.vocabulary import data
 from tunelang.dsl.vocabulary.base import Attribute, Function, Kind, KindInfo, attributes, doc_of
+from tunelang.dsl.vocabulary.tables import FORMS, FUNCTIONS, KINDS, NOUNS, RUN
 
 FOLDER = Path(__file__).parent
 EFFECTS = {"result": "result", "placement": "placement", "observe": "log"}

@@ -27,10 +27,11 @@ from tunelang.dsl.rules.apply_rules import apply_rules, warn_of_unused
 from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Source
 from tunelang.dsl.syntax.units import Quantity
-from tunelang.dsl.vocabulary import EXPRESSION_NOUNS, KINDS, RUN, types
+from tunelang.dsl.vocabulary import types
 from tunelang.dsl.vocabulary.base import KindInfo
 from tunelang.dsl.vocabulary.raw_values import INVALID, Word
 from tunelang.dsl.vocabulary.stages import Run
+from tunelang.dsl.vocabulary.tables import EXPRESSION_NOUNS, KINDS, RUN
 
 MAX_BRANCHES = 256
 

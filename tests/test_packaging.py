@@ -82,7 +82,7 @@ def circles(layer: str, depth: int | None) -> list[list[str]]:
     return [sorted(group) for group in nx.strongly_connected_components(graph) if len(group) > 1]
 
 
-@pytest.mark.parametrize("layer", ["dsl"])
+@pytest.mark.parametrize("layer", ["dsl", "compiler"])
 def test_modules_do_not_import_each_other_in_circles(layer: str) -> None:
     assert circles(layer, None) == []
 

@@ -15,16 +15,10 @@ from typing_extensions import override
 
 from tunelang.compiler.layout.stage_layout import Kernel
 from tunelang.compiler.models.architecture import Architecture
-from tunelang.dsl.vocabulary.stages import (
-    Compared,
-    Distill,
-    Kto,
-    Policy,
-    Ppo,
-    Preference,
-    Supervised,
-    Training,
-)
+from tunelang.dsl.vocabulary.policy_stages import Policy, Ppo
+from tunelang.dsl.vocabulary.preference_stages import Compared, Kto, Preference
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.supervised_stages import Distill, Supervised
 
 FLAT_GROUPS = 0.25
 """Share of the groups assumed to have no advantage: their micro-batches are skipped."""

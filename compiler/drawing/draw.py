@@ -17,7 +17,7 @@ from tunelang.dsl.program import Program
 from tunelang.dsl.reference.resolved_text import literal
 from tunelang.dsl.references import references_in
 from tunelang.dsl.rules.data_fields import source_rows
-from tunelang.dsl.vocabulary import stages
+from tunelang.dsl.vocabulary import stages, utility_stages
 from tunelang.dsl.vocabulary.base import Reference
 
 _DEPTH = 12
@@ -104,7 +104,7 @@ def _detail(node: StageNode, program: Program) -> str:
                 sources = (found.source for found in source_rows(node.value.data, program, {}))
                 data = " + ".join(dict.fromkeys(sources))
             return f"{node.kind}, {literal(node.value.length)} on {data}"
-        case stages.Export():
+        case utility_stages.Export():
             return f"{node.kind} to {node.value.path}"
     return node.kind
 

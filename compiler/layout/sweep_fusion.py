@@ -15,8 +15,8 @@ from tunelang.compiler.layout.layout_query import DoesNotFitError, LayoutQuery, 
 from tunelang.compiler.layout.layout_search import layout_key, rank_layouts
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.plan import StagePlan
+from tunelang.dsl.vocabulary.optimizer_kinds import Muon, Optimizer
 from tunelang.dsl.vocabulary.stages import Training
-from tunelang.dsl.vocabulary.training import Muon, Optimizer
 
 WORTH = 0.95
 """Share of the time of one after another that side by side takes at most, to be chosen."""

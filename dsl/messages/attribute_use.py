@@ -16,8 +16,9 @@ from tunelang.dsl.messages.wording import (
 )
 from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Span
-from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, foreign, types
+from tunelang.dsl.vocabulary import foreign, types
 from tunelang.dsl.vocabulary.base import Attribute
+from tunelang.dsl.vocabulary.tables import FUNCTIONS, KINDS
 
 
 @dataclass(frozen=True)

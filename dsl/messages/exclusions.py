@@ -5,7 +5,13 @@ from __future__ import annotations
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
 from tunelang.dsl.messages.wording import error
 from tunelang.dsl.syntax.source import Span
-from tunelang.dsl.vocabulary import rewards, stages
+from tunelang.dsl.vocabulary import (
+    policy_stages,
+    preference_stages,
+    rewards,
+    supervised_stages,
+    utility_stages,
+)
 
 
 def _contradiction(span: Span, title: str, label: str, help: str) -> Diagnostic:
@@ -15,7 +21,7 @@ def _contradiction(span: Span, title: str, label: str, help: str) -> Diagnostic:
 # Policy optimisation.
 
 
-def custom_loss_with_clip(span: Span, stage: stages.Policy) -> Diagnostic:
+def custom_loss_with_clip(span: Span, stage: policy_stages.Policy) -> Diagnostic:
     """A `loss` of the user's, which replaces the clipped one."""
     assert stage.clip is not None
     return _contradiction(
@@ -26,7 +32,7 @@ def custom_loss_with_clip(span: Span, stage: stages.Policy) -> Diagnostic:
     )
 
 
-def kl_target_without_penalty(span: Span, _: stages.Ppo) -> Diagnostic:
+def kl_target_without_penalty(span: Span, _: policy_stages.Ppo) -> Diagnostic:
     """A `kl_target`, but no divergence in the reward whose coefficient could adapt."""
     return _contradiction(
         span,
@@ -36,7 +42,7 @@ def kl_target_without_penalty(span: Span, _: stages.Ppo) -> Diagnostic:
     )
 
 
-def value_model_with_shared_trunk(span: Span, _: stages.Ppo) -> Diagnostic:
+def value_model_with_shared_trunk(span: Span, _: policy_stages.Ppo) -> Diagnostic:
     """A `value_model` for a critic that is a head on the policy."""
     return _contradiction(
         span,
@@ -49,7 +55,7 @@ def value_model_with_shared_trunk(span: Span, _: stages.Ppo) -> Diagnostic:
 # Distillation.
 
 
-def every_log_prob_stored(span: Span, _: stages.Distill) -> Diagnostic:
+def every_log_prob_stored(span: Span, _: supervised_stages.Distill) -> Diagnostic:
     """Stored log-probabilities of the whole vocabulary."""
     return _contradiction(
         span,
@@ -59,7 +65,7 @@ def every_log_prob_stored(span: Span, _: stages.Distill) -> Diagnostic:
     )
 
 
-def stored_before_sampling(span: Span, _: stages.Distill) -> Diagnostic:
+def stored_before_sampling(span: Span, _: supervised_stages.Distill) -> Diagnostic:
     """Log-probabilities stored ahead of answers that are sampled during training."""
     return _contradiction(
         span,
@@ -69,7 +75,7 @@ def stored_before_sampling(span: Span, _: stages.Distill) -> Diagnostic:
     )
 
 
-def hidden_states_stored(span: Span, _: stages.Distill) -> Diagnostic:
+def hidden_states_stored(span: Span, _: supervised_stages.Distill) -> Diagnostic:
     """A loss on hidden states or attention, which are never stored."""
     return _contradiction(
         span,
@@ -79,7 +85,7 @@ def hidden_states_stored(span: Span, _: stages.Distill) -> Diagnostic:
     )
 
 
-def packed_examples(span: Span, _: stages.Distill) -> Diagnostic:
+def packed_examples(span: Span, _: supervised_stages.Distill) -> Diagnostic:
     """Packing, but a loss that needs one example a sequence."""
     return _contradiction(
         span,
@@ -92,7 +98,7 @@ def packed_examples(span: Span, _: stages.Distill) -> Diagnostic:
 # Preferences.
 
 
-def unread_label_smoothing(span: Span, stage: stages.Preference) -> Diagnostic:
+def unread_label_smoothing(span: Span, stage: preference_stages.Preference) -> Diagnostic:
     """`label_smoothing` with a loss that does not read it."""
     loss = stage.loss if isinstance(stage.loss, str) else stage.loss.word
     return _contradiction(
@@ -103,7 +109,7 @@ def unread_label_smoothing(span: Span, stage: stages.Preference) -> Diagnostic:
     )
 
 
-def mostly_wrong_labels(span: Span, _: stages.Preference) -> Diagnostic:
+def mostly_wrong_labels(span: Span, _: preference_stages.Preference) -> Diagnostic:
     """A `label_smoothing` of a half or more."""
     return _contradiction(
         span,
@@ -116,7 +122,7 @@ def mostly_wrong_labels(span: Span, _: stages.Preference) -> Diagnostic:
 # Merging.
 
 
-def weights_for_models(span: Span, stage: stages.Merge) -> Diagnostic:
+def weights_for_models(span: Span, stage: utility_stages.Merge) -> Diagnostic:
     """A merge whose weights are not as many as its models."""
     weights = len(getattr(stage.method, "weights", None) or ())
     return _contradiction(
@@ -127,7 +133,7 @@ def weights_for_models(span: Span, stage: stages.Merge) -> Diagnostic:
     )
 
 
-def slerp_of_models(span: Span, stage: stages.Merge) -> Diagnostic:
+def slerp_of_models(span: Span, stage: utility_stages.Merge) -> Diagnostic:
     """`slerp` of more than two models."""
     return _contradiction(
         span,

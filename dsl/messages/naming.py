@@ -20,8 +20,9 @@ from tunelang.dsl.messages.wording import (
 )
 from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Span
-from tunelang.dsl.vocabulary import FUNCTIONS, NOUNS, foreign, types
+from tunelang.dsl.vocabulary import foreign, types
 from tunelang.dsl.vocabulary.base import KindInfo
+from tunelang.dsl.vocabulary.tables import FUNCTIONS, NOUNS
 
 
 class NamedDeclaration(Protocol):

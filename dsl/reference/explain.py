@@ -12,8 +12,9 @@ from typing import Any
 from tunelang.dsl.diagnostics.codes import Code, codes
 from tunelang.dsl.reference.resolved_text import literal
 from tunelang.dsl.syntax import units
-from tunelang.dsl.vocabulary import FORMS, FUNCTIONS, KINDS, NOUNS, RUN, data, foreign, types
+from tunelang.dsl.vocabulary import data, foreign, types
 from tunelang.dsl.vocabulary.base import EFFECTS, Attribute, Function, KindInfo, attributes, doc_of
+from tunelang.dsl.vocabulary.tables import FORMS, FUNCTIONS, KINDS, NOUNS, RUN
 
 TOPICS: dict[str, str] = {
     "template": (

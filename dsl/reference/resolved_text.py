@@ -7,7 +7,7 @@ from typing import Any
 from tunelang.dsl.program import Declared, Program
 from tunelang.dsl.syntax import units
 from tunelang.dsl.syntax.units import Quantity
-from tunelang.dsl.vocabulary import KINDS, RUN, data, rewards, types
+from tunelang.dsl.vocabulary import data, rewards, types
 from tunelang.dsl.vocabulary.base import (
     Attribute,
     DataExpression,
@@ -21,6 +21,7 @@ from tunelang.dsl.vocabulary.base import (
     attributes,
 )
 from tunelang.dsl.vocabulary.raw_values import RegexValue, Word
+from tunelang.dsl.vocabulary.tables import KINDS, RUN
 
 _PRECEDENCE = {
     "or": 1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tunelang.dsl.program import plain
-from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, NOUNS, RUN, data, rewards, types
+from tunelang.dsl.vocabulary import data, rewards, types
 from tunelang.dsl.vocabulary.base import (
     Attribute,
     Function,
@@ -14,6 +14,7 @@ from tunelang.dsl.vocabulary.base import (
     attributes,
     doc_of,
 )
+from tunelang.dsl.vocabulary.tables import FUNCTIONS, KINDS, NOUNS, RUN
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 

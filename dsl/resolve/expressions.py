@@ -21,15 +21,7 @@ from tunelang.dsl.resolve.fit import Site, fit
 from tunelang.dsl.resolve.scope import Module, Symbol
 from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Span
-from tunelang.dsl.vocabulary import (
-    FORMS,
-    FUNCTIONS,
-    KINDS,
-    data,
-    functions_of,
-    rewards,
-    types,
-)
+from tunelang.dsl.vocabulary import data, rewards, types
 from tunelang.dsl.vocabulary.base import (
     Attribute,
     DataExpression,
@@ -37,6 +29,7 @@ from tunelang.dsl.vocabulary.base import (
     attributes,
 )
 from tunelang.dsl.vocabulary.raw_values import INVALID, RegexValue, Word
+from tunelang.dsl.vocabulary.tables import FORMS, FUNCTIONS, KINDS, functions_of
 
 
 @cache

@@ -11,7 +11,7 @@ from tunelang.dsl.parsing.file_parser import parse
 from tunelang.dsl.resolve.scope import Module
 from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Source
-from tunelang.dsl.vocabulary import KINDS, NOUNS
+from tunelang.dsl.vocabulary.tables import KINDS, NOUNS
 
 
 def read(path: Path, name: str | None = None) -> Source:

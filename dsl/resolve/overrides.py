@@ -15,8 +15,9 @@ from tunelang.dsl.resolve.scope import Module, Symbol
 from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Source, Span
 from tunelang.dsl.syntax.units import Quantity
-from tunelang.dsl.vocabulary import KINDS, RUN, types
+from tunelang.dsl.vocabulary import types
 from tunelang.dsl.vocabulary.base import Attribute, Function
+from tunelang.dsl.vocabulary.tables import KINDS, RUN
 
 
 def apply(overrides: list[str], loaded: Loaded, diagnostics: Diagnostics) -> None:

@@ -22,7 +22,7 @@ from tunelang.dsl.rules.stage_rules import (
     check_yields,
 )
 from tunelang.dsl.rules.sweep_rules import check_sweep, check_winners
-from tunelang.dsl.vocabulary import data, models, rewards, stages
+from tunelang.dsl.vocabulary import data, models, policy_stages, rewards, stages, utility_stages
 from tunelang.dsl.vocabulary.base import DataExpression, Kind
 
 
@@ -56,14 +56,14 @@ def _check_outside(book: Book, declared: Declared) -> None:
     for value in declared.values:
         if isinstance(value, Kind):
             check_custom_functions(book, declared, value)
-        if isinstance(value, rewards.EvalKind | stages.Training | stages.Sample):
+        if isinstance(value, rewards.EvalKind | stages.Training | utility_stages.Sample):
             check_expression(book, declared, value.data)
         match value:
             case rewards.Generate():
                 check_reward_inputs(book, declared, "score", value.score, value.data)
-            case stages.Policy():
+            case policy_stages.Policy():
                 check_reward_inputs(book, declared, "reward", value.reward, value.data)
-            case stages.Sample():
+            case utility_stages.Sample():
                 for attribute in ("score", "keep"):
                     reward = getattr(value, attribute)
                     if reward is not None:
@@ -82,9 +82,9 @@ def _check_values(book: Book, declared: Declared) -> None:
                 check_generate(book, declared, value)
             case stages.Training():
                 check_training(book, declared, value)
-                if isinstance(value, stages.Policy):
+                if isinstance(value, policy_stages.Policy):
                     check_policy(book, declared, value)
-            case stages.Evaluate():
+            case utility_stages.Evaluate():
                 for reference in value.models:
                     check_measurable(book, declared, reference, value.evals)
         check_contradictions(book, declared, value)

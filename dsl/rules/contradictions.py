@@ -11,7 +11,14 @@ from tunelang.dsl.messages import exclusions
 from tunelang.dsl.program import Declared
 from tunelang.dsl.rules.book import Book
 from tunelang.dsl.syntax.source import Span
-from tunelang.dsl.vocabulary import rewards, stages, training
+from tunelang.dsl.vocabulary import (
+    policy_stages,
+    preference_stages,
+    rewards,
+    supervised_stages,
+    training,
+    utility_stages,
+)
 from tunelang.dsl.vocabulary.base import Kind
 
 K = TypeVar("K", bound=Kind)
@@ -28,7 +35,7 @@ class Contradiction(Generic[K]):
 
 
 POLICY = (
-    Contradiction[stages.Policy](
+    Contradiction[policy_stages.Policy](
         path="loss",
         applies=lambda stage: stage.loss is not None and stage.clip is not None,
         message=exclusions.custom_loss_with_clip,
@@ -36,17 +43,17 @@ POLICY = (
 )
 
 DISTILL = (
-    Contradiction[stages.Distill](
+    Contradiction[supervised_stages.Distill](
         path="teacher_log_probs",
         applies=lambda stage: stage.teacher_log_probs == "ahead" and stage.top_k is None,
         message=exclusions.every_log_prob_stored,
     ),
-    Contradiction[stages.Distill](
+    Contradiction[supervised_stages.Distill](
         path="teacher_log_probs",
         applies=lambda stage: stage.teacher_log_probs == "ahead" and stage.on_policy > 0,
         message=exclusions.stored_before_sampling,
     ),
-    Contradiction[stages.Distill](
+    Contradiction[supervised_stages.Distill](
         path="teacher_log_probs",
         applies=lambda stage: (
             stage.teacher_log_probs == "ahead"
@@ -54,12 +61,12 @@ DISTILL = (
         ),
         message=exclusions.hidden_states_stored,
     ),
-    Contradiction[stages.Distill](
+    Contradiction[supervised_stages.Distill](
         path="on_policy",
         applies=lambda stage: stage.packing and stage.on_policy > 0,
         message=exclusions.packed_examples,
     ),
-    Contradiction[stages.Distill](
+    Contradiction[supervised_stages.Distill](
         path="features",
         applies=lambda stage: stage.packing and not stage.on_policy and _pools_features(stage),
         message=exclusions.packed_examples,
@@ -67,17 +74,17 @@ DISTILL = (
 )
 
 
-def _pools_features(stage: stages.Distill) -> bool:
+def _pools_features(stage: supervised_stages.Distill) -> bool:
     return stage.features is not None and stage.features.pooling != "token"
 
 
 PREFERENCE = (
-    Contradiction[stages.Preference](
+    Contradiction[preference_stages.Preference](
         path="label_smoothing",
         applies=lambda stage: stage.label_smoothing > 0 and stage.loss not in ("sigmoid", "robust"),
         message=exclusions.unread_label_smoothing,
     ),
-    Contradiction[stages.Preference](
+    Contradiction[preference_stages.Preference](
         path="label_smoothing",
         applies=lambda stage: stage.label_smoothing >= 0.5,
         message=exclusions.mostly_wrong_labels,
@@ -85,14 +92,14 @@ PREFERENCE = (
 )
 
 PPO = (
-    Contradiction[stages.Ppo](
+    Contradiction[policy_stages.Ppo](
         path="kl_target",
         applies=lambda stage: (
             stage.kl_target is not None and (stage.kl is None or stage.kl.at != "reward")
         ),
         message=exclusions.kl_target_without_penalty,
     ),
-    Contradiction[stages.Ppo](
+    Contradiction[policy_stages.Ppo](
         path="value_model",
         applies=lambda stage: stage.value_model is not None and stage.critic.trunk == "shared",
         message=exclusions.value_model_with_shared_trunk,
@@ -100,12 +107,12 @@ PPO = (
 )
 
 MERGE = (
-    Contradiction[stages.Merge](
+    Contradiction[utility_stages.Merge](
         path="method",
         applies=lambda stage: _weight_count(stage) not in (None, 1 + len(stage.others)),
         message=exclusions.weights_for_models,
     ),
-    Contradiction[stages.Merge](
+    Contradiction[utility_stages.Merge](
         path="method",
         applies=lambda stage: isinstance(stage.method, training.Slerp) and len(stage.others) != 1,
         message=exclusions.slerp_of_models,
@@ -113,7 +120,7 @@ MERGE = (
 )
 
 
-def _weight_count(stage: stages.Merge) -> int | None:
+def _weight_count(stage: utility_stages.Merge) -> int | None:
     weights = getattr(stage.method, "weights", None)
     return len(weights) if weights is not None else None
 
@@ -139,11 +146,11 @@ GENERATE = (
 )
 
 CONTRADICTIONS: dict[type[Kind], tuple[Contradiction[Any], ...]] = {
-    stages.Policy: POLICY,
-    stages.Distill: DISTILL,
-    stages.Preference: PREFERENCE,
-    stages.Ppo: PPO,
-    stages.Merge: MERGE,
+    policy_stages.Policy: POLICY,
+    supervised_stages.Distill: DISTILL,
+    preference_stages.Preference: PREFERENCE,
+    policy_stages.Ppo: PPO,
+    utility_stages.Merge: MERGE,
     rewards.Generate: GENERATE,
 }
 """Kind, subclasses included -> its contradictions."""

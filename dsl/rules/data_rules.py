@@ -13,7 +13,7 @@ from tunelang.dsl.rules.data_fields import SourceRows
 from tunelang.dsl.rules.file_rules import find_file
 from tunelang.dsl.rules.function_rules import check_rows_function
 from tunelang.dsl.syntax.source import Source, Span
-from tunelang.dsl.vocabulary import data, stages
+from tunelang.dsl.vocabulary import data, utility_stages
 from tunelang.dsl.vocabulary.base import DataExpression, Node
 
 _NOWHERE = Span(Source("", ""), 0, 0)
@@ -66,7 +66,7 @@ def _sampled_fields(book: Book, source: data.Sampled) -> set[str] | None:
     """Return the fields of the rows that a stage samples; None if they are unknown."""
     stage = book.declared(source.from_.name)
     sample = stage.values[0] if stage is not None else None
-    if not isinstance(sample, stages.Sample):  # reported by the rules for stages
+    if not isinstance(sample, utility_stages.Sample):  # reported by the rules for stages
         return None
     fields = {"prompt", "target", "reward"}
     if source.rows == "pairs":

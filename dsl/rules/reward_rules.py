@@ -8,11 +8,11 @@ from tunelang.dsl.messages import conflicts
 from tunelang.dsl.program import Declared, Program
 from tunelang.dsl.rules.book import Book
 from tunelang.dsl.syntax.source import Span
-from tunelang.dsl.vocabulary import data, rewards, stages
+from tunelang.dsl.vocabulary import data, policy_stages, rewards, stages
 from tunelang.dsl.vocabulary.base import Node, RewardExpression, TextExpression
 
 
-def check_policy(book: Book, declared: Declared, stage: stages.Policy) -> None:
+def check_policy(book: Book, declared: Declared, stage: policy_stages.Policy) -> None:
     """Check a policy optimisation: its group, rollout, reference and reward."""
     rollout = stage.rollout
     if stage.group < 2 and (stage.advantage != "gae" or stage.refill):

@@ -9,7 +9,16 @@ from tunelang.dsl.rules.book import Book
 from tunelang.dsl.rules.model_rules import device_count
 from tunelang.dsl.rules.reward_rules import check_context
 from tunelang.dsl.rules.sweep_rules import inherits_branches
-from tunelang.dsl.vocabulary import data, models, rewards, stages, training
+from tunelang.dsl.vocabulary import (
+    data,
+    models,
+    policy_stages,
+    rewards,
+    stages,
+    supervised_stages,
+    training,
+    utility_stages,
+)
 from tunelang.dsl.vocabulary.base import DataExpression, Kind, Reference
 
 
@@ -88,14 +97,14 @@ def _check_eval_spacing(book: Book, declared: Declared, stage: stages.Training) 
 def _check_batch(book: Book, declared: Declared, stage: stages.Training) -> None:
     """Check that the batch divides over the micro-batch and mesh that the stage pins."""
     group, formula = 1, ""
-    if isinstance(stage, stages.Policy):
+    if isinstance(stage, policy_stages.Policy):
         group = stage.group
         sequences = stage.batch * group
         formula = f"{stage.batch} prompts × group {group}"
         if sequences % stage.minibatches:
             span = book.span(declared, "minibatches")
             book.report(conflicts.minibatches(span, stage.batch, group, stage.minibatches))
-    elif isinstance(stage, stages.Supervised) and stage.batch.unit == "sequences":
+    elif isinstance(stage, supervised_stages.Supervised) and stage.batch.unit == "sequences":
         sequences = int(stage.batch.value)
         formula = f"{sequences}"
     else:
@@ -189,7 +198,7 @@ def check_outputs(book: Book) -> None:
     writers: dict[str, Declared] = {}
     for declared in book.program.of("stage"):
         for branch in declared.branches:
-            if isinstance(branch.value, stages.Export):
+            if isinstance(branch.value, utility_stages.Export):
                 path = branch.value.path.rstrip("/")
                 if inherits_branches(book, declared) and not declared.fans_out:
                     span = book.span(declared, "from")

@@ -7,7 +7,7 @@ from tunelang.dsl.program import Declared
 from tunelang.dsl.references import references_in
 from tunelang.dsl.rules.book import Book
 from tunelang.dsl.rules.data_fields import declared_names
-from tunelang.dsl.vocabulary import stages, training
+from tunelang.dsl.vocabulary import policy_stages, stages, training
 
 
 def check_sweep(book: Book, declared: Declared) -> None:
@@ -33,7 +33,7 @@ def _check_metric(
         if eval_ is None:
             return
         known += [eval_.name, *(f"{eval_.name}.{metric}" for metric in eval_.value.measures)]
-    if isinstance(stage, stages.Policy):
+    if isinstance(stage, policy_stages.Policy):
         known += [f"{name}.reward" for name in sorted(declared_names(stage.data, book.program))]
     if keep.metric in known:
         return

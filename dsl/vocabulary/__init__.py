@@ -1,75 +1,19 @@
-"""Everything that a spec can say, as tables: nouns, their kinds, functions, foreign words."""
+"""The vocabulary of specs: nouns, kinds, attributes, functions, and the words of other tools.
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from functools import cache
-
-from tunelang.dsl.vocabulary import data, models, rewards, stages, training
-from tunelang.dsl.vocabulary.base import Function, Kind, KindInfo, doc_of
-
-NOUNS: dict[str, str] = {
-    "param": "A value that `--set`, or a file that imports this one, may change.",
-    "let": "A named expression.",
-    "tokenizer": "A tokenizer, its special tokens and its chat template.",
-    "model": "Initial weights of one architecture.",
-    "data": "A stream of examples with named fields.",
-    "reward": "A number for each completion.",
-    "eval": "Named metrics, measured on examples.",
-    "hardware": "A set of devices, which need not be here.",
-    "stage": "A step of the pipeline; as a value, the model that it yields.",
-}
-"""Noun -> documentation."""
-
-EXPRESSION_NOUNS = ("param", "let", "data", "reward")
-"""Nouns that may be declared as `noun name = expression`."""
-
-
-def _kinds() -> dict[str, dict[str, KindInfo]]:
-    tables: dict[str, Mapping[str, type[Kind]]] = {
-        "tokenizer": models.TOKENIZERS,
-        "model": models.MODELS,
-        "data": data.KINDS,
-        "reward": rewards.REWARDS,
-        "eval": rewards.EVALS,
-        "hardware": models.HARDWARE,
-        "stage": stages.STAGES,
-    }
-    found = {
-        noun: {word: KindInfo(noun, word, model, doc_of(model)) for word, model in table.items()}
-        for noun, table in tables.items()
-    }
-    for model, rows in ((stages.Preference, stages.PREFERENCES), (stages.Policy, stages.POLICIES)):
-        for word, (doc, presets) in rows.items():
-            found["stage"][word] = KindInfo("stage", word, model, doc, tuple(presets.items()))
-    return found
-
-
-KINDS = _kinds()
-"""Noun -> kind -> what it is."""
-
-RUN = KindInfo("run", "run", stages.Run, doc_of(stages.Run))
-"""The attributes of the `run` block."""
-
-FUNCTIONS: dict[str, type[Function]] = {
-    function.word: function
-    for function in (
-        *data.FUNCTIONS,
-        *models.FUNCTIONS,
-        *rewards.FUNCTIONS,
-        *training.FUNCTIONS,
-    )
-}
-"""Function -> its model. Data methods stand in `data.METHODS`."""
-
-FORMS: dict[str, str] = {
-    "each": "Fan a stage out: one branch for each value, and for each"
-    " combination of several `each`.",
-}
-"""Forms of the language that look like calls."""
-
-
-@cache
-def functions_of(family: str) -> tuple[str, ...]:
-    """The words of a family's functions."""
-    return tuple(word for word, function in FUNCTIONS.items() if function.family == family)
+- `base`: how a kind or function is written as a class, and how tools read it.
+- `types`: the types of attributes.
+- `tables`: every noun, kind and function by its word.
+- `models`: tokenizers, models and hardware.
+- `data`: sources, methods, conditions and templates.
+- `rewards`: rewards, judges and evals.
+- `stages`: the run block, and the bases of all stages.
+- `supervised_stages`: `pretrain`, `sft` and `distill`.
+- `preference_stages`: `dpo` and its presets, `kto` and `reward_model`.
+- `policy_stages`: `grpo` and its presets, and `ppo`.
+- `utility_stages`: `sample`, `merge`, `evaluate` and `export`.
+- `optimizer_kinds`: optimizers and their schedules.
+- `training`: adapters, sampling, clipping, KL terms, merge methods, divergences, meshes, trackers.
+- `custom`: a user's Python functions.
+- `foreign`: words of other tools, and what is written here in their place.
+- `raw_values`: values that only exist before they are fitted to an attribute.
+"""

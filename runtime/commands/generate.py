@@ -13,8 +13,8 @@ from tunelang.dsl.messages import run_failures
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.rewards import RewardRef
-from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Sampling
+from tunelang.dsl.vocabulary.utility_stages import Export
 from tunelang.runtime.data.examples import Example, Message
 from tunelang.runtime.generation.episodes import completion_texts
 from tunelang.runtime.generation.generator import TextGenerator

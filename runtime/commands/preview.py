@@ -14,7 +14,7 @@ from tunelang.dsl.diagnostics.tune_error import CommandError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary.data import DataRef
-from tunelang.dsl.vocabulary.stages import Policy
+from tunelang.dsl.vocabulary.policy_stages import Policy
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.store.run_store import Store
 from tunelang.runtime.tokenize.chat_renderer import Renderer

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tunelang.compiler.models.architecture import Architecture
-from tunelang.dsl.vocabulary.stages import Kto, Preference, RewardModel
+from tunelang.dsl.vocabulary.preference_stages import Kto, Preference, RewardModel
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.objectives.preference_losses import (

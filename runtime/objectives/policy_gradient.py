@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tunelang.dsl.vocabulary.stages import Policy
+from tunelang.dsl.vocabulary.policy_stages import Policy
 from tunelang.dsl.vocabulary.training import K1, K2, Clip, ClipWeights, KlTerm, Masked, Truncated
 from tunelang.runtime.user_functions import Custom
 

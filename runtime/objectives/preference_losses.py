@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tunelang.dsl.vocabulary.stages import Kto, Preference
+from tunelang.dsl.vocabulary.preference_stages import Kto, Preference
 from tunelang.runtime.user_functions import Custom
 
 # That of the largest probability below 1 in float32.

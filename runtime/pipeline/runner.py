@@ -22,14 +22,9 @@ from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.diagnostics.tune_error import WRONG_SPEC, FailureText, SpecPlace, TuneError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.base import Reference
-from tunelang.dsl.vocabulary.stages import (
-    Evaluate,
-    Export,
-    Merge,
-    Sample,
-    Training,
-)
+from tunelang.dsl.vocabulary.stages import Training
 from tunelang.dsl.vocabulary.training import Dare, Ties
+from tunelang.dsl.vocabulary.utility_stages import Evaluate, Export, Merge, Sample
 from tunelang.runtime.errors import Interrupted, NotBuiltError, StageFailed
 from tunelang.runtime.loading.initial_weights import Origin, loaded
 from tunelang.runtime.models.loaded_model import Model

@@ -19,13 +19,9 @@ from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.diagnostics.tune_error import WRONG_SPEC, FailureText, SpecPlace, TuneError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.references import references_in
-from tunelang.dsl.vocabulary.stages import (
-    Distill,
-    Policy,
-    Ppo,
-    Supervised,
-    Training,
-)
+from tunelang.dsl.vocabulary.policy_stages import Policy, Ppo
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.supervised_stages import Distill, Supervised
 from tunelang.dsl.vocabulary.training import Continued
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.errors import NotBuiltError

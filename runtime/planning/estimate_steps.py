@@ -16,7 +16,9 @@ from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import data
 from tunelang.dsl.vocabulary.base import DataExpression
 from tunelang.dsl.vocabulary.models import Bytes
-from tunelang.dsl.vocabulary.stages import Policy, Supervised, Training
+from tunelang.dsl.vocabulary.policy_stages import Policy
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.supervised_stages import Supervised
 from tunelang.runtime.data.examples import example_of, roles_of, texts_of
 from tunelang.runtime.data.row_errors import MissingFieldError, WrongTypeError
 from tunelang.runtime.data.sample_order import steps_of

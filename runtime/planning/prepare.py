@@ -47,16 +47,11 @@ from tunelang.dsl.rules.data_fields import common_roles
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.models import HardwareKind
+from tunelang.dsl.vocabulary.policy_stages import Policy
 from tunelang.dsl.vocabulary.rewards import Learned, LocalJudge, Rubric
-from tunelang.dsl.vocabulary.stages import (
-    Distill,
-    Evaluate,
-    Export,
-    Merge,
-    Policy,
-    Sample,
-    Training,
-)
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.supervised_stages import Distill
+from tunelang.dsl.vocabulary.utility_stages import Evaluate, Export, Merge, Sample
 from tunelang.runtime.errors import StageFailed
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.planning import estimate_steps

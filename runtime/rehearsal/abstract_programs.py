@@ -24,22 +24,13 @@ from tunelang.compiler.layout.layout_query import Judge
 from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture, plain
+from tunelang.dsl.vocabulary.policy_stages import Policy, Ppo
+from tunelang.dsl.vocabulary.preference_stages import Compared, Kto, Preference, RewardModel
 from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity
-from tunelang.dsl.vocabulary.stages import (
-    Compared,
-    Distill,
-    Evaluate,
-    Kto,
-    Merge,
-    Policy,
-    Ppo,
-    Preference,
-    RewardModel,
-    Sample,
-    Supervised,
-    Training,
-)
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.supervised_stages import Distill, Supervised
 from tunelang.dsl.vocabulary.training import Sampling
+from tunelang.dsl.vocabulary.utility_stages import Evaluate, Merge, Sample
 from tunelang.runtime.evals.score_answers import TOKENS
 from tunelang.runtime.generation import beam_search
 from tunelang.runtime.generation.engine import Request, abstract_slots, make_engine

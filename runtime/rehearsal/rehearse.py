@@ -28,12 +28,8 @@ from tunelang.compiler.layout.stage_layout import StageLayout, shards_of
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.messages.human_units import size_text
-from tunelang.dsl.vocabulary.stages import (
-    Evaluate,
-    Merge,
-    Sample,
-    Training,
-)
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.utility_stages import Evaluate, Merge, Sample
 from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.rehearsal.abstract_programs import (
     AbstractProgram,

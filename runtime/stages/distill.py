@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import parameter_count
-from tunelang.dsl.vocabulary.stages import Distill
+from tunelang.dsl.vocabulary.supervised_stages import Distill
 from tunelang.dsl.vocabulary.training import JensenShannon, Sampling
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.evals.score_answers import epoch

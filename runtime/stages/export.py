@@ -21,8 +21,8 @@ from typing_extensions import override
 from tunelang.compiler.models.families import config_of
 from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
 from tunelang.dsl.messages import run_failures
-from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Dora, Lora
+from tunelang.dsl.vocabulary.utility_stages import Export
 from tunelang.runtime.loading.initial_weights import Origin, loaded, shaped_adapter
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.loaded_model import Model

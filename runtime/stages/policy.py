@@ -20,7 +20,7 @@ from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import forward_flops, train_flops
-from tunelang.dsl.vocabulary.stages import Policy, Ppo
+from tunelang.dsl.vocabulary.policy_stages import Policy, Ppo
 from tunelang.runtime.data.examples import Example
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.data.sample_order import steps_of

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from tunelang.compiler.models.architecture import Architecture
-from tunelang.dsl.vocabulary.stages import Policy
+from tunelang.dsl.vocabulary.policy_stages import Policy
 from tunelang.dsl.vocabulary.training import Critic
 from tunelang.runtime.generation.episodes import Episodes
 from tunelang.runtime.models.decoder import RESIDUAL, Decoder, scored

@@ -12,7 +12,7 @@ from flax import nnx
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import forward_flops, train_flops
-from tunelang.dsl.vocabulary.stages import Ppo
+from tunelang.dsl.vocabulary.policy_stages import Ppo
 from tunelang.dsl.vocabulary.training import Critic as Settings
 from tunelang.runtime.loading.initial_weights import scoring
 from tunelang.runtime.models.parameters import merge_params

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tunelang.dsl.vocabulary.rewards import RewardConstant
-from tunelang.dsl.vocabulary.stages import Sample
+from tunelang.dsl.vocabulary.utility_stages import Sample
 from tunelang.runtime.data.examples import Example
 from tunelang.runtime.errors import Interrupted
 from tunelang.runtime.generation.engine_sizes import slot_count

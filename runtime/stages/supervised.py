@@ -16,15 +16,8 @@ from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import train_flops
-from tunelang.dsl.vocabulary.stages import (
-    Compared,
-    Distill,
-    Kto,
-    Likelihood,
-    Preference,
-    RewardModel,
-    Supervised,
-)
+from tunelang.dsl.vocabulary.preference_stages import Compared, Kto, Preference, RewardModel
+from tunelang.dsl.vocabulary.supervised_stages import Distill, Likelihood, Supervised
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.data.stream import Stream
 from tunelang.runtime.evals.score_answers import label_of, margin_of, score_answers

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Optimizer, Sgd
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Lion, Muon, Optimizer, Sgd
 from tunelang.runtime.sharding import Axes, is_variable, logical_axes
 from tunelang.runtime.user_functions import Custom
 

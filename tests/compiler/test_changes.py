@@ -8,7 +8,8 @@ import pytest
 
 from tests.compiler.workspace import PIPELINE, prints, write
 from tunelang.compiler.changes import changes, wording
-from tunelang.compiler.fingerprint import SEMANTICS, Fingerprint
+from tunelang.compiler.fingerprint import Fingerprint
+from tunelang.dsl.vocabulary.policy_stages import Policy
 
 TUNED = "tuned[optimizer.lr=1e-6]"
 
@@ -99,7 +100,7 @@ def test_a_model_folder(folder: Path) -> None:
 
 def test_semantics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = prints(PIPELINE, folder)
-    monkeypatch.setitem(SEMANTICS, "grpo", ("policy", 2))
+    monkeypatch.setattr(Policy, "semantics", ("policy", 2))
     expected = ["this version computes it in another way (1 → 2)"]
     assert told(TUNED, before, prints(PIPELINE, folder)) == expected
 

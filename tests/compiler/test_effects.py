@@ -14,9 +14,10 @@ from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.fingerprint import fingerprints
 from tunelang.compiler.graph import build
 from tunelang.dsl.program import Branch, Declared, Program
-from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, data, models, rewards, training, types
+from tunelang.dsl.vocabulary import data, models, optimizer_kinds, rewards, training, types
 from tunelang.dsl.vocabulary.base import Attribute, Measure, Node, Reference, attributes
 from tunelang.dsl.vocabulary.custom import Python
+from tunelang.dsl.vocabulary.tables import FUNCTIONS, KINDS
 
 SPEC = """\
 hardware box : local { devices = 1 }
@@ -80,7 +81,10 @@ SAMPLES: dict[str, list[Node]] = {
     ],
     "reward": [rewards.Length.unvalidated(), rewards.RewardConstant.unvalidated(value=1.0)],
     "condition": [data.Literal.unvalidated(value=True), data.Literal.unvalidated(value=False)],
-    "optimizer": [training.Sgd.unvalidated(lr=0.5), training.Lion.unvalidated(lr=0.5)],
+    "optimizer": [
+        optimizer_kinds.Sgd.unvalidated(lr=0.5),
+        optimizer_kinds.Lion.unvalidated(lr=0.5),
+    ],
     "adapter": [training.Lora.unvalidated(), training.Dora.unvalidated()],
     "sampling": [training.Sampling.unvalidated(max_tokens=77)],
     "clip": [training.Clip.unvalidated(), training.ClipWeights.unvalidated()],

@@ -11,12 +11,15 @@ import pytest
 
 from tests.compiler.workspace import PIPELINE, digests, prints, program, write
 from tunelang.compiler.file_digests import Contents
-from tunelang.compiler.fingerprint import SEMANTICS, fingerprints
+from tunelang.compiler.fingerprint import fingerprints
 from tunelang.compiler.graph import build
 from tunelang.dsl.parsing.formatter import format_source
 from tunelang.dsl.program import Branch, Declared
 from tunelang.dsl.syntax.source import Source
-from tunelang.dsl.vocabulary import KINDS, rewards
+from tunelang.dsl.vocabulary import rewards
+from tunelang.dsl.vocabulary.policy_stages import Policy
+from tunelang.dsl.vocabulary.stages import Stage
+from tunelang.dsl.vocabulary.tables import KINDS
 
 ALL = ["warm", "tuned[optimizer.lr=1e-6]", "tuned[optimizer.lr=3e-6]", "polished", "out"]
 
@@ -212,13 +215,15 @@ def test_checkpoint_of_a_step(folder: Path) -> None:
 
 def test_version_of_the_semantics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = digests(PIPELINE, folder)
-    monkeypatch.setitem(SEMANTICS, "grpo", ("policy", 2))
+    monkeypatch.setattr(Policy, "semantics", ("policy", 2))
     after = digests(PIPELINE, folder)
     assert [node for node in ALL if before[node] != after[node]] == ALL[1:]
 
 
 def test_every_kind_of_stage_has_its_semantics() -> None:
-    assert set(SEMANTICS) == set(KINDS["stage"])
+    classes = {info.model for info in KINDS["stage"].values()}
+    names = [cls.semantics[0] for cls in classes if issubclass(cls, Stage)]
+    assert len(set(names)) == len(classes)
 
 
 def test_a_judge_in_the_branch_of_its_reader(folder: Path) -> None:

@@ -17,7 +17,7 @@ from tests.parity.test_transformers import made
 from tests.parity.test_trl import preference, trainer
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.families import architecture_of
-from tunelang.dsl.vocabulary.training import AdamW, Optimizer, Sgd
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Optimizer, Sgd
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.objectives.answer_scores import PairObjective, Reference, segment_program
 from tunelang.runtime.sharding import make_layout, shardings

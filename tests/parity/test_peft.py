@@ -16,8 +16,8 @@ from flax import nnx
 from tests.parity.test_transformers import saved
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.families import architecture_of
-from tunelang.dsl.vocabulary.stages import Export
 from tunelang.dsl.vocabulary.training import Dora, Lora
+from tunelang.dsl.vocabulary.utility_stages import Export
 from tunelang.runtime.loading import initial_weights
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.loaded_model import Model

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunelang.dsl.vocabulary.stages import POLICIES, PREFERENCES, Kto, Policy, Preference
+from tunelang.dsl.vocabulary.policy_stages import POLICIES, Policy
+from tunelang.dsl.vocabulary.preference_stages import PREFERENCES, Kto, Preference
 from tunelang.dsl.vocabulary.training import K1, K3, Masked, Sampling, Truncated
 from tunelang.runtime.objectives import policy_gradient
 from tunelang.runtime.objectives.policy_gradient import Completions, objective

@@ -14,8 +14,12 @@ from tunelang.compiler.layout.layout_search import best_layout
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.presets import PRESETS
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.stages import STAGES, Kto, Preference, Supervised, Training
-from tunelang.dsl.vocabulary.training import AdamW, Axes, Optimizer
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Optimizer
+from tunelang.dsl.vocabulary.preference_stages import Kto, Preference
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.supervised_stages import Supervised
+from tunelang.dsl.vocabulary.tables import STAGES
+from tunelang.dsl.vocabulary.training import Axes
 
 PAIRS = frozenset({"prompt", "chosen", "rejected"})
 LABELLED = frozenset({"prompt", "response", "label"})

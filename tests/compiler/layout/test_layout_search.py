@@ -27,8 +27,11 @@ from tunelang.compiler.models.architecture import Architecture, Mixture
 from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.compiler.models.presets import PRESETS
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.stages import Policy, Sft, Training
-from tunelang.dsl.vocabulary.training import AdamW, Axes, Lora, Sampling
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
+from tunelang.dsl.vocabulary.policy_stages import Policy
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.supervised_stages import Sft
+from tunelang.dsl.vocabulary.training import Axes, Lora, Sampling
 
 __all__ = ["folder"]
 

@@ -19,9 +19,11 @@ from tunelang.dsl.reference.schema import schema
 from tunelang.dsl.resolve.fit import Site, fit
 from tunelang.dsl.syntax.nodes import Declaration
 from tunelang.dsl.syntax.source import Source, Span
-from tunelang.dsl.vocabulary import FUNCTIONS, KINDS, NOUNS, RUN, data, types
+from tunelang.dsl.vocabulary import data, types
 from tunelang.dsl.vocabulary.base import EFFECTS, Attribute, Node, attributes, doc_of
 from tunelang.dsl.vocabulary.foreign import BY_NOUN, FUNCTION
+from tunelang.dsl.vocabulary.optimizer_kinds import Optimizer
+from tunelang.dsl.vocabulary.tables import FUNCTIONS, KINDS, NOUNS, RUN
 
 UI = Path(__file__).parents[2] / "ui"
 
@@ -161,3 +163,10 @@ def test_schema_is_a_schema() -> None:
 
 def test_the_prelude_of_the_examples_is_formatted() -> None:
     assert format_source(Source("prelude", PRELUDE))[0] == PRELUDE
+
+
+def test_every_optimizer_says_how_many_moments_it_keeps() -> None:
+    """The planner sizes the state of an optimizer by them."""
+    kinds = [function for function in FUNCTIONS.values() if function.family == "optimizer"]
+    moments = {kind.word: kind.moments for kind in kinds if issubclass(kind, Optimizer)}
+    assert moments == {"adamw": 2, "muon": 2, "sgd": 1, "lion": 1}

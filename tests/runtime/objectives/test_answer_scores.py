@@ -18,7 +18,7 @@ from tests.runtime import reference
 from tests.runtime.architectures import LLAMA
 from tests.runtime.training.test_train_step import ADAMW, same
 from tunelang.compiler.models.architecture import Architecture
-from tunelang.dsl.vocabulary.stages import Kto, Preference, RewardModel
+from tunelang.dsl.vocabulary.preference_stages import Kto, Preference, RewardModel
 from tunelang.runtime.objectives.answer_scores import (
     KtoObjective,
     PairObjective,

@@ -17,9 +17,10 @@ from tests.runtime.training.test_train_step import ADAMW, same
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.base import Measure, Reference
 from tunelang.dsl.vocabulary.data import DataRef
+from tunelang.dsl.vocabulary.optimizer_kinds import Sgd
+from tunelang.dsl.vocabulary.policy_stages import Ppo
 from tunelang.dsl.vocabulary.rewards import RewardConstant
-from tunelang.dsl.vocabulary.stages import Ppo
-from tunelang.dsl.vocabulary.training import Critic, Sampling, Sgd
+from tunelang.dsl.vocabulary.training import Critic, Sampling
 from tunelang.runtime.loading.initial_weights import score_head
 from tunelang.runtime.objectives import gae
 from tunelang.runtime.rewards.reward_functions import Scores

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunelang.dsl.vocabulary.stages import POLICIES, Policy
+from tunelang.dsl.vocabulary.policy_stages import POLICIES, Policy
 from tunelang.dsl.vocabulary.training import (
     K1,
     K2,

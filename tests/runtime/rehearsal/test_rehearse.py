@@ -22,17 +22,12 @@ from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.stages import (
-    Distill,
-    Kto,
-    Policy,
-    Ppo,
-    Preference,
-    RewardModel,
-    Sft,
-    Training,
-)
-from tunelang.dsl.vocabulary.training import K3, AdamW, Axes, Critic, Lora, Sampling
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
+from tunelang.dsl.vocabulary.policy_stages import Policy, Ppo
+from tunelang.dsl.vocabulary.preference_stages import Kto, Preference, RewardModel
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.supervised_stages import Distill, Sft
+from tunelang.dsl.vocabulary.training import K3, Axes, Critic, Lora, Sampling
 from tunelang.runtime import sharding
 from tunelang.runtime.planning.prepare import Shapes
 from tunelang.runtime.rehearsal import collectives

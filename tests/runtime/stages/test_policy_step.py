@@ -13,9 +13,10 @@ from tests.runtime.architectures import LLAMA
 from tests.runtime.training.test_train_step import ADAMW, same
 from tunelang.dsl.vocabulary.base import Measure, Reference
 from tunelang.dsl.vocabulary.data import DataRef
+from tunelang.dsl.vocabulary.optimizer_kinds import Sgd
+from tunelang.dsl.vocabulary.policy_stages import POLICIES, Policy
 from tunelang.dsl.vocabulary.rewards import RewardConstant
-from tunelang.dsl.vocabulary.stages import POLICIES, Policy
-from tunelang.dsl.vocabulary.training import K3, Clip, Sampling, Sgd, Truncated
+from tunelang.dsl.vocabulary.training import K3, Clip, Sampling, Truncated
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages.policy_step import (
     PolicyBatch,

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Lion, Muon, Sgd
 from tunelang.runtime.models.layers import parameter
 from tunelang.runtime.training.optimizers import (
     NEWTON_SCHULZ,

@@ -9,7 +9,7 @@ import pytest
 
 from tests.runtime.architectures import FAMILIES, LLAMA
 from tunelang.dsl.vocabulary.base import Measure
-from tunelang.dsl.vocabulary.training import AdamW, Lion, Muon, Sgd
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Lion, Muon, Sgd
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.accumulate import accumulate
 from tunelang.runtime.training.objective import Batch, shift_targets

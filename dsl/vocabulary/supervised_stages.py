@@ -1,0 +1,146 @@
+"""Stages that train on given sequences: pre-training, supervised tuning, distillation."""
+
+from typing import Annotated
+
+from pydantic import SerializeAsAny
+
+from tunelang.dsl.vocabulary import types
+from tunelang.dsl.vocabulary.base import (
+    Flag,
+    Function,
+    MaybeCount,
+    Measure,
+    ModelRef,
+    Positive,
+    Share,
+    placement,
+    result,
+)
+from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Optimizer
+from tunelang.dsl.vocabulary.stages import Training
+from tunelang.dsl.vocabulary.training import Divergence, ForwardKl, Hidden, Maps, Sampling
+
+SWEEPS = ("auto", "fused", "in_turn")
+"""How the branches of a stage are trained."""
+
+
+class Supervised(Training):
+    """Base of the stages whose batch is made of given sequences."""
+
+    batch: Annotated[Measure, types.count("sequences", "tokens")] = result(
+        "What one step trains on.", "batch = 64 sequences"
+    )
+    packing: Flag = result(
+        "Whether several short examples share one sequence, without seeing each other.",
+        "packing = false",
+        True,
+    )
+    sweep: Annotated[str, types.Choice(SWEEPS)] = placement(
+        "Whether branches that differ in nothing but the learning rate are trained side by side in"
+        " one program, which reads frozen weights, a reference and a teacher once for all of them;"
+        " or one after another. Without it (`auto`), side by side where that fits and takes a"
+        " twentieth less time at least, but never on a CPU. Answers of their own (`on_policy`) and"
+        " moments at the host are of one branch at a time.",
+        "sweep = fused",
+        "auto",
+    )
+
+
+class Likelihood(Supervised):
+    """Base of the stages whose loss is of single tokens."""
+
+    loss: Annotated[
+        SerializeAsAny[Function] | None,
+        types.Code(
+            (),
+            {
+                "logits": "float32 `[..., vocabulary]`",
+                "targets": "int32 `[...]`, the tokens to predict",
+            },
+            "the loss of each token, `[...]`: JAX operations, differentiated.",
+        ),
+    ] = result(
+        "A loss of your own in place of the cross entropy. It is called on chunks of the batch, and"
+        " the step's loss is the mean over the trained tokens.",
+        'loss = python("losses.py:focal")',
+        None,
+    )
+
+
+class Pretrain(Likelihood):
+    """Next-token training on plain text, every token counted."""
+
+    semantics = ("pretrain", 1)
+    needs = (("text",),)
+
+    optimizer: Annotated[SerializeAsAny[Optimizer], types.Of("optimizer")] = result(
+        "The optimizer and its schedule.",
+        "optimizer = muon(lr = 2e-3, decay = cosine)",
+        AdamW.unvalidated(
+            lr=1e-3,
+            b2=0.95,
+            weight_decay=0.1,
+            warmup=Measure.unvalidated(value=0.03, unit="%"),
+            decay="cosine",
+        ),
+    )
+
+
+class Sft(Likelihood):
+    """Supervised tuning: the loss is on the responses only."""
+
+    semantics = ("sft", 1)
+    needs = (("prompt", "response"), ("messages",))
+
+
+class Distill(Supervised):
+    """A student that learns to predict what a teacher does (arXiv:1503.02531), on given answers or
+    on its own (generalised knowledge distillation, arXiv:2306.13649).
+    """
+
+    semantics = ("distill", 1)
+    needs = (("prompt", "response"), ("messages",), ("text",))
+    metrics = {
+        "loss": "mean loss of a token",
+        "divergence": "mean divergence of a token from the teacher, in nats",
+        "cross_entropy": "mean loss of a token on the data itself, in nats",
+        "retention": "the student's share of the teacher's score, for the first of the evals",
+    }
+
+    teacher: ModelRef = result("Who is to be matched.", "teacher = large")
+    divergence: Annotated[SerializeAsAny[Divergence], types.Of("divergence")] = result(
+        "How far the student is from the teacher at a token.",
+        "divergence = reverse_kl()",
+        ForwardKl.unvalidated(),
+    )
+    temperature: Positive = result(
+        "Softens both distributions; the divergence is scaled by its square.",
+        "temperature = 2.0",
+        1.0,
+    )
+    hard: Share = result(
+        "Share of the loss that is on the data itself, as in supervised tuning.",
+        "hard = 10%",
+        0.0,
+    )
+    top_k: MaybeCount = result(
+        "Compare only the teacher's likeliest tokens, and all others as one.", "top_k = 64", None
+    )
+    teacher_log_probs: Annotated[str, types.Choice(("live", "ahead"))] = placement(
+        "Whether the teacher runs beside the student, or once over all examples before the first"
+        " step, which stores its `top_k`.",
+        "teacher_log_probs = ahead",
+        "live",
+    )
+    attention: Annotated[Maps | None, types.Of("attention")] = result(
+        "Match attention maps too.", "attention = maps(weight = 0.5)", None
+    )
+    features: Annotated[Hidden | None, types.Of("features")] = result(
+        "Match hidden states too.", "features = hidden(weight = 0.5)", None
+    )
+    on_policy: Share = result(
+        "Share of the steps whose answers the student samples itself.", "on_policy = 50%", 0.0
+    )
+    rollout: Annotated[Sampling, types.Of("sampling")] = result(
+        "How the student samples.", "rollout = sampling(max_tokens = 128)", Sampling.unvalidated()
+    )
