@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from tunelang.dsl.check import check_file
+from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.custom import Python
 from tunelang.dsl.vocabulary.data import PythonData, Settings
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
 from tunelang.dsl.vocabulary.policy_stages import Policy
 from tunelang.dsl.vocabulary.preference_stages import Preference
-from tunelang.dsl.vocabulary.training import Clip, Measure, Sampling
+from tunelang.dsl.vocabulary.training import Clip, Sampling
 from tunelang.runtime.data.row_sources import open_rows
 from tunelang.runtime.objectives import policy_gradient
 from tunelang.runtime.objectives.policy_gradient import Completions
