@@ -8,5 +8,7 @@
 - `conflicts`: stages, models, data and rewards that do not go together.
 - `exclusions`: attributes of one declaration that exclude each other.
 - `outside`: files, fields, functions and generators that a spec names and that do not fit.
+- `run_failures`: errors that arise while a spec is planned or run.
+- `human_units`: sizes and durations for people.
 - `wording`: suggestions, lists and the names of values, for all of these.
 """
