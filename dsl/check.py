@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostics
 from tunelang.dsl.messages import attribute_use, malformed, naming, wrong_values
@@ -28,8 +27,8 @@ from tunelang.dsl.syntax import nodes
 from tunelang.dsl.syntax.source import Source
 from tunelang.dsl.syntax.units import Quantity
 from tunelang.dsl.vocabulary import types
-from tunelang.dsl.vocabulary.base import KindInfo
-from tunelang.dsl.vocabulary.raw_values import INVALID, Word
+from tunelang.dsl.vocabulary.base import Kind, KindInfo
+from tunelang.dsl.vocabulary.raw_values import INVALID, Invalid, Word
 from tunelang.dsl.vocabulary.stages import Run
 from tunelang.dsl.vocabulary.tables import EXPRESSION_NOUNS, KINDS, RUN
 
@@ -121,7 +120,7 @@ class _Checker:
             symbol.noun, symbol.name, kind, held, declaration.doc, branches, symbol.span, damaged
         )
 
-    def _bound(self, symbol: Symbol) -> Any:
+    def _bound(self, symbol: Symbol) -> object:
         """The value of `noun name = expression`."""
         declaration = symbol.declaration
         node = declaration.value
@@ -140,7 +139,7 @@ class _Checker:
             return NONE_VALUE if value is None else value
         return evaluator.value(node, types.Of(symbol.noun))
 
-    def _param(self, symbol: Symbol, node: nodes.Expr) -> Any:
+    def _param(self, symbol: Symbol, node: nodes.Expr) -> object:
         declaration, module = symbol.declaration, symbol.module
         if declaration.type is None:
             self.diagnostics.add(attribute_use.param_without_type(declaration))
@@ -154,7 +153,7 @@ class _Checker:
         evaluator = self._evaluator(module, f"param.{symbol.name}")
         if isinstance(want, types.Choice):
             word = evaluator.value(node, want)
-            return word if word is INVALID else Word(word)
+            return Word(word) if isinstance(word, str) else INVALID
         raw = evaluator.value(node, types.Anything())
         if raw is INVALID or fit(raw, want, evaluator.site(node.span)) is INVALID:
             return INVALID
@@ -176,7 +175,7 @@ class _Checker:
 
     def _kinded(
         self, symbol: Symbol, kind: nodes.Name, block: nodes.Block
-    ) -> tuple[Any, tuple[Branch, ...]]:
+    ) -> tuple[object, tuple[Branch, ...]]:
         """The value of `noun name : kind { ... }`, and for a stage its branches."""
         info = KINDS.get(symbol.noun, {}).get(kind.text)
         if info is None:
@@ -192,40 +191,46 @@ class _Checker:
         if symbol.noun != "stage":
             evaluator = self._evaluator(symbol.module, path)
             return self._block(info, block, evaluator, symbol.declaration.name), ()
+        branches = self._branches(symbol, info, block, path)
+        return (branches, tuple(branches)) if branches else (INVALID, ())
+
+    def _branches(
+        self, symbol: Symbol, info: KindInfo, block: nodes.Block, path: str
+    ) -> list[Branch]:
+        """Evaluate a stage for each combination of its `each` values; empty after a report."""
         forks = each_nodes([attribute.value for attribute in block.attributes])
-        sizes = [len(fork.links[0].arguments) for fork in forks]  # type: ignore[union-attr]
+        sizes = [len(values) for _, values in forks]
         if prod(sizes) > MAX_BRANCHES:
-            self.diagnostics.add(
-                wrong_values.too_many_branches(forks[-1].span, sizes, MAX_BRANCHES)
-            )
-            return INVALID, ()
+            span = forks[-1][0].span
+            self.diagnostics.add(wrong_values.too_many_branches(span, sizes, MAX_BRANCHES))
+            return []
+        combinations = list(product(*(range(max(size, 1)) for size in sizes)))
         branches: list[Branch] = []
-        for combination in product(*(range(max(size, 1)) for size in sizes)):
+        for combination in combinations:
             evaluator = self._evaluator(symbol.module, path)
-            evaluator.choice = {fork.span: at for fork, at in zip(forks, combination, strict=True)}
+            evaluator.choice = {
+                fork.span: index for (fork, _), index in zip(forks, combination, strict=True)
+            }
             value = self._block(info, block, evaluator, symbol.declaration.name)
-            if value is INVALID:
-                continue
-            choices = tuple(
-                (evaluator.forks[span], _argument(fork, at).span.text)
-                for fork, (span, at) in zip(forks, evaluator.choice.items(), strict=True)
-                if span in evaluator.forks
-            )
-            branches.append(Branch(choices, value))
-        if len(branches) < prod(max(size, 1) for size in sizes):
-            return INVALID, ()
-        return branches, tuple(branches)
+            if not isinstance(value, Invalid):
+                choices = tuple(
+                    (evaluator.forks[fork.span], values[index].span.text)
+                    for (fork, values), index in zip(forks, combination, strict=True)
+                    if fork.span in evaluator.forks
+                )
+                branches.append(Branch(choices, value))
+        return branches if len(branches) == len(combinations) else []
 
     def _block(
         self, info: KindInfo, block: nodes.Block, evaluator: Evaluator, name: nodes.Name
-    ) -> Any:
+    ) -> Kind | Invalid:
         entries: list[Entry] = [(a.name, a.value, a.span) for a in block.attributes]
         title = f"{article(info.word)} {info.noun}" if info.noun != info.word else "the run block"
         if info.noun in ("data", "hardware"):
             title = f"`{info.word}` {info.noun}"
         owner = Owner(title, info.noun, name.span, block.damaged, info.word)
         bound = bind(evaluator, entries, info.attributes, owner)
-        if bound is INVALID:
+        if isinstance(bound, Invalid):
             return INVALID
         return info.model.unvalidated(**(dict(info.presets) | bound))
 
@@ -235,15 +240,9 @@ class _Checker:
             return Run.unvalidated()
         evaluator = self._evaluator(self.loaded.root, "run")
         value = self._block(RUN, run.block, evaluator, nodes.Name("run", run.span))
-        return Run.unvalidated() if value is INVALID else value
+        return value if isinstance(value, Run) else Run.unvalidated()
 
     def _touch(self, node: nodes.Expr, module: Module) -> None:
         for part in nodes.walk(node):
             if isinstance(part, nodes.Name) and part.text in module.names:
                 module.names[part.text].used = True
-
-
-def _argument(fork: nodes.Chain, at: int) -> nodes.Expr:
-    call = fork.links[0]
-    assert isinstance(call, nodes.Call)
-    return call.arguments[at].value

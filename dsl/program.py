@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunelang.dsl.syntax.source import Span
+from tunelang.dsl.syntax.units import Quantity
 from tunelang.dsl.vocabulary.base import Kind, Node
 from tunelang.dsl.vocabulary.stages import Run
 
@@ -85,7 +86,7 @@ class Program:
         """The declarations of one noun."""
         return [declared for declared in self.declarations.values() if declared.noun == noun]
 
-    def json(self) -> dict[str, Any]:
+    def json(self) -> dict[str, object]:
         """The Program as plain data, valid by `tune schema`."""
         return {
             "run": plain(self.run),
@@ -93,8 +94,8 @@ class Program:
         }
 
 
-def _declared(declared: Declared) -> dict[str, Any]:
-    out: dict[str, Any] = {"noun": declared.noun}
+def _declared(declared: Declared) -> dict[str, object]:
+    out: dict[str, object] = {"noun": declared.noun}
     if declared.kind is not None:
         out["kind"] = declared.kind
     if declared.doc:
@@ -109,8 +110,8 @@ def _declared(declared: Declared) -> dict[str, Any]:
     return out
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON; calls carry their word under `is`."""
+def plain(value: object) -> Any:
+    """Return a value as JSON. Calls carry their word under `is`."""
     if isinstance(value, Node):
         word = getattr(value, "word", None)
         tag = {"is": word or type(value).__name__} if word is not None else {}
@@ -120,7 +121,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    if hasattr(value, "dimension"):
+    if isinstance(value, Quantity):
         unit = {"unit": value.dimension} if value.dimension else {}
         return {"value": value.value} | unit if unit else value.value
     return value

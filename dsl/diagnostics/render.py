@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from typing import Any
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Label
 from tunelang.dsl.syntax.source import Source, Span
@@ -36,9 +35,9 @@ def summary(errors: int, warnings: int) -> str:
     return ", ".join(parts)
 
 
-def json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:
+def json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, object]]:
     """Diagnostics in the shape of the Language Server Protocol, with the file and the fix."""
-    out: list[dict[str, Any]] = []
+    out: list[dict[str, object]] = []
     for d in diagnostics:
         message = "\n".join([d.title, *d.notes, *([d.help] if d.help else [])])
         related = [
@@ -65,7 +64,7 @@ def json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, Any]]:
     return out
 
 
-def lsp_range(span: Span) -> dict[str, Any]:
+def lsp_range(span: Span) -> dict[str, object]:
     """A span as lines and UTF-16 columns, both from 0."""
     return {
         "start": _lsp_position(span.source, span.start),

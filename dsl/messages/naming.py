@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label
 from tunelang.dsl.messages.wording import (
@@ -49,7 +49,7 @@ class NamedDeclaration(Protocol):
 
 
 def unknown_noun(
-    item: nodes.Declaration, nouns: list[str], kinds: Mapping[str, Mapping[str, Any]]
+    item: nodes.Declaration, nouns: list[str], kinds: Mapping[str, Mapping[str, object]]
 ) -> Diagnostic:
     """`modle gemma : pretrained`."""
     word, span = item.noun.text, item.noun.span
@@ -73,7 +73,7 @@ def unknown_noun(
 
 
 def unknown_kind(
-    item: nodes.Declaration, kind: nodes.Name, kinds: Mapping[str, Mapping[str, Any]]
+    item: nodes.Declaration, kind: nodes.Name, kinds: Mapping[str, Mapping[str, object]]
 ) -> Diagnostic:
     """`stage s : stf`."""
     noun, word = item.noun.text, kind.text
@@ -353,12 +353,12 @@ def not_a_function(span: Span, symbol: NamedDeclaration) -> Diagnostic:
     )
 
 
-def not_callable(span: Span, value: Any) -> Diagnostic:
+def not_callable(span: Span, value: object) -> Diagnostic:
     """`f(1)(2)`."""
     return error("unexpected-token", f"{describe(value)} takes no arguments", span)
 
 
-def unknown_method(span: Span, name: str, value: Any, methods: list[str]) -> Diagnostic:
+def unknown_method(span: Span, name: str, value: object, methods: list[str]) -> Diagnostic:
     """`math.tkae(3)`."""
     help = choose(name, methods, "there is")
     if help is None and methods:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Edit, Label
 from tunelang.dsl.messages.wording import KNOWN_AFTER, describe, error, listed, nearest, plural
@@ -18,7 +17,7 @@ from tunelang.dsl.vocabulary.base import DataExpression, Reference
 def wrong_type(
     span: Span,
     owner: str,
-    value: Any,
+    value: object,
     want: types.Type,
     example: str,
     help: str | None,
@@ -149,7 +148,7 @@ def quoted_choice(span: Span, word: str) -> Diagnostic:
 # Operators.
 
 
-def wrong_operand(span: Span, operator: str, values: Sequence[Any]) -> Diagnostic:
+def wrong_operand(span: Span, operator: str, values: Sequence[object]) -> Diagnostic:
     """An operator over values that it does not take."""
     described = " and ".join(dict.fromkeys(describe(value) for value in values))
     help = None

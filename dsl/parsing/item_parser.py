@@ -7,7 +7,7 @@ import sys
 import zlib
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, NoReturn
 
 import lark
 from lark import Lark, Token, Transformer
@@ -21,9 +21,9 @@ from tunelang.dsl.syntax.tokens import Lexeme
 class _NoLexer(Lexer):
     """Tokens are fed by hand."""
 
-    def __init__(self, lexer_conf: Any) -> None: ...
+    def __init__(self, lexer_conf: object) -> None: ...
 
-    def lex(self, *_: Any) -> Any:
+    def lex(self, *_: object) -> NoReturn:
         """Never called."""
         raise AssertionError("tokens are fed by hand")
 
@@ -71,11 +71,15 @@ def parse_item(tokens: list[Lexeme]) -> nodes.Item:
     return item
 
 
+Children = list[Any]
+"""The tokens and nodes of a rule's right-hand side, whose types the grammar determines."""
+
+
 def _name(token: Lexeme) -> nodes.Name:
     return nodes.Name(token.text, token.span)
 
 
-def _around(children: list[Any]) -> Span:
+def _around(children: Children) -> Span:
     span: Span = children[0].span.to(children[-1].span)
     return span
 
@@ -83,23 +87,23 @@ def _around(children: list[Any]) -> Span:
 class _Builder(Transformer[Token, Any]):
     """One method for each rule or alias of the grammar."""
 
-    def kinded(self, c: list[Any]) -> nodes.Declaration:
+    def kinded(self, c: Children) -> nodes.Declaration:
         """`noun name : kind { ... }`."""
         return nodes.Declaration(_name(c[0]), _name(c[1]), _around(c), _name(c[3]), c[4])
 
-    def bound(self, c: list[Any]) -> nodes.Declaration:
+    def bound(self, c: Children) -> nodes.Declaration:
         """`noun name = value`."""
         return nodes.Declaration(_name(c[0]), _name(c[1]), _around(c), value=c[3])
 
-    def typed(self, c: list[Any]) -> nodes.Declaration:
+    def typed(self, c: Children) -> nodes.Declaration:
         """`param name : type = value`."""
         return nodes.Declaration(_name(c[0]), _name(c[1]), _around(c), type=c[3], value=c[5])
 
-    def run(self, c: list[Any]) -> nodes.Run:
+    def run(self, c: Children) -> nodes.Run:
         """`run { ... }`."""
         return nodes.Run(c[1], _around(c))
 
-    def import_(self, c: list[Any]) -> nodes.Import:
+    def import_(self, c: Children) -> nodes.Import:
         """`import "path" as prefix with (...)`."""
         prefix = next(
             (c[i + 1] for i, t in enumerate(c) if isinstance(t, Lexeme) and t.type == "AS"), None
@@ -108,83 +112,83 @@ class _Builder(Transformer[Token, Any]):
         path = nodes.Text(c[1].meaning, c[1].span)
         return nodes.Import(path, prefix and _name(prefix), arguments, _around(c))
 
-    def block(self, c: list[Any]) -> nodes.Block:
+    def block(self, c: Children) -> nodes.Block:
         """`{ ... }`."""
         return nodes.Block(tuple(x for x in c if isinstance(x, nodes.Attribute)), _around(c))
 
-    def attribute(self, c: list[Any]) -> nodes.Attribute:
+    def attribute(self, c: Children) -> nodes.Attribute:
         """`name = value`."""
         return nodes.Attribute(_name(c[0]), c[2], _around(c))
 
-    def name(self, c: list[Any]) -> nodes.Name:
+    def name(self, c: Children) -> nodes.Name:
         """A bare word."""
         return _name(c[0])
 
-    def type_call(self, c: list[Any]) -> nodes.Chain:
+    def type_call(self, c: Children) -> nodes.Chain:
         """`choice(a, b)` as a parameter's type."""
         call = nodes.Call(c[2], c[1].span.to(c[3].span))
         return nodes.Chain(_name(c[0]), (call,), _around(c))
 
-    def number(self, c: list[Any]) -> nodes.Number:
+    def number(self, c: Children) -> nodes.Number:
         """A number with its unit."""
         return nodes.Number(c[0].meaning, c[0].span)
 
-    def text(self, c: list[Any]) -> nodes.Text:
+    def text(self, c: Children) -> nodes.Text:
         """Text."""
         return nodes.Text(c[0].meaning, c[0].span)
 
-    def regex(self, c: list[Any]) -> nodes.Regex:
+    def regex(self, c: Children) -> nodes.Regex:
         """A regular expression."""
         return nodes.Regex(c[0].meaning, c[0].span)
 
-    def constant(self, c: list[Any]) -> nodes.Constant:
+    def constant(self, c: Children) -> nodes.Constant:
         """`true`, `false`, `none`."""
         value = {"TRUE": True, "FALSE": False, "NONE": None}[c[0].type]
         return nodes.Constant(value, c[0].span)
 
-    def list_of(self, c: list[Any]) -> nodes.ListOf:
+    def list_of(self, c: Children) -> nodes.ListOf:
         """`[a, b]`."""
         items = tuple(x for x in c if not isinstance(x, Lexeme))
         return nodes.ListOf(items, _around(c))
 
-    def group(self, c: list[Any]) -> nodes.Group:
+    def group(self, c: Children) -> nodes.Group:
         """`(a)`."""
         return nodes.Group(c[1], _around(c))
 
-    def member(self, c: list[Any]) -> nodes.Member:
+    def member(self, c: Children) -> nodes.Member:
         """`.name`."""
         return nodes.Member(_name(c[1]), _around(c))
 
-    def call(self, c: list[Any]) -> nodes.Call:
+    def call(self, c: Children) -> nodes.Call:
         """`(arguments)`."""
         return nodes.Call(c[1], _around([c[0], c[2]]))
 
-    def arguments(self, c: list[Any]) -> tuple[nodes.Argument, ...]:
+    def arguments(self, c: Children) -> tuple[nodes.Argument, ...]:
         """What stands between the parentheses of a call."""
         return tuple(x for x in c if isinstance(x, nodes.Argument))
 
-    def named(self, c: list[Any]) -> nodes.Argument:
+    def named(self, c: Children) -> nodes.Argument:
         """`name = value` in a call."""
         return nodes.Argument(_name(c[0]), c[2], _around(c))
 
-    def positional(self, c: list[Any]) -> nodes.Argument:
+    def positional(self, c: Children) -> nodes.Argument:
         """A value in a call."""
         return nodes.Argument(None, c[0], c[0].span)
 
-    def chain(self, c: list[Any]) -> nodes.Chain:
+    def chain(self, c: Children) -> nodes.Chain:
         """Members and calls after an operand."""
         return nodes.Chain(c[0], tuple(c[1:]), _around(c))
 
-    def unary(self, c: list[Any]) -> nodes.Unary:
+    def unary(self, c: Children) -> nodes.Unary:
         """`-x`, `not x`."""
         return nodes.Unary(c[0].text, c[1], _around(c))
 
-    def _operation(self, c: list[Any]) -> nodes.Operation:
+    def _operation(self, c: Children) -> nodes.Operation:
         rest = tuple((c[i].text, c[i + 1]) for i in range(1, len(c), 2))
         return nodes.Operation(c[0], rest, _around(c))
 
     logic = compare = arithmetic = _operation
 
-    def conditional(self, c: list[Any]) -> nodes.Conditional:
+    def conditional(self, c: Children) -> nodes.Conditional:
         """`a if c else b`."""
         return nodes.Conditional(c[0], c[2], c[4], _around(c))

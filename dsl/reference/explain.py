@@ -7,7 +7,6 @@ The same text, for everything there is, is the reference.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from tunelang.dsl.diagnostics.codes import Code, codes
 from tunelang.dsl.reference.resolved_text import literal
@@ -242,7 +241,7 @@ def unit(name: str) -> list[str]:
 
 def _owners(word: str) -> list[tuple[str, dict[str, Attribute]]]:
     """What a word with attributes may be: kinds, functions, methods, the run block."""
-    found: list[tuple[str, Any]] = [
+    found: list[tuple[str, dict[str, Attribute]]] = [
         (word, table[word].attributes) for table in KINDS.values() if word in table
     ]
     found += [(word, attributes(t[word])) for t in (FUNCTIONS, data.METHODS) if word in t]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tunelang.dsl.program import Declared, Program
 from tunelang.dsl.syntax import units
 from tunelang.dsl.syntax.units import Quantity
@@ -39,15 +37,15 @@ _PRECEDENCE = {
 }
 
 
-def literal(value: Any, want: types.Type | None = None) -> str:
+def literal(value: object, want: types.Type | None = None) -> str:
     """A value as it would be written in a spec; `want` decides on units and quotes."""
     if isinstance(want, types.ListOf) and isinstance(value, tuple):
         return "[" + ", ".join(literal(item, want.item) for item in value) + "]"
     if isinstance(want, types.Either):
-        word = isinstance(value, str) and any(
-            isinstance(o, types.Choice) and value in o.words for o in want.options
-        )
-        return value if word else literal(value, want.options[-1])
+        choices = [option for option in want.options if isinstance(option, types.Choice)]
+        if isinstance(value, str) and any(value in choice.words for choice in choices):
+            return value
+        return literal(value, want.options[-1])
     match value:
         case None:
             return "none"
@@ -128,7 +126,7 @@ def expression(node: Node, outer: int = 0) -> str:
     return node.word if hasattr(node, "bare") else _call(node)
 
 
-def _operator(operator: str, operands: tuple[Any, ...], outer: int) -> str:
+def _operator(operator: str, operands: tuple[Node, ...], outer: int) -> str:
     level = _PRECEDENCE.get(operator, 7)
     if len(operands) == 1:
         gap = " " if operator == "not" else ""
@@ -152,7 +150,7 @@ def _call(node: Function) -> str:
     return f"{node.word}({', '.join(parts)})"
 
 
-def _fields(node: Node, known: dict[str, Attribute]) -> list[tuple[Attribute, Any]]:
+def _fields(node: Node, known: dict[str, Attribute]) -> list[tuple[Attribute, object]]:
     aliases = {field.alias or name: name for name, field in type(node).model_fields.items()}
     return [(a, getattr(node, aliases[a.name])) for a in known.values()]
 
@@ -207,7 +205,12 @@ def _swept(stage: Declared | None) -> dict[str, list[str]]:
 
 
 def _rows(
-    a: Attribute, held: Any, path: str, indent: str, program: Program, swept: dict[str, list[str]]
+    a: Attribute,
+    value: object,
+    path: str,
+    indent: str,
+    program: Program,
+    swept: dict[str, list[str]],
 ) -> list[tuple[str, str, str]]:
     """The line of an attribute; a call that the spec wrote takes a line for each of its
     arguments.
@@ -216,16 +219,16 @@ def _rows(
     relative = path.split(".", 2)[2] if path.count(".") > 1 else path
     if relative in swept:
         return [(indent + a.name, f"each({', '.join(swept[relative])})", origin)]
-    nested = isinstance(held, Function) and not isinstance(
-        held, DataExpression | RewardExpression | TextExpression
-    )
-    model: type[Node] = type(held)
-    known = attributes(model) if nested else {}
-    if not known:
-        return [(indent + a.name, literal(held, a.type), origin)]
-    rows = [(indent + a.name, f"{held.word}(", origin)]
-    for inner, value in _fields(held, known):
-        rows += _rows(inner, value, f"{path}.{inner.name}", indent + "  ", program, swept)
+    known: dict[str, Attribute] = {}
+    if isinstance(value, Function) and not isinstance(
+        value, DataExpression | RewardExpression | TextExpression
+    ):
+        known = attributes(type(value))
+    if not known or not isinstance(value, Function):
+        return [(indent + a.name, literal(value, a.type), origin)]
+    rows = [(indent + a.name, f"{value.word}(", origin)]
+    for inner, part in _fields(value, known):
+        rows += _rows(inner, part, f"{path}.{inner.name}", indent + "  ", program, swept)
     return [*rows, (f"{indent})", "", "")]
 
 

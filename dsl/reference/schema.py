@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tunelang.dsl.program import plain
 from tunelang.dsl.vocabulary import data, rewards, types
 from tunelang.dsl.vocabulary.base import (
@@ -15,13 +13,14 @@ from tunelang.dsl.vocabulary.base import (
     doc_of,
 )
 from tunelang.dsl.vocabulary.tables import FUNCTIONS, KINDS, NOUNS, RUN
+from tunelang.dsl.vocabulary.types import Json
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
-def schema() -> dict[str, Any]:
+def schema() -> Json:
     """The schema, with a definition for each kind (`stage.sft`) and function (`function.adamw`)."""
-    definitions: dict[str, Any] = {"reference": _object(
+    definitions: Json = {"reference": _object(
         {"noun": {"enum": list(NOUNS)}, "name": {"type": "string"}, "step": {"type": ["integer",
         "null"]}}, ["noun", "name", "step"],
     )}  # fmt: skip
@@ -52,7 +51,7 @@ _ANY_DATA = {"$ref": "#/$defs/family.data"}
 _ANY_CONDITION = {"$ref": "#/$defs/family.condition"}
 _NAME = {"name": {"type": "string"}}
 
-_INTERNAL: dict[str, dict[str, Any]] = {
+_INTERNAL: dict[str, Json] = {
     "DataRef": _NAME,
     "Weighted": {"of": _ANY_DATA, "weight": {"type": "number"}},
     "Mixture": {"parts": {"type": "array", "items": _ANY_DATA}},
@@ -80,7 +79,7 @@ _INTERNAL_FAMILY: dict[str, tuple[type[Node], ...]] = {
 }
 
 
-def _members(family: str) -> list[dict[str, Any]]:
+def _members(family: str) -> list[Json]:
     names = [model.__name__ for model in _INTERNAL_FAMILY.get(family, ())]
     names += [word for word, model in FUNCTIONS.items() if model.family == family]
     if family == "data":
@@ -88,8 +87,8 @@ def _members(family: str) -> list[dict[str, Any]]:
     return [{"$ref": f"#/$defs/function.{name}"} for name in names]
 
 
-def _declarations() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+def _declarations() -> list[Json]:
+    found: list[Json] = []
     for noun, table in KINDS.items():
         for word in table:
             value = {"$ref": f"#/$defs/{noun}.{word}"}
@@ -107,18 +106,18 @@ def _declarations() -> list[dict[str, Any]]:
     return found
 
 
-def _kind(info: KindInfo) -> dict[str, Any]:
+def _kind(info: KindInfo) -> Json:
     return {"description": info.doc, **_attributes(info.attributes)}
 
 
-def _function(word: str, model: type[Function]) -> dict[str, Any]:
+def _function(word: str, model: type[Function]) -> Json:
     known = attributes(model)
-    extra: dict[str, Any] = {}
+    extra: Json = {}
     if issubclass(model, data.DataMethod):
         extra["of"] = _ANY_DATA
     variadic = getattr(model, "variadic", None)
     if variadic is not None:
-        values: dict[str, Any] = {"split": {"type": "number"}, "by_source": _ANY_REWARD}
+        values: Json = {"split": {"type": "number"}, "by_source": _ANY_REWARD}
         extra[variadic] = {"type": "object", "additionalProperties": values.get(word, {})}
     if word == "split":
         extra["part"] = {"type": "string"}
@@ -127,16 +126,16 @@ def _function(word: str, model: type[Function]) -> dict[str, Any]:
     return {"description": doc_of(model), **_object(properties, list(properties))}
 
 
-def _tagged(name: str, parts: dict[str, Any]) -> dict[str, Any]:
+def _tagged(name: str, parts: Json) -> Json:
     properties = {"is": {"const": name}, **parts}
     return _object(properties, list(properties))
 
 
-def _attributes(known: dict[str, Attribute]) -> dict[str, Any]:
+def _attributes(known: dict[str, Attribute]) -> Json:
     return _object({name: _attribute(a) for name, a in known.items()}, list(known))
 
 
-def _attribute(a: Attribute) -> dict[str, Any]:
+def _attribute(a: Attribute) -> Json:
     json = a.type.json()
     if a.optional:
         json = {"anyOf": [json, {"type": "null"}]}
@@ -152,7 +151,7 @@ def _attribute(a: Attribute) -> dict[str, Any]:
     return out
 
 
-def _object(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+def _object(properties: Json, required: list[str]) -> Json:
     return {
         "type": "object",
         "properties": properties,

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
 from tunelang.dsl.messages import naming, wrong_values
 from tunelang.dsl.messages.attribute_use import Owner
 from tunelang.dsl.program import Origin
 from tunelang.dsl.resolve import operators
-from tunelang.dsl.resolve.binding import Place, bind, bind_call, entries, mark_used, placed
+from tunelang.dsl.resolve.binding import Place, bind, bind_call, entries, mark_used, record_place
 from tunelang.dsl.resolve.fit import Site, fit
 from tunelang.dsl.resolve.scope import Module, Symbol
 from tunelang.dsl.syntax import nodes
@@ -28,7 +27,7 @@ from tunelang.dsl.vocabulary.base import (
     Reference,
     attributes,
 )
-from tunelang.dsl.vocabulary.raw_values import INVALID, RegexValue, Word
+from tunelang.dsl.vocabulary.raw_values import INVALID, Invalid, RegexValue, Word
 from tunelang.dsl.vocabulary.tables import FORMS, FUNCTIONS, KINDS, functions_of
 
 
@@ -82,7 +81,9 @@ class Evaluator:
 
     # Expressions.
 
-    def value(self, node: nodes.Expr, want: types.Type, attribute: Attribute | None = None) -> Any:
+    def value(
+        self, node: nodes.Expr, want: types.Type, attribute: Attribute | None = None
+    ) -> object:
         """The value of an expression, fitted to a type; `INVALID` after a report."""
         match node:
             case nodes.Group():
@@ -124,7 +125,7 @@ class Evaluator:
             return None
         return fit(raw, want, self.site(node.span, attribute))
 
-    def _raw(self, node: nodes.Expr, want: types.Type) -> Any:
+    def _raw(self, node: nodes.Expr, want: types.Type) -> object:
         match node:
             case nodes.Number():
                 return INVALID if node.quantity is None else node.quantity
@@ -146,7 +147,7 @@ class Evaluator:
                 return self._operation(node)
         raise AssertionError(node)
 
-    def _operation(self, node: nodes.Operation) -> Any:
+    def _operation(self, node: nodes.Operation) -> object:
         left = self.value(node.first, types.Anything())
         span = node.first.span
         failed = left is INVALID
@@ -161,7 +162,7 @@ class Evaluator:
             return INVALID
         return operators.finish(left, node.span, self.complain)
 
-    def _word(self, node: nodes.Expr, want: types.Type) -> Any:
+    def _word(self, node: nodes.Expr, want: types.Type) -> object:
         """A bare word that the wanted type gives a meaning; None if it does not."""
         if not isinstance(node, nodes.Name):
             return None
@@ -187,7 +188,7 @@ class Evaluator:
                     return INVALID
         return None
 
-    def _name(self, node: nodes.Name, want: types.Type) -> Any:
+    def _name(self, node: nodes.Name, want: types.Type) -> object:
         symbol = self.module.names.get(node.text)
         if symbol is not None:
             return self._symbol(symbol)
@@ -210,7 +211,7 @@ class Evaluator:
             fitting += functions_of(want.family)
         return fitting
 
-    def _symbol(self, symbol: Symbol) -> Any:
+    def _symbol(self, symbol: Symbol) -> object:
         symbol.used = True
         if symbol.value is None or symbol.value is INVALID:
             return INVALID
@@ -225,7 +226,7 @@ class Evaluator:
 
     # Chains: calls, members, methods.
 
-    def _chain(self, node: nodes.Chain, want: types.Type) -> Any:
+    def _chain(self, node: nodes.Chain, want: types.Type) -> object:
         links = list(node.links)
         head = node.head
         if isinstance(head, nodes.Name) and isinstance(links[0], nodes.Call):
@@ -267,7 +268,7 @@ class Evaluator:
     def _is_prefix(self, name: str) -> bool:
         return name in self.module.prefixes and name not in self.module.names
 
-    def _method(self, value: Any, name: nodes.Name, call: nodes.Call) -> Any:
+    def _method(self, value: object, name: nodes.Name, call: nodes.Call) -> object:
         if isinstance(value, DataExpression):
             if isinstance(value, data.Split) and value.part is None:
                 self.complain(wrong_values.split_needs_part(name.span, value))
@@ -294,26 +295,26 @@ class Evaluator:
             bound = bind(
                 self, entries(call), {"step": attribute}, Owner("`step`", "function", name.span)
             )
-            if bound is INVALID:
+            if isinstance(bound, Invalid):
                 return INVALID
             return Reference.unvalidated(noun="stage", name=value.name, step=bound["step"])
         known = ["step"] if isinstance(value, Reference) and value.noun == "stage" else []
         self.complain(naming.unknown_method(name.span, name.text, value, known))
         return INVALID
 
-    def _member(self, value: Any, name: nodes.Name) -> Any:
+    def _member(self, value: object, name: nodes.Name) -> object:
         if isinstance(value, data.Split) and value.part is None:
             parts = [*value.parts, "train"]
             if name.text in parts:
                 part = value.model_copy(update={"part": name.text})
-                return placed(self, part, name.span, {})
+                return record_place(self, part, name.span, {})
             self.complain(naming.unknown_part(name.span, name.text, parts))
             return INVALID
         known = list(data.METHODS) if isinstance(value, DataExpression) else []
         self.complain(naming.unknown_method(name.span, name.text, value, known))
         return INVALID
 
-    def _call(self, head: nodes.Name, call: nodes.Call, want: types.Type) -> Any:
+    def _call(self, head: nodes.Name, call: nodes.Call, want: types.Type) -> object:
         function = FUNCTIONS.get(head.text)
         if function is None:
             if head.text in FORMS:
@@ -337,9 +338,8 @@ class Evaluator:
 
     # Forms.
 
-    def _each(self, node: nodes.Chain, want: types.Type, attribute: Attribute | None) -> Any:
-        call = node.links[0]
-        assert isinstance(call, nodes.Call)
+    def _each(self, node: nodes.Chain, want: types.Type, attribute: Attribute | None) -> object:
+        call = _each_call(node)
         if self.choice is None:
             self.complain(wrong_values.each_outside(node.span))
             return INVALID
@@ -357,7 +357,7 @@ class Evaluator:
         self.forks[node.span] = ".".join(self.path[2:])
         return self.value(chosen, want, attribute)
 
-    def _metric(self, node: nodes.Expr) -> Any:
+    def _metric(self, node: nodes.Expr) -> object:
         """`accuracy`, `accuracy.pass_at_k`, `loss`, `math.reward`: checked against the stage in
         `rules`.
         """
@@ -379,7 +379,7 @@ class Evaluator:
             return ".".join([symbol.name, *names[1:]])
         return ".".join(names)
 
-    def _condition(self, node: nodes.Expr) -> Any:
+    def _condition(self, node: nodes.Expr) -> object:
         match node:
             case nodes.Group():
                 return self._condition(node.inner)
@@ -418,6 +418,12 @@ class _NoneValue:
 NONE_VALUE = _NoneValue()
 
 
+def _each_call(node: nodes.Chain) -> nodes.Call:
+    call = node.links[0]
+    assert isinstance(call, nodes.Call)
+    return call
+
+
 def _is_each(node: nodes.Chain) -> bool:
     return (
         isinstance(node.head, nodes.Name)
@@ -440,10 +446,12 @@ def _names_list(node: nodes.Expr, module: Module) -> bool:
     return False
 
 
-def each_nodes(expressions: list[nodes.Expr]) -> list[nodes.Chain]:
-    """The `each(...)` calls inside expressions, in the order of the text."""
+def each_nodes(expressions: list[nodes.Expr]) -> list[tuple[nodes.Chain, list[nodes.Expr]]]:
+    """Return the `each(...)` calls inside expressions with their values, in the order of the
+    text.
+    """
     return [
-        node
+        (node, [argument.value for argument in _each_call(node).arguments])
         for expression in expressions
         for node in nodes.walk(expression)
         if isinstance(node, nodes.Chain) and _is_each(node)

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Label
 from tunelang.dsl.messages import naming, wrong_values
@@ -21,7 +20,6 @@ from tunelang.dsl.vocabulary.base import (
     Function,
     Measure,
     Reference,
-    TextExpression,
 )
 from tunelang.dsl.vocabulary.custom import Python
 from tunelang.dsl.vocabulary.raw_values import INVALID, RegexValue, Word, template_fields
@@ -41,7 +39,7 @@ class Site:
     folder: Path
     """The folder of the spec: what paths in the Program are relative to."""
 
-    def wrong_type(self, value: Any, want: types.Type, help: str | None = None) -> Any:
+    def wrong_type(self, value: object, want: types.Type, help: str | None = None) -> object:
         """Report that the value is of another type."""
         seconds: tuple[Label, ...] = ()
         symbol = self.symbol(value)
@@ -52,7 +50,7 @@ class Site:
         )
         return INVALID
 
-    def symbol(self, value: Any) -> Symbol | None:
+    def symbol(self, value: object) -> Symbol | None:
         """The symbol that a value refers to."""
         name = getattr(value, "name", None)
         if isinstance(value, Reference | data.DataRef) or type(value).__name__ == "RewardRef":
@@ -60,7 +58,7 @@ class Site:
         return None
 
 
-def fit(value: Any, want: types.Type, site: Site) -> Any:
+def fit(value: object, want: types.Type, site: Site) -> object:
     """The Python value that a field of type `want` holds, or `INVALID` after reporting."""
     if value is INVALID or isinstance(want, types.Anything):
         return value
@@ -107,7 +105,7 @@ def fit(value: Any, want: types.Type, site: Site) -> Any:
     return site.wrong_type(value, want)
 
 
-def _number(value: Any, want: types.Number, site: Site) -> Any:
+def _number(value: object, want: types.Number, site: Site) -> object:
     if not isinstance(value, Quantity):
         return site.wrong_type(value, want)
     if value.dimension is not None:
@@ -126,7 +124,7 @@ def _number(value: Any, want: types.Number, site: Site) -> Any:
     return number
 
 
-def _share(value: Any, want: types.Share, site: Site) -> Any:
+def _share(value: object, want: types.Share, site: Site) -> object:
     if not isinstance(value, Quantity) or value.dimension not in (None, "%"):
         return site.wrong_type(value, want)
     if not want.admits(value.value):
@@ -135,7 +133,7 @@ def _share(value: Any, want: types.Share, site: Site) -> Any:
     return float(value.value)
 
 
-def _amount(value: Any, want: types.Amount, site: Site) -> Any:
+def _amount(value: object, want: types.Amount, site: Site) -> object:
     if not isinstance(value, Quantity):
         return site.wrong_type(value, want)
     if want.share and value.dimension == "%":
@@ -163,7 +161,7 @@ def _amount(value: Any, want: types.Amount, site: Site) -> Any:
     return Measure.unvalidated(value=number, unit=unit) if want.measured else number
 
 
-def _dimension(value: Any, dimension: str, want: types.Type, site: Site, unit: str) -> Any:
+def _dimension(value: object, dimension: str, want: types.Type, site: Site, unit: str) -> object:
     if isinstance(value, Quantity) and value.dimension is None:
         site.complain(wrong_values.missing_unit(site.span, site.owner, value, (unit,), False))
         return INVALID
@@ -177,7 +175,7 @@ def _dimension(value: Any, dimension: str, want: types.Type, site: Site, unit: s
     return int(value.value) if dimension == "bytes" else float(value.value)
 
 
-def _choice(value: Any, want: types.Choice, site: Site) -> Any:
+def _choice(value: object, want: types.Choice, site: Site) -> object:
     if value is None and "none" in want.words:  # elsewhere that the attribute is left out
         return "none"
     word = value.text if isinstance(value, Word) else value
@@ -192,7 +190,7 @@ def _choice(value: Any, want: types.Choice, site: Site) -> Any:
     return site.wrong_type(value, want)
 
 
-def _code(value: Any, want: types.Code, site: Site) -> Any:
+def _code(value: object, want: types.Code, site: Site) -> object:
     if isinstance(value, Python):
         return value
     if isinstance(value, Word | str) and want.words:
@@ -200,7 +198,7 @@ def _code(value: Any, want: types.Code, site: Site) -> Any:
     return site.wrong_type(value, want)
 
 
-def _text(value: Any, want: types.Text, site: Site) -> Any:
+def _text(value: object, want: types.Text, site: Site) -> object:
     if not isinstance(value, str):
         return site.wrong_type(value, want)
     if want.among and value not in want.among:
@@ -211,7 +209,7 @@ def _text(value: Any, want: types.Text, site: Site) -> Any:
     return value
 
 
-def _path(value: Any, want: types.Path, site: Site) -> Any:
+def _path(value: object, want: types.Path, site: Site) -> object:
     """The path as the spec's folder sees it; ids on the hub stay as they are."""
     if not isinstance(value, str):
         return site.wrong_type(value, want)
@@ -232,7 +230,7 @@ def _path(value: Any, want: types.Path, site: Site) -> Any:
     return f"{file}{colon}{function}"
 
 
-def _pattern(value: Any, want: types.Pattern, site: Site) -> Any:
+def _pattern(value: object, want: types.Pattern, site: Site) -> object:
     if not isinstance(value, RegexValue):
         return site.wrong_type(value, want)
     try:
@@ -247,7 +245,7 @@ def _pattern(value: Any, want: types.Pattern, site: Site) -> Any:
     return value.pattern
 
 
-def _reference(value: Any, want: types.Ref, site: Site) -> Any:
+def _reference(value: object, want: types.Ref, site: Site) -> object:
     if isinstance(value, Reference) and value.noun in want.nouns:
         return value
     symbol = site.symbol(value)
@@ -257,7 +255,7 @@ def _reference(value: Any, want: types.Ref, site: Site) -> Any:
     return site.wrong_type(value, want)
 
 
-def _family(value: Any, want: types.Of, site: Site) -> Any:
+def _family(value: object, want: types.Of, site: Site) -> object:
     if isinstance(value, Function) and value.family == want.family:
         if isinstance(value, data.Split) and value.part is None:
             site.complain(wrong_values.split_needs_part(site.span, value))
@@ -277,7 +275,7 @@ def _family(value: Any, want: types.Of, site: Site) -> Any:
     return site.wrong_type(value, want)
 
 
-def _template(value: Any, want: types.Of, site: Site) -> TextExpression | Any:
+def _template(value: object, want: types.Of, site: Site) -> object:
     if not isinstance(value, str):
         return site.wrong_type(value, want)
     fields, brace = template_fields(value)
@@ -291,7 +289,7 @@ def _template(value: Any, want: types.Of, site: Site) -> TextExpression | Any:
     return data.TemplateText.unvalidated(text=value)
 
 
-def _either(value: Any, want: types.Either, site: Site) -> Any:
+def _either(value: object, want: types.Either, site: Site) -> object:
     for option in want.options:
         quiet: list[Diagnostic] = []
         scratch = replace(site, complain=quiet.append)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
 from tunelang.dsl.messages import malformed, wrong_values
@@ -21,11 +20,11 @@ class _Sum(DataExpression):
     """Data added up so far; `finish` makes a mixture of it."""
 
     word = ""
-    parts: tuple[Any, ...]
-    spans: tuple[Any, ...]
+    parts: tuple[object, ...]
+    spans: tuple[object, ...]
 
 
-def unary(operator: str, value: Any, span: Span, complain: Complain) -> Any:
+def unary(operator: str, value: object, span: Span, complain: Complain) -> object:
     """`-x`, `+x`, `not x`."""
     if value is INVALID:
         return INVALID
@@ -44,8 +43,8 @@ def unary(operator: str, value: Any, span: Span, complain: Complain) -> Any:
 
 
 def binary(
-    operator: str, left: Any, right: Any, span: Span, right_span: Span, complain: Complain
-) -> Any:
+    operator: str, left: object, right: object, span: Span, right_span: Span, complain: Complain
+) -> object:
     """`left operator right`; the value, or `INVALID` after a report."""
     if operator in ("and", "or"):
         if isinstance(left, bool) and isinstance(right, bool):
@@ -66,7 +65,7 @@ def binary(
 
 def _numbers(
     operator: str, left: Quantity, right: Quantity, span: Span, right_span: Span, complain: Complain
-) -> Any:
+) -> object:
     a, b = left.value, right.value
     one, other = left.dimension, right.dimension
     if operator in ("+", "-") or operator in _COMPARE:
@@ -109,7 +108,7 @@ def _numbers(
     return Quantity(product, dimension)
 
 
-def _rewards(operator: str, left: Any, right: Any, span: Span, complain: Complain) -> Any:
+def _rewards(operator: str, left: object, right: object, span: Span, complain: Complain) -> object:
     operands: list[RewardExpression] = []
     for value in (left, right):
         if isinstance(value, Quantity) and value.dimension in (None, "%"):
@@ -135,8 +134,8 @@ def _rewards(operator: str, left: Any, right: Any, span: Span, complain: Complai
 
 
 def _data(
-    operator: str, left: Any, right: Any, span: Span, right_span: Span, complain: Complain
-) -> Any:
+    operator: str, left: object, right: object, span: Span, right_span: Span, complain: Complain
+) -> object:
     if operator == "*":
         weight, of = (left, right) if isinstance(left, Quantity) else (right, left)
         if isinstance(weight, Quantity) and isinstance(of, DataExpression):
@@ -159,7 +158,7 @@ def _data(
     return INVALID
 
 
-def finish(value: Any, span: Span, complain: Complain) -> Any:
+def finish(value: object, span: Span, complain: Complain) -> object:
     """A whole run of operators: added data must be weighted, and the weights add to 100%."""
     if not isinstance(value, _Sum):
         return value

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostics
 from tunelang.dsl.messages import naming
@@ -21,7 +20,7 @@ class Symbol:
     """Qualified: `base.math`."""
     declaration: nodes.Declaration
     module: Module
-    value: Any = None
+    value: object = None
     used: bool = False
 
     @property

@@ -12,7 +12,6 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 FIRST_ROWS = 50
 _FIRST_BYTES = 1 << 20
@@ -32,7 +31,7 @@ class Sample:
 
     fields: dict[str, int]
     rows: int
-    example: dict[str, Any]
+    example: dict[str, object]
 
 
 def sample(path: Path, kind: str, separator: str = ",") -> Sample:
@@ -67,8 +66,8 @@ def sample(path: Path, kind: str, separator: str = ",") -> Sample:
     return Sample(fields, len(rows), rows[0])
 
 
-def _jsonl(lines: list[str]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _jsonl(lines: list[str]) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -86,7 +85,7 @@ def _jsonl(lines: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _csv(lines: list[str], separator: str) -> list[dict[str, Any]]:
+def _csv(lines: list[str], separator: str) -> list[dict[str, object]]:
     if len(separator) != 1:
         raise BadFile("a separator is one character", None)
     import csv  # only this kind needs it
@@ -123,7 +122,7 @@ def neighbours(path: Path) -> list[str]:
         return []
 
 
-def model_config(path: Path) -> dict[str, Any]:
+def model_config(path: Path) -> dict[str, object]:
     """The `config.json` of a model folder; raises `BadFile` where there is none to read."""
     try:
         config = json.loads((path / "config.json").read_text("utf-8"))

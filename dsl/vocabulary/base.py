@@ -103,7 +103,7 @@ class Kind(Node):
 
 
 def _attribute(
-    effect: Effect, doc: str, example: str, default: Any, positional: bool, alias: str | None
+    effect: Effect, doc: str, example: str, default: object, positional: bool, alias: str | None
 ) -> Any:
     extra: dict[str, Any] = {"effect": effect, "positional": positional}
     return Field(default, description=doc, examples=[example], json_schema_extra=extra, alias=alias)
@@ -112,7 +112,7 @@ def _attribute(
 def result(
     doc: str,
     example: str,
-    default: Any = ...,
+    default: object = ...,
     *,
     positional: bool = False,
     alias: str | None = None,
@@ -121,12 +121,12 @@ def result(
     return _attribute("result", doc, example, default, positional, alias)
 
 
-def placement(doc: str, example: str, default: Any = ..., *, positional: bool = False) -> Any:
+def placement(doc: str, example: str, default: object = ..., *, positional: bool = False) -> Any:
     """A field that changes where or how a stage runs, not what it computes."""
     return _attribute("placement", doc, example, default, positional, None)
 
 
-def observe(doc: str, example: str, default: Any = ..., *, positional: bool = False) -> Any:
+def observe(doc: str, example: str, default: object = ..., *, positional: bool = False) -> Any:
     """A field that changes what is logged or shown."""
     return _attribute("observe", doc, example, default, positional, None)
 
@@ -137,7 +137,7 @@ class Attribute:
 
     name: str
     type: types.Type
-    default: Any
+    default: object
     required: bool
     optional: bool
     """Whether `none` is accepted."""
@@ -180,7 +180,7 @@ class KindInfo:
     word: str
     model: type[Kind]
     doc: str
-    presets: tuple[tuple[str, Any], ...] = ()
+    presets: tuple[tuple[str, object], ...] = ()
 
     @cached_property
     def attributes(self) -> dict[str, Attribute]:
@@ -191,7 +191,7 @@ class KindInfo:
         return own
 
 
-def _with_default(attribute: Attribute, default: Any) -> Attribute:
+def _with_default(attribute: Attribute, default: object) -> Attribute:
     changed = dict(attribute.__dict__, default=default, required=False)
     return Attribute(**changed)
 
@@ -204,8 +204,6 @@ def doc_of(model: type[Node]) -> str:
 
 # Annotations used in many places. A comment names the Python value.
 Tokens = Annotated[int, types.count("tokens")]
-Steps = Annotated[int, types.count("steps")]
-MaybeSteps = Annotated[int | None, types.count("steps")]
 Flag = Annotated[bool, types.Flag()]
 Positive = Annotated[float, types.Number(above=0)]
 NonNegative = Annotated[float, types.Number(low=0)]
@@ -213,7 +211,6 @@ Share = Annotated[float, types.Share()]
 Count = Annotated[int, types.Whole(low=1)]
 MaybeCount = Annotated[int | None, types.Whole(low=1)]
 Words = Annotated[str, types.Text()]
-MaybeWords = Annotated[str | None, types.Text()]
 Template = Annotated[SerializeAsAny[TextExpression], types.Of("text")]
 MaybeTemplate = Annotated[SerializeAsAny[TextExpression] | None, types.Of("text")]
 Data = Annotated[SerializeAsAny[DataExpression], types.Of("data")]
@@ -223,4 +220,3 @@ Evals = Annotated[tuple[Reference, ...], types.ListOf(types.Ref(("eval",)))]
 TokenizerRef = Annotated[Reference, types.Ref(("tokenizer",))]
 ModelRef = Annotated[Reference, types.Ref(("model", "stage"))]
 HardwareRef = Annotated[Reference | None, types.Ref(("hardware",))]
-Dtype = Literal["f32", "bf16", "f16"]

@@ -1,6 +1,6 @@
 """Stages of policy optimisation, and its presets."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import SerializeAsAny
 
@@ -216,7 +216,7 @@ class Ppo(Policy):
     reads = {"value_model": ("model", "scores")}
 
 
-POLICIES: dict[str, tuple[str, dict[str, Any]]] = {
+POLICIES: dict[str, tuple[str, dict[str, object]]] = {
     "grpo": (
         "Group relative policy optimisation (arXiv:2402.03300), with the"
         " loss averaged over all tokens"

@@ -1,6 +1,6 @@
 """Stages that learn which answers are better, and the presets of preference optimisation."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import SerializeAsAny
 
@@ -169,7 +169,7 @@ class RewardModel(Supervised):
     )
 
 
-PREFERENCES: dict[str, tuple[str, dict[str, Any]]] = {
+PREFERENCES: dict[str, tuple[str, dict[str, object]]] = {
     "dpo": (
         "Direct preference optimisation (arXiv:2305.18290): the log-ratio to the reference is the"
         " reward.",
