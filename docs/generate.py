@@ -269,7 +269,7 @@ def _diagnostics_page() -> str:
 
 
 def _commands_page() -> str:
-    from tunelang.runtime.cli import app  # sets environment variables when it is imported
+    from tunelang.runtime.cli import app
 
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     rows = [f"| [`tune {name}`](#tune-{name}) | {_help(c)} |" for name, c in commands.items()]

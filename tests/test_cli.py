@@ -45,7 +45,7 @@ def spec(tmp_path: Path) -> Path:
 def test_check_right(spec: Path) -> None:
     done = tune("check", str(spec))
     assert (done.returncode, done.stdout) == (0, "")
-    assert "right, 0 stages, 1 warning" in done.stderr
+    assert "OK, 0 stages, 1 warning" in done.stderr
 
 
 def test_check_wrong(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_check_several_goes_on(tmp_path: Path, spec: Path) -> None:
     (tmp_path / "wrong.tune").write_text(WRONG)
     done = tune("check", str(tmp_path / "wrong.tune"), str(spec), str(tmp_path / "none.tune"))
     assert done.returncode == 1
-    assert "right, 0 stages" in done.stderr
+    assert "OK, 0 stages" in done.stderr
     assert "no such file or directory" in done.stderr
 
 

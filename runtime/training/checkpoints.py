@@ -26,9 +26,6 @@ from tunelang.runtime.sharding import is_variable
 from tunelang.runtime.store.atomic_files import StoreError, read_json, write_json
 from tunelang.runtime.store.run_store import StageFolder
 
-# Orbax logs what it then raises, with the traces of all its threads.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-
 _LONGEST = 160
 """Characters of a reason."""
 _SIZES = "sizes.json"
@@ -70,6 +67,7 @@ class Checkpoints:
 
     def __init__(self, folder: StageFolder, keep: frozenset[int] = frozenset()) -> None:
         """`keep` are steps whose checkpoints stay."""
+        _silence_orbax()
         self.folder = folder
         self.keep = keep
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -138,10 +136,16 @@ def load_params(path: Path, params: Any) -> Any:
 
     Raises `CheckpointError`.
     """
+    _silence_orbax()
     with _told("read", path), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         _check_sizes(path)
         wanted = ocp.args.Composite(params=ocp.args.StandardRestore(_shaped(params)))
         return unflat(params, reader.restore(path, wanted).params)
+
+
+def _silence_orbax() -> None:
+    """Orbax logs what it then raises, with the traces of all its threads."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _sizes(path: Path) -> dict[str, int]:
