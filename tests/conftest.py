@@ -34,7 +34,7 @@ install_import_hook(
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--bless", action="store_true", help="rewrite expected outputs and generated pages, for review"
+        "--bless", action="store_true", help="rewrite expected outputs and generated pages"
     )
 
 
