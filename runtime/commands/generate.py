@@ -11,7 +11,6 @@ import numpy as np
 from tunelang.dsl.diagnostics.tune_error import CommandError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.program import Program
-from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.rewards import RewardRef
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.dsl.vocabulary.utility_stages import Export
@@ -24,7 +23,6 @@ from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.pipeline.runner import compile_cache
 from tunelang.runtime.pipeline.weight_sources import Origins
 from tunelang.runtime.planning.prepare import prepare
-from tunelang.runtime.rewards.judges import Ask
 from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.rewards.reward_rows import reward_rows
 from tunelang.runtime.sharding import make_layout
@@ -82,15 +80,8 @@ def write(
 def _opened(program: Program, store: Store, stage: str) -> tuple[Origin, Model, Resources]:
     compile_cache(store.root / "cache" / "xla")
     prepared = prepare(program, store, only=[stage])
-    resources = Resources(program, store.root / "cache", tuple(jax.devices()))
-    origins = Origins(prepared.plan, prepared.graph, store, resources)
-
-    def judge(reference: Reference) -> Ask:
-        origin = origins.anywhere(reference)
-        model = resources.model(origin.model)
-        return load_generator(origin, model, resources.devices).judge
-
-    resources.generator = judge
+    origins = Origins(prepared.plan, prepared.graph, store, program)
+    resources = Resources(program, store.root / "cache", tuple(jax.devices()), origins)
     origin = origins.latest(stage)
     return origin, resources.model(origin.model), resources
 

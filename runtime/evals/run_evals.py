@@ -248,7 +248,7 @@ def _preference(
         ("eval pairs", name, model.renderer.digest, model.architecture.context),
         lambda: _corpus(resources, kind, model, ("chosen", "rejected")),
     )
-    found = score_answers(resources, corpus, model, params, layout, kind.limit)
+    found = score_answers(corpus, model, params, layout, kind.limit)
     values = found.values.astype(np.float64)
     if kind.per_token and not model.architecture.scores:
         values = values / np.maximum(found.tokens, 1)

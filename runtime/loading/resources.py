@@ -7,35 +7,47 @@ things that it is compiled for; branches of a sweep differ in numbers only, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 
 from tunelang.compiler.models.adapters import storage_of
-from tunelang.compiler.models.architecture import from_transformer
+from tunelang.compiler.models.architecture import from_transformer, plain
 from tunelang.compiler.models.presets import PRESETS
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
-from tunelang.dsl.vocabulary.base import DataExpression, Reference, RewardExpression
+from tunelang.dsl.vocabulary.base import DataExpression, Function, Reference, RewardExpression
 from tunelang.dsl.vocabulary.data import Procedural, Sampled
-from tunelang.dsl.vocabulary.rewards import Endpoint, Learned, RewardKind, Rubric
+from tunelang.dsl.vocabulary.rewards import Endpoint, Learned, LocalJudge, RewardKind, Rubric
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.data.examples import Example, texts_of
 from tunelang.runtime.data.stream import Library, Stream
 from tunelang.runtime.errors import NotBuiltError
-from tunelang.runtime.generation.engine_sizes import prompt_room
+from tunelang.runtime.generation.engine_sizes import prompt_room, sampling_layout_over
+from tunelang.runtime.loading.initial_weights import Origin, load_generator, loaded
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.rewards.judges import Ask, EndpointJudge, rubric
+from tunelang.runtime.rewards.learned_scorer import learned_scorer
 from tunelang.runtime.rewards.reward_parts import Scorer, Surroundings
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 from tunelang.runtime.tokenize.open_tokenizer import open_renderer
 
 Made = TypeVar("Made")
+
+
+class StageResults(Protocol):
+    """Finds what stages of the program made."""
+
+    def weights(self, reference: Reference) -> Origin:
+        """Return the weights that a reward means by a model or a stage."""
+
+    def sampled_rows(self, kind: Sampled) -> Path:
+        """Return the file of rows that a `sample` stage wrote."""
 
 
 @dataclass
@@ -46,13 +58,9 @@ class Resources:
     cache: Path
     """A folder for what is made from data: rows, tokens, fitted tokenizers."""
     devices: tuple[jax.Device, ...]
+    stages: StageResults | None = None
+    """Results of the program's stages; None where nothing is run."""
     library: Library = field(init=False)
-    generator: Callable[[Reference], Ask] | None = None
-    """Makes a model or stage of the spec a judge."""
-    sampled: Callable[[Sampled], Path] | None = None
-    """Finds the file that a `sample` stage wrote."""
-    learned: Callable[[Reference], Scorer] | None = None
-    """Makes a reward model of the spec score completions."""
     _made: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -190,26 +198,33 @@ class Resources:
         )
 
     def _sampled(self, kind: Sampled) -> Path:
-        if self.sampled is None:
+        if self.stages is None:
             raise NotBuiltError(kind.from_.name, "rows of a `sample` stage outside of a run")
-        return self.sampled(kind)
+        return self.stages.sampled_rows(kind)
 
     def _scorer(self, name: str, kind: RewardKind) -> Scorer:
-        if isinstance(kind, Rubric):
-            return self._rubric(name, kind)
-        assert isinstance(kind, Learned)
-        if self.learned is None:
-            raise NotBuiltError(name, "a reward model of the spec here")
-        return self.cached(("learned", kind.from_), partial(self.learned, kind.from_))
+        if isinstance(kind, Learned):
+            return self.cached(("learned", kind.from_), partial(self._learned, name, kind.from_))
+        assert isinstance(kind, Rubric)
+        judge = kind.judge
+        ask = self.cached(("judge", judge), partial(self._judge, name, judge))
+        return rubric(kind, ask, name)
 
-    def _rubric(self, name: str, kind: Rubric) -> Scorer:
-        judge: Any = kind.judge
+    def _learned(self, name: str, reference: Reference) -> Scorer:
+        origin, model = self._weights(name, reference)
+        model = replace(model, architecture=replace(plain(model.architecture), scores=True))
+        layout = sampling_layout_over(self.devices, model.architecture, model.dtype)
+        return learned_scorer(model, loaded(origin, model, layout, 0), layout)
 
-        def opened() -> Ask:
-            if isinstance(judge, Endpoint):
-                return EndpointJudge(judge, self.cache)
-            if self.generator is None:
-                raise NotBuiltError(name, "a judge of the spec's own here")
-            return self.generator(judge.model)
+    def _judge(self, name: str, judge: Function) -> Ask:
+        if isinstance(judge, Endpoint):
+            return EndpointJudge(judge, self.cache)
+        assert isinstance(judge, LocalJudge)
+        origin, model = self._weights(name, judge.model)
+        return load_generator(origin, model, self.devices).judge
 
-        return rubric(kind, self.cached(("judge", judge), opened), name)
+    def _weights(self, reward: str, reference: Reference) -> tuple[Origin, Model]:
+        if self.stages is None:
+            raise NotBuiltError(reward, "a model of the spec outside of a run")
+        origin = self.stages.weights(reference)
+        return origin, self.model(origin.model)

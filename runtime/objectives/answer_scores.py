@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -279,3 +279,7 @@ def segment_program(architecture: Architecture, config: StepConfig, count: int) 
         return found
 
     return jit(run, config.layout)
+
+
+shared_segment_program = cache(segment_program)
+"""`segment_program`; equal programs are shared by everything in the process."""

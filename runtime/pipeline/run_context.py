@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import jax
 
 from tunelang.compiler.graph import Input
-from tunelang.compiler.models.architecture import plain
 from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.vocabulary.base import Reference
-from tunelang.dsl.vocabulary.data import Sampled
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.data.row_errors import BadRows
 from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named
-from tunelang.runtime.evals.score_answers import learned
-from tunelang.runtime.generation.engine_sizes import sampling_layout_over
-from tunelang.runtime.loading.initial_weights import load_generator, loaded
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.pipeline.weight_sources import Origins
 from tunelang.runtime.planning.prepare import Prepared
-from tunelang.runtime.rewards.judges import Ask
-from tunelang.runtime.rewards.reward_parts import Scorer
 from tunelang.runtime.sharding import Layout
-from tunelang.runtime.stages.sample import FILES
 from tunelang.runtime.store.locks import Holder
 from tunelang.runtime.store.run_store import Store
 from tunelang.runtime.training.training_loop import Reporter
@@ -72,34 +63,12 @@ class Session:
     """Bad rows that the user knows of."""
 
     def __post_init__(self) -> None:
-        self.resources = Resources(
-            self.prepared.program, self.store.root / "cache", tuple(jax.devices())
-        )
+        program = self.prepared.program
         self.origins = Origins(
-            self.prepared.plan,
-            self.prepared.graph,
-            self.store,
-            self.resources,
-            self.reporter.selected,
+            self.prepared.plan, self.prepared.graph, self.store, program, self.reporter.selected
         )
-        self.resources.generator = self._judge
-        self.resources.sampled = self._sampled
-        self.resources.learned = self._learned
-
-    def _judge(self, reference: Reference) -> Ask:
-        origin = self.origins.anywhere(reference)
-        model = self.resources.model(origin.model)
-        return load_generator(origin, model, self.resources.devices).judge
-
-    def _sampled(self, kind: Sampled) -> Path:
-        return self.origins.folder(kind.from_).path / FILES[kind.rows]
-
-    def _learned(self, reference: Reference) -> Scorer:
-        origin = self.origins.anywhere(reference)
-        model = self.resources.model(origin.model)
-        model = replace(model, architecture=replace(plain(model.architecture), scores=True))
-        layout = sampling_layout_over(self.resources.devices, model.architecture, model.dtype)
-        return learned(self.resources, model, loaded(origin, model, layout, 0), layout)
+        devices = tuple(jax.devices())
+        self.resources = Resources(program, self.store.root / "cache", devices, self.origins)
 
     def seed(self, own: int | None) -> int:
         """Return a stage's seed: its own, or one drawn from the run's."""

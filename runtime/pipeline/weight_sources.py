@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
@@ -16,11 +17,13 @@ from tunelang.compiler.graph import Input, StageGraph, StageNode, models_of, nam
 from tunelang.compiler.plan import Plan
 from tunelang.dsl.diagnostics.tune_error import FailureText, TuneError
 from tunelang.dsl.messages import run_failures
+from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary.base import Reference
+from tunelang.dsl.vocabulary.data import Sampled
 from tunelang.dsl.vocabulary.training import Continued
 from tunelang.runtime.loading.initial_weights import Origin
-from tunelang.runtime.loading.resources import Resources
-from tunelang.runtime.store.run_store import StageFolder, Store
+from tunelang.runtime.stages.sample import FILES
+from tunelang.runtime.store.run_store import Store
 
 
 @dataclass(eq=False)
@@ -69,7 +72,7 @@ class Origins:
     plan: Plan
     graph: StageGraph
     store: Store
-    resources: Resources
+    program: Program
     selected: Callable[[Input, str, float], None] = lambda *_: None
     """Told of each sweep that is decided, once: what reads it, the winner, its metric."""
     _told: set[tuple[str, str]] = field(default_factory=set)
@@ -89,7 +92,11 @@ class Origins:
         """
         if reference.noun == "model":
             return Origin(reference.name, None)
-        read = next(each for each in node.inputs if each.stage == reference.name)
+        return self._yielded(
+            next(read for read in node.inputs if read.stage == reference.name), reference
+        )
+
+    def _yielded(self, read: Input, reference: Reference) -> Origin:
         name = self.winner(read)
         summary = self.summary(name)
         step = int(summary["steps"]) if reference.step is None else reference.step
@@ -138,31 +145,30 @@ class Origins:
             raise MissingInputError(stage)
         return self.at(*found)
 
-    def anywhere(self, reference: Reference) -> Origin:
-        """Return what a reference stands for that is not of a node, but of a reward.
+    def weights(self, reference: Reference) -> Origin:
+        """Return the weights that a reward means by a model or a stage; raises what `of` raises.
 
-        Raises what `of` raises.
+        Of a sweep that keeps all its branches, it is the first one.
         """
-        readers = (
-            node
-            for node in self.graph.nodes.values()
-            if reference.noun == "model" or any(e.stage == reference.name for e in node.inputs)
-        )
-        return self.of(next(readers), reference)
+        if reference.noun == "model":
+            return Origin(reference.name, None)
+        return self._yielded(self._input(reference), reference)
 
-    def folder(self, reference: Reference) -> StageFolder:
-        """Return the folder of a finished stage; raises `MissingInputError`, `NoMetricError`."""
-        read = next(
-            each
-            for node in self.graph.nodes.values()
-            for each in node.inputs
-            if each.stage == reference.name
-        )
-        name = self.winner(read)
+    def sampled_rows(self, kind: Sampled) -> Path:
+        """Return the file that a finished `sample` stage wrote.
+
+        Raises `MissingInputError` and `NoMetricError`.
+        """
+        name = self.winner(self._input(kind.from_))
         folder = self.store.folder(self.plan.by_node[name].digest)
         if folder.done() is None:
             raise MissingInputError(name)
-        return folder
+        return folder.path / FILES[kind.rows]
+
+    def _input(self, reference: Reference) -> Input:
+        """Return how a stage is read by what is no stage itself."""
+        name = reference.name
+        return Input(name, (), self.graph.by_stage[name], self.graph.selections.get(name))
 
     def winner(self, read: Input) -> str:
         """Return the node that an input stands for; raises `NoMetricError`."""
@@ -174,7 +180,7 @@ class Origins:
         for node in read.nodes:
             metrics = self.summary(node)["metrics"]
             known.update(dict.fromkeys(metrics))
-            value = metric_of(self.resources, metrics, metric)
+            value = metric_of(self.program, metrics, metric)
             if value is not None and value == value:
                 found.append((value, self.plan.by_node[node].digest, node))
         if not found:
@@ -187,11 +193,11 @@ class Origins:
         return node
 
 
-def metric_of(resources: Resources, metrics: Mapping[str, float], name: str) -> float | None:
+def metric_of(program: Program, metrics: Mapping[str, float], name: str) -> float | None:
     """Return a metric by the name that a spec uses: an eval's bare name is its first metric."""
     if name in metrics:
         return metrics[name]
-    declared = resources.program.declarations.get(name)
+    declared = program.declarations.get(name)
     if declared is not None and declared.noun == "eval":
         return metrics.get(f"{name}.{next(iter(declared.value.metrics))}")
     return None

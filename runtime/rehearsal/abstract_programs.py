@@ -31,7 +31,6 @@ from tunelang.dsl.vocabulary.stages import Training
 from tunelang.dsl.vocabulary.supervised_stages import Distill, Supervised
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.dsl.vocabulary.utility_stages import Evaluate, Merge, Sample
-from tunelang.runtime.evals.score_answers import TOKENS
 from tunelang.runtime.generation import beam_search
 from tunelang.runtime.generation.engine import Request, abstract_slots, make_engine
 from tunelang.runtime.generation.engine_sizes import sampling_layout, slot_count
@@ -40,6 +39,7 @@ from tunelang.runtime.generation.token_sampling import slot_settings
 from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.objectives.answer_scores import segment_program
 from tunelang.runtime.planning.prepare import Shapes
+from tunelang.runtime.rewards.learned_scorer import SCORED_TOKENS
 from tunelang.runtime.sharding import HOST, Layout, jit, shardings
 from tunelang.runtime.stages.policy import decode_layout
 from tunelang.runtime.stages.policy_step import PolicyBatch, policy_step, score_program
@@ -336,7 +336,7 @@ def _judging(
         yield from _sampled(a, dtype, params, there, asked, sampling, beside, f"{name} ", most)
         return
     length = min(length, a.context)
-    rows = max(1, TOKENS // length // there.batch_shards) * there.batch_shards
+    rows = max(1, SCORED_TOKENS // length // there.batch_shards) * there.batch_shards
     score: Any = segment_program(a, config, 1)
     batch = Batch(**_tokens(there, rows, length))
     yield AbstractProgram(name, lambda: score.lower(params, batch), beside)
@@ -442,7 +442,7 @@ def _evaluations(
         elif type(kind) not in seen:
             seen.add(type(kind))
             config = StepConfig(layout=layout, dtype=dtype)
-            rows = max(1, TOKENS // a.context // layout.batch_shards) * layout.batch_shards
+            rows = max(1, SCORED_TOKENS // a.context // layout.batch_shards) * layout.batch_shards
             batch = Batch(**_tokens(layout, rows, a.context))
             score: Any = (
                 loss_program(a, config)

@@ -217,7 +217,7 @@ def supervised_trainer(
     live: Architecture | None = None
     if isinstance(stage, Compared) and stage.needs_reference:
         if isinstance(stage, Preference) and stage.reference_log_probs == "ahead":
-            stored = _ahead(resources, corpus, model, reference, layout, kept)
+            stored = _ahead(corpus, model, reference, layout, kept)
         else:
             live, aux_params = reference()
     teacher: Stored | None = None
@@ -292,7 +292,6 @@ def objective_of(
 
 
 def _ahead(
-    resources: Resources,
     corpus: Corpus,
     model: Model,
     reference: Callable[[], tuple[Architecture, Any]],
@@ -305,9 +304,7 @@ def _ahead(
         held: NDArray[np.float32] = np.load(path)
         return held
     architecture, params = reference()
-    found = score_answers(
-        resources, corpus, replace(model, architecture=architecture), params, layout
-    )
+    found = score_answers(corpus, replace(model, architecture=architecture), params, layout)
     with written_whole(path) as whole, whole.open("wb") as file:
         np.save(file, found.values)
     return found.values

@@ -150,7 +150,7 @@ def test_speaking_uses_the_adapters(chain: Path) -> None:
     tiny.run(chain, only=["first", "stacked"])
     prepared, store = tiny.planned(chain)
     resources = Resources(prepared.program, store.root / "cache", ())
-    origins = Origins(prepared.plan, prepared.graph, store, resources)
+    origins = Origins(prepared.plan, prepared.graph, store, prepared.program)
     found = {}
     for node in ("first", "stacked"):
         steps = store.folder(prepared.plan.by_node[node].digest).steps()

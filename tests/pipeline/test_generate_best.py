@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.pipeline import tiny
 from tests.pipeline.test_run import tune
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.commands.generate import UnscoredError, best_of, open_ranked
+from tunelang.runtime.rewards.reward_parts import Row
 
+REWARDS = """
+reward plain = 1 - contains("{completion}", "e") - contains("{prompt}", "7")
+data pairs : jsonl { path = "pairs.jsonl", prompt = "{a}:", chosen = "{b}", rejected = "{c}" }
+stage judge : reward_model {
+  from = base, data = pairs, length = 2 steps, batch = 2 sequences, mesh = axes(data = 1)
+  optimizer = adamw(lr = each(1e-2, 1e-3)), evals = [preferred], keep = best(preferred)
+}
+eval preferred : preference { data = pairs }
+reward helpful : learned { from = judge }
+reward taste   : rubric { judge = local(base), criteria = criterion("Right"), on_error = 0.5 }
+"""
 PROMPTS = ("line 7 of", "the")
 SAMPLING = Sampling(max_tokens=6, temperature=1.0)
 
@@ -18,9 +32,10 @@ SAMPLING = Sampling(max_tokens=6, temperature=1.0)
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = tiny.workspace(tmp_path_factory.mktemp("best"))
-    plain = 'reward plain = 1 - contains("{completion}", "e") - contains("{prompt}", "7")'
-    spec.write_text(f"{spec.read_text()}\n{plain}\n")
-    tiny.run(spec, until=["base"])
+    pairs = ({"a": "x" * n, "b": n, "c": n + 1} for n in range(1, 5))
+    (spec.parent / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    spec.write_text(f"{spec.read_text()}\n{REWARDS}\n")
+    tiny.run(spec, until=["base", "judge"])
     return spec
 
 
@@ -42,6 +57,27 @@ def test_the_best_of_several_samples(spec: Path) -> None:
     assert first == found[::8]
     likeliest = list(best_of(generator, PROMPTS, SAMPLING, 8, 0, True, returned=8))
     assert sorted(likeliest[:8]) == sorted(every[:8])
+
+
+def test_learned_reward_that_no_stage_reads_chooses_the_best_samples(spec: Path) -> None:
+    generator, reward = opened(spec, "helpful")
+    with reward:
+        found = list(best_of(generator, PROMPTS, SAMPLING, 4, 0, True, returned=4, reward=reward))
+        rows = [
+            Row({"prompt": PROMPTS[index // 4], "completion": text}, "", 6)
+            for index, text in enumerate(found)
+        ]
+        scores = reward.score(rows)
+    assert not scores.events
+    by_prompt = scores.values.reshape(2, 4)
+    assert (np.diff(by_prompt) <= 1e-5).all()
+    assert np.ptp(by_prompt) > 0
+
+
+def test_local_judge_that_no_stage_asks_is_asked(spec: Path) -> None:
+    generator, reward = opened(spec, "taste")
+    with reward, pytest.raises(UnscoredError, match="the judge gave no 1 scores"):
+        list(best_of(generator, PROMPTS, SAMPLING, 2, 0, True, reward=reward))
 
 
 def test_a_reward_without_its_fields(spec: Path) -> None:
