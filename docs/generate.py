@@ -20,6 +20,7 @@ from tunelang.dsl.syntax import units
 from tunelang.dsl.vocabulary import data
 from tunelang.dsl.vocabulary.base import Attribute, Function, Kind, KindInfo, attributes, doc_of
 from tunelang.dsl.vocabulary.tables import FORMS, FUNCTIONS, KINDS, NOUNS, RUN
+from tunelang.runtime.cli import app
 
 FOLDER = Path(__file__).parent
 EFFECTS = {"result": "result", "placement": "placement", "observe": "log"}
@@ -269,8 +270,6 @@ def _diagnostics_page() -> str:
 
 
 def _commands_page() -> str:
-    from tunelang.runtime.cli import app
-
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     rows = [f"| [`tune {name}`](#tune-{name}) | {_help(c)} |" for name, c in commands.items()]
     parts = [_command(name, command) for name, command in commands.items()]
