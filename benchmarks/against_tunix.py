@@ -54,7 +54,7 @@ from tunelang.runtime.generation.engine import make_engine
 from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Prompt
 from tunelang.runtime.objectives import policy_gradient
-from tunelang.runtime.planning.prepare import local_devices
+from tunelang.runtime.planning.local_devices import local_devices
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages.policy_step import (
     batch_of,

@@ -284,7 +284,7 @@ def points(count: int) -> Iterator[Point]:
 def compiled(point: Point) -> dict[str, Any]:
     """Return the compiler's memory figures for a point's training program."""
     # Compilers are needed here only: a report reads what is known.
-    from tunelang.runtime.planning.prepare import Shapes
+    from tunelang.compiler.layout.plan_layouts import Shapes
     from tunelang.runtime.rehearsal.abstract_programs import programs
     from tunelang.runtime.rehearsal.rehearse import measure
     from tunelang.runtime.rehearsal.topologies import compilable

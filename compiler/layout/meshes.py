@@ -40,6 +40,16 @@ def legal_meshes(query: LayoutQuery, most_parts: int) -> Iterator[Mesh]:
             yield from _context_meshes(used, most_parts)
 
 
+def refuse_idle_devices(query: LayoutQuery) -> None:
+    """Raise `NoLayoutError` where a pinned mesh leaves devices of a slice or node idle."""
+    devices = query.devices
+    if query.stage.mesh is None or devices.here:
+        return
+    size = math.prod(mesh_of(query.stage).values())
+    if size < devices.count:
+        raise NoLayoutError("mesh", f"this mesh is for {size} devices, and there are {devices}")
+
+
 def _pinned_mesh(query: LayoutQuery, experts: int, splits_sequences: bool) -> Mesh:
     mesh, count = mesh_of(query.stage), query.devices.count
     if mesh["context"] > 1 and not splits_sequences:

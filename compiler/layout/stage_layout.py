@@ -100,8 +100,8 @@ def shards_of(mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[axis] for axis in ("data", "fsdp", "expert"))
 
 
-def plain(layout: StageLayout) -> dict[str, Any]:
-    """Return the layout's own part as JSON; memory and cost stand apart in a plan."""
+def as_json(layout: StageLayout) -> dict[str, Any]:
+    """Return a layout as a plan holds it, without its memory and cost."""
     return {
         "mesh": layout.mesh,
         "rows": layout.rows,

@@ -1,13 +1,13 @@
-"""Branches of a sweep that are trained side by side in one program, and whether they should be.
+"""The decision whether one program trains the branches of a sweep side by side.
 
-Branches that differ in nothing but the learning rate read the same batches. Side by side (`vmap`)
-each has weights, moments and activations of its own, while what is frozen is read, and gathered
+Branches that differ in nothing but the learning rate read the same batches. In one program (`vmap`)
+each has weights, moments and activations of its own, while frozen weights are read, and gathered
 over the mesh, once for all of them; so are the answers of a reference and of a teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
 
 from tunelang.compiler.costs.stage_costs import cost_of
@@ -16,24 +16,23 @@ from tunelang.compiler.layout.layout_search import layout_key, rank_layouts
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.vocabulary.optimizer_kinds import Muon, Optimizer
-from tunelang.dsl.vocabulary.stages import Training
 
 WORTH = 0.95
-"""Share of the time of one after another that side by side takes at most, to be chosen."""
+"""Share of the time of one branch after another that one program may take to be chosen."""
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A branch with the layout that it would have by itself."""
+    """A branch with the layout that it would have alone."""
 
     planned: StagePlan
     query: LayoutQuery
     alone: StageLayout
 
     @property
-    def value(self) -> Training:
-        """The stage as the branch has it."""
-        return self.query.stage
+    def wish(self) -> str:
+        """The stage's attribute `sweep`: `auto`, `fused` or `in_turn`."""
+        return getattr(self.query.stage, "sweep", "auto")
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,9 @@ class Sweep:
 
     nodes: tuple[str, ...]
     alone: StageLayout
+    """The layout of one of them."""
     layouts: tuple[StageLayout, ...]
-    """Of all of them together, the best first; none where they do not fit."""
+    """The layouts of one program for all of them, best first; empty where none fits."""
     fused: bool
     """Whether one program trains them."""
     why: str = ""
@@ -51,75 +51,35 @@ class Sweep:
 
     @property
     def share(self) -> float | None:
-        """What side by side takes of the time of one after another."""
+        """The time of one program over the time of one branch after another."""
         if not self.layouts:
             return None
         return self.layouts[0].seconds / (len(self.nodes) * self.alone.seconds)
 
 
-Known = dict[object, tuple[StageLayout, ...]]
+def fuse_sweeps(
+    branches: Iterable[Branch], searched: dict[Hashable, tuple[StageLayout, ...]]
+) -> list[Sweep]:
+    """Return the sweeps among the branches of one stage.
 
-
-def sweeps(branches: Iterable[Branch], known: Known) -> list[Sweep]:
-    """Return what could be trained side by side of the branches of one stage.
-
-    `known` keeps layouts that were searched for. Raises `NoLayoutError` and `DoesNotFitError` where
-    the spec wants what cannot be.
+    `searched` caches layouts of several branches. Raises `NoLayoutError` and `DoesNotFitError`
+    where the spec demands one program and there can be none.
     """
-    groups: dict[object, list[Branch]] = {}
-    kinds: set[object] = set()
+    groups: dict[Hashable, list[Branch]] = {}
+    kinds: set[Hashable] = set()
     for branch in branches:
-        kinds.add(kind := _kind(branch))
-        # Those that a crash left at different steps go on one after another.
+        kinds.add(kind := _fusible_kind(branch))
+        # Branches that a crash left at different steps go on one after another.
         state = branch.planned.state
         groups.setdefault((kind, state.step, state.reason == "forced"), []).append(branch)
-    found: list[Sweep] = []
+    sweeps: list[Sweep] = []
     for group in groups.values():
-        asked = _asked(group[0])
-        if len(kinds) > 1 and asked == "fused":
+        wish = group[0].wish
+        if len(kinds) > 1 and wish == "fused":
             raise NoLayoutError("sweep", "its branches differ in more than the learning rate")
-        if len(group) > 1 and asked != "in_turn":
-            found.append(_weighed(group, known))
-    return found
-
-
-def _asked(branch: Branch) -> str:
-    return getattr(branch.value, "sweep", "auto")
-
-
-def _kind(branch: Branch) -> object:
-    """Return what branches have in common that one program can train."""
-    value = branch.value
-    unit = value.model_copy(update={"optimizer": at_unit_rate(value.optimizer)})
-    return str(unit), branch.planned.inputs
-
-
-def _weighed(group: list[Branch], known: Known) -> Sweep:
-    """Weigh one program for branches of a kind, at one step, against one after another."""
-    first, count = group[0], len(group)
-    value, wanted = first.value, _asked(first) == "fused"
-    why = cost_of(value).why_in_turn
-    if not why and first.alone.offload:
-        why = "the memory of the host is for the moments of one branch"
-    if wanted and why:
-        raise NoLayoutError("sweep", why)
-    if first.query.devices.chip.platform == "cpu" and not wanted:
-        why = why or "on CPUs one program of all is seldom faster"
-    nodes = tuple(branch.planned.node for branch in group)
-    if why:
-        return Sweep(nodes, first.alone, (), fused=False, why=why)
-    together = replace(first.query, branches=count)
-    key = layout_key(together)
-    if key not in known:
-        try:
-            known[key] = tuple(rank_layouts(together))
-        except (NoLayoutError, DoesNotFitError):
-            if wanted:
-                raise
-            known[key] = ()
-    sweep = Sweep(nodes, first.alone, known[key], wanted)
-    share = sweep.share
-    return replace(sweep, fused=wanted or (share is not None and share <= WORTH))
+        if len(group) > 1 and wish != "in_turn":
+            sweeps.append(_weigh(group, searched))
+    return sweeps
 
 
 def at_unit_rate(optimizer: Optimizer) -> Optimizer:
@@ -128,3 +88,37 @@ def at_unit_rate(optimizer: Optimizer) -> Optimizer:
     if isinstance(optimizer, Muon) and optimizer.adam_lr is not None:
         change["adam_lr"] = optimizer.adam_lr / optimizer.lr
     return optimizer.model_copy(update=change)
+
+
+def _fusible_kind(branch: Branch) -> Hashable:
+    """Return what branches that one program can train have in common."""
+    stage = branch.query.stage
+    unit = stage.model_copy(update={"optimizer": at_unit_rate(stage.optimizer)})
+    return str(unit), branch.planned.inputs
+
+
+def _weigh(group: list[Branch], searched: dict[Hashable, tuple[StageLayout, ...]]) -> Sweep:
+    """Weigh one program for branches of a kind, at one step, against one after another."""
+    first, demanded = group[0], group[0].wish == "fused"
+    nodes = tuple(branch.planned.node for branch in group)
+    why = cost_of(first.query.stage).why_in_turn
+    if not why and first.alone.offload:
+        why = "the memory of the host is for the moments of one branch"
+    if demanded and why:
+        raise NoLayoutError("sweep", why)
+    if first.query.devices.chip.platform == "cpu" and not demanded:
+        why = why or "on CPUs one program of all is seldom faster"
+    if why:
+        return Sweep(nodes, first.alone, (), fused=False, why=why)
+    together = replace(first.query, branches=len(group))
+    key = layout_key(together)
+    if key not in searched:
+        try:
+            searched[key] = tuple(rank_layouts(together))
+        except (NoLayoutError, DoesNotFitError):
+            if demanded:
+                raise
+            searched[key] = ()
+    sweep = Sweep(nodes, first.alone, searched[key], demanded)
+    share = sweep.share
+    return replace(sweep, fused=demanded or (share is not None and share <= WORTH))

@@ -1,1 +1,7 @@
-"""A checked spec to a plan for the devices of this machine or others."""
+"""Plans of checked specs: the part of planning that reads files and asks for devices.
+
+- `prepare`: from a spec to a plan with layouts.
+- `declared_models`: architectures of the models that stages work with.
+- `local_devices`: the devices of this machine, and those of each stage.
+- `estimate_steps`: how many steps a stage has whose length its data decides.
+"""

@@ -1,5 +1,5 @@
-"""The steps of a stage whose length its data decides, before the data is read: an estimate from the
-beginnings of its files.
+"""An estimate of the steps of a stage whose length its data decides, from the beginnings of its
+files, before the data is read.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from tunelang.runtime.data.examples import example_of, roles_of, texts_of
 from tunelang.runtime.data.row_errors import MissingFieldError, WrongTypeError
 from tunelang.runtime.data.sample_order import steps_of
 
-_READ = 2**18
+_HEAD_BYTES = 2**18
 """Bytes at the beginning of a file that stand for all of it."""
-_SHOWN = 64
-"""Rows of which the texts are measured."""
-_CHARACTERS = 4.0
+_MEASURED_ROWS = 64
+"""Rows whose texts are measured."""
+_TOKEN_CHARACTERS = 4.0
 """Characters of a token, about, of a tokenizer that merges them; bytes are their own tokens."""
+_PROBLEM_CHARACTERS = 200.0
+"""Characters of a generated problem with its answer, about."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,19 @@ class Extent:
 
     examples: float
     characters: float
-    """Of all examples together."""
+    """Characters of all examples together."""
 
 
-def steps(
+class _UnknownError(Exception):
+    """The data has to be read to know anything."""
+
+
+def estimate_steps(
     program: Program, stage: Training, model: str, layout: StageLayout, known: dict[str, Extent]
 ) -> tuple[int, bool] | None:
     """Return the steps of a stage, and whether they are exact; None where nothing is known.
 
-    `known` keeps what was found of sources.
+    `known` caches the extents of sources.
     """
     unit, value = stage.length.unit, stage.length.value
     if unit == "steps":
@@ -53,26 +59,19 @@ def steps(
     if unit == "tokens":
         return max(1, ceil(value / (layout.rows * layout.length))), False
     try:
-        found = _extent(program, stage.data, known)
+        extent = _extent(program, stage.data, known)
     except (_UnknownError, OSError):
         return None
-    epoch, batch = found.examples, layout.rows
+    epoch, batch = extent.examples, layout.rows
     if isinstance(stage, Policy):
         batch = stage.batch
     elif isinstance(stage, Supervised) and stage.packing:
         kind = program.declarations[model].value
         tokenizer = kind.tokenizer and program.declarations[kind.tokenizer.name].value
-        tokens = found.characters / (1.0 if isinstance(tokenizer, Bytes) else _CHARACTERS)
+        is_bytes = isinstance(tokenizer, Bytes)
+        tokens = extent.characters / (1.0 if is_bytes else _TOKEN_CHARACTERS)
         epoch = min(epoch, tokens / layout.length)
     return steps_of(stage.length, epoch=max(1, ceil(epoch)), batch=batch), False
-
-
-_PROBLEM = 200.0
-"""Characters of a generated problem with its answer, about."""
-
-
-class _UnknownError(Exception):
-    """Nothing can be said without reading the data."""
 
 
 def _extent(program: Program, expression: DataExpression, known: dict[str, Extent]) -> Extent:
@@ -82,75 +81,83 @@ def _extent(program: Program, expression: DataExpression, known: dict[str, Exten
             if not isinstance(kind, data.DataKind):
                 return _extent(program, kind, known)
             if name not in known:
-                known[name] = _source(name, kind, program.folder)
+                known[name] = _source_extent(name, kind, program.folder)
             return known[name]
         case data.Mixture():
             parts = [_extent(program, part.of, known) for part in expression.parts]
-            # An epoch has as many examples as all of them, in the shares of the mixture.
+            # An epoch has as many examples as all parts together, in the shares of the mixture.
             examples = sum(part.examples for part in parts)
-            each = sum(
+            characters = sum(
                 weighted.weight * part.characters / part.examples
                 for weighted, part in zip(expression.parts, parts, strict=True)
             )
-            return Extent(examples, examples * each)
+            return Extent(examples, examples * characters)
         case data.DataMethod():
-            whole = _extent(program, expression.of, known)
-            examples = whole.examples
-            match expression:
-                case data.Take():
-                    examples = min(examples, expression.count)
-                case data.Skip():
-                    examples = max(1.0, examples - expression.count)
-                case data.Repeat():
-                    examples *= expression.times
-                case data.Split():
-                    rest = 1.0 - sum(v for n, v in expression.parts.items() if n != "train")
-                    shares = {**expression.parts, "train": rest}
-                    examples *= shares.get(expression.part or "train", 1.0)
-                case data.Where():
-                    raise _UnknownError
-            return Extent(examples, whole.characters * examples / whole.examples)
+            source = _extent(program, expression.of, known)
+            examples = _examples_after(expression, source.examples)
+            return Extent(examples, source.characters * examples / source.examples)
     raise _UnknownError
 
 
-def _source(name: str, kind: data.DataKind, folder: Path) -> Extent:
+def _examples_after(method: data.DataMethod, examples: float) -> float:
+    """Return how many of a source's examples a method of data leaves."""
+    match method:
+        case data.Take():
+            return min(examples, method.count)
+        case data.Skip():
+            return max(1.0, examples - method.count)
+        case data.Repeat():
+            return examples * method.times
+        case data.Split():
+            named = sum(share for name, share in method.parts.items() if name != "train")
+            shares = {**method.parts, "train": 1.0 - named}
+            return examples * shares.get(method.part or "train", 1.0)
+        case data.Where():
+            raise _UnknownError
+    return examples
+
+
+def _source_extent(name: str, kind: data.DataKind, folder: Path) -> Extent:
     if isinstance(kind, data.Procedural):
-        return Extent(kind.size, _PROBLEM * kind.size)
+        return Extent(kind.size, _PROBLEM_CHARACTERS * kind.size)
     if not isinstance(kind, data.Jsonl | data.TextFiles):
         raise _UnknownError
-    examples = characters = 0.0
-    for each in kind.path:
-        path = folder / Path(each).expanduser()
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(_READ)
-        if isinstance(kind, data.TextFiles):
-            rows, text = _text(head, kind.rows), float(len(head))
-        else:
-            lines = head.splitlines()[: None if len(head) == size else -1]
-            rows, text = len(lines), _characters(name, kind, lines)
-            head = b"\n".join(lines) + b"\n"
-        if not rows:
-            raise _UnknownError
-        times = 1.0 if size == len(head) else size / len(head)
-        examples += 1 if isinstance(kind, data.TextFiles) and kind.rows == "file" else rows * times
-        characters += text * times
-    return Extent(examples, characters)
+    files = [_file_extent(name, kind, folder / Path(path).expanduser()) for path in kind.path]
+    return Extent(sum(f.examples for f in files), sum(f.characters for f in files))
 
 
-def _text(head: bytes, rows: str) -> int:
+def _file_extent(name: str, kind: data.Jsonl | data.TextFiles, path: Path) -> Extent:
+    """Extrapolate from the beginning of a file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    if isinstance(kind, data.TextFiles):
+        rows, characters = _text_rows(head, kind.rows), float(len(head))
+    else:
+        lines = head.splitlines()[: None if len(head) == size else -1]
+        rows, characters = len(lines), _json_characters(name, kind, lines)
+        head = b"\n".join(lines) + b"\n"
+    if not rows:
+        raise _UnknownError
+    times = 1.0 if size == len(head) else size / len(head)
+    is_one_row = isinstance(kind, data.TextFiles) and kind.rows == "file"
+    return Extent(1 if is_one_row else rows * times, characters * times)
+
+
+def _text_rows(head: bytes, rows: str) -> int:
+    """Count the rows that a text is divided into."""
     if rows == "file":
         return 1
     separator = b"\n\n" if rows == "paragraph" else b"\n"
     return sum(bool(part.strip()) for part in head.split(separator))
 
 
-def _characters(name: str, kind: data.DataKind, lines: Sequence[bytes]) -> float:
-    """Count the characters of the examples that lines of JSON are."""
-    roles, shown, found = roles_of(kind), lines[:_SHOWN], 0
-    for at, line in enumerate(shown):
+def _json_characters(name: str, kind: data.DataKind, lines: Sequence[bytes]) -> float:
+    """Count the characters of the examples in lines of JSON."""
+    roles, measured, characters = roles_of(kind), lines[:_MEASURED_ROWS], 0
+    for row, line in enumerate(measured):
         with suppress(ValueError, MissingFieldError, WrongTypeError):
             fields = json.loads(line)
             if isinstance(fields, dict):
-                found += sum(map(len, texts_of(example_of(name, at, fields, roles))))
-    return found * len(lines) / len(shown) if shown else 0.0
+                characters += sum(map(len, texts_of(example_of(name, row, fields, roles))))
+    return characters * len(lines) / len(measured) if measured else 0.0

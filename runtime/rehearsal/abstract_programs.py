@@ -21,6 +21,7 @@ from tunelang.compiler.costs.judge_costs import VERDICT_SLOTS, VERDICT_TOKENS
 from tunelang.compiler.costs.rollout_costs import MOST_SLOTS
 from tunelang.compiler.costs.stage_costs import cost_of
 from tunelang.compiler.layout.layout_query import Judge
+from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture, plain
@@ -38,7 +39,6 @@ from tunelang.runtime.generation.slot_queue import PREFILL
 from tunelang.runtime.generation.token_sampling import slot_settings
 from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.objectives.answer_scores import segment_program
-from tunelang.runtime.planning.prepare import Shapes
 from tunelang.runtime.rewards.learned_scorer import SCORED_TOKENS
 from tunelang.runtime.sharding import HOST, Layout, jit, shardings
 from tunelang.runtime.stages.policy import decode_layout

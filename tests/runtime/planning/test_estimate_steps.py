@@ -10,7 +10,7 @@ import pytest
 from tests.compiler.workspace import program
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.dsl.vocabulary.stages import Training
-from tunelang.runtime.planning.estimate_steps import steps
+from tunelang.runtime.planning.estimate_steps import estimate_steps
 
 LAYOUT = StageLayout(
     mesh={"data": 1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1}, rows=16, length=128,
@@ -46,7 +46,7 @@ def estimated(folder: Path, stage: str) -> tuple[int, bool] | None:
     checked = program(SOURCES + stage, folder)
     value = checked.declarations["s"].branches[0].value
     assert isinstance(value, Training)
-    return steps(checked, value, "m", LAYOUT, {})
+    return estimate_steps(checked, value, "m", LAYOUT, {})
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from tests.pipeline import tiny
 from tunelang.compiler.layout.hardware import CHIPS, Devices, declared
 from tunelang.compiler.layout.layout_query import DoesNotFitError, Judge, LayoutQuery
 from tunelang.compiler.layout.layout_search import best_layout
+from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture
@@ -29,7 +30,6 @@ from tunelang.dsl.vocabulary.stages import Training
 from tunelang.dsl.vocabulary.supervised_stages import Distill, Sft
 from tunelang.dsl.vocabulary.training import K3, Axes, Critic, Lora, Sampling
 from tunelang.runtime import sharding
-from tunelang.runtime.planning.prepare import Shapes
 from tunelang.runtime.rehearsal import collectives
 from tunelang.runtime.rehearsal.abstract_programs import AbstractProgram, programs
 from tunelang.runtime.rehearsal.rehearse import Rehearsed, measure, rehearse, remedies, unsplit
