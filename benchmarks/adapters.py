@@ -20,7 +20,7 @@ from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import parameter_count, train_flops
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
 from tunelang.dsl.vocabulary.training import Dora, Lora
-from tunelang.runtime.models.layers import DTYPES
+from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.objective import Batch
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate

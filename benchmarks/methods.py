@@ -29,7 +29,7 @@ from tunelang.dsl.vocabulary.preference_stages import Kto, Preference, RewardMod
 from tunelang.dsl.vocabulary.supervised_stages import Distill
 from tunelang.dsl.vocabulary.training import Critic, Sampling
 from tunelang.runtime.loading.initial_weights import score_head
-from tunelang.runtime.models.layers import DTYPES
+from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.objectives.answer_scores import (
     KtoObjective,
     PairObjective,

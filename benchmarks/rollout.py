@@ -28,7 +28,7 @@ from tunelang.runtime.generation.engine import Admission, Engine, Prefilled, Slo
 from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Episodes, Prompt
 from tunelang.runtime.models.decoder import Decoder
-from tunelang.runtime.models.layers import DTYPES
+from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.sharding import make_layout, shardings
 
 

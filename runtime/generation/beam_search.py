@@ -30,15 +30,9 @@ from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.generation.engine import Given
 from tunelang.runtime.generation.episodes import Episodes, Floats, Prompt, Work
 from tunelang.runtime.generation.slot_queue import SHORTEST
-from tunelang.runtime.models.decoder import (
-    KEYS,
-    VALUES,
-    Cache,
-    Decoder,
-    Unstacked,
-    empty_cache,
-    insert,
-)
+from tunelang.runtime.models.decode_step import DecodeWeights, decode_step, decode_weights
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.kv_cache import KEYS, VALUES, Cache, empty_cache, insert
 from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.sharding import Layout, constrain, jit, reshard_for_decoding
 
@@ -143,7 +137,7 @@ def make_search(
     def run(params: Any, tokens: Array, lengths: Array, request: Request) -> tuple[Paths, Array]:
         decoder: Decoder = nnx.merge(graph, params)
         if ahead and architecture.adapters:
-            decoder = decoder.merged()
+            decoder = decoder.merge_adapters()
         hidden, prefilled = decoder.prefill(tokens, jnp.maximum(lengths, 1), layout=layout)
         rows, slots = jnp.repeat(jnp.arange(prompts), beams), jnp.arange(prompts * beams)
         cache = empty_cache(architecture, prompts * beams, capacity, dtype)
@@ -158,11 +152,11 @@ def make_search(
             jnp.zeros((), jnp.int32),
         )
         values = nnx.split(decoder)
-        copied = decoder.unstacked() if ahead else None
+        copied = decode_weights(decoder) if ahead else None
 
         def turn(state: _State) -> _State:
             decoder: Decoder = nnx.merge(*values)
-            weights = decoder.unstacked() if copied is None else copied
+            weights = decode_weights(decoder) if copied is None else copied
             return _turn(decoder, weights, state, request, layout)
 
         state = jax.lax.while_loop(lambda state: jnp.any(state.going), turn, _placed(layout, state))
@@ -251,11 +245,11 @@ def _no_paths(prompts: int, paths: int, capacity: int) -> Paths:
 
 
 def _turn(
-    decoder: Decoder, weights: Unstacked, state: _State, request: Request, layout: Layout | None
+    decoder: Decoder, weights: DecodeWeights, state: _State, request: Request, layout: Layout | None
 ) -> _State:
     """Lengthen the beams of every prompt by a token."""
     prompts, beams = state.beams.scores.shape
-    log_probs = jax.nn.log_softmax(decoder.logits(state.hidden, weights))
+    log_probs = jax.nn.log_softmax(decoder.logits(state.hidden, weights.head))
     vocab = log_probs.shape[-1]
     log_probs = log_probs.reshape(prompts, beams, vocab)
     sums = (state.beams.scores[..., None] + log_probs).reshape(prompts, -1)
@@ -285,7 +279,9 @@ def _turn(
     apart = jax.tree.map(lambda each: each.reshape(prompts, beams, *each.shape[1:]), state.cache)
     slots = _chosen(apart, _chosen(parent, beam))
     cache = jax.tree.map(lambda each: each.reshape(-1, *each.shape[2:]), slots)
-    hidden, cache = decoder.step(_chosen(token, beam).reshape(-1), cache, weights, layout=layout)
+    hidden, cache = decode_step(
+        decoder, _chosen(token, beam).reshape(-1), cache, weights, layout=layout
+    )
     going = state.going & (goes_on[:, 0] / divisor > finished.scores[:, -1])
     return _placed(layout, _State(cache, hidden, _chosen(grown, beam), finished, going, length))
 

@@ -28,15 +28,9 @@ from numpy.typing import NDArray
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.generation.token_sampling import SlotSettings, sample, token_keys
-from tunelang.runtime.models.decoder import (
-    KEYS,
-    VALUES,
-    Cache,
-    Decoder,
-    Unstacked,
-    empty_cache,
-    insert,
-)
+from tunelang.runtime.models.decode_step import DecodeWeights, decode_step, decode_weights
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.kv_cache import KEYS, VALUES, Cache, empty_cache, insert
 from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.sharding import Axes, Layout, constrain, jit, platform
 
@@ -194,16 +188,16 @@ def make_engine(
 
         decoder: Decoder = nnx.merge(graph, params)
         if ahead and architecture.adapters:
-            decoder = decoder.merged()
+            decoder = decoder.merge_adapters()
         values = nnx.split(decoder)
 
         def turn(carry: tuple[Slots, Array]) -> tuple[Slots, Array]:
             state, turns = carry
             decoder: Decoder = nnx.merge(*values)
-            weights = decoder.unstacked() if copied is None else copied
+            weights = decode_weights(decoder) if copied is None else copied
             return _placed(layout, _turn(decoder, weights, state, request, layout)), turns + 1
 
-        copied = decoder.unstacked() if ahead else None
+        copied = decode_weights(decoder) if ahead else None
         state = replace(state, active=state.active & keep)
         return jax.lax.while_loop(going, turn, (state, jnp.zeros((), jnp.int32)))
 
@@ -282,13 +276,13 @@ def _occurring(prompts: Prefilled, vocab: int) -> Array:
 
 
 def _turn(
-    decoder: Decoder, weights: Unstacked, state: Slots, request: Request, layout: Layout | None
+    decoder: Decoder, weights: DecodeWeights, state: Slots, request: Request, layout: Layout | None
 ) -> Slots:
     """Draw one token in every slot, write it down where the slot is active, and run it."""
     written = state.written
     seed, step = jnp.asarray(request.seed), jnp.asarray(request.step)
     keys = token_keys(seed, step, state.prompt, state.sample, state.drawn)
-    draw = sample(decoder.logits(state.hidden, weights), keys, request.settings, state.seen)
+    draw = sample(decoder.logits(state.hidden, weights.head), keys, request.settings, state.seen)
     stopped = jnp.any(draw.token[:, None] == request.stop_ids, axis=-1)
     drawn = state.drawn + state.active
     active = state.active & ~stopped & (drawn < written.tokens.shape[1])
@@ -303,7 +297,7 @@ def _turn(
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(seen.shape[0]), draw.token].set(True)
-    hidden, cache = decoder.step(draw.token, state.cache, weights, layout=layout)
+    hidden, cache = decode_step(decoder, draw.token, state.cache, weights, layout=layout)
     # A slot that is done stands still, or it would run over its end while it waits.
     cache = replace(cache, lengths=jnp.where(active, cache.lengths, state.cache.lengths))
     return replace(

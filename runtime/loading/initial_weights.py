@@ -86,7 +86,7 @@ def score_head(architecture: Architecture, weight: jax.Array, layout: Layout) ->
     """Return a head of one number as parameters; `weight` is `[width]` float32."""
     _, abstract = abstract_decoder(replace(architecture, scores=True), weight.dtype)
     place = shardings(abstract, layout)["score"].get_value()
-    head = abstract["score"].replace(jax.device_put(weight, place))
+    head = dict(nnx.to_flat_state(abstract))["score",].replace(jax.device_put(weight, place))
     return nnx.from_flat_state([(("score",), head)])
 
 
@@ -140,7 +140,7 @@ def merged(params: Any, architecture: Architecture, layout: Layout, dtype: Any) 
     graph, _ = abstract_decoder(architecture, dtype)
     _, abstract = abstract_decoder(plain(architecture), dtype)
     make = jax.jit(
-        lambda params: nnx.split(nnx.merge(graph, params).merged())[1],
+        lambda params: nnx.split(nnx.merge(graph, params).merge_adapters())[1],
         out_shardings=shardings(abstract, layout),
     )
     return make(params)
@@ -179,7 +179,7 @@ def _begun(params: Any, architecture: Architecture, layout: Layout, dtype: Any, 
     def make(params: Any, seed: Any) -> Any:
         decoder = Decoder(architecture, nnx.Rngs(jax.random.key(seed)), dtype)
         nnx.update(decoder, params)
-        decoder.measure()
+        decoder.set_magnitudes()
         return split_trainable(architecture, nnx.state(decoder, nnx.Param))[0]
 
     added = jax.jit(make, out_shardings=shardings(own, layout))(params, np.uint32(seed % 2**32))

@@ -29,8 +29,8 @@ from tunelang.runtime.errors import NotBuiltError
 from tunelang.runtime.generation.engine_sizes import prompt_room, sampling_layout_over
 from tunelang.runtime.loading.initial_weights import Origin, load_generator, loaded
 from tunelang.runtime.models import pretrained
-from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.models.loaded_model import Model
+from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.rewards.judges import Ask, EndpointJudge, rubric
 from tunelang.runtime.rewards.learned_scorer import learned_scorer
 from tunelang.runtime.rewards.reward_parts import Scorer, Surroundings

@@ -131,7 +131,7 @@ def self_attention(
         alone = partial(
             self_attention, window=window, scale=scale, cap=cap, kernel="cudnn", layout=layout
         )
-        return _beside(query, key, value, segments, alone)
+        return _attend_branches(query, key, value, segments, alone)
     known = window if isinstance(window, int) else None
     split = layout is not None and layout.length_shards(query.shape[1]) > 1
     if layout is not None and split:
@@ -166,11 +166,14 @@ def self_attention(
 Attend = Callable[..., jax.Array]
 
 
+# cuDNN's kernel has no batching rule with masks (jax 0.10.2): without this, branches of a sweep
+# could not use it. Delete when `jax.vmap` of `jax.nn.dot_product_attention` with cuDNN and a mask
+# compiles.
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _beside(
+def _attend_branches(
     query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, attend: Attend
 ) -> jax.Array:
-    """Attend in the rows of all branches at once: cuDNN's kernel has no `vmap` with masks.
+    """Attend in the rows of all branches at once.
 
     The backward pass runs the forward pass again.
     """
@@ -182,24 +185,26 @@ def _beside(
     return found
 
 
-def _beside_forward(
+def _attend_branches_forward(
     query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array, attend: Attend
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _beside(query, key, value, segments, attend), (query, key, value, segments)
+    return _attend_branches(query, key, value, segments, attend), (query, key, value, segments)
 
 
-def _beside_backward(attend: Attend, kept: tuple[jax.Array, ...], gradient: jax.Array) -> Any:
+def _attend_branches_backward(
+    attend: Attend, residuals: tuple[jax.Array, ...], gradient: jax.Array
+) -> Any:
     def back(
         query: jax.Array, key: jax.Array, value: jax.Array, ids: jax.Array, gradient: jax.Array
     ) -> Any:
         _, pull = jax.vjp(partial(attend, segments=ids), query, key, value)
         return pull(gradient)
 
-    zero = np.zeros(kept[-1].shape, jax.dtypes.float0)
-    return (*_merged(back)(*kept, gradient), zero)
+    zero = np.zeros(residuals[-1].shape, jax.dtypes.float0)
+    return (*_merged(back)(*residuals, gradient), zero)
 
 
-_beside.defvjp(_beside_forward, _beside_backward)
+_attend_branches.defvjp(_attend_branches_forward, _attend_branches_backward)
 
 
 def _merged(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,84 +4,58 @@ Blocks are stacked: each parameter of a block has a leading axis `layers`, and t
 by a scan, so that the size of the program does not grow with depth. An architecture whose layers
 repeat a pattern (local and global attention) is scanned layer by layer as well, where the mask may
 be computed; kernels that have to know it beforehand make the scan one over whole periods, with the
-layers of a period written out in the body, and what is left of the last period behind it. Only
-`step` writes out all layers: for one token, the slices of weights and cache that a scan makes cost
-as much as the products.
+layers of a period written out in the body, and what is left of the last period behind it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Float32, Int, Key
 
-from tunelang.compiler.models.architecture import Architecture, Span, plain
-from tunelang.runtime.models import rope
-from tunelang.runtime.models.attention import (
-    Kernel,
-    Window,
-    attention_maps,
-    cached_attention,
-    prefixed_attention,
-    self_attention,
-)
-from tunelang.runtime.models.layers import (
+from tunelang.compiler.layout.stage_layout import Remat
+from tunelang.compiler.models.architecture import Architecture, plain
+from tunelang.runtime.models import attention, rope
+from tunelang.runtime.models.attention import Kernel, Window
+from tunelang.runtime.models.kv_cache import KEYS, VALUES, Cache
+from tunelang.runtime.models.layers import Block, Norm
+from tunelang.runtime.models.lora import make_adapters, with_updates
+from tunelang.runtime.models.matmul import product
+from tunelang.runtime.models.primitives import (
     DTYPES,
-    Block,
-    LowRank,
-    Norm,
-    Parameter,
-    adapters_on,
+    Params,
     dropout,
     normal,
     parameter,
-    replaced,
+    with_value,
 )
-from tunelang.runtime.models.matmul import product
+from tunelang.runtime.models.remat import rematerialize
+from tunelang.runtime.models.rope import Local
 from tunelang.runtime.sharding import Layout, constrain
 
-Remat = Literal["none", "dots", "full"]
 RESIDUAL = ("batch", "length", None)
 """Logical axes of the residual stream."""
 SHARED = ("shared", None, "embed")
-"""Those of what is looked up for the tokens of all devices that split a table's rows."""
-KEYS = ("batch", "kv_heads", "head_dim", None)
-"""Logical axes of a layer's cached keys."""
-VALUES = ("batch", "kv_heads", None, "head_dim")
-"""Logical axes of a layer's cached values."""
-Local = bool | jax.Array
-"""Whether a layer attends within a window; computed where one program is for several layers."""
+"""Logical axes of the embeddings that are looked up for all devices which share a table."""
+Routing = tuple[jax.Array, jax.Array]
+"""What `moe.balance_loss` reads: how many of a token's experts each one is, and the router's
+probabilities, `[layers, batch, length, experts]` float32."""
+Extra = Literal["none", "keys and values", "maps"]
+"""What the layers return beside hidden states: the keys and values of their attention, or its maps
+with the hidden states of each layer."""
+Carry = TypeVar("Carry")
+RunLayer = Callable[[Block, Carry, Local, jax.Array], tuple[Carry, Any]]
+"""`(block, carry, local, index) -> (carry, extras)`: runs one layer within the scan."""
+
 _UNBOUNDED = 2**30
 """A window that holds every sequence."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens so far, in slots that may be at different positions."""
-
-    keys: tuple[jax.Array, ...]
-    """Of each layer `[slots, kv_heads, head_dim, capacity]`, already rotated. Both products of
-    attention then read a matrix as it lies."""
-    values: tuple[jax.Array, ...]
-    """Of each layer `[slots, kv_heads, capacity, head_dim]`."""
-    lengths: jax.Array
-    """`[slots]` int32: how many tokens of each slot are filled in; the rest is meaningless."""
-
-
-class Unstacked(NamedTuple):
-    """Weights as `Decoder.step` reads them: matrices in the dtype of the activations."""
-
-    blocks: tuple[Any, ...]
-    """Of each layer the state of its block."""
-    head: jax.Array
-    """`[width, vocab]`."""
 
 
 class Decoder(nnx.Module):
@@ -92,10 +66,9 @@ class Decoder(nnx.Module):
     """
 
     def __init__(
-        self, architecture: Architecture, rngs: nnx.Rngs, dtype: Any = jnp.float32
+        self, architecture: Architecture, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
     ) -> None:
-        a = architecture
-        self.architecture = a
+        self.architecture = a = architecture
         self.dtype = dtype
 
         @nnx.split_rngs(splits=a.layers)
@@ -108,11 +81,14 @@ class Decoder(nnx.Module):
         deviation = a.width**-0.5
         stored = DTYPES.get(a.storage, dtype)
         vocabulary, width = {"vocab": a.vocabulary}, {"embed": a.width}
-        table = normal(rngs, (a.vocabulary, a.width), deviation).astype(stored)
-        self.embedding = parameter(table, "vocab", "embed")
-        self.embedding_adapters = adapters_on(a, "embedding", rngs, vocabulary, width)
+
+        def draw_table(rows: int) -> jax.Array:
+            return normal(rngs, (rows, a.width), deviation)
+
+        self.embedding = parameter(draw_table(a.vocabulary).astype(stored), "vocab", "embed")
+        self.embedding_adapters = make_adapters(a, "embedding", rngs, vocabulary, width)
         self.positions = (
-            parameter(normal(rngs, (a.context, a.width), deviation), "position", "embed")
+            parameter(draw_table(a.context), "position", "embed")
             if a.position == "learned"
             else None
         )
@@ -121,79 +97,75 @@ class Decoder(nnx.Module):
         self.head = (
             None
             if a.tied or a.scores
-            else parameter(
-                normal(rngs, (a.vocabulary, a.width), deviation).astype(stored), "vocab", "embed"
-            )
+            else parameter(draw_table(a.vocabulary).astype(stored), "vocab", "embed")
         )
-        self.head_adapters = adapters_on(a, "head", rngs, vocabulary, width)
+        self.head_adapters = make_adapters(a, "head", rngs, vocabulary, width)
         self.score = parameter(normal(rngs, (a.width,), deviation), "embed") if a.scores else None
 
-    def __call__(self, tokens: jax.Array, **given: Any) -> jax.Array:
-        """Hidden states `[batch, length, width]` after the last normalisation; see `routed`."""
-        return self.routed(tokens, **given)[0]
-
-    def routed(
+    def __call__(
         self,
-        tokens: jax.Array,
+        tokens: Int[Array, "batch length"],
         *,
-        segments: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        dropout_keys: jax.Array | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
+        dropout_keys: Key[Array, " batch"] | None = None,
         layout: Layout | None = None,
         remat: Remat = "none",
         kernel: Kernel = "xla",
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Return the hidden states, and where there are experts what `layers.balance_loss` reads,
-        of each layer.
+    ) -> tuple[Float[Array, "batch length width"], Routing | None]:
+        """Return the hidden states, and the routing of the layers where there are experts.
 
-        `tokens`, `segments` and `positions` are `[batch, length]` int32. Tokens attend within
-        their segment only; without `segments`, a sequence is one. Positions default to the place
-        in the sequence: packed sequences have to give theirs. `dropout_keys` `[batch]` turns
-        dropout on.
+        Tokens attend within their segment only; without `segments`, a sequence is one. Positions
+        default to the place in the sequence: packed sequences have to give theirs. `dropout_keys`
+        turn dropout on.
         """
-        hidden, (_, routed) = self._sequence(
-            tokens, segments, positions, dropout_keys, layout, remat, kernel, keep=False
+        hidden, (_, routing) = self._run_sequences(
+            tokens, segments, positions, dropout_keys, layout, remat, kernel, extra="none"
         )
-        return hidden, routed
+        return hidden, routing
 
-    def traced(
+    def run_with_maps(
         self,
-        tokens: jax.Array,
-        segments: jax.Array | None,
-        positions: jax.Array | None,
-        dropout_keys: jax.Array | None = None,
+        tokens: Int[Array, "batch length"],
+        segments: Int[Array, "batch length"] | None,
+        positions: Int[Array, "#batch length"] | None,
+        dropout_keys: Key[Array, " batch"] | None = None,
         *,
         layout: Layout | None = None,
         remat: Remat = "none",
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, jax.Array, jax.Array]:
-        """`routed`, and of each layer what distillation matches: maps of attention averaged over
-        heads `[layers, batch, length, length]` float32, and hidden states `[layers, batch, length,
-        width]`.
+    ) -> tuple[
+        Float[Array, "batch length width"],
+        Routing | None,
+        Float32[Array, "layers batch length length"],
+        Float[Array, "layers batch length width"],
+    ]:
+        """Return what a call does, and what distillation matches of each layer: maps of attention,
+        averaged over heads, and hidden states.
         """
-        hidden, (kept, routed) = self._sequence(
-            tokens, segments, positions, dropout_keys, layout, remat, "xla", keep=True, maps=True
+        hidden, ((maps, features), routing) = self._run_sequences(
+            tokens, segments, positions, dropout_keys, layout, remat, "xla", extra="maps"
         )
-        return hidden, routed, *kept
+        return hidden, routing, maps, features
 
     def prefill(
         self,
-        tokens: jax.Array,
-        lengths: jax.Array,
+        tokens: Int[Array, "batch length"],
+        lengths: Int[Array, " batch"],
         *,
         layout: Layout | None = None,
         kernel: Kernel = "xla",
-    ) -> tuple[jax.Array, Cache]:
-        """Return the hidden state of each prompt's last token, `[batch, width]`, and their cache.
+    ) -> tuple[Float[Array, "batch width"], Cache]:
+        """Return the hidden state of each prompt's last token, and the prompts' cache.
 
-        Prompts stand at the left of `tokens` `[batch, length]` and have `lengths` `[batch]`, at
-        least 1. The cache has one slot for each prompt and the capacity `length`: `insert` copies
-        it into a larger one.
+        Prompts stand at the left of `tokens` and have `lengths`, at least 1. The cache has one slot
+        for each prompt and the capacity `length`: `insert` copies it into a larger one.
         """
-        hidden, extra = self._sequence(tokens, None, None, None, layout, "none", kernel, keep=True)
-        (keys, values), _ = extra
+        hidden, ((keys, values), _) = self._run_sequences(
+            tokens, None, None, None, layout, "none", kernel, extra="keys and values"
+        )
         cache = Cache(
-            tuple(constrain(layout, each.transpose(0, 2, 3, 1), KEYS) for each in keys),
-            tuple(constrain(layout, each.transpose(0, 2, 1, 3), VALUES) for each in values),
+            tuple(constrain(layout, layer.transpose(0, 2, 3, 1), KEYS) for layer in keys),
+            tuple(constrain(layout, layer.transpose(0, 2, 1, 3), VALUES) for layer in values),
             lengths.astype(jnp.int32),
         )
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -201,217 +173,156 @@ class Decoder(nnx.Module):
 
     def continuations(
         self,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        tokens: jax.Array,
+        prompts: Int[Array, "prompts prompt_length"],
+        lengths: Int[Array, " prompts"],
+        tokens: Int[Array, "prompts group length"],
         *,
         layout: Layout | None = None,
         remat: Remat = "none",
         kernel: Kernel = "xla",
-    ) -> jax.Array:
-        """Hidden states `[prompts, group, length, width]` that predict each token of completions.
+    ) -> Float[Array, "prompts group length width"]:
+        """Return the hidden states that predict each token of completions.
 
-        `tokens` `[prompts, group, length]` continue the prompts, which stand at the left of
-        `prompts` `[prompts, prompt_length]` and have `lengths` `[prompts]`, at least 1. A prompt is
-        run once for its whole group, and the completions attend to its keys and values: the result
-        is that of whole sequences, each a prompt and its completion.
+        `tokens` continue the prompts, which stand at the left of `prompts` and have `lengths`, at
+        least 1. A prompt is run once for its whole group, and the completions attend to its keys
+        and values: the result is that of whole sequences, each a prompt and its completion.
         """
-        a = self.architecture
         count, group, length = tokens.shape
         rows = tokens.reshape(count * group, length)
         places = jnp.repeat(lengths, group)[:, None] + jnp.arange(length)
-        turns = self._turns(places)
-        before = jnp.arange(prompts.shape[1])[None]
-        prompt_layer = self._layer(self._turns(before), None, None, layout, kernel, keep=True)
+        rotations = rope.rotations(self.architecture, places)
+        prompt_places = jnp.arange(prompts.shape[1])[None]
+        run_prompt = self._sequence_layer(
+            rope.rotations(self.architecture, prompt_places),
+            None,
+            None,
+            layout,
+            kernel,
+            "keys and values",
+        )
 
-        def layer(
-            block: Block, carry: tuple[jax.Array, jax.Array], local: Local, index: jax.Array
+        def run_layer(
+            block: Block,
+            carry: tuple[jax.Array, jax.Array],
+            local: Local,
+            index: jax.Array,
         ) -> tuple[tuple[jax.Array, jax.Array], None]:
             prompt, x = carry
-            # Both in one pass over the layers, so that weights are gathered once, and what they
-            # get from the two adds up at once.
-            prompt, (prefix, _) = prompt_layer(block, prompt, local, index)
+            # Both in one pass over the layers, so that weights are gathered once, and their
+            # gradients from the two add up at once.
+            prompt, (prefix, _) = run_prompt(block, prompt, local, index)
 
             def attend(
                 query: jax.Array, key: jax.Array, value: jax.Array
             ) -> tuple[jax.Array, None]:
-                attended = prefixed_attention(
+                attended = attention.prefixed_attention(
                     query,
                     key,
                     value,
                     prefix,
                     lengths,
-                    window=self._window(local),
-                    scale=self._query_scale,
-                    cap=a.attention_cap,
+                    window=self.window(local),
+                    scale=self.query_scale,
+                    cap=self.architecture.attention_cap,
                 )
                 return attended, None
 
-            x, *_rest = block(x, _turn(turns, local), attend, None, layout)
+            x, _, _ = block(x, rope.layer_rotation(rotations, local), attend, None, layout)
             return (prompt, constrain(layout, x, RESIDUAL)), None
 
-        first = self._embed(prompts, before, None, layout)
-        x = self._embed(rows, places, None, layout)
-        (prompt, x), _ = self._layers((first, x), layer, remat)
-        # The last token predicts nothing: it keeps products at sizes that kernels like.
-        behind = self.norm(x).reshape(count, group, length, a.width)[:, :, :-1]
-        last = jnp.take_along_axis(prompt, (lengths - 1)[:, None, None], axis=1)
-        last = jnp.broadcast_to(self.norm(last)[:, None], (count, group, 1, a.width))
-        return jnp.concatenate([last, behind], axis=2)
-
-    def unstacked(self) -> Unstacked:
-        """Take the weights of each layer out of the stack.
-
-        Computed ahead of a loop, this is a copy of all of them; within it, slices that a product
-        reads in place where the compiler can (XLA on GPU and TPU; on CPU it copies them).
-        """
-        _, stacked = nnx.split(self.blocks)
-
-        def read(path: tuple[Any, ...], each: nnx.Variable[Any]) -> Any:
-            array = each.get_value()
-            matrix = path[-1] == "weight" or path[-2] == "experts"
-            matrix = matrix and jnp.issubdtype(array.dtype, jnp.floating)
-            return each.replace(array.astype(self.dtype)) if matrix else each
-
-        stacked = nnx.map_state(read, stacked)
-        blocks = tuple(
-            jax.tree.map(lambda array, index=index: array[index], stacked)
-            for index in range(self.architecture.layers)
+        start = (
+            self.embed(prompts, prompt_places, None, layout),
+            self.embed(rows, places, None, layout),
         )
-        return Unstacked(blocks, self.head_weight().astype(self.dtype).T)
+        (prompt, x), _ = self._scan_layers(start, run_layer, remat)
+        # The last token predicts nothing: it keeps products at sizes that kernels like.
+        later = self.norm(x).reshape(count, group, length, -1)[:, :, :-1]
+        last = jnp.take_along_axis(prompt, (lengths - 1)[:, None, None], axis=1)
+        first = jnp.broadcast_to(self.norm(last)[:, None], (count, group, 1, last.shape[-1]))
+        return jnp.concatenate([first, later], axis=2)
 
-    def step(
-        self, tokens: jax.Array, cache: Cache, weights: Unstacked, *, layout: Layout | None = None
-    ) -> tuple[jax.Array, Cache]:
-        """Append one token to each slot: `tokens` `[slots]` to hidden states `[slots, width]`.
-
-        Each token goes to its slot's own position, `cache.lengths`; those that are returned are
-        one greater. A slot whose cache is full keeps what it holds, and its hidden state is wrong.
-        """
-        a = self.architecture
-        places = cache.lengths
-        slots = jnp.arange(tokens.shape[0])
-        turns = self._turns(places[:, None])
-        graph, _ = nnx.split(self.blocks)
-        x = self._embed(tokens[:, None], places[:, None], None, layout)
-        written: list[tuple[jax.Array, jax.Array]] = []
-        for span, own, *cached in zip(
-            a.spans, weights.blocks, cache.keys, cache.values, strict=True
-        ):
-
-            def attend(
-                query: jax.Array,
-                key: jax.Array,
-                value: jax.Array,
-                local: Local = span == "local",
-                cached: Sequence[jax.Array] = cached,
-            ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-                keys, values = cached
-                keys = keys.at[slots, :, :, places].set(key[:, 0].astype(keys.dtype))
-                values = values.at[slots, :, places].set(value[:, 0].astype(values.dtype))
-                attended = cached_attention(
-                    query,
-                    keys.astype(query.dtype),
-                    values.astype(query.dtype),
-                    places,
-                    window=self._window(local),
-                    scale=self._query_scale,
-                    cap=a.attention_cap,
-                )
-                return attended, (keys, values)
-
-            block: Block = nnx.merge(graph, own)
-            x, layer, _routed = block(x, _turn(turns, span == "local"), attend, None, layout)
-            x = constrain(layout, x, RESIDUAL)
-            written.append(layer)
-        cache = Cache(tuple(k for k, _ in written), tuple(v for _, v in written), places + 1)
-        return self.norm(x)[:, 0], cache
-
-    def head_weight(self) -> jax.Array:
-        """Return the output head `[vocab, width]`: its own, or the embedding."""
+    def head_weight(self) -> Float[Array, "vocab width"]:
+        """Return the output head: its own, or the embedding."""
         if self.head is None:
-            return _updated(self.embedding, self.embedding_adapters)
-        return _updated(self.head, self.head_adapters)
+            return with_updates(self.embedding, self.embedding_adapters)
+        return with_updates(self.head, self.head_adapters)
 
-    def scores(self, hidden: jax.Array) -> jax.Array:
-        """One number for each hidden state `[..., width]`, float32."""
+    def scores(self, hidden: Float[Array, "*batch width"]) -> Float32[Array, "*batch"]:
+        """Return one number for each hidden state."""
         assert self.score is not None
-        return scored(hidden, self.score[...])
+        return score_hidden(hidden, self.score[...])
 
-    def merged(self) -> Decoder:
+    def merge_adapters(self) -> Decoder:
         """Return the decoder whose weights, float32, are these with the adapters in them."""
         decoder: Decoder = nnx.merge(*nnx.split(self))
         graph, stacked = nnx.split(self.blocks)
-        folded: Any = None
+        merged_graph: nnx.GraphDef[Block] = graph
 
-        def fold(own: Any) -> Any:
-            nonlocal folded
-            block: Block = nnx.merge(graph, own)
+        def merge(state: Params) -> Params:
+            nonlocal merged_graph
+            block: Block = nnx.merge(graph, state)
             for linear in block.linears:
-                linear.fold()
-            folded, state = nnx.split(block)
+                linear.merge_adapters()
+            merged_graph, state = nnx.split(block)
             return state
 
-        stacked = jax.vmap(fold)(stacked)
-        decoder.blocks = nnx.merge(folded, stacked)
-        table = _updated(self.embedding, self.embedding_adapters)
-        decoder.embedding = replaced(self.embedding, table.astype(jnp.float32))
+        stacked = jax.vmap(merge)(stacked)
+        decoder.blocks = nnx.merge(merged_graph, stacked)
+        table = with_updates(self.embedding, self.embedding_adapters)
+        decoder.embedding = with_value(self.embedding, table.astype(jnp.float32))
         if self.head is not None:
-            decoder.head = replaced(self.head, self.head_weight().astype(jnp.float32))
+            decoder.head = with_value(self.head, self.head_weight().astype(jnp.float32))
         decoder.embedding_adapters, decoder.head_adapters = nnx.Dict(), nnx.Dict()
         decoder.architecture = plain(self.architecture)
         return decoder
 
-    def measure(self) -> None:
-        """Set the magnitudes of the adapters to the lengths of the columns that they are of."""
+    def set_magnitudes(self) -> None:
+        """Set the magnitudes of the adapters to the norms of the columns that they scale."""
         graph, stacked = nnx.split(self.blocks)
 
-        def one(own: Any) -> Any:
-            block: Block = nnx.merge(graph, own)
+        def measure(state: Params) -> Params:
+            block: Block = nnx.merge(graph, state)
             for linear in block.linears:
-                linear.measure()
-            return nnx.split(block)[1]
+                linear.set_magnitudes()
+            return nnx.state(block)
 
-        self.blocks = nnx.merge(graph, jax.vmap(one)(stacked))
+        self.blocks = nnx.merge(graph, jax.vmap(measure)(stacked))
 
-    def logits(self, hidden: jax.Array, weights: Unstacked | None = None) -> jax.Array:
-        """Capped logits `[..., vocab]`, float32, of hidden states `[..., width]`.
+    def logits(
+        self, hidden: Float[Array, "*batch width"], head: Float[Array, "width vocab"] | None = None
+    ) -> Float32[Array, "*batch vocab"]:
+        """Return the capped logits of hidden states.
 
-        For a few tokens, as in sampling. Losses use `runtime.losses`, which never holds the logits
-        of a whole batch.
+        For a few tokens, as in sampling, which passes the transposed `head` in the dtype of the
+        activations. Losses use `training.cross_entropy`, which never holds the logits of a
+        whole batch.
         """
-        head = self.head_weight().astype(hidden.dtype).T if weights is None else weights.head
+        if head is None:
+            head = self.head_weight().astype(hidden.dtype).T
         logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
         cap = self.architecture.logit_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     @property
-    def _query_scale(self) -> float:
+    def query_scale(self) -> float:
+        """The factor of the attention logits."""
         stated = self.architecture.query_scale
         return self.architecture.head_dim**-0.5 if stated is None else stated
 
-    def _window(self, local: Local) -> int | jax.Array | None:
+    def window(self, local: Local) -> Window:
         """Return how many tokens a layer attends to, its own included; None for all."""
         if isinstance(local, bool):
             return self.architecture.window if local else None
         return jnp.where(local, self.architecture.window or 0, _UNBOUNDED)
 
-    def _turns(self, positions: jax.Array) -> dict[Span, rope.Rotation]:
-        if self.architecture.position != "rope":
-            return {}
-        kinds = set(self.architecture.pattern)
-        return {
-            span: rope.rotation(positions, rope.frequencies(self.architecture, span))
-            for span in kinds
-        }
-
-    def _embed(
+    def embed(
         self,
         tokens: jax.Array,
         positions: jax.Array,
         dropout_keys: jax.Array | None,
         layout: Layout | None,
     ) -> jax.Array:
+        """Return the embeddings `[batch, length, width]` of `tokens` `[batch, length]`."""
         # Looked up in float32, so that the gradients of a frequent token are added up in float32.
         # A device looks up its part of the rows for all tokens that the others have too, and gets
         # the rest for its own: the table is never whole, nor is its gradient.
@@ -427,7 +338,7 @@ class Decoder(nnx.Module):
         x = dropout(x, dropout_keys, self.architecture.dropout, self.architecture.layers)
         return constrain(layout, x, RESIDUAL)
 
-    def _sequence(
+    def _run_sequences(
         self,
         tokens: jax.Array,
         segments: jax.Array | None,
@@ -437,185 +348,103 @@ class Decoder(nnx.Module):
         remat: Remat,
         kernel: Kernel,
         *,
-        keep: bool,
-        maps: bool = False,
+        extra: Extra,
     ) -> tuple[jax.Array, Any]:
-        """Hidden states of whole sequences; with `keep`, the keys and values of all layers, or with
-        `maps` their maps of attention and hidden states; and what the routers of experts say.
+        """Return the hidden states of sequences, what `extra` names of all layers, and what the
+        routers of experts say.
         """
         places = jnp.arange(tokens.shape[1])[None] if positions is None else positions
-        layer = self._layer(
-            self._turns(places), segments, dropout_keys, layout, kernel, keep=keep, maps=maps
+        run_layer = self._sequence_layer(
+            rope.rotations(self.architecture, places), segments, dropout_keys, layout, kernel, extra
         )
-        x = self._embed(tokens, places, dropout_keys, layout)
-        x, extra = self._layers(x, layer, remat)
-        return self.norm(x), extra
+        x = self.embed(tokens, places, dropout_keys, layout)
+        x, extras = self._scan_layers(x, run_layer, remat)
+        return self.norm(x), extras
 
-    def _layer(
+    def _sequence_layer(
         self,
-        turns: dict[Span, rope.Rotation],
+        rotations: rope.Rotations,
         segments: jax.Array | None,
         dropout_keys: jax.Array | None,
         layout: Layout | None,
         kernel: Kernel,
-        *,
-        keep: bool,
-        maps: bool = False,
-    ) -> Callable[[Block, jax.Array, Local, jax.Array], tuple[jax.Array, Any]]:
-        """Return what runs a block over whole sequences; see `_sequence`."""
+        extra: Extra,
+    ) -> RunLayer[jax.Array]:
+        """Return the function that runs a block over whole sequences."""
         a = self.architecture
 
-        def layer(
+        def run_layer(
             block: Block, x: jax.Array, local: Local, index: jax.Array
         ) -> tuple[jax.Array, Any]:
             def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-                def attended(window: Window) -> jax.Array:
-                    return self_attention(
+                def attend_within(window: Window) -> jax.Array:
+                    return attention.self_attention(
                         query,
                         key,
                         value,
                         segments=segments,
                         window=window,
-                        scale=self._query_scale,
+                        scale=self.query_scale,
                         cap=a.attention_cap,
                         kernel=kernel,
                         layout=layout,
                     )
 
                 if kernel == "xla" or isinstance(local, bool):
-                    found = attended(self._window(local))
+                    attended = attend_within(self.window(local))
                 else:  # kernels know windows when they are compiled
-                    branches = partial(attended, a.window), partial(attended, None)
-                    found = jax.lax.cond(local, *branches)
-                if maps:
-                    return found, attention_maps(
+                    branches = partial(attend_within, a.window), partial(attend_within, None)
+                    attended = jax.lax.cond(local, *branches)
+                if extra == "maps":
+                    return attended, attention.attention_maps(
                         query,
                         key,
                         segments=segments,
-                        window=self._window(local),
-                        scale=self._query_scale,
+                        window=self.window(local),
+                        scale=self.query_scale,
                         cap=a.attention_cap,
                     )
-                return found, (key, value) if keep else None
+                return attended, (key, value) if extra == "keys and values" else None
 
-            keys = None if dropout_keys is None else _fold(dropout_keys, index)
-            x, kept, routed = block(x, _turn(turns, local), attend, keys, layout)
+            keys = dropout_keys
+            if keys is not None:
+                keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
+            x, of_attention, routing = block(
+                x, rope.layer_rotation(rotations, local), attend, keys, layout
+            )
             x = constrain(layout, x, RESIDUAL)
-            return x, ((kept, x) if maps else kept, routed)
+            return x, ((of_attention, x) if extra == "maps" else of_attention, routing)
 
-        return layer
+        return run_layer
 
-    def _layers(
-        self,
-        carry: Any,
-        layer: Callable[[Block, Any, Local, jax.Array], tuple[Any, Any]],
-        remat: Remat,
-    ) -> tuple[Any, Any]:
+    def _scan_layers(
+        self, carry: Carry, run_layer: RunLayer[Carry], remat: Remat
+    ) -> tuple[Carry, Any]:
         """Run the blocks; returns the last carry, and the layers' extras stacked.
 
-        One layer after another, whatever the pattern: what is given to a scan is kept for the
-        backward pass as it is, and of a part of it there would be a copy.
+        One layer after another, whatever the pattern: a scan keeps its input for the backward pass
+        as it is, and of a part of it there would be a copy.
         """
         a = self.architecture
-        graph, state = nnx.split(self.blocks)
+        graph, stacked = nnx.split(self.blocks)
         ranks = frozenset(adapter.rank for adapter in a.adapters)
         alike = len(set(a.pattern)) == 1
 
-        def run(carry: Any, own: Any, index: jax.Array, local: jax.Array) -> tuple[Any, Any]:
-            known: Local = a.pattern[0] == "local" if alike else local
-            return layer(nnx.merge(graph, own), carry, known, index)
+        def run(
+            carry: Carry, state: Params, index: jax.Array, local: jax.Array
+        ) -> tuple[Carry, Any]:
+            static: Local = a.pattern[0] == "local" if alike else local
+            return run_layer(nnx.merge(graph, state), carry, static, index)
 
-        run = _rematerialised(run, remat, ranks)
-        locals_ = jnp.array([span == "local" for span in a.spans])
-        each = state, jnp.arange(a.layers), locals_
-        found: tuple[Any, Any] = jax.lax.scan(lambda carry, own: run(carry, *own), carry, each)
-        return found
-
-
-def _turn(turns: dict[Span, rope.Rotation], local: Local) -> rope.Rotation | None:
-    """Return how a layer rotates its heads."""
-    if isinstance(local, bool):
-        return turns.get("local" if local else "global")
-    if not turns:
-        return None
-    chosen: rope.Rotation = jax.tree.map(partial(jnp.where, local), turns["local"], turns["global"])
-    return chosen
+        run = rematerialize(run, remat, ranks)
+        is_local = jnp.array([span == "local" for span in a.spans])
+        inputs = stacked, jnp.arange(a.layers), is_local
+        result: tuple[Carry, Any] = jax.lax.scan(lambda carry, x: run(carry, *x), carry, inputs)
+        return result
 
 
-def scored(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """Products `[...]` of hidden states `[..., width]` with a head `[width]`, float32."""
+def score_hidden(
+    hidden: Float[Array, "*batch width"], head: Float[Array, " width"]
+) -> Float32[Array, "*batch"]:
+    """Return the products of hidden states and a head, float32."""
     return jnp.einsum("...d,d->...", hidden.astype(jnp.float32), head.astype(jnp.float32))
-
-
-def _updated(table: Parameter, adapters: nnx.Dict[LowRank]) -> jax.Array:
-    weight: jax.Array = table[...]
-    for adapter in adapters.values():
-        weight = weight + adapter.update()
-    return weight
-
-
-def _fold(keys: jax.Array, data: jax.Array) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
-
-
-def _dots(ranks: frozenset[int]) -> Callable[..., bool]:
-    """Keep the products with weights, but not what an adapter adds to them: as large, and little
-    to compute again.
-    """
-
-    def keeps(primitive: Any, *operands: Any, **given: Any) -> bool:
-        if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
-            primitive, *operands, **given
-        ):
-            return False
-        (contracted, _), _ = given["dimension_numbers"]
-        return math.prod(operands[0].shape[axis] for axis in contracted) not in ranks
-
-    return keeps
-
-
-def _rematerialised(
-    function: Callable[..., Any], remat: Remat, ranks: frozenset[int]
-) -> Callable[..., Any]:
-    """Make a layer keep for the backward pass only what the policy says."""
-    if remat == "none":
-        return function
-    # Within a scan the compiler cannot merge the repeated computation with the first one, so that
-    # the barriers against it, which also hinder fusion, are not needed.
-    policy = _dots(ranks) if remat == "dots" else None
-    return jax.checkpoint(function, policy=policy, prevent_cse=False)
-
-
-def empty_cache(architecture: Architecture, slots: int, capacity: int, dtype: Any) -> Cache:
-    """Return a cache with `slots` empty slots of `capacity` tokens."""
-    a = architecture
-
-    def layers(*sizes: int) -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros((slots, a.kv_heads, *sizes), dtype) for _ in range(a.layers))
-
-    return Cache(
-        layers(a.head_dim, capacity), layers(capacity, a.head_dim), jnp.zeros(slots, jnp.int32)
-    )
-
-
-def insert(cache: Cache, prompts: Cache, rows: jax.Array, slots: jax.Array) -> Cache:
-    """Copy prompts into slots: prompt `rows[i]` into slot `slots[i]`, both `[count]` int32.
-
-    A prompt may go to many slots (the completions of a group); a slot beyond the last is left
-    out, so that `rows` can have a fixed size. `ValueError` where prompts are longer than slots.
-    """
-    length, capacity = prompts.values[0].shape[2], cache.values[0].shape[2]
-    if length > capacity:
-        raise ValueError(f"prompts of {length} tokens for slots of {capacity}")
-
-    def put(into: jax.Array, what: jax.Array, *places: slice) -> jax.Array:
-        return into.at[slots, *places].set(what[rows].astype(into.dtype), mode="drop")
-
-    every, filled = slice(None), slice(length)
-    return Cache(
-        tuple(
-            put(*each, every, every, filled) for each in zip(cache.keys, prompts.keys, strict=True)
-        ),
-        tuple(put(*each, every, filled) for each in zip(cache.values, prompts.values, strict=True)),
-        cache.lengths.at[slots].set(prompts.lengths[rows], mode="drop"),
-    )

@@ -10,91 +10,34 @@ except biases and one half of each adapter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
-from tunelang.compiler.models.architecture import Adapter, Architecture, Mixture
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.runtime.models.lora import column_norms, make_adapters
 from tunelang.runtime.models.matmul import product
+from tunelang.runtime.models.moe import MixtureOfExperts
+from tunelang.runtime.models.primitives import (
+    ACTIVATIONS,
+    DTYPES,
+    Parameter,
+    dropout,
+    normal,
+    parameter,
+    recompute_in_backward,
+    with_value,
+)
 from tunelang.runtime.models.quantization import dequantized, frozen_product, quantized
 from tunelang.runtime.models.rope import Rotation, rotate
-from tunelang.runtime.sharding import Layout, constrain
+from tunelang.runtime.sharding import Layout
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """`(query, key, value) -> (attended, extra)`: attention with or without a cache."""
-
-
-DTYPES: dict[str, Any] = {"f32": jnp.float32, "bf16": jnp.bfloat16}
-"""The language's word for a precision -> dtype."""
-
-
-Parameter = nnx.Param[jax.Array]
-
-
-def replaced(variable: Parameter, value: jax.Array) -> Parameter:
-    """Return a parameter with another value and the same names."""
-    return cast(Parameter, variable.replace(value))
-
-
-def parameter(value: jax.Array, *axes: str) -> Parameter:
-    """Make a parameter with a logical name for each of its axes."""
-    # The names are resolved by `sharding.Layout`, not by flax, which would want a mesh here.
-    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
-
-
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> jax.Array:
-    """Draw normal float32 numbers with this standard deviation."""
-    return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
-
-
-class LowRank(nnx.Module):
-    """An update `scale * a @ b` of a matrix (LoRA, arXiv:2106.09685), zero at first.
-
-    With magnitudes, the columns of the updated matrix are scaled to learned lengths, those of the
-    matrix at first (DoRA, arXiv:2402.09353).
-    """
-
-    def __init__(
-        self, rngs: nnx.Rngs, adapter: Adapter, inputs: dict[str, int], outputs: dict[str, int]
-    ) -> None:
-        self.scale, self.dropout = adapter.scale, adapter.dropout
-        bound = math.prod(inputs.values()) ** -0.5
-        shape = (*inputs.values(), adapter.rank)
-        drawn = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-        self.contracted = len(inputs)
-        self.a = parameter(drawn, *inputs, "rank")
-        self.b = parameter(jnp.zeros((adapter.rank, *outputs.values())), "rank", *outputs)
-        lengths = jnp.ones(tuple(outputs.values())) if adapter.magnitudes else None
-        self.magnitude = None if lengths is None else parameter(lengths, *outputs)
-
-    def update(self) -> jax.Array:
-        """Return the update of the matrix, float32, without magnitudes."""
-        return self.scale * product(self.a[...], self.b[...])
-
-    def stretch(self, weight: jax.Array) -> jax.Array:
-        """Return the factor `[*outputs]` of the columns of an updated matrix."""
-        assert self.magnitude is not None
-        # A constant to the gradient (section 4.3).
-        return self.magnitude[...] / lengths_of(jax.lax.stop_gradient(weight), self.contracted)
-
-    def __call__(self, x: jax.Array, keys: jax.Array | None, place: int) -> jax.Array:
-        """`[batch, length, *inputs]` to what is added to the matrix's `[batch, length, *outputs]`.
-
-        `keys` and `place` are those of `dropout`.
-        """
-        x = dropout(x, keys, self.dropout, place)
-        low = product(x, self.a[...].astype(x.dtype), self.contracted)
-        return self.scale * product(low, self.b[...].astype(x.dtype))
-
-
-def lengths_of(weight: jax.Array, inputs: int) -> jax.Array:
-    """Return the lengths `[*outputs]` of the columns of `[*inputs, *outputs]`."""
-    squares = jnp.square(weight.astype(jnp.float32))
-    return jnp.sqrt(jnp.sum(squares, axis=tuple(range(inputs))))
 
 
 class Linear(nnx.Module):
@@ -129,15 +72,15 @@ class Linear(nnx.Module):
         self.bias = (
             parameter(jnp.zeros(tuple(outputs.values()), jnp.float32), *outputs) if bias else None
         )
-        self.adapters = adapters_on(architecture, path, rngs, inputs, outputs)
+        self.adapters = make_adapters(architecture, path, rngs, inputs, outputs)
 
-    def matrix(self, dtype: Any) -> jax.Array:
+    def matrix(self, dtype: DTypeLike) -> jax.Array:
         """Return the weight without adapters."""
         if self.scales is None:
             return self.weight[...].astype(dtype)
         return dequantized(self.weight[...], self.scales[...], self.contracted, dtype)
 
-    def merged(self, last: str | None = None) -> jax.Array:
+    def merged_weight(self, last: str | None = None) -> jax.Array:
         """Return the weight with its adapters, float32; up to the one called `last`, whose
         magnitudes are left out.
         """
@@ -150,16 +93,16 @@ class Linear(nnx.Module):
                 weight = weight * adapter.stretch(weight)
         return weight
 
-    def fold(self) -> None:
+    def merge_adapters(self) -> None:
         """Put the adapters into the weight."""
-        self.weight = replaced(self.weight, self.merged())
+        self.weight = with_value(self.weight, self.merged_weight())
         self.scales, self.adapters = None, nnx.Dict()
 
-    def measure(self) -> None:
+    def set_magnitudes(self) -> None:
         """Set the magnitudes of the last adapter to the lengths of the matrix that it is on."""
         for name, adapter in self.adapters.items():
             if adapter.magnitude is not None:
-                adapter.magnitude[...] = lengths_of(self.merged(name), self.contracted)
+                adapter.magnitude[...] = column_norms(self.merged_weight(name), self.contracted)
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None, place: int = 0) -> jax.Array:
         """`[batch, length, *inputs]` to `[batch, length, *outputs]`.
@@ -173,45 +116,21 @@ class Linear(nnx.Module):
         for name, adapter in self.adapters.items():
             y = y + adapter(x, keys, place)
             if adapter.magnitude is not None:
-                y = y * adapter.stretch(self.merged(name)).astype(y.dtype)
+                y = y * adapter.stretch(self.merged_weight(name)).astype(y.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-def adapters_on(
-    architecture: Architecture,
-    path: str,
-    rngs: nnx.Rngs,
-    inputs: dict[str, int],
-    outputs: dict[str, int],
-) -> nnx.Dict[LowRank]:
-    """Make the adapters of a matrix, each by its place among those of the architecture."""
-    found = {
-        str(place): LowRank(rngs, adapter, inputs, outputs)
-        for place, adapter in enumerate(architecture.adapters)
-        if path in adapter.matrices
-    }
-    return nnx.Dict(found)
-
-
-def _recomputed(function: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
-    """Call an elementwise function of which the backward pass keeps the arguments alone: what is
-    inside is quick to compute again, and in float32 takes more memory than all else of a layer.
-    """
-    found: jax.Array = jax.checkpoint(function, prevent_cse=False)(*arguments)
-    return found
-
-
 def _converted_product(x: jax.Array, weight: jax.Array, contracted: int) -> jax.Array:
-    """`product` with a weight of another dtype, of which the backward pass converts the original
-    again: the converted ones of all layers would be kept beside them.
-    """
+    """Multiply with a weight of another dtype, which the backward pass converts again."""
     if weight.dtype == x.dtype:
         return product(x, weight, contracted)
+    # Else the converted weights of all layers are kept for the backward pass. For the gain see
+    # `recompute_in_backward`. Delete when XLA converts again, in a scan, rather than keep a copy.
     convert = jax.checkpoint(
         lambda x, weight: product(x, weight.astype(x.dtype), contracted), prevent_cse=False
     )
-    found: jax.Array = convert(x, weight)
-    return found
+    result: jax.Array = convert(x, weight)
+    return result
 
 
 class Norm(nnx.Module):
@@ -239,7 +158,7 @@ class Norm(nnx.Module):
             return (y if bias is None else y + bias).astype(x.dtype)
 
         bias = None if self.bias is None else self.bias[...]
-        return _recomputed(normalised, x, self.scale[...], bias)
+        return recompute_in_backward(normalised, x, self.scale[...], bias)
 
 
 class Attention(nnx.Module):
@@ -275,15 +194,6 @@ class Attention(nnx.Module):
         return self.o(attended, keys, 5), extra
 
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "swiglu": jax.nn.silu,
-    "geglu": jax.nn.gelu,
-    "gelu": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
-"""The GELU is its tanh approximation, as Gemma and GPT-2 have it."""
-
-
 class FeedForward(nnx.Module):
     """Two projections with an activation between them, or three where it is gated."""
 
@@ -302,160 +212,14 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
         """`[batch, length, width]` to the same."""
-        activate = _ACTIVATIONS[self.activation]
+        activate = ACTIVATIONS[self.activation]
         up = self.up(x, keys, 6)
         if self.gate is None:
-            hidden = _recomputed(activate, up)
+            hidden = recompute_in_backward(activate, up)
         else:
             gate = self.gate(x, keys, 7)
-            hidden = _recomputed(lambda gate, up: activate(gate) * up, gate, up)
+            hidden = recompute_in_backward(lambda gate, up: activate(gate) * up, gate, up)
         return self.down(hidden, keys, 8)
-
-
-class Experts(nnx.Module):
-    """The matrices of all experts."""
-
-    def __init__(self, architecture: Architecture, mixture: Mixture, rngs: nnx.Rngs) -> None:
-        a, count, hidden = architecture, mixture.count, mixture.width
-
-        def matrices(inputs: int, outputs: int, gain: float, *axes: str) -> Parameter:
-            drawn = normal(rngs, (count, inputs, outputs), gain * inputs**-0.5)
-            stored = DTYPES.get(a.storage, jnp.bfloat16)
-            return parameter(drawn.astype(stored), "expert", *axes)
-
-        self.gate = matrices(a.width, hidden, 1.0, "embed", "mlp")
-        self.up = matrices(a.width, hidden, 1.0, "embed", "mlp")
-        self.down = matrices(hidden, a.width, (2 * a.layers) ** -0.5, "mlp", "embed")
-
-
-class MixtureOfExperts(nnx.Module):
-    """Feed-forward layers of which a router picks a few for each token (arXiv:1701.06538)."""
-
-    def __init__(self, architecture: Architecture, mixture: Mixture, rngs: nnx.Rngs) -> None:
-        a = architecture
-        self.mixture, self.activation = mixture, a.activation
-        self.router = parameter(
-            normal(rngs, (a.width, mixture.count), a.width**-0.5), "embed", "experts"
-        )
-        self.experts = Experts(a, mixture, rngs)
-
-    def __call__(
-        self, x: jax.Array, layout: Layout | None = None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """`[batch, length, width]` to the same, and of each token what the load-balance loss reads:
-        how many of its experts each one is, and the router's probabilities, `[..., experts]`.
-        """
-        mixture = self.mixture
-        logits = jnp.matmul(x.astype(jnp.float32), self.router[...])
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        weights, chosen = jax.lax.top_k(probabilities, mixture.active)
-        if mixture.normalised:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        matrices = [
-            constrain(layout, each[...].astype(x.dtype), axes)
-            for each, axes in (
-                (self.experts.gate, ("expert", None, "mlp")),
-                (self.experts.up, ("expert", None, "mlp")),
-                (self.experts.down, ("expert", "mlp", None)),
-            )
-        ]
-        activate = _ACTIVATIONS[self.activation]
-        y = mixed(x, weights.astype(x.dtype), chosen, matrices, activate, layout)
-        picked = jnp.sum(jax.nn.one_hot(chosen, mixture.count, dtype=jnp.float32), axis=-2)
-        return y, (picked, probabilities)
-
-
-def mixed(
-    x: jax.Array,
-    weights: jax.Array,
-    chosen: jax.Array,
-    matrices: Sequence[jax.Array],
-    activate: Callable[[jax.Array], jax.Array],
-    layout: Layout | None,
-) -> jax.Array:
-    """Run each token `[batch, length, width]` through its experts, and add up by their weights.
-
-    `weights` and `chosen` are `[batch, length, active]`. Tokens are ordered by expert, so that
-    those of an expert are one group of a grouped product. Over devices, each sorts its own; along
-    the `expert` axis of a mesh every device runs the tokens of all through the experts it has.
-    """
-    if layout is None:
-        return _grouped(x, weights, chosen, matrices, activate, 0)
-    axes = dict(layout.mesh.shape)
-    batch = layout.spec(("batch",), (x.shape[0],))[0]
-    rows = () if batch is None else (batch if isinstance(batch, tuple) else (batch,))
-    along = axes.get("expert", 1) > 1 and matrices[0].shape[0] % axes["expert"] == 0
-    across = axes.get("tensor", 1) > 1 and matrices[0].shape[2] % axes["tensor"] == 0
-    shared = along and "expert" in rows
-    token = PartitionSpec(rows or None)
-    one, two = "expert" if along else None, "tensor" if across else None
-    specs = [PartitionSpec(one, None, two)] * 2 + [PartitionSpec(one, two, None)]
-
-    def own(x: jax.Array, weights: jax.Array, chosen: jax.Array, *matrices: jax.Array) -> jax.Array:
-        first = jax.lax.axis_index("expert") * matrices[0].shape[0] if along else 0
-        if shared:
-            x, weights, chosen = (
-                jax.lax.all_gather(each, "expert", axis=0, tiled=True)
-                for each in (x, weights, chosen)
-            )
-        y = _grouped(x, weights, chosen, matrices, activate, first)
-        if across:
-            y = jax.lax.psum(y, "tensor")
-        if shared:
-            y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
-        elif along:
-            y = jax.lax.psum(y, "expert")
-        return y
-
-    spread: jax.Array = jax.shard_map(
-        own,
-        mesh=layout.mesh,
-        in_specs=(token, token, token, *specs),
-        out_specs=token,
-        check_vma=False,
-    )(x, weights, chosen, *matrices)
-    return spread
-
-
-def _grouped(
-    x: jax.Array,
-    weights: jax.Array,
-    chosen: jax.Array,
-    matrices: Sequence[jax.Array],
-    activate: Callable[[jax.Array], jax.Array],
-    first: jax.Array | int,
-) -> jax.Array:
-    """`mixed` for the experts from `first` on; others' tokens add nothing."""
-    gate, up, down = matrices
-    count, active = gate.shape[0], chosen.shape[-1]
-    tokens = x.reshape(-1, x.shape[-1])
-    expert = chosen.reshape(-1) - first
-    expert = jnp.where((expert >= 0) & (expert < count), expert, count)
-    order = jnp.argsort(expert)
-    sizes = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
-    own = tokens[order // active]
-    hidden = activate(jax.lax.ragged_dot(own, gate, sizes)) * jax.lax.ragged_dot(own, up, sizes)
-    made = jax.lax.ragged_dot(hidden, down, sizes)
-    # Rows behind the last group are of experts that are elsewhere.
-    there = jnp.arange(made.shape[0]) < jnp.sum(sizes)
-    made = jnp.where(there[:, None], made * weights.reshape(-1)[order][:, None], 0)
-    summed: jax.Array = jnp.zeros_like(tokens).at[order // active].add(made)
-    return summed.reshape(x.shape)
-
-
-def balance_loss(picked: jax.Array, probabilities: jax.Array, counted: jax.Array) -> jax.Array:
-    """Return the load-balance loss (Switch Transformers, arXiv:2101.03961, equation 4).
-
-    The mean over layers of `experts * sum(share of choices * mean probability)`, which is 1 where
-    all experts get equal shares; `[layers, batch, length, experts]` each, over tokens that are
-    `counted` `[batch, length]`.
-    """
-    counted = counted.astype(jnp.float32)[None, ..., None]
-    total = jnp.maximum(jnp.sum(counted), 1.0)
-    choices = jnp.sum(picked * counted, axis=(1, 2)) / total
-    means = jnp.sum(probabilities * counted, axis=(1, 2)) / total
-    share = choices / jnp.maximum(jnp.sum(choices, axis=-1, keepdims=True), 1e-9)
-    return jnp.mean(picked.shape[-1] * jnp.sum(share * means, axis=-1))
 
 
 class Block(nnx.Module):
@@ -505,17 +269,3 @@ class Block(nnx.Module):
         """Its matrices."""
         found = (each for part in (self.attention, self.mlp) for each in vars(part).values())
         return [each for each in found if isinstance(each, Linear)]
-
-
-def dropout(x: jax.Array, keys: jax.Array | None, rate: float, place: int) -> jax.Array:
-    """Zero a share `rate` of `[batch, ...]` and scale up the rest (Srivastava et al. 2014).
-
-    Each row has a random key of its own (`keys` `[batch]`), so that the result does not depend on
-    which rows share a micro-batch; `place` sets apart the uses of a key. Without keys, `x`.
-    """
-    if keys is None or rate == 0.0:
-        return x
-    kept = jax.vmap(
-        lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[1:])
-    )(keys)
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)

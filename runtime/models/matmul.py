@@ -9,14 +9,18 @@ one by far (attention weights, the hidden units of a feed-forward).
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 def product(
-    x: jax.Array, y: jax.Array, contracted: int = 1, batched: int = 0, dtype: Any = None
+    x: jax.Array,
+    y: jax.Array,
+    contracted: int = 1,
+    batched: int = 0,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """`[*batch, *rows, *inner]` times `[*batch, *inner, *columns]`: `[*batch, *rows, *columns]`.
 
@@ -27,11 +31,13 @@ def product(
     if batched or len(columns) < 2:
         return _product(x, y, contracted, batched, dtype)
     # As one axis, in which TPUs do not pad the heads that a layer keeps.
-    found = _product(x, y.reshape(*y.shape[:contracted], -1), contracted, batched, dtype)
-    return found.reshape(*found.shape[:-1], *columns)
+    flat = _product(x, y.reshape(*y.shape[:contracted], -1), contracted, batched, dtype)
+    return flat.reshape(*flat.shape[:-1], *columns)
 
 
-def _dot(x: jax.Array, y: jax.Array, contracted: int, batched: int, dtype: Any) -> jax.Array:
+def _dot(
+    x: jax.Array, y: jax.Array, contracted: int, batched: int, dtype: DTypeLike | None
+) -> jax.Array:
     inner = tuple(range(x.ndim - contracted, x.ndim))
     across = tuple(range(batched, batched + contracted))
     batch = tuple(range(batched))
@@ -40,11 +46,13 @@ def _dot(x: jax.Array, y: jax.Array, contracted: int, batched: int, dtype: Any) 
     )
 
 
+# Gained 14% of a training step on 2 cores (2026-11, "What single changes gained" in
+# benchmarks/RESULTS.md). Delete when XLA's CPU compiler transposes the smaller operand by itself.
 _product = partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))(_dot)
 
 
 def _forward(
-    x: jax.Array, y: jax.Array, contracted: int, batched: int, dtype: Any
+    x: jax.Array, y: jax.Array, contracted: int, batched: int, dtype: DTypeLike | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # Not `_product` itself: a policy of rematerialisation looks for `dot_general`.
     return _dot(x, y, contracted, batched, dtype), (x, y)
@@ -53,7 +61,7 @@ def _forward(
 def _backward(
     contracted: int,
     batched: int,
-    dtype: Any,
+    dtype: DTypeLike | None,
     operands: tuple[jax.Array, jax.Array],
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +79,11 @@ def _backward(
         end = range(y.ndim - contracted, y.ndim)
         of_y = jax.lax.dot_general(gradient, x, over_rows)
         of_y = jnp.moveaxis(of_y, end, range(batched, batched + contracted))
-        if batched > 1:  # the weights of attention are let go before their gradient is there
+        # The weights of attention are freed before their gradient exists. With the order of the
+        # head's gradient, 10.6 -> 8.8 GiB of gemma-2b on 16 v5e (2026-11, "Order of gradients" in
+        # benchmarks/RESULTS.md). Delete when a rehearsal without it (`tune plan --compile` for TPUs
+        # with `attention = xla`) has the same peak.
+        if batched > 1:
             gradient, of_y = jax.lax.optimization_barrier((gradient, of_y))
     return jax.lax.dot_general(gradient, y, ((behind, columns), (batch, batch))), of_y
 

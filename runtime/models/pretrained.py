@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from typing_extensions import override
@@ -37,8 +38,8 @@ from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneErro
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.models import Pretrained
 from tunelang.runtime.models import hub
-from tunelang.runtime.models.layers import DTYPES
 from tunelang.runtime.models.parameters import abstract_decoder
+from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.models.quantization import quantized
 from tunelang.runtime.sharding import Layout, logical_axes
 
@@ -203,7 +204,7 @@ def load(
     architecture: Architecture,
     layout: Layout,
     storage: Storage = "f32",
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Any:
     """Return the decoder's parameters as `storage` keeps them, each where the layout has it.
 
@@ -231,7 +232,7 @@ def load(
     )
 
 
-def kept(params: Any, layout: Layout, storage: Storage, dtype: Any) -> Any:
+def kept(params: Any, layout: Layout, storage: Storage, dtype: DTypeLike) -> Any:
     """Return float32 parameters as `storage` keeps them; they are used up."""
     if storage == "f32":
         return params
@@ -341,7 +342,7 @@ Arrays = tuple[jax.Array, ...]
 
 
 def _form(
-    path: tuple[str, ...], inputs: int, storage: Storage, dtype: Any
+    path: tuple[str, ...], inputs: int, storage: Storage, dtype: DTypeLike
 ) -> Callable[[jax.Array], Arrays]:
     """Return what makes a parameter, of one layer, what is kept of it: with the scales, if any."""
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import qwix
+from jax.typing import DTypeLike
 
 from tunelang.runtime.models.matmul import product
 
@@ -45,7 +46,7 @@ def quantized(weight: jax.Array, inputs: int, storage: str) -> tuple[jax.Array, 
     return codes.reshape(*weight.shape[:tiled], -1, *weight.shape[inputs:]), found.scale
 
 
-def dequantized(codes: jax.Array, scales: jax.Array, inputs: int, dtype: Any) -> jax.Array:
+def dequantized(codes: jax.Array, scales: jax.Array, inputs: int, dtype: DTypeLike) -> jax.Array:
     """Return the matrix that `quantized` made codes of."""
     if codes.dtype == jnp.int8:
         return (codes * scales).astype(dtype)
@@ -63,13 +64,16 @@ def _in_tiles(codes: jax.Array, scales: jax.Array, axis: int) -> jax.Array:
     return codes.reshape(*shape[:axis], scales.shape[axis], -1, *shape[axis + 1 :])
 
 
+# With `remat.save_weight_products`, temporaries of nf4 fell from 597 to 333 MiB (2 cores, 2026-11,
+# "Adapters" in benchmarks/RESULTS.md). Delete when `jax.checkpoint` can keep the codes of a matrix
+# for the backward pass, and not the matrix.
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def frozen_product(
     x: jax.Array, codes: jax.Array, scales: jax.Array, contracted: int = 1
 ) -> jax.Array:
-    """`products.product` with a quantised matrix, which has no gradient.
+    """Multiply with a quantised matrix, which has no gradient.
 
-    What the backward pass keeps are the codes: the matrix itself is made anew.
+    The backward pass keeps the codes and dequantises them again.
     """
     return product(x, dequantized(codes, scales, contracted, x.dtype), contracted)
 

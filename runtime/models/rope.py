@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,10 @@ from tunelang.compiler.models.architecture import Architecture, LinearScaling, L
 
 Rotation = tuple[jax.Array, jax.Array]
 """Cosines and sines `[batch or 1, length, 1, head_dim / 2]`, float32."""
+Rotations = Mapping[Span, Rotation]
+"""The rotation of each kind of layer; none where positions are learned."""
+Local = bool | jax.Array
+"""Whether a layer attends within a window; computed where one program is for several layers."""
 
 
 def frequencies(architecture: Architecture, span: Span) -> NDArray[np.float32]:
@@ -44,6 +50,28 @@ def rotation(positions: jax.Array, radians: NDArray[np.float32]) -> Rotation:
     """Return the rotation of tokens at `positions` `[batch or 1, length]`, for `frequencies`."""
     angles = positions[..., None, None].astype(jnp.float32) * radians
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotations(architecture: Architecture, positions: jax.Array) -> Rotations:
+    """Return the rotations of tokens at `positions` `[batch or 1, length]`."""
+    if architecture.position != "rope":
+        return {}
+    return {
+        span: rotation(positions, frequencies(architecture, span))
+        for span in set(architecture.pattern)
+    }
+
+
+def layer_rotation(rotations: Rotations, local: Local) -> Rotation | None:
+    """Return how a layer rotates its heads; None without rotary embeddings."""
+    if isinstance(local, bool):
+        return rotations.get("local" if local else "global")
+    if not rotations:
+        return None
+    chosen: Rotation = jax.tree.map(
+        partial(jnp.where, local), rotations["local"], rotations["global"]
+    )
+    return chosen
 
 
 def rotate(x: jax.Array, by: Rotation) -> jax.Array:

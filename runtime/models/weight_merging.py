@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array, lax
 
 from tunelang.dsl.vocabulary.training import Dare, Linear, Merging, Slerp, Ties
-from tunelang.runtime.training.checkpoints import flat, unflat
+from tunelang.runtime.models.parameters import arrays_by_path, with_arrays
 
 _PARALLEL = 0.9995
 """Cosine from which the arc between two tensors is taken for a straight line, as in mergekit."""
@@ -37,8 +37,8 @@ def merged(method: Merging, models: Sequence[Any], base: Any | None, seed: int) 
     is missing, or the trees do not match.
     """
     _require(method, len(models), base)
-    trees = [flat(model) for model in models]
-    origin = flat(base) if isinstance(method, Ties | Dare) else None
+    trees = [arrays_by_path(model) for model in models]
+    origin = arrays_by_path(base) if isinstance(method, Ties | Dare) else None
     for tree in trees if origin is None else [*trees, origin]:
         _match(trees[0], tree)
     found = {}
@@ -52,7 +52,7 @@ def merged(method: Merging, models: Sequence[Any], base: Any | None, seed: int) 
             np.uint32(seed % 2**32),
             at,
         )
-    return unflat(models[0], found)
+    return with_arrays(models[0], found)
 
 
 def _require(method: Merging, count: int, base: Any | None) -> None:

@@ -238,6 +238,7 @@ Found = tuple[jax.Array, Parts]
 Residuals = tuple[jax.Array, jax.Array]
 
 
+# As in `cross_entropy`: the logits of both models are computed once.
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(
     settings: _Settings,

@@ -1,14 +1,24 @@
-"""Policy objectives: log-probabilities, masks and advantages to a loss, for any row of choices.
+"""Policy-gradient losses of sampled completions: GRPO and its relatives, PPO, CISPO, GSPO, RLOO.
 
-A `Policy` of the vocabulary chooses one piece for each role: the ratio, the clip, the correction
+A `Policy` of the vocabulary chooses one function for each role: the ratio, the clip, the correction
 for the sampler, the divergence term, the aggregate. No algorithm has a name here. With `A` the
 advantage and `w` the correction, the term of a token is
 
     w * (surrogate(ratio, A) + kl.coefficient * kl) - entropy.coefficient * H
 
 and the loss is the sum of the terms, weighted as `aggregate` says, over a denominator. Sum and
-denominator are handed out apart: both add up over micro-batches and hosts, and the gradient of a
-step is the added gradient of the sums over the added denominator, however the step is divided.
+denominator are returned apart: both add up over micro-batches, and the gradient of a step is the
+added gradient of the sums over the added denominator, however the step is divided.
+
+Where this differs from the papers, for every row of `dsl.vocabulary.stages.POLICIES`:
+
+1. The divergence has its own gradient, whichever estimator measures it (`divergence_term`). In GRPO
+   (arXiv:2402.03300, equation 4) k3 is differentiated as it stands.
+2. A group whose rewards are equal gets no advantage, in place of a division by a small epsilon.
+3. The deviation of a group is the sample's, over `group - 1`, as in TRL and verl.
+4. Rollouts are corrected for the difference between the sampler's program and the trainer's
+   (`correction`), which the papers assume to be none.
+5. Ratios are bounded by `exp(20)`, far outside of every clip.
 """
 
 from __future__ import annotations
@@ -18,7 +28,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float, Num
 
+from tunelang.dsl.vocabulary.base import Function
 from tunelang.dsl.vocabulary.policy_stages import Policy
 from tunelang.dsl.vocabulary.training import K1, K2, Clip, ClipWeights, KlTerm, Masked, Truncated
 from tunelang.runtime.user_functions import Custom
@@ -26,12 +38,16 @@ from tunelang.runtime.user_functions import Custom
 MISMATCH_BOUNDS = {"mismatch_error": 1.05, "mismatch_kl": 5e-4}
 """Bounds of a healthy run on two metrics: NeMo-RL's probability error and PRIME-RL's divergence."""
 
+Tokens = Float[Array, "sequences length"]
+Mask = Bool[Array, "sequences length"]
+Scalar = Float[Array, ""]
+
 # exp(20) is 5e8: far outside every clip, and squares and sums of it are finite in float32.
 _LARGEST_LOG_RATIO = 20.0
 
 
 class Completions(NamedTuple):
-    """What the objective sees of a micro-batch; all arrays are `[sequences, length]`, in nats.
+    """Completions of a micro-batch; all arrays are `[sequences, length]`, in nats.
 
     All log-probabilities are those of the tokens taken, at the temperature of the rollout: also
     `now` and `reference`, or the divergence of a model from itself is not 0. Where `mask` is false
@@ -56,7 +72,8 @@ class Completions(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Parts of the metrics that add up (`sums`) or whose largest counts (`maxima`), as scalars.
+    """Scalars of a micro-batch that metrics are made of: `sums` add up, of `maxima` the largest
+    counts.
 
     Start a scan with zeros: every maximum is at least 0.
     """
@@ -81,16 +98,26 @@ class Advantages(NamedTuple):
 # Before the loss.
 
 
-def advantages(rewards: Array, how: str | Custom) -> Advantages:
-    """How much better each completion is than its group; `rewards` is `[prompts, group]`.
+def advantages(rewards: Num[Array, "prompts group"], how: str | Custom) -> Advantages:
+    """Compute how much better each completion is than its group.
 
-    - `group_mean_std`: `(r - mean) / std` (GRPO, arXiv:2402.03300, section 4.1.2), with the sample
-      deviation (over `group - 1`), as TRL and verl have it.
-    - `group_mean`: `r - mean` (Dr. GRPO, arXiv:2503.20783).
-    - `leave_one_out`: `r` less the mean of the others (RLOO, arXiv:2402.14740).
+    Args:
+      rewards: Of each completion, `[prompts, group]`.
+      how: `group_mean_std`, `(r - mean) / std`; `group_mean`, `r - mean`; `leave_one_out`, `r` less
+        the mean of the others; or a function of the user's.
 
-    Rewards that differ by less than rounding (1e-6, relative above 1) count as equal, so the
-    division never blows up noise, and needs no epsilon. Raises `ValueError` for a group of one.
+    Returns:
+      Advantages `[prompts, group]`. Rewards that differ by less than rounding (1e-6, relative above
+      1) count as equal: the division never blows up noise, and needs no epsilon.
+
+    Raises:
+      ValueError: For a group of one.
+
+    References:
+      GRPO, arXiv:2402.03300, section 4.1.2 (`group_mean_std`; ours has the sample deviation, over
+      `group - 1`, as TRL and verl). Dr. GRPO, arXiv:2503.20783 (`group_mean`). RLOO,
+      arXiv:2402.14740 (`leave_one_out`).
+
     """
     group = rewards.shape[-1]
     if group < 2:
@@ -115,16 +142,28 @@ def advantages(rewards: Array, how: str | Custom) -> Advantages:
     return Advantages(jnp.where(flat[..., None], 0.0, values), flat)
 
 
-def penalised(rewards: Array, kl: KlTerm, old: Array, reference: Array, mask: Array) -> Array:
-    """Rewards `[sequences]` less the coefficient times the divergence summed over each completion.
+def penalised(
+    rewards: Float[Array, " sequences"], kl: KlTerm, old: Tokens, reference: Tokens, mask: Mask
+) -> Float[Array, " sequences"]:
+    """Subtract the divergence from the reference, summed over each completion, from its reward.
 
-    This is `kl = k1(..., at = reward)`: `r - beta log(pi(y|x) / pi_ref(y|x))` (as in RLOO,
-    arXiv:2402.14740, with k1). `old`, `reference` and `mask` are `[sequences, length]`.
+    This is `kl = k1(..., at = reward)`: `r - beta log(pi(y|x) / pi_ref(y|x))`.
+
+    Args:
+      rewards: Of each completion, `[sequences]`.
+      kl: The estimator and its coefficient.
+      old: Log-probabilities by the parameters that sampled, `[sequences, length]`.
+      reference: By the reference, `[sequences, length]`.
+      mask: True on tokens of the completion, `[sequences, length]`.
+
+    References:
+      RLOO, arXiv:2402.14740, with k1.
+
     """
     return rewards - kl.coefficient * divergences(kl, old, reference, mask).sum(-1)
 
 
-def divergences(kl: KlTerm, old: Array, reference: Array, mask: Array) -> Array:
+def divergences(kl: KlTerm, old: Tokens, reference: Tokens, mask: Mask) -> Tokens:
     """Estimate the divergence from the reference on each token, in nats; 0 off the mask."""
     log_ratio = _bounded(_where(mask, old) - _where(mask, reference))
     return _where(mask, _estimate(kl, log_ratio))
@@ -133,11 +172,19 @@ def divergences(kl: KlTerm, old: Array, reference: Array, mask: Array) -> Array:
 # The loss.
 
 
-def objective(policy: Policy, batch: Completions) -> tuple[Array, Totals]:
-    """Compute the loss sum, and the totals to divide it by and to make metrics of.
+def objective(policy: Policy, batch: Completions) -> tuple[Scalar, Totals]:
+    """Compute the loss sum of a micro-batch, for `jax.value_and_grad(..., has_aux=True)`.
 
-    For `jax.value_and_grad(..., has_aux=True)`. Only `now` and `entropy` carry a gradient. Raises
-    `ValueError` where the policy needs log-probabilities that the batch does not have.
+    Args:
+      policy: The choices.
+      batch: Log-probabilities, advantages and mask; only `now` and `entropy` carry a gradient.
+
+    Returns:
+      The sum, and the totals to divide it by and to make metrics of.
+
+    Raises:
+      ValueError: Where the policy needs log-probabilities that the batch does not have.
+
     """
     _require(policy, batch)
     mask = batch.mask.astype(bool)
@@ -180,26 +227,35 @@ def objective(policy: Policy, batch: Completions) -> tuple[Array, Totals]:
 
 
 def summed(
-    policy: Policy, mask: Array, term: Array, sums: dict[str, Array], maxima: dict[str, Array]
-) -> tuple[Array, Totals]:
-    """Add up the terms of tokens, weighted as `aggregate` says, and what metrics are made of; all
-    arrays are `[sequences, length]`.
+    policy: Policy, mask: Mask, term: Tokens, sums: dict[str, Array], maxima: dict[str, Array]
+) -> tuple[Scalar, Totals]:
+    """Add up the terms of tokens, weighted as `aggregate` says, and what metrics are made of.
+
+    Args:
+      policy: Chooses the aggregate.
+      mask: True on the tokens that count, `[sequences, length]`.
+      term: The loss of each token, `[sequences, length]`.
+      sums: Metrics whose mean over tokens is reported, `[sequences, length]` each.
+      maxima: Metrics whose maximum is reported, `[sequences, length]` each.
+
     """
     totals = Totals(
         denominator(policy, mask),
         mask.sum(dtype=jnp.float32),
-        {name: _where(mask, each).sum(dtype=jnp.float32) for name, each in sums.items()},
-        {name: _where(mask, each).max() for name, each in maxima.items()},
+        {name: _where(mask, values).sum(dtype=jnp.float32) for name, values in sums.items()},
+        {name: _where(mask, values).max() for name, values in maxima.items()},
     )
     totals = lax.stop_gradient(totals)
     return (_where(mask, term) * _token_weights(policy, mask)).sum(), totals
 
 
-def denominator(policy: Policy, mask: Array) -> Array:
-    """Count what the loss sum of these sequences is divided by, as a float32 scalar.
+def denominator(policy: Policy, mask: Mask) -> Scalar:
+    """Count what the loss sum of these sequences is divided by.
 
-    The number of tokens that count (`token_mean`), of sequences with any (`sequence_mean`), or the
-    latter times `max_tokens` (`fixed_length`). `mask` is `[sequences, length]`.
+    With `token_mean`, the number of tokens that count (DAPO, arXiv:2503.14476, section 3.3); with
+    `sequence_mean`, of sequences with any (GRPO, arXiv:2402.03300, equation 3); with
+    `fixed_length`, these times `max_tokens` (Dr. GRPO, arXiv:2503.20783). `mask` is `[sequences,
+    length]`.
     """
     if policy.aggregate == "token_mean":
         return mask.sum(dtype=jnp.float32)
@@ -217,7 +273,7 @@ def add(one: Totals, other: Totals) -> Totals:
     )
 
 
-def metrics(loss: Array, totals: Totals) -> dict[str, Array]:
+def metrics(loss: Scalar, totals: Totals) -> dict[str, Array]:
     """Loss and metrics of a whole step, from its added loss sums and totals.
 
     Means are over tokens: `ratio`, `clip_low` and `clip_high` (shares of tokens whose update is
@@ -230,15 +286,21 @@ def metrics(loss: Array, totals: Totals) -> dict[str, Array]:
     return {"loss": loss / jnp.maximum(totals.denominator, 1.0), **means, **totals.maxima}
 
 
-# The pieces; arrays are `[sequences, length]` with finite values everywhere.
+# The roles; arrays are `[sequences, length]` with finite values everywhere.
 
 
-def ratios(log_ratio: Array, mask: Array, how: str) -> Array:
+def ratios(log_ratio: Tokens, mask: Mask, how: str) -> Tokens:
     """Compute the ratio of the policy's probability to the sampling one's, on every token.
 
-    - `token`: `pi(y_t) / pi_old(y_t)`.
-    - `sequence`: their geometric mean over the completion (GSPO, arXiv:2507.18071, equation 7).
-    - `sequence_token`: that value, with the gradient of the token's own probability (equation 14).
+    Args:
+      log_ratio: `log pi - log pi_old`, `[sequences, length]`.
+      mask: True on tokens of the completion, `[sequences, length]`.
+      how: `token`, `pi(y_t) / pi_old(y_t)`; `sequence`, the geometric mean of these over the
+        completion; `sequence_token`, that value with the gradient of the token's own probability.
+
+    References:
+      GSPO, arXiv:2507.18071, equations 7 (`sequence`) and 14 (`sequence_token`).
+
     """
     if how == "token":
         return jnp.exp(_bounded(log_ratio))
@@ -251,13 +313,24 @@ def ratios(log_ratio: Array, mask: Array, how: str) -> Array:
 
 
 def surrogate(
-    ratio: Array, now: Array, advantage: Array, clip: object
-) -> tuple[Array, dict[str, Array]]:
+    ratio: Tokens, now: Tokens, advantage: Tokens, clip: Function | None
+) -> tuple[Tokens, dict[str, Array]]:
     """Compute each token's policy term, to be minimised, and where its update is cut.
 
-    - no clip: `-ratio A`, importance-weighted REINFORCE.
-    - `Clip`: `-min(ratio A, clip(ratio, 1 - low, 1 + high) A)` (arXiv:1707.06347, equation 7).
-    - `ClipWeights`: `-sg(clip(ratio)) A log pi` (CISPO, arXiv:2506.13585, section 3.1).
+    Args:
+      ratio: From `ratios`, `[sequences, length]`.
+      now: Log-probabilities by the parameters that are trained, `[sequences, length]`.
+      advantage: Of each token, `[sequences, length]`.
+      clip: None, `-ratio A`, importance-weighted REINFORCE; `Clip`, `-min(ratio A, clip(ratio, 1 -
+        low, 1 + high) A)`; `ClipWeights`, `-sg(clip(ratio)) A log pi`.
+
+    Returns:
+      The terms, and by the names of metrics where clipping cuts from below and from above.
+
+    References:
+      PPO, arXiv:1707.06347, equation 7; with two bounds, DAPO, arXiv:2503.14476, section 3.1
+      (`Clip`). CISPO, arXiv:2506.13585, section 3.1 (`ClipWeights`).
+
     """
     never = jnp.zeros(ratio.shape, bool)
     match clip:
@@ -265,27 +338,35 @@ def surrogate(
             return -ratio * advantage, {"clip_low": never, "clip_high": never}
         case Clip():
             low, high = ratio < 1 - clip.low, ratio > 1 + clip.high
-            held = jnp.clip(ratio, 1 - clip.low, 1 + clip.high)
+            clipped = jnp.clip(ratio, 1 - clip.low, 1 + clip.high)
             cuts = {"clip_low": low & (advantage < 0), "clip_high": high & (advantage > 0)}
-            return -jnp.minimum(ratio * advantage, held * advantage), cuts
+            return -jnp.minimum(ratio * advantage, clipped * advantage), cuts
         case ClipWeights():
             lowest = 0.0 if clip.low is None else 1 - clip.low
-            held = lax.stop_gradient(jnp.clip(ratio, lowest, 1 + clip.high))
+            weight = lax.stop_gradient(jnp.clip(ratio, lowest, 1 + clip.high))
             cuts = {"clip_low": ratio < lowest, "clip_high": ratio > 1 + clip.high}
-            return -held * advantage * now, cuts
+            return -weight * advantage * now, cuts
     raise ValueError(f"unknown clip {clip!r}")
 
 
-def divergence_term(kl: KlTerm | None, log_ratio: Array, step: Array) -> Array:
+def divergence_term(kl: KlTerm | None, log_ratio: Tokens, step: Tokens) -> Tokens:
     """Estimate the divergence from the reference on each token, with the divergence's own gradient.
 
-    `log_ratio` is `log pi - log pi_ref`, `step` is `log pi - log pi_old`. The tokens were drawn
-    from `pi_old`, so the estimate is weighted by `pi / pi_old`. Differentiating an estimator as
-    it stands is wrong: k1 gives 0 in the mean, and k3 gives the gradient of the *forward*
-    divergence (arXiv:2506.09477). Its own is `E[log(pi / pi_ref) grad log pi]`, which is what
-    differentiating the weighted k3 comes to (DeepSeek-V3.2, arXiv:2512.02556, equation 7), and
-    what every estimator has here: the choice decides what value is measured. As in all of these
-    papers the sum is over tokens: what a token does to the divergence of later ones is left out.
+    The tokens were drawn from `pi_old`, so the estimate is weighted by `pi / pi_old`.
+    Differentiating an estimator as it stands is wrong: k1 gives 0 in the mean, and k3 gives the
+    gradient of the *forward* divergence. Its own is `E[log(pi / pi_ref) grad log pi]`, which is
+    what differentiating the weighted k3 comes to, and what every estimator has here: the choice
+    decides what value is measured. As in all of these papers the sum is over tokens: what a token
+    does to the divergence of later ones is left out.
+
+    Args:
+      kl: The estimator.
+      log_ratio: `log pi - log pi_ref`, `[sequences, length]`.
+      step: `log pi - log pi_old`, `[sequences, length]`.
+
+    References:
+      arXiv:2506.09477 (gradients of the estimators). DeepSeek-V3.2, arXiv:2512.02556, equation 7.
+
     """
     log_ratio = _bounded(log_ratio)
     weight = lax.stop_gradient(jnp.exp(_bounded(step)))
@@ -294,11 +375,14 @@ def divergence_term(kl: KlTerm | None, log_ratio: Array, step: Array) -> Array:
     return value + slope * (step - lax.stop_gradient(step))
 
 
-def correction_weights(mismatch: Array, correction: object) -> tuple[Array, Array]:
-    """Weight each token for having been drawn by the sampler, and say where that is cut.
+def correction_weights(mismatch: Tokens, correction: Function | None) -> tuple[Tokens, Mask]:
+    """Weight each token for having been drawn by the sampler `mu`, and say where that is cut.
 
-    `mismatch` is `log pi_old - log mu` with `mu` the sampler. `Truncated`: `min(pi_old / mu,
-    limit)`. `Masked`: `pi_old / mu` within `[1 / limit, limit]`, else 0. Without either, 1.
+    Args:
+      mismatch: `log pi_old - log mu`, `[sequences, length]`.
+      correction: `Truncated`, `min(pi_old / mu, limit)`; `Masked`, `pi_old / mu` within `[1 /
+        limit, limit]` and else 0; None, 1.
+
     """
     weight = jnp.exp(_bounded(mismatch))
     match correction:
@@ -312,7 +396,7 @@ def correction_weights(mismatch: Array, correction: object) -> tuple[Array, Arra
     raise ValueError(f"unknown correction {correction!r}")
 
 
-def _estimate(kl: KlTerm | None, log_ratio: Array) -> Array:
+def _estimate(kl: KlTerm | None, log_ratio: Tokens) -> Tokens:
     """Estimate `KL(pi || pi_ref)` from `log pi - log pi_ref` (Schulman 2020), by k3 if unsaid."""
     if isinstance(kl, K1):
         return log_ratio
@@ -321,12 +405,12 @@ def _estimate(kl: KlTerm | None, log_ratio: Array) -> Array:
     return _k3(log_ratio)
 
 
-def _k3(log_ratio: Array) -> Array:
+def _k3(log_ratio: Tokens) -> Tokens:
     # expm1 keeps the small difference that exp(x) - 1 would lose to rounding.
     return jnp.expm1(-log_ratio) + log_ratio
 
 
-def _token_weights(policy: Policy, mask: Array) -> Array:
+def _token_weights(policy: Policy, mask: Mask) -> Tokens:
     if policy.aggregate != "sequence_mean":
         return jnp.ones(mask.shape, jnp.float32)
     return jnp.broadcast_to(1.0 / jnp.maximum(mask.sum(-1, keepdims=True), 1), mask.shape)

@@ -1,8 +1,8 @@
-"""Losses of learning from preferences: log-probabilities of whole answers, or scores, to a loss.
+"""Preference losses: DPO and its relatives, KTO, and reward models.
 
-All arrays are float32 of one same shape, an element for each pair or answer, and so are the
-losses and the metrics beside them; the caller takes the means. Metrics carry no gradient. Where a
-pair does not exist an array may hold zeros: loss and gradient are finite there, to be masked.
+All arrays are float32 of one shape, an element for each pair or answer, and so are losses and
+metrics; the caller takes the means. Metrics carry no gradient. Where a pair does not exist an array
+may hold zeros: loss and gradient are finite there, to be masked.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float
 
 from tunelang.dsl.vocabulary.preference_stages import Kto, Preference
 from tunelang.runtime.user_functions import Custom
+
+Answers = Float[Array, "*answers"]
 
 # That of the largest probability below 1 in float32.
 _LARGEST_LOG_PROB = -(2.0**-24)
@@ -38,24 +41,37 @@ class Pairs(NamedTuple):
     reference_rejected: Array | None = None
 
 
-def pair_losses(stage: Preference, pairs: Pairs) -> tuple[Array, dict[str, Array]]:
+def pair_losses(stage: Preference, pairs: Pairs) -> tuple[Answers, dict[str, Array]]:
     """Compute the loss of each pair, without the supervised part, and the metrics of each.
 
     With `m` the chosen answer's reward less the rejected one's and `target_margin`, and `e` the
-    `label_smoothing`, which the other losses do not look at:
+    `label_smoothing`, which the other losses do not read:
 
-    - `sigmoid`: `-(1 - e) log sigmoid(m) - e log sigmoid(-m)` (DPO, arXiv:2305.18290, equation 7;
-      SimPO, arXiv:2405.14734, equation 6; `e` as in conservative DPO, Mitchell 2023).
-    - `robust`: `(-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e)` (arXiv:2403.00409).
-    - `hinge`: `max(0, 1 - m)` (SLiC, arXiv:2305.10425).
-    - `ipo`: `(m / beta - 1 / (2 beta))^2` (arXiv:2310.12036, equation 17), as TRL has it with
-      rewards of means over tokens, `length_normalised` or not.
-    - `odds_ratio`: `-beta log sigmoid(m)` (ORPO, arXiv:2403.07691, equation 7), where rewards are
-      log-odds, never measured from a reference.
+    - `sigmoid`: `-(1 - e) log sigmoid(m) - e log sigmoid(-m)`.
+    - `robust`: `(-(1 - e) log sigmoid(m) + e log sigmoid(-m)) / (1 - 2 e)`.
+    - `hinge`: `max(0, 1 - m)`.
+    - `ipo`: `(m / beta - 1 / (2 beta))^2`. Differs from the paper, as TRL does: rewards are means
+      over tokens, `length_normalised` or not.
+    - `odds_ratio`: `-beta log sigmoid(m)`, where rewards are log-odds, never measured from a
+      reference.
 
-    Metrics: `accuracy` (1 or 0, a half for a tie), `chosen_reward`, `rejected_reward`, `margin`
-    (between these two), and with a reference `drift` (the mean over both answers of `log pi -
-    log pi_ref`, in nats). Raises `ValueError` where a reference is needed and missing.
+    Args:
+      stage: Names the loss, and whether rewards are measured from a reference.
+      pairs: Summed log-probabilities and numbers of tokens, `[pairs]`.
+
+    Returns:
+      Losses `[pairs]`, and metrics `[pairs]`: `accuracy` (1 or 0, a half for a tie),
+      `chosen_reward`, `rejected_reward`, `margin` (between these two), and with a reference `drift`
+      (the mean over both answers of `log pi - log pi_ref`, in nats).
+
+    Raises:
+      ValueError: Where a reference is needed and missing.
+
+    References:
+      DPO, arXiv:2305.18290, equation 7; SimPO, arXiv:2405.14734, equation 6; conservative DPO,
+      Mitchell 2023 (`sigmoid`). arXiv:2403.00409 (`robust`). SLiC, arXiv:2305.10425 (`hinge`).
+      arXiv:2310.12036, equation 17 (`ipo`). ORPO, arXiv:2403.07691, equation 7 (`odds_ratio`).
+
     """
     chosen = _rewards(stage, pairs.chosen, pairs.chosen_tokens, pairs.reference_chosen)
     rejected = _rewards(stage, pairs.rejected, pairs.rejected_tokens, pairs.reference_rejected)
@@ -73,8 +89,8 @@ def pair_losses(stage: Preference, pairs: Pairs) -> tuple[Array, dict[str, Array
             loss = jnp.square((margin - 0.5) / stage.beta)
         case "odds_ratio":
             loss = stage.beta * right
-        case Custom() as own:
-            loss = own(
+        case Custom() as function:
+            loss = function(
                 chosen.shape,
                 chosen=chosen,
                 rejected=rejected,
@@ -84,23 +100,39 @@ def pair_losses(stage: Preference, pairs: Pairs) -> tuple[Array, dict[str, Array
             )
         case _:
             raise ValueError(f"unknown loss {stage.loss!r}")
-    found = _compared(chosen, rejected)
+    metrics = _pair_metrics(chosen, rejected)
     if pairs.reference_chosen is not None and pairs.reference_rejected is not None:
         drift = pairs.chosen - pairs.reference_chosen + pairs.rejected - pairs.reference_rejected
-        found["drift"] = lax.stop_gradient(drift / 2)
-    return loss, found
+        metrics["drift"] = lax.stop_gradient(drift / 2)
+    return loss, metrics
 
 
 def kto_losses(
-    stage: Kto, log_prob: Array, reference: Array, desirable: Array, kl: Array
-) -> tuple[Array, dict[str, Array]]:
-    """Compute the loss of each answer (KTO, arXiv:2402.01306, section 4), and its reward.
+    stage: Kto,
+    log_prob: Answers,
+    reference: Answers,
+    desirable: Bool[Array, "*answers"],
+    kl: Float[Array, ""],
+) -> tuple[Answers, dict[str, Array]]:
+    """Compute the loss of each answer, and its reward.
 
-    That is `weight * (1 - sigmoid(s (r - beta kl)))` with `r = beta log(pi / pi_ref)`, `s` 1 for
-    a desirable answer and -1 for another. `log_prob` and `reference` are summed over the tokens
-    of an answer, in nats; `desirable` is bool; the scalar `kl` is at least 0, in nats, and like
-    `reference` carries no gradient. Metrics: `chosen_reward` of the desirable answers and
-    `rejected_reward` of the others, each 0 on the rest: sums to divide by the number of either.
+    The loss is `weight * (1 - sigmoid(s (r - beta kl)))` with `r = beta log(pi / pi_ref)`, `s` 1
+    for a desirable answer and -1 for another.
+
+    Args:
+      stage: `beta`, and the weights of desirable and other answers.
+      log_prob: Summed over the tokens of each answer, in nats, `[answers]`.
+      reference: The same by the reference; carries no gradient.
+      desirable: Whether an answer is good, `[answers]`.
+      kl: Divergence from the reference, in nats, at least 0; carries no gradient.
+
+    Returns:
+      Losses `[answers]`, and the metrics `chosen_reward` of the desirable answers and
+      `rejected_reward` of the others, each 0 on the rest: sums to divide by the number of either.
+
+    References:
+      KTO, arXiv:2402.01306, section 4.
+
     """
     reward = stage.beta * (log_prob - lax.stop_gradient(reference))
     above = reward - stage.beta * lax.stop_gradient(kl)
@@ -114,20 +146,33 @@ def kto_losses(
 
 
 def bradley_terry(
-    chosen: Array, rejected: Array, margin: Array | None = None, centring: float = 0.0
-) -> tuple[Array, dict[str, Array]]:
+    chosen: Answers, rejected: Answers, margin: Answers | None = None, centring: float = 0.0
+) -> tuple[Answers, dict[str, Array]]:
     """Compute the loss of each pair from the scores of its answers, and the metrics of each.
 
-    That is `-log sigmoid(chosen - rejected - margin)` (arXiv:2203.02155, equation 1; the margin
-    of the labels as in Llama 2, arXiv:2307.09288, equation 2), and `centring` times the square of
-    the sum of both scores (arXiv:2312.09244). Metrics as of `pair_losses`.
+    The loss is `-log sigmoid(chosen - rejected - margin)`, and `centring` times the square of the
+    sum of both scores.
+
+    Args:
+      chosen: Scores of the better answers, `[pairs]`.
+      rejected: Scores of the worse ones, `[pairs]`.
+      margin: How far apart the labels put them, `[pairs]`; 0 if None.
+      centring: Weight of the term that keeps scores around 0.
+
+    Returns:
+      Losses and the metrics of `pair_losses`, `[pairs]`.
+
+    References:
+      arXiv:2203.02155, equation 1. The margin: Llama 2, arXiv:2307.09288, equation 2. The
+      centring: arXiv:2312.09244.
+
     """
     ahead = chosen - rejected
     loss = -jax.nn.log_sigmoid(ahead if margin is None else ahead - margin)
-    return loss + centring * jnp.square(chosen + rejected), _compared(chosen, rejected)
+    return loss + centring * jnp.square(chosen + rejected), _pair_metrics(chosen, rejected)
 
 
-def log_odds(log_prob: Array) -> Array:
+def log_odds(log_prob: Answers) -> Answers:
     """Compute `log(p / (1 - p))` from `log p`, in nats, up to 16.6 where `p` is 1 to float32.
 
     `log(1 - p)` is taken as `log(-expm1(log p))`, which near `p = 1` keeps the difference that
@@ -137,7 +182,9 @@ def log_odds(log_prob: Array) -> Array:
     return log_prob - jnp.log(-jnp.expm1(log_prob))
 
 
-def _rewards(stage: Preference, log_prob: Array, tokens: Array, reference: Array | None) -> Array:
+def _rewards(
+    stage: Preference, log_prob: Answers, tokens: Array, reference: Answers | None
+) -> Answers:
     odds = stage.loss == "odds_ratio"
     if not stage.reference_free and not odds:
         if reference is None:
@@ -148,7 +195,7 @@ def _rewards(stage: Preference, log_prob: Array, tokens: Array, reference: Array
     return log_odds(log_prob) if odds else stage.beta * log_prob
 
 
-def _compared(chosen: Array, rejected: Array) -> dict[str, Array]:
+def _pair_metrics(chosen: Answers, rejected: Answers) -> dict[str, Array]:
     chosen, rejected = lax.stop_gradient((chosen, rejected))
     return {
         "accuracy": (1 + jnp.sign(chosen - rejected)) / 2,

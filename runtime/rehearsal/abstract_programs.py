@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from tunelang.runtime.generation.engine import Request, abstract_slots, make_eng
 from tunelang.runtime.generation.engine_sizes import sampling_layout, slot_count
 from tunelang.runtime.generation.slot_queue import PREFILL
 from tunelang.runtime.generation.token_sampling import slot_settings
-from tunelang.runtime.models.layers import DTYPES
+from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.objectives.answer_scores import segment_program
 from tunelang.runtime.rewards.learned_scorer import SCORED_TOKENS
 from tunelang.runtime.sharding import HOST, Layout, jit, shardings
@@ -47,10 +47,10 @@ from tunelang.runtime.stages.ppo import learner_of
 from tunelang.runtime.stages.sample import CHUNK as CHUNK_OF_SAMPLES
 from tunelang.runtime.stages.supervised import compiled, objective_of
 from tunelang.runtime.training.objective import Batch, loss_program
+from tunelang.runtime.training.offload import moved_to
 from tunelang.runtime.training.optimizers import (
     build_optimizer,
     learning_rate,
-    moved_to,
 )
 from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.training.train_state import (
@@ -188,7 +188,7 @@ def _lowered(
     changing, kept = split_state(state)
     apart = len(_offloaded(state, config)) > 1
 
-    def moved(state: TrainState, where: str) -> TrainState:
+    def moved(state: TrainState, where: Literal["Host", "Device"]) -> TrainState:
         def one(leaf: Any) -> Any:
             return moved_to(leaf, where) if leaf.shape else leaf
 

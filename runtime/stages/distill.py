@@ -27,6 +27,7 @@ from tunelang.runtime.generation.slot_queue import power_of_two
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import OBJECTIVE_PARAMS, abstract_decoder
+from tunelang.runtime.models.primitives import parameter
 from tunelang.runtime.objectives.distill_losses import (
     attention_transfer,
     divergence,
@@ -71,7 +72,7 @@ class DistillObjective(Objective):
         else:
             key = jax.random.key(0)
             value = jax.random.normal(key, (layers, width, wide)) * width**-0.5
-        leaf = nnx.Param(value, out_sharding=("layers", "embed", None), eager_sharding=False)
+        leaf = parameter(value, "layers", "embed", None)
         return nnx.from_flat_state([((OBJECTIVE_PARAMS, "projection"), leaf)])
 
     def whole(self, models: Models, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +99,7 @@ class DistillObjective(Objective):
             teacher = nnx.merge(graph, jax.lax.stop_gradient(models.aux_params))
         if transfers:
             given = batch.tokens, batch.segments, batch.positions
-            traced = partial(Decoder.traced, layout=program.layout, remat=program.remat)
+            traced = partial(Decoder.run_with_maps, layout=program.layout, remat=program.remat)
             hidden, routed, maps, states = traced(student, *given, keys)
             known, _, teacher_maps, teacher_states = traced(teacher, *given)
         else:

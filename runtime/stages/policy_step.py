@@ -24,7 +24,7 @@ from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.policy_stages import Policy
 from tunelang.dsl.vocabulary.training import Critic
 from tunelang.runtime.generation.episodes import Episodes
-from tunelang.runtime.models.decoder import RESIDUAL, Decoder, scored
+from tunelang.runtime.models.decoder import RESIDUAL, Decoder, score_hidden
 from tunelang.runtime.models.parameters import abstract_decoder, merge_params
 from tunelang.runtime.objectives import gae, policy_gradient
 from tunelang.runtime.objectives.policy_gradient import Completions, Totals
@@ -205,7 +205,7 @@ def policy_step(
         total, totals = policy_gradient.objective(policy, completions)
         if head is not None:
             assert critic is not None
-            found = scored(hidden, head["score"][...])
+            found = score_hidden(hidden, head["score"][...])
             more, valued = _value_loss(policy, critic.settings, found, batch)
             total += critic.settings.weight * more
             totals = _beside(totals, valued)

@@ -27,7 +27,9 @@ def accumulate(
 
     def differentiated(part: Any) -> tuple[jax.Array, Any, Any]:
         value, pull, extra = jax.vjp(lambda params: loss(params, part), params, has_aux=True)
-        # Nothing of the way back is begun on the way there, such as copies of frozen weights.
+        # No part of the backward pass starts before the loss is known, such as copies of frozen
+        # weights: 55.1 -> 39.2 GiB of LoRA of llama-3.1-70b on 8 of 7x (2026-11, "Backward pass
+        # after the loss" in benchmarks/RESULTS.md). Delete when a rehearsal without it peaks there.
         value, pull = jax.lax.optimization_barrier((value, pull))
         (gradient,) = pull(jnp.ones_like(value))
         return value, extra, gradient

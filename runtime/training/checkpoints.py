@@ -17,12 +17,11 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax import nnx
 from typing_extensions import override
 
 from tunelang.dsl.diagnostics.tune_error import FailureText
 from tunelang.dsl.messages import run_failures
-from tunelang.runtime.sharding import is_variable
+from tunelang.runtime.models.parameters import arrays_by_path, with_arrays
 from tunelang.runtime.store.atomic_files import StoreError, read_json, write_json
 from tunelang.runtime.store.run_store import StageFolder
 
@@ -38,28 +37,6 @@ class CheckpointError(StoreError):
     @override
     def text(self, stage: str) -> FailureText:
         return run_failures.checkpoint_failed(self.action, self.path, self.reason, stage)
-
-
-def flat(tree: Any) -> dict[str, Any]:
-    """Return the arrays of a tree by their paths: `blocks.attention.query`."""
-    found: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        found[name] = leaf.get_value() if is_variable(leaf) else leaf
-    # An optimizer that leaves a parameter alone has an empty node in its place.
-    return {name: leaf for name, leaf in found.items() if hasattr(leaf, "shape")}
-
-
-def unflat(tree: Any, arrays: dict[str, Any]) -> Any:
-    """Return the tree with the arrays that `flat` gave in place of its own."""
-
-    def put(path: Any, leaf: Any) -> Any:
-        array = arrays.get(jax.tree_util.keystr(path, simple=True, separator="."))
-        if array is None:
-            return leaf
-        return leaf.replace(array) if isinstance(leaf, nnx.Variable) else array
-
-    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_variable)
 
 
 class Checkpoints:
@@ -79,9 +56,9 @@ class Checkpoints:
 
         Only the last two stay. Raises `CheckpointError`, also for the one before.
         """
-        items = {"params": ocp.args.StandardSave(flat(params))}
+        items = {"params": ocp.args.StandardSave(arrays_by_path(params))}
         if state is not None:
-            items["state"] = ocp.args.StandardSave(flat(state))
+            items["state"] = ocp.args.StandardSave(arrays_by_path(state))
             items["progress"] = ocp.args.JsonSave(progress or {})
         self.wait()
         with _told("write", self.folder.checkpoints / str(step)):
@@ -124,7 +101,11 @@ class Checkpoints:
         with _told("read", path):
             _check_sizes(path)
             found = self._writer.restore(path, wanted)
-            return unflat(params, found.params), unflat(state, found.state), found.progress
+            return (
+                with_arrays(params, found.params),
+                with_arrays(state, found.state),
+                found.progress,
+            )
 
     def close(self) -> None:
         """End the thread that writes."""
@@ -140,7 +121,7 @@ def load_params(path: Path, params: Any) -> Any:
     with _told("read", path), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
         _check_sizes(path)
         wanted = ocp.args.Composite(params=ocp.args.StandardRestore(_shaped(params)))
-        return unflat(params, reader.restore(path, wanted).params)
+        return with_arrays(params, reader.restore(path, wanted).params)
 
 
 def _silence_orbax() -> None:
@@ -171,7 +152,7 @@ def _check_sizes(path: Path) -> None:
 def _shaped(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for name, leaf in flat(tree).items()
+        for name, leaf in arrays_by_path(tree).items()
     }
 
 

@@ -212,6 +212,8 @@ def with_head(
     if split.parts == 1:
         return split(hidden), copied(own)
 
+    # The barrier: 30.1 -> 26.2 GiB of llama-3.1-70b on 64 v5p (2026-11, "Order of gradients" in
+    # benchmarks/RESULTS.md). Delete when a rehearsal without it has this peak.
     @jax.custom_vjp
     def through(hidden: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
         return hidden, copied(own)
@@ -243,6 +245,8 @@ def pick(values: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(chosen, values, 0.0), axis=-1)
 
 
+# Logits are computed once, not again in the backward pass: three products with the head instead of
+# four (not measured by itself). Delete when JAX can differentiate the body of a scan as it goes.
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _chunked_cross_entropy(
     hidden: jax.Array,

@@ -11,7 +11,7 @@ from flax import nnx
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.models.decoder import Decoder
-from tunelang.runtime.models.layers import balance_loss
+from tunelang.runtime.models.moe import balance_loss
 from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.sharding import jit
 from tunelang.runtime.training.cross_entropy import cross_entropy, custom_loss
@@ -146,8 +146,8 @@ def balance(
 def hidden_states(
     decoder: Decoder, batch: Batch, keys: jax.Array | None, config: StepConfig
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-    """See `Decoder.routed`."""
-    return decoder.routed(
+    """Return the hidden states of a batch, and the routing of experts."""
+    return decoder(
         batch.tokens,
         segments=batch.segments,
         positions=batch.positions,

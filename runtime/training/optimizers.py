@@ -15,9 +15,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import Array
+from jaxtyping import Float, PyTree
 
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Lion, Muon, Optimizer, Sgd
 from tunelang.runtime.sharding import Axes, is_variable, logical_axes
+from tunelang.runtime.training.offload import offload
 from tunelang.runtime.user_functions import Custom
 
 STACKED = frozenset({"layers", "expert"})
@@ -33,7 +36,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
 """AdamW's own defaults, for the part of Muon that is AdamW."""
 
-Schedule = Callable[[Any], jax.Array]
+Integer = int | jax.Array
+Schedule = Callable[[Integer], jax.Array]
 
 
 def sides(axes: Axes) -> list[int]:
@@ -61,7 +65,7 @@ def learning_rate(optimizer: Optimizer, steps: int, peak: float | None = None) -
     warmup = round(optimizer.warmup.value * steps) if share else int(optimizer.warmup.value)
     falling = max(steps - warmup, 1)
 
-    def rate(step: Any) -> jax.Array:
+    def rate(step: Integer) -> jax.Array:
         now = jnp.asarray(step, jnp.float32)
         rise = jnp.minimum((now + 1) / max(warmup, 1), 1.0)
         progress = jnp.clip((now - warmup) / falling, 0.0, 1.0)
@@ -121,140 +125,38 @@ def build_optimizer(
             rule = _muon(optimizer, steps)
         case _:
             raise ValueError(f"unknown optimizer {optimizer!r}")
-    return optax.chain(clip, _streamed(rule) if offloaded else rule)
+    return optax.chain(clip, offload(rule) if offloaded else rule)
 
 
-def _streamed(rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Make the updates of a rule whose moments lie in the memory of the host: those of one
-    parameter after another, of stacked ones layer by layer, come to the device and go back.
-
-    The state is that of the rule, which has to treat each parameter by itself.
-    """
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        gradients, structure = jax.tree.flatten(updates, is_leaf=is_variable)
-        values = jax.tree.leaves(params, is_leaf=is_variable)
-        changes: list[Any] = []
-        states: list[Any] = []
-
-        def is_moments(node: Any) -> bool:
-            found: Any = jax.tree.structure(node, is_leaf=is_variable)
-            return bool(found == structure)
-
-        def of_one(node: Any) -> Any:
-            if not is_moments(node):
-                return node
-            return [jax.tree.leaves(node, is_leaf=is_variable)[len(changes)]]
-
-        def of_all(node: Any, *each: Any) -> Any:
-            if not is_moments(node):
-                return each[-1]
-            return jax.tree.unflatten(structure, [one for (one,) in each])
-
-        for gradient, value in zip(gradients, values, strict=True):
-            own = jax.tree.map(of_one, state, is_leaf=is_moments)
-            if changes:  # not before the last one is done
-                own, _ = jax.lax.optimization_barrier((own, changes[-1]))
-            stacked = logical_axes(gradient)[:1] == ("layers",)
-            change, new = (_by_layer if stacked else _at_once)(rule, gradient, own, value)
-            changes.append(change)
-            states.append(new)
-        kept = jax.tree.map(of_all, state, *states, is_leaf=is_moments)
-        return jax.tree.unflatten(structure, changes), kept
-
-    return optax.GradientTransformation(rule.init, update)
-
-
-def _at_once(
-    rule: optax.GradientTransformation, gradient: Any, own: Any, value: Any
-) -> tuple[Any, Any]:
-    """Return the update of a parameter, and its state: lists hold what lies at the host."""
-    (change,), new = rule.update([gradient], moved_to(own, "Device"), [value])
-    return change, jax.tree.map(_to_host, new, is_leaf=_is_list)
-
-
-def _by_layer(
-    rule: optax.GradientTransformation, gradient: Any, own: Any, value: Any
-) -> tuple[Any, Any]:
-    """As `_at_once`, for what is stacked along its first axis."""
-
-    def body(at: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
-        change, held = carry
-
-        def layer(node: nnx.Variable[Any]) -> Any:
-            array = node.get_value()
-            if not isinstance(array, optax.MaskedNode):
-                array = jax.lax.dynamic_index_in_dim(array, at, keepdims=False)
-            return node.replace(array, out_sharding=logical_axes(node)[1:])
-
-        def put(node: nnx.Variable[Any], part: nnx.Variable[Any]) -> Any:
-            if isinstance(node.get_value(), optax.MaskedNode):
-                return node
-            array = jax.lax.dynamic_update_index_in_dim(node.get_value(), part.get_value(), at, 0)
-            return node.replace(array)
-
-        def taken(node: Any, now: Any) -> Any:  # counts are those of the whole update
-            return [layer(now[0])] if _is_list(node) else node
-
-        def given(now: Any, part: Any) -> Any:
-            return [put(now[0], _to_host(part)[0])] if _is_list(now) else part
-
-        parts = jax.tree.map(taken, own, held, is_leaf=_is_list)
-        one, new = rule.update([layer(change)], moved_to(parts, "Device"), [layer(value)])
-        return put(change, one[0]), jax.tree.map(given, held, new, is_leaf=_is_list)
-
-    layers = gradient.get_value().shape[0]
-    found: tuple[Any, Any] = jax.lax.fori_loop(0, layers, body, (gradient, own))
-    return found
-
-
-def _is_list(node: Any) -> bool:
-    return isinstance(node, list)
-
-
-def _to_host(node: Any) -> Any:
-    return moved_to(node, "Host") if _is_list(node) else node
-
-
-def moved_to(tree: Any, where: str) -> Any:
-    """Move the arrays of a tree within a program: to the memory of the `Host`, or of a `Device`."""
-    space: Any = getattr(jax.memory.Space, where)
-    return jax.tree.map(lambda array: jax.device_put(array, space), tree)
-
-
-def _map_variables(function: Callable[..., Any], *trees: Any) -> Any:
+def _map_variables(function: Callable[..., Any], *trees: PyTree) -> PyTree:
     """Apply `function(axes, *arrays)` to each parameter and what belongs to it."""
 
-    def one(variable: nnx.Variable[Any], *others: nnx.Variable[Any]) -> nnx.Variable[Any]:
+    def apply(
+        variable: nnx.Variable[jax.Array], *others: nnx.Variable[jax.Array]
+    ) -> nnx.Variable[jax.Array]:
         arrays = [each.get_value() for each in (variable, *others)]
         if isinstance(arrays[0], optax.MaskedNode):
             return variable
         return variable.replace(function(logical_axes(variable), *arrays))
 
-    return jax.tree.map(one, *trees, is_leaf=is_variable)
+    return jax.tree.map(apply, *trees, is_leaf=is_variable)
 
 
 def _decay(rate: float) -> optax.GradientTransformation:
     """Add `rate` times the parameter to the update of each matrix."""
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        def one(axes: Axes, change: jax.Array, value: jax.Array) -> jax.Array:
-            return change + rate * value if is_matrix(axes) else change
-
-        return _map_variables(one, updates, params), state
-
     if rate == 0.0:
         return optax.identity()
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+    def decay(axes: Axes, change: jax.Array, value: jax.Array) -> jax.Array:
+        return change + rate * value if is_matrix(axes) else change
+
+    return optax.stateless(lambda updates, params: _map_variables(decay, updates, params))
 
 
 def _muon(optimizer: Muon, steps: int) -> optax.GradientTransformation:
-    def labels(params: Any) -> Any:
-        def one(axes: Axes, _: Any) -> str:
-            hidden = is_matrix(axes) and not _TABLES.intersection(axes)
-            return "muon" if hidden else "adam"
-
-        return _map_variables(one, params)
+    def rule_of(axes: Axes, _: jax.Array) -> str:
+        hidden = is_matrix(axes) and not _TABLES.intersection(axes)
+        return "muon" if hidden else "adam"
 
     orthogonal = optax.chain(
         _scale_by_muon(optimizer.momentum, optimizer.iterations),
@@ -266,45 +168,49 @@ def _muon(optimizer: Muon, steps: int) -> optax.GradientTransformation:
         _decay(optimizer.weight_decay),
         optax.scale_by_learning_rate(learning_rate(optimizer, steps, optimizer.adam_lr)),
     )
-    return optax.partition({"muon": orthogonal, "adam": adam}, labels)
+    return optax.partition(
+        {"muon": orthogonal, "adam": adam}, lambda params: _map_variables(rule_of, params)
+    )
 
 
 def _scale_by_muon(momentum: float, iterations: int) -> optax.GradientTransformation:
-    """Orthogonalised Nesterov momentum (Jordan et al. 2024, "Muon").
+    """Orthogonalise Nesterov momentum (Jordan et al. 2024, "Muon").
 
     With `m = momentum * m + (1 - momentum) * g`, the update is the orthogonalised
     `momentum * m + (1 - momentum) * g`, times `sqrt(max(1, outputs / inputs))`.
+
+    `optax.contrib.scale_by_muon` (optax 0.2.8) is not the same: it corrects `m` and `g` for their
+    bias by different counts, so that early updates have other directions than in Jordan's code (a
+    tenth apart in the second, a hundredth in the twentieth); and it reshapes stacked axes into one,
+    which would gather experts that devices split.
     """
 
-    def init(params: Any) -> Any:
-        return jax.tree.map(jnp.zeros_like, params)
+    def average(old: jax.Array, new: jax.Array) -> jax.Array:
+        return momentum * old + (1 - momentum) * new
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def orthogonal(axes: Axes, array: jax.Array) -> jax.Array:
+        inputs, outputs = sides(axes)
+        stacked = array.shape[: array.ndim - inputs - outputs]
+        rows = math.prod(array.shape[len(stacked) : array.ndim - outputs])
+        matrix = array.reshape(*stacked, rows, -1)
+        scale: float = max(1.0, matrix.shape[-1] / rows) ** 0.5
+        return (scale * orthogonalise(matrix, iterations)).reshape(array.shape)
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
         del params
-
-        def average(old: jax.Array, new: jax.Array) -> jax.Array:
-            return momentum * old + (1 - momentum) * new
-
         state = jax.tree.map(average, state, updates)
         ahead = jax.tree.map(average, state, updates)
+        return _map_variables(orthogonal, ahead), state
 
-        def one(axes: Axes, array: jax.Array) -> jax.Array:
-            inputs, outputs = sides(axes)
-            stacked = array.shape[: array.ndim - inputs - outputs]
-            rows = math.prod(array.shape[len(stacked) : array.ndim - outputs])
-            matrix = array.reshape(*stacked, rows, -1)
-            columns = matrix.shape[-1]
-            scale = max(1.0, columns / rows) ** 0.5
-            change: jax.Array = scale * orthogonalise(matrix, iterations)
-            return change.reshape(array.shape)
-
-        return _map_variables(one, ahead), state
-
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(optax.tree.zeros_like, update)
 
 
-def orthogonalise(matrix: jax.Array, iterations: int) -> jax.Array:
-    """`U @ V.T` of the singular value decomposition of `[..., rows, columns]`, roughly.
+def orthogonalise(
+    matrix: Float[Array, "*stacked rows columns"], iterations: int
+) -> Float[Array, "*stacked rows columns"]:
+    """Return roughly `U @ V.T` of the singular value decomposition of matrices.
 
     The Newton-Schulz iteration of Jordan et al. 2024: five iterations bring singular values to
     between 0.7 and 1.2.

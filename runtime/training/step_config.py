@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from tunelang.compiler.layout.stage_layout import Remat
 from tunelang.runtime.models.attention import Kernel
-from tunelang.runtime.models.decoder import Remat
 from tunelang.runtime.sharding import Layout
 
 
@@ -17,7 +17,7 @@ class StepConfig:
     """What a training program is made from, beside the architecture: how and where it runs."""
 
     layout: Layout
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     """Of activations."""
     micro_batches: int = 1
     """Parts that a batch is gone through in, one after another."""

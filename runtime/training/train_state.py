@@ -157,7 +157,7 @@ def _fresh(
     extra: Any = nnx.State({}),  # noqa: B008 - it is empty and stays so
 ) -> TrainState:
     decoder = Decoder(architecture, nnx.Rngs(jax.random.key(seed)), config.dtype)
-    decoder.measure()
+    decoder.set_magnitudes()
     params, frozen = split_trainable(architecture, nnx.state(decoder, nnx.Param))
     params = merge_params(params, extra)
     zero, one = jnp.zeros((), jnp.int32), jnp.float32(1.0)

@@ -74,7 +74,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
     graph, _ = abstract_decoder(architecture, jnp.float32)
     decoder = nnx.merge(graph, merge_params(own, frozen))
-    logits = decoder.logits(decoder(jnp.asarray(tokens)))
+    logits = decoder.logits(decoder(jnp.asarray(tokens))[0])
     np.testing.assert_allclose(logits, result.logits.detach().numpy(), atol=1e-4)
 
     batch = Batch(jnp.asarray(tokens, jnp.int32), jnp.ones(tokens.shape, bool))

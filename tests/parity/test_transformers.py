@@ -15,7 +15,9 @@ from safetensors.numpy import save_file
 
 from tunelang.compiler.models.families import architecture_of
 from tunelang.runtime.models import pretrained
-from tunelang.runtime.models.decoder import Decoder, empty_cache, insert
+from tunelang.runtime.models.decode_step import decode_step, decode_weights
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.kv_cache import empty_cache, insert
 from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.objective import Batch, summed_loss
@@ -157,7 +159,7 @@ def test_logits_and_weights(case: str, tmp_path: Path) -> None:
     params = pretrained.load(tmp_path, architecture, make_layout())
     graph, _ = abstract_decoder(architecture, jnp.float32)
     decoder = nnx.merge(graph, params)
-    found = decoder.logits(decoder(jnp.asarray(tokens)))
+    found = decoder.logits(decoder(jnp.asarray(tokens))[0])
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
     back = tmp_path / "back"
@@ -221,7 +223,7 @@ def test_padded_packed_and_cached(case: str, tmp_path: Path) -> None:
     @jax.jit
     def step(params: Any, token: Any, cache: Any) -> Any:
         decoder = nnx.merge(graph, params)
-        hidden, cache = decoder.step(token, cache, decoder.unstacked())
+        hidden, cache = decode_step(decoder, token, cache, decode_weights(decoder))
         return decoder.logits(hidden), cache
 
     np.testing.assert_allclose(decoder.logits(hidden), expected[:, prompt - 1], atol=1e-4)

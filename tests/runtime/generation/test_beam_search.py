@@ -74,7 +74,7 @@ def test_enough_beams_find_the_best_of_all_completions(name):
     @jax.jit
     def whole(tokens):
         decoder = nnx.merge(graph, params)
-        return jax.nn.log_softmax(decoder.logits(decoder(tokens)))
+        return jax.nn.log_softmax(decoder.logits(decoder(tokens)[0]))
 
     made = make_search(architecture, prompts=2, beams=vocabulary**depth, capacity=CAPACITY)
     asked = prompts((6, 2), vocabulary)
@@ -152,7 +152,7 @@ def test_more_beams_find_no_worse():
 def test_adapters_are_those_merged():
     architecture = adapted(FAMILIES["llama"], LORA, ALL)
     decoder = random_decoder(architecture)
-    merged = decoder.merged()
+    merged = decoder.merge_adapters()
     live = search(architecture, nnx.split(decoder)[1], returned=2)
     equal(live, search(merged.architecture, nnx.split(merged)[1], returned=2))
 

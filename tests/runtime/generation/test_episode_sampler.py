@@ -103,7 +103,7 @@ def whole_pass(model):
         @jax.jit
         def run(params, tokens):
             decoder = nnx.merge(graph, params)
-            return decoder.logits(decoder(tokens))
+            return decoder.logits(decoder(tokens)[0])
 
         def logits(ids):
             padded = np.zeros((1, CAPACITY), np.int32)

@@ -11,7 +11,9 @@ from flax import nnx
 from tests.runtime import reference
 from tests.runtime.architectures import FAMILIES, LLAMA
 from tunelang.compiler.models.parameter_counts import parameter_count
-from tunelang.runtime.models.decoder import KEYS, VALUES, Cache, Decoder, empty_cache, insert
+from tunelang.runtime.models.decode_step import decode_step, decode_weights
+from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.kv_cache import KEYS, VALUES, Cache, empty_cache, insert
 from tunelang.runtime.sharding import make_layout, shardings
 
 LENGTH = 10
@@ -44,7 +46,7 @@ def tokens():
 def logits(graph, params, tokens, **given):
     def run(params, tokens, given):
         decoder = nnx.merge(graph, params)
-        return decoder.logits(decoder(tokens, **given))
+        return decoder.logits(decoder(tokens, **given)[0])
 
     return jax.jit(run)(params, tokens, given)
 
@@ -71,7 +73,7 @@ def test_every_parameter_gets_a_gradient_at_the_start(tokens, name):
     def gradient(params):
         def loss(params):
             decoder = nnx.merge(graph, params)
-            logp = jax.nn.log_softmax(decoder.logits(decoder(tokens[:, :-1])))
+            logp = jax.nn.log_softmax(decoder.logits(decoder(tokens[:, :-1])[0]))
             return -jnp.mean(jnp.take_along_axis(logp, tokens[:, 1:, None], -1))
 
         return jax.grad(loss)(params)
@@ -115,7 +117,7 @@ def test_cached_decoding_equals_the_whole_forward_pass(made, tokens, name):
     @jax.jit
     def step(params, tokens, cache):
         decoder = nnx.merge(graph, params)
-        hidden, cache = decoder.step(tokens, cache, decoder.unstacked())
+        hidden, cache = decode_step(decoder, tokens, cache, decode_weights(decoder))
         return decoder.logits(hidden), cache
 
     first, cache = prefill(params, tokens[:, :5], lengths)
@@ -136,8 +138,8 @@ def test_continuations_of_a_shared_prompt_are_those_of_whole_sequences(made, nam
     graph, params = made(name)
     a, rng = FAMILIES[name], np.random.default_rng(0)
     lengths, length = [4, 2, 3], 5
-    prompts = rng.integers(0, a.vocabulary, (3, 4))
-    completions = rng.integers(0, a.vocabulary, (3, 2, length))
+    prompts = jnp.asarray(rng.integers(0, a.vocabulary, (3, 4)))
+    completions = jnp.asarray(rng.integers(0, a.vocabulary, (3, 2, length)))
     weights = rng.standard_normal((3, 2, length, a.width)).astype(np.float32)
 
     @jax.jit
@@ -151,7 +153,7 @@ def test_continuations_of_a_shared_prompt_are_those_of_whole_sequences(made, nam
         rows = []
         for prompt, count, group in zip(prompts, lengths, completions, strict=True):
             for own in group:
-                hidden = decoder(np.concatenate([prompt[:count], own])[None])
+                hidden, _ = decoder(jnp.concatenate([prompt[:count], own])[None])
                 rows.append(hidden[0, count - 1 : -1])
         found = jnp.stack(rows).reshape(weights.shape)
         return jnp.sum(found * weights), found
@@ -187,7 +189,7 @@ def test_decoding_on_a_mesh_writes_the_cache_in_place(made, tokens):
     cache = insert(
         empty_cache(decoder.architecture, 2, 512, jnp.float32), prompts, *2 * [jnp.arange(2)]
     )
-    expected, _ = decoder.step(tokens[:, 4], cache, decoder.unstacked())
+    expected, _ = decode_step(decoder, tokens[:, 4], cache, decode_weights(decoder))
     held = Cache(
         tuple(layout.sharding(KEYS, each.shape) for each in cache.keys),
         tuple(layout.sharding(VALUES, each.shape) for each in cache.values),
@@ -196,7 +198,7 @@ def test_decoding_on_a_mesh_writes_the_cache_in_place(made, tokens):
 
     def step(params, tokens, cache):
         decoder = nnx.merge(graph, params)
-        return decoder.step(tokens, cache, decoder.unstacked(), layout=layout)
+        return decode_step(decoder, tokens, cache, decode_weights(decoder), layout=layout)
 
     program = jax.jit(
         step, in_shardings=(places, None, held), out_shardings=(None, held), donate_argnums=2
@@ -244,11 +246,11 @@ def test_dropout_belongs_to_the_row():
     decoder = Decoder(replace(LLAMA, dropout=0.5), nnx.Rngs(0))
     tokens = jnp.tile(jnp.arange(6), (3, 1))
     keys = jax.random.split(jax.random.key(0), 3)
-    dropped = decoder(tokens, dropout_keys=keys)
+    dropped, _ = decoder(tokens, dropout_keys=keys)
     assert not np.allclose(dropped[0], dropped[1])
-    assert not np.allclose(dropped[0], decoder(tokens)[0])
+    assert not np.allclose(dropped[0], decoder(tokens)[0][0])
     np.testing.assert_allclose(
-        decoder(tokens[:1], dropout_keys=keys[1:2])[0], dropped[1], atol=1e-5
+        decoder(tokens[:1], dropout_keys=keys[1:2])[0][0], dropped[1], atol=1e-5
     )
 
 

@@ -56,7 +56,7 @@ def random_decoder(architecture, dtype=jnp.float32):
 
 
 def logits(decoder):
-    run = nnx.jit(lambda decoder, tokens: decoder.logits(decoder(tokens)))
+    run = nnx.jit(lambda decoder, tokens: decoder.logits(decoder(tokens)[0]))
     return run(decoder, jnp.asarray(TOKENS))
 
 
@@ -74,7 +74,7 @@ def test_a_fresh_adapter_changes_nothing(family):
     flat = dict(nnx.to_flat_state(params))
     own = nnx.state(decoder)
     nnx.update(decoder, nnx.map_state(lambda path, each: flat.get(path, each), own))
-    decoder.measure()
+    decoder.set_magnitudes()
     np.testing.assert_allclose(logits(decoder), logits(nnx.merge(graph, params)), atol=2e-5)
 
 
@@ -90,7 +90,7 @@ def test_a_fresh_adapter_changes_nothing(family):
 )
 def test_merged_is_live(family, chain, storage):
     decoder = random_decoder(adapted(FAMILIES[family], *CHAINS[chain], storage=storage))
-    merged = decoder.merged()
+    merged = decoder.merge_adapters()
     assert merged.architecture == plain(decoder.architecture)
     np.testing.assert_allclose(logits(merged), logits(decoder), atol=2e-4)
     fresh = Decoder(plain(decoder.architecture), nnx.Rngs(0))

@@ -15,7 +15,7 @@ from tests.runtime.training.test_train_step import ADAMW, make_batch, same
 from tunelang.compiler.models.architecture import Mixture
 from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.runtime.models.decoder import Decoder
-from tunelang.runtime.models.layers import MixtureOfExperts, balance_loss
+from tunelang.runtime.models.moe import MixtureOfExperts, balance_loss
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
@@ -92,7 +92,7 @@ def test_the_router_learns_balance():
     graph, params = nnx.split(decoder)
 
     def loss(params):
-        _, routed = nnx.merge(graph, params).routed(jnp.arange(24).reshape(2, 12) % 40)
+        _, routed = nnx.merge(graph, params)(jnp.arange(24).reshape(2, 12) % 40)
         return balance_loss(*routed, jnp.ones((2, 12), bool))
 
     gradient = jax.grad(loss)(params)

@@ -9,10 +9,9 @@ import pytest
 
 from tests.runtime.architectures import FAMILIES
 from tunelang.dsl.vocabulary.training import Dare, Linear, Slerp, Ties
-from tunelang.runtime.models.parameters import abstract_decoder
+from tunelang.runtime.models.parameters import abstract_decoder, arrays_by_path
 from tunelang.runtime.models.weight_merging import merged
 from tunelang.runtime.sharding import make_layout, shardings
-from tunelang.runtime.training.checkpoints import flat
 
 METHODS = {
     "linear": Linear.unvalidated(weights=(2.0, 1.0)),
@@ -39,7 +38,7 @@ BASE, ONE, OTHER, THIRD = (tree(seed) for seed in range(4))
 def apart(model) -> dict[str, np.ndarray]:
     """The tensors of a model in float64, each layer's of its own."""
     found = {}
-    for name, leaf in flat(model).items():
+    for name, leaf in arrays_by_path(model).items():
         array = np.asarray(leaf, np.float64)
         if name.startswith("blocks."):
             found |= {f"{name}.{layer}": each for layer, each in enumerate(array)}
@@ -204,7 +203,7 @@ def test_all_of_the_first(method):
 def test_the_dtype_is_that_of_the_first_model(method):
     models = [tree(1, jnp.bfloat16), OTHER]
     found = merged(method, models, BASE, 0)
-    assert {leaf.dtype for leaf in flat(found).values()} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in arrays_by_path(found).values()} == {jnp.dtype(jnp.bfloat16)}
     in_float32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), models[0])
     same(found, apart(merged(method, [in_float32, OTHER], BASE, 0)), tolerance=2**-8)
 
@@ -232,8 +231,8 @@ def test_a_decoder():
     models = [filled(1.0), filled(4.0)]
     found = merged(Linear.unvalidated(weights=(2.0, 1.0)), models, None, 0)
     assert jax.tree.structure(found) == jax.tree.structure(models[0])
-    for name, leaf in flat(found).items():
-        assert leaf.sharding == flat(models[0])[name].sharding, name
+    for name, leaf in arrays_by_path(found).items():
+        assert leaf.sharding == arrays_by_path(models[0])[name].sharding, name
         np.testing.assert_allclose(leaf, 2.0)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Lion, Muon, Sgd
-from tunelang.runtime.models.layers import parameter
+from tunelang.runtime.models.primitives import parameter
 from tunelang.runtime.training.optimizers import (
     NEWTON_SCHULZ,
     build_optimizer,
