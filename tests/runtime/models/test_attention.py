@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tunelang.runtime.models.attention import (
-    _beside,
+    _attend_branches,
     cached_attention,
     plain_attention,
     self_attention,
@@ -150,7 +150,7 @@ def test_branches_attend_at_once():
         )
 
     def beside(query, key, value, segments):
-        return _beside(query, key, value, segments, plain)
+        return _attend_branches(query, key, value, segments, plain)
 
     found = {}
     for name, attend in (("plain", plain), ("beside", beside)):
