@@ -120,7 +120,7 @@ def _elsewhere(name: str, owner: Owner) -> str | None:
             for word, function in FUNCTIONS.items():
                 if function.family == attribute.type.family and name in function.model_fields:
                     call = f"{attribute.name} = {word}({name} = ...)"
-                    return f"it belongs to `{attribute.name}`: `{call}`"
+                    return f"it is an argument of `{attribute.name}`: `{call}`"
     for noun in (owner.noun, *KINDS):
         for word, info in KINDS.get(noun, {}).items():
             if name in info.attributes:
@@ -236,7 +236,7 @@ def unknown_type(span: Span, names: list[str]) -> Diagnostic:
     )
     return error(
         "unknown-type",
-        f"{quoted(word)} is no type",
+        f"{quoted(word)} is not a type",
         span,
         help=help,
         fix=Edit(span, near) if near else (),

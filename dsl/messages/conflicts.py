@@ -43,9 +43,7 @@ def heads(span: Span, count: int, size: int, key: bool) -> Diagnostic:
 
 def too_many_active(span: Span, active: int, count: int) -> Diagnostic:
     """More active experts than there are."""
-    return error(
-        "out-of-range", "more experts are active than there are", span, f"{active} of {count}"
-    )
+    return error("out-of-range", "more active experts than experts", span, f"{active} of {count}")
 
 
 def unknown_topology(span: Span, text: str, known: Mapping[str, Sequence[str]]) -> Diagnostic:
@@ -70,7 +68,7 @@ def mesh_size(span: Span, size: int, devices: int, hardware: Declared) -> Diagno
     """A pinned mesh that is not the size of the hardware."""
     return error(
         "mesh-does-not-fit",
-        f"this mesh is for {size} devices, `{hardware.name}` has {devices}",
+        f"this mesh has {size} devices, and `{hardware.name}` has {devices}",
         span,
         seconds=[Label(hardware.span, f"{devices} devices")] if hardware.span else [],
     )
@@ -164,7 +162,7 @@ def never_evaluated(span: Span, length: Measure) -> Diagnostic:
         f"the stage ends after {_measure(length)}, before this",
         span,
         severity="warning",
-        help="evaluations at the start and the end are made anyway",
+        help="evaluations at the start and the end are not affected",
     )
 
 
@@ -199,7 +197,7 @@ def greedy_samples(span: Span, samples: int) -> Diagnostic:
         "greedy-rollout",
         "at temperature 0 all samples of a prompt are the same",
         span,
-        f"{samples} times the same",
+        f"{samples} equal samples",
         help="set a `temperature`, such as 0.7",
     )
 
@@ -208,9 +206,9 @@ def reference_without_kl(span: Span) -> Diagnostic:
     """A reference that nothing measures from."""
     return error(
         "no-effect",
-        "a `reference` without `kl` does nothing",
+        "a `reference` without `kl` has no effect",
         span,
-        help="add `kl = k3(0.04)`, or take it out",
+        help="add `kl = k3(0.04)`, or remove it",
         severity="warning",
     )
 
@@ -219,7 +217,7 @@ def overlong_buffer(span: Span, buffer: int, limit: int, where: Span) -> Diagnos
     """A penalty that starts below zero tokens."""
     return error(
         "out-of-range",
-        "the penalty starts before the completion does",
+        "the penalty would start before the first token",
         span,
         f"{buffer:,} tokens",
         seconds=[Label(where, f"a completion has at most {limit:,}")],
@@ -230,11 +228,11 @@ def constant_reward(span: Span) -> Diagnostic:
     """A reward that no completion changes."""
     return error(
         "constant-reward",
-        "no part of this reward looks at the completion",
+        "no part of this reward depends on the completion",
         span,
-        "the same for a whole group",
+        "the same for the whole group",
         severity="warning",
-        help='read it in a template: `exact("{completion}", "{target}")`',
+        help='use it in a template: `exact("{completion}", "{target}")`',
     )
 
 
@@ -279,12 +277,12 @@ def trains_on_eval(span: Span, measured: Declared, path: str) -> Diagnostic:
     """The eval's data is the training data."""
     return error(
         "trains-on-eval",
-        f"`{measured.name}` measures on rows that this stage trains on",
+        f"`{measured.name}` is measured on rows that this stage trains on",
         span,
         f"both read `{path}`",
         severity="warning",
         seconds=[Label(measured.span, "the eval")] if measured.span else [],
-        help="hold some out: `math.split(test = 5%)`, then `.train` and `.test`",
+        help="hold out a part: `math.split(test = 5%)`, then `.train` and `.test`",
     )
 
 
@@ -292,7 +290,7 @@ def adapter_of_random(span: Span, model: Declared) -> Diagnostic:
     """An adapter on weights that nothing has trained."""
     return error(
         "adapter-of-random",
-        f"the weights of `{model.name}` are random: an adapter would leave them so",
+        f"the weights of `{model.name}` are random, and an adapter would leave them random",
         span,
         help="train all weights first, in a stage without `adapter`",
     )
@@ -302,9 +300,9 @@ def nothing_to_continue(span: Span, start: Declared) -> Diagnostic:
     """`continued` behind what has no adapter."""
     return error(
         "nothing-to-continue",
-        f"`{start.name}` has no adapter to train on",
+        f"`{start.name}` has no adapter to continue",
         span,
-        help="begin one: `adapter = lora(rank = 16)`",
+        help="start one: `adapter = lora(rank = 16)`",
     )
 
 
@@ -339,13 +337,13 @@ def yields_other(span: Span, stage: Declared, wanted: Sequence[str]) -> Diagnost
         "figures": "only measures",
     }[stage.branches[0].value.yields]
     what, help = {
-        "model": ("model", "start from a stage that trains or merges one"),
-        "scores": ("reward model", "train one: `stage judge : reward_model { ... }`"),
-        "rows": ("rows", "name a `sample` stage"),
+        "model": ("a model", "start from a stage that trains or merges a model"),
+        "scores": ("a reward model", "train one: `stage judge : reward_model { ... }`"),
+        "rows": ("rows of data", "use a `sample` stage"),
     }[wanted[0]]
     return error(
         "yields-something-else",
-        f"`{stage.name}` yields no {what}: {article(stage.kind or '')} stage {does}",
+        f"`{stage.name}` is not {what}: {article(stage.kind or '')} stage {does}",
         span,
         seconds=[Label(stage.span, "declared here")] if stage.span else [],
         help=help,
@@ -378,11 +376,11 @@ def no_winner(span: Span, stage: Declared, where: Span) -> Diagnostic:
     branches = f"{len(stage.branches)} branches" if stage.fans_out else "several branches"
     return error(
         "fan-out-without-winner",
-        f"`{stage.name}` has {branches}: which one goes on?",
+        f"`{stage.name}` has {branches}: which one is used?",
         span,
         "this needs one model",
         seconds=[Label(where, f"fans out into {branches}")],
-        help=f"say in `{stage.name}` which: `keep = best(METRIC)`, `lowest(METRIC)`, or `all`",
+        help=f"choose one in `{stage.name}`: `keep = best(METRIC)`, `lowest(METRIC)`, or `all`",
     )
 
 
@@ -393,7 +391,7 @@ def keep_without_each(span: Span) -> Diagnostic:
         "`keep` chooses among branches, and this stage has one",
         span,
         severity="warning",
-        help="fan out with `each(a, b)`, or take `keep` out",
+        help="fan out with `each(a, b)`, or remove `keep`",
     )
 
 

@@ -40,7 +40,7 @@ def stray_character(span: Span) -> Diagnostic:
     if character == ";":
         return error(
             "unexpected-character",
-            "a line ends without `;`",
+            "lines do not end with `;`",
             span,
             "not needed",
             fix=Edit(span, ""),
@@ -59,7 +59,7 @@ def stray_character(span: Span) -> Diagnostic:
         name = unicodedata.name(character).lower()
     except ValueError:
         name = "a control character"
-    return error("unexpected-character", f"`{shown}` means nothing here", span, name)
+    return error("unexpected-character", f"`{shown}` has no meaning here", span, name)
 
 
 def unclosed_text(span: Span) -> Diagnostic:
@@ -71,7 +71,7 @@ def unclosed_text(span: Span) -> Diagnostic:
         "this text is not closed on its line",
         span,
         'no `"` follows',
-        help='text over several lines stands between `"""` and `"""`',
+        help='text of several lines is written between `"""` and `"""`',
     )
 
 
@@ -81,7 +81,7 @@ def other_quotes(span: Span) -> Diagnostic:
     single = span.text[0] == "'"
     code = "single-quotes" if single else "unexpected-character"
     title = (
-        "text stands in double quotes" if single else f'`{span.text[0]}` is not the character `"`'
+        "text must be in double quotes" if single else f'`{span.text[0]}` is not the character `"`'
     )
     return error(code, title, span, fix=Edit(span, f'"{body}"'))
 
@@ -92,7 +92,7 @@ def unknown_escape(span: Span, escape: str) -> Diagnostic:
     place = Span(span.source, span.start + max(at, 0), span.start + max(at, 0) + len(escape))
     return error(
         "unknown-escape",
-        f"`{escape}` is no escape",
+        f"`{escape}` is not an escape",
         place,
         help='escapes are `\\n`, `\\t`, `\\r`, `\\"`, `\\\\` and `\\u`'
         " with four hexadecimal digits",
@@ -122,7 +122,7 @@ def unknown_unit(span: Span, word: str) -> Diagnostic:
         named = f"{parts.group(1)}% * {parts.group(3)}"
         return error(
             "unknown-unit",
-            f"a share is multiplied: `{named}`",
+            f"a share is written as a product: `{named}`",
             span,
             "`*` is missing",
             fix=Edit(span, named),
@@ -133,7 +133,7 @@ def unknown_unit(span: Span, word: str) -> Diagnostic:
         fixed = f"{parts.group(1)}{gap}{unit}"
         return error(
             "unknown-unit",
-            f"`{word}` is no unit",
+            f"`{word}` is not a unit",
             span,
             help=f"write `{fixed}`" if word != "K" else "thousands are `k`, 1,024s are `Ki`",
             fix=Edit(span, fixed),
@@ -150,7 +150,7 @@ def unknown_unit(span: Span, word: str) -> Diagnostic:
         f" {listed(list(BYTES))}, {listed(list(SECONDS))}"
     )
     fix = Edit(Span(span.source, place.start, place.start + len(word)), near) if near else ()
-    return error("unknown-unit", f"`{word}` is no unit", place, help=help, fix=fix)
+    return error("unknown-unit", f"`{word}` is not a unit", place, help=help, fix=fix)
 
 
 def number_too_large(span: Span) -> Diagnostic:
@@ -174,7 +174,7 @@ def unopened_bracket(span: Span) -> Diagnostic:
     mark = span.text
     return error(
         "unopened-bracket",
-        f"this {_NAMES[mark]} closes nothing",
+        f"this {_NAMES[mark]} has no opening partner",
         span,
         f"no `{_PARTNER[mark]}` is open",
         fix=Edit(span, ""),
@@ -191,7 +191,7 @@ def nested_declaration(span: Span) -> Diagnostic:
     """A declaration inside the block of another."""
     return error(
         "nested-block",
-        "declarations stand side by side, not inside a block",
+        "declarations cannot be inside a block",
         span,
         help="move it out, and refer to it by its name",
     )

@@ -59,13 +59,13 @@ def unknown_noun(
     if meant is None:
         return error(
             "unknown-noun",
-            f"{quoted(word)} is no noun",
+            f"{quoted(word)} is not a noun of the language",
             span,
             help=f"the nouns are {listed(nouns)}",
         )
     return error(
         "unknown-noun",
-        f"{quoted(word)} is no noun",
+        f"{quoted(word)} is not a noun of the language",
         span,
         help=f"did you mean `{meant}`?",
         fix=Edit(span, meant),
@@ -77,7 +77,7 @@ def unknown_kind(
 ) -> Diagnostic:
     """`stage s : stf`."""
     noun, word = item.noun.text, kind.text
-    title = f"{quoted(word)} is no kind of {noun}"
+    title = f"{quoted(word)} is not a kind of {noun}"
     own = list(kinds.get(noun, {}))
     if not own:
         return error(
@@ -101,7 +101,7 @@ def unknown_kind(
             "unknown-kind",
             title,
             kind.span,
-            help=f"here it is called `{meant}`",
+            help=f"it is called `{meant}` here",
             fix=Edit(kind.span, meant),
         )
     help = choose(word, own, "the kinds are") or f"the kinds of {noun} are {listed(own)}"
@@ -113,7 +113,7 @@ def needs_kind(item: nodes.Declaration, kinds: Mapping[str, KindInfo]) -> Diagno
     noun, name = item.noun.text, item.name.text
     return error(
         "missing-kind",
-        f"{article(noun)} is declared with its kind",
+        f"{article(noun)} needs a kind",
         item.name.span,
         help=f"write `{noun} {name} : KIND {{ ... }}`; the kinds are {listed(list(kinds))}",
     )
@@ -123,7 +123,7 @@ def name_taken(span: Span, taken: NamedDeclaration) -> Diagnostic:
     """A name is declared twice."""
     return error(
         "name-taken",
-        f"{quoted(taken.local_name)} is declared already",
+        f"{quoted(taken.local_name)} is already declared",
         span,
         "declared again",
         seconds=[Label(taken.span, f"first declared here, as {article(taken.noun)}")],
@@ -153,9 +153,9 @@ def cycle(symbols: Sequence[NamedDeclaration], spans: Sequence[Span]) -> Diagnos
     if len(symbols) == 1:
         title = f"{what}`{names[0]}` uses itself"
     elif len(symbols) <= 5:
-        title = f"{what}{listed(names)} wait for one another"
+        title = f"{what}{listed(names)} depend on each other"
     else:
-        title = f"{len(symbols)} declarations wait for one another"
+        title = f"{len(symbols)} declarations depend on each other"
     seconds = [
         Label(span, f"`{names[at]}` uses `{names[(at + 1) % len(names)]}`")
         for at, span in enumerate(spans[:6])
@@ -167,7 +167,7 @@ def cycle(symbols: Sequence[NamedDeclaration], spans: Sequence[Span]) -> Diagnos
         seconds[0].span,
         seconds[0].text,
         seconds=seconds[1:],
-        notes=[f"the path: {shown}"],
+        notes=[f"the cycle: {shown}"],
     )
 
 
@@ -176,7 +176,7 @@ def second_run(span: Span, first: Span) -> Diagnostic:
     head = Span(span.source, span.start, span.start + 3)
     return error(
         "name-taken",
-        "a spec has one `run` block",
+        "a spec can have only one `run` block",
         head,
         "the second",
         seconds=[Label(Span(first.source, first.start, first.start + 3), "the first")],
@@ -204,9 +204,9 @@ def import_cycle(span: Span, names: Sequence[str]) -> Diagnostic:
     """Files that import one another."""
     return error(
         "import-cycle",
-        "this import leads back to its own file",
+        "this import leads back to this file",
         span,
-        notes=[f"the path: {' → '.join(names)}"],
+        notes=[f"the cycle: {' → '.join(names)}"],
     )
 
 
@@ -232,14 +232,16 @@ def run_in_import(span: Span) -> Diagnostic:
         "the `run` block of an imported file does not apply",
         Span(span.source, span.start, span.start + 3),
         severity="warning",
-        help="the importing file's own `run` block holds",
+        help="the `run` block of the importing file applies",
     )
 
 
 def nameless_parameter(span: Span, params: list[str]) -> Diagnostic:
     """`import ... with (1)`."""
     help = f"its parameters are {listed(params)}" if params else "it declares no `param`"
-    return error("needs-name", "an import sets parameters by name", span, "which one?", help=help)
+    return error(
+        "needs-name", "parameters of an import must be named", span, "which one?", help=help
+    )
 
 
 def unknown_parameter(span: Span, name: str, params: list[str]) -> Diagnostic:
@@ -278,21 +280,25 @@ def unknown_name(span: Span, name: str, names: list[str], want: types.Type) -> D
             "unknown-name",
             title,
             span,
-            help=f'a field stands in braces, in quotes: `"{{{name}}}"`',
+            help=f'a field is written in braces and quotes: `"{{{name}}}"`',
             fix=Edit(span, f'"{{{name}}}"'),
         )
     if isinstance(want, types.Text | types.Path):
-        return error("unknown-name", title, span, help=f'text stands in quotes: `"{name}"`')
+        return error("unknown-name", title, span, help=f'text is written in quotes: `"{name}"`')
     if name in NOUNS:
         return error(
             "unknown-name",
             title,
             span,
-            help=f"what is declared is called by its name alone, without `{name}.`",
+            help=f"refer to a declaration by its name alone, without `{name}.`",
         )
     if value in ("true", "false", "none"):
         return error(
-            "unknown-name", title, span, help=f"here it is written `{value}`", fix=Edit(span, value)
+            "unknown-name",
+            title,
+            span,
+            help=f"in a spec it is written `{value}`",
+            fix=Edit(span, value),
         )
     if name in FUNCTIONS:
         example = f"{name}(...)"
@@ -321,7 +327,7 @@ def wrong_noun(
     wanted = " or ".join(article(noun) for noun in nouns)
     return error(
         "wrong-noun",
-        f"{owner} wants {wanted}, not {article(symbol.noun)}",
+        f"{owner} must be {wanted}, not {article(symbol.noun)}",
         span,
         f"`{symbol.name}` is {article(symbol.noun)}",
         seconds=[Label(symbol.span, f"declared as {article(symbol.noun)} here")],
@@ -337,7 +343,11 @@ def unknown_function(span: Span, name: str, near: list[str], every: list[str]) -
         return error("unknown-function", title, span, help=foreign.ADVICE[name])
     if meant is not None:
         return error(
-            "unknown-function", title, span, help=f"here it is `{meant}`", fix=Edit(span, meant)
+            "unknown-function",
+            title,
+            span,
+            help=f"it is called `{meant}` here",
+            fix=Edit(span, meant),
         )
     help = choose(name, near, "functions that fit here are") or choose(name, every, "")
     return error("unknown-function", title, span, help=help, fix=replace_fix(span, name, near))
@@ -403,7 +413,7 @@ def override_needs_quotes(span: Span, path: str) -> Diagnostic:
     text = span.text.strip().strip("'")
     return error(
         "bad-override",
-        "text stands in quotes, and the shell takes one pair away",
+        "text must be in quotes, and the shell removes one pair",
         span,
         help=f"write `--set '{path}=\"{text}\"'`",
     )
@@ -415,7 +425,7 @@ def unknown_override(span: Span, path: str, noun: str, names: list[str]) -> Diag
     help = choose(last, names, "there is")
     if help is None and noun == "param":
         help = "an attribute is set by noun and name: `stage.baseline.batch`"
-    return error("bad-override", f"there is no {noun} {quoted(last)} to set", span, help=help)
+    return error("bad-override", f"there is no {noun} {quoted(last)}", span, help=help)
 
 
 def override_needs_noun(span: Span, symbol: NamedDeclaration, rest: list[str]) -> Diagnostic:

@@ -57,7 +57,7 @@ def _near(name: str, path: Path, beside: Sequence[str]) -> str | None:
         near = same[0] if same else None
     if near is not None:
         return f"did you mean `{Path(name).with_name(near)}`?"
-    return f"the folder holds {listed(list(beside))}" if 0 < len(beside) <= SHORT_LIST else None
+    return f"the folder contains {listed(list(beside))}" if 0 < len(beside) <= SHORT_LIST else None
 
 
 def not_a_file(span: Span, name: str, path: Path) -> Diagnostic:
@@ -67,7 +67,7 @@ def not_a_file(span: Span, name: str, path: Path) -> Diagnostic:
         "missing-file",
         f"{quoted(name, 60)} is a folder",
         span,
-        help=f"it holds {listed(inside)}" if inside else None,
+        help=f"it contains {listed(inside)}" if inside else None,
     )
 
 
@@ -143,9 +143,9 @@ def constant_template(span: Span, role: str) -> Diagnostic:
     doubled = "{{" in span.text
     return error(
         "bad-template",
-        f"every row would have the same {role}: this names no field",
+        f"every row would have the same {role}: no field is named",
         span,
-        help="a field has single braces; doubled ones are text"
+        help="a field has single braces; doubled braces are text"
         if doubled
         else "such as `{question}`",
     )
@@ -153,7 +153,7 @@ def constant_template(span: Span, role: str) -> Diagnostic:
 
 def instructions_lack(span: Span, name: str) -> Diagnostic:
     """A rubric's instructions without what is judged."""
-    return error("bad-template", f"these instructions lack `{{{name}}}`", span)
+    return error("bad-template", f"these instructions do not contain `{{{name}}}`", span)
 
 
 # Rewards.
@@ -163,7 +163,7 @@ def needs_procedural(span: Span, source: str, used: Use) -> Diagnostic:
     """`verified()` over data that no generator made."""
     return error(
         "needs-procedural",
-        f"`verified()` cannot score `{source}`: no generator made it",
+        f"`verified()` cannot score `{source}`, which is not from a generator",
         span,
         seconds=_seconds(used),
         help="give each source its own reward: `by_source(a = verified(), b = ...)`",
@@ -174,7 +174,7 @@ def unknown_source(span: Span, name: str, names: list[str], used: Use) -> Diagno
     """`by_source` names what is not in the mixture."""
     return error(
         "unknown-source",
-        f"{quoted(name)} is no source of this data",
+        f"{quoted(name)} is not a source of this data",
         span,
         seconds=_seconds(used),
         help=choose(name, names, "its sources are"),
@@ -186,7 +186,7 @@ def source_without_reward(span: Span, names: list[str], used: Use) -> Diagnostic
     """`by_source` leaves a source of the mixture out."""
     return error(
         "unknown-source",
-        f"{listed(names)} would get no reward",
+        f"{listed(names)} would have no reward",
         span,
         seconds=_seconds(used),
         help=f"add `{names[0]} = ...`",
@@ -205,11 +205,10 @@ def awaited_function(span: Span, name: str) -> Diagnostic:
     """`async def`, or a generator."""
     return error(
         "python-function",
-        f"calling {quoted(name, 50)} gives no value",
+        f"calling {quoted(name, 50)} does not return a value",
         span,
-        "it is `async`, or it yields",
-        help="what stands here is an ordinary function that returns; rewards run side by side in"
-        " processes",
+        "it is `async` or a generator",
+        help="use an ordinary function; rewards already run in parallel processes",
     )
 
 
@@ -231,7 +230,7 @@ def unknown_parameter_field(
     """A parameter of a reward that no field fills."""
     return error(
         "python-function",
-        f"nothing fills the parameter `{parameter}` of {quoted(name, 40)}",
+        f"no value for the parameter `{parameter}` of {quoted(name, 40)}",
         span,
         seconds=_seconds(used),
         notes=[f"there is {listed(known)}"],
@@ -243,7 +242,7 @@ def unfilled_parameter(span: Span, name: str, parameter: str, given: list[str]) 
     """A parameter of a function that it is not given."""
     return error(
         "python-function",
-        f"nothing fills the parameter `{parameter}` of {quoted(name, 40)}",
+        f"no value for the parameter `{parameter}` of {quoted(name, 40)}",
         span,
         notes=[f"there is {listed(given)}"] if given else [],
         help="give it a default" if given else f"`settings = settings({parameter} = ...)`",
@@ -258,8 +257,8 @@ def unknown_argument_of(span: Span, name: str, function: str, known: list[str]) 
 
 def only_of_rewards(span: Span, name: str) -> Diagnostic:
     """`timeout` of a function that is part of a compiled program."""
-    title = f"`{name}` has no meaning here"
-    label = "the function becomes part of the compiled step"
+    title = f"`{name}` has no effect here"
+    label = "the function is compiled into the step"
     return error("python-function", title, span, label, help=f"leave `{name}` out")
 
 

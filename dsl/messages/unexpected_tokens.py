@@ -70,7 +70,7 @@ class _Misfit:
         if kinds == ["NAME", "NAME"] and self.kind == "$END":
             return error(
                 "unexpected-token",
-                f"`{first.text} {self.tokens[1].text}` is no whole declaration",
+                f"`{first.text} {self.tokens[1].text}` is not a complete declaration",
                 first.span.to(self.tokens[1].span),
                 help=_FORMS,
             )
@@ -115,12 +115,12 @@ class _Misfit:
         """What stands where the name of a declaration does, or between it and its kind or block."""
         first, types = self.tokens[0], [token.type for token in self.tokens]
         if first.text == "import" and self.kind == "NAME" and self.at == 1:
-            return error("unexpected-token", "the path of an import stands in quotes", self.span)
+            return error("unexpected-token", "the path of an import must be in quotes", self.span)
         if self.at == 1 and self.kind == "TEXT":
             name = re.sub(r"\W", "_", self.span.text.strip("\"'"))
             return error(
                 "unexpected-token",
-                "names stand without quotes",
+                "names are written without quotes",
                 self.span,
                 fix=Edit(self.span, name) if name.isidentifier() else (),
             )
@@ -140,13 +140,16 @@ class _Misfit:
         ):
             equals = self.tokens[2].span
             return error(
-                "colon-for-equals", "a kind stands behind `:`", equals, fix=Edit(equals, ":")
+                "colon-for-equals", "a kind is written after `:`", equals, fix=Edit(equals, ":")
             )
         if types[:5] == ["NAME", "NAME", "COLON", "NAME", "EQUALS"] and self.at == 5:
             if self.kind == "LBRACE":
                 equals = self.tokens[4].span
                 return error(
-                    "unexpected-token", "no `=` in front of a block", equals, fix=Edit(equals, "")
+                    "unexpected-token",
+                    "there is no `=` before a block",
+                    equals,
+                    fix=Edit(equals, ""),
                 )
         return None
 
@@ -175,7 +178,7 @@ class _Misfit:
                 "colon-for-equals",
                 f"`{self.before.text}` is set with `=`",
                 span,
-                "a colon goes between a name and its kind",
+                "a colon is written between a name and its kind",
                 fix=Edit(span, spaced),
             )
         return None
@@ -241,7 +244,7 @@ class _Misfit:
         if self.kind in _KEYWORDS and named:
             return error(
                 "unexpected-token",
-                f"`{self.span.text}` is a word of the language",
+                f"`{self.span.text}` is a keyword",
                 self.span,
                 "it cannot be a name",
             )
@@ -260,7 +263,7 @@ class _Misfit:
                 "unexpected-token",
                 f"a line cannot start with `{self.span.text}`",
                 self.span,
-                help="an expression goes on over a line end inside `( )`, or after an operator",
+                help="an expression continues on the next line inside `( )`, or after an operator",
             )
         return None
 
@@ -269,7 +272,7 @@ class _Misfit:
             if self.kind == "DOT":
                 return error(
                     "unexpected-token",
-                    f"settings of `{self.before.text}` stand inside its call",
+                    f"settings of `{self.before.text}` are arguments of its call",
                     self.span,
                     help=f"write `{self.before.text} = NAME(... = ...)`",
                 )
@@ -294,7 +297,7 @@ class _Misfit:
             if self.type_at(1) in OPERAND_ENDS:
                 return error(
                     "unexpected-token",
-                    "two values stand side by side",
+                    "two values without an operator between them",
                     self.span,
                     "an operator or a line end is missing before this",
                 )

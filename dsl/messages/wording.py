@@ -19,7 +19,7 @@ from tunelang.dsl.vocabulary.base import (
 from tunelang.dsl.vocabulary.raw_values import RegexValue, Word
 
 SHORT_LIST = 8
-KNOWN_AFTER = "what a run measures is known only after the run, so it cannot be a setting"
+KNOWN_AFTER = "a measured value is known only after the run, so it cannot be a setting"
 _LONGEST_COMPARED = 60
 
 

@@ -45,7 +45,7 @@ def wrong_type(
     text = want.describe()
     short = text.split(", such as")[0].split(": a name")[0]
     if len(short) <= 45:
-        title, label = f"{owner} wants {short}", f"this is {got}"
+        title, label = f"{owner} must be {short}", f"this is {got}"
     else:
         title, label = f"{owner} does not take {got}", ""
         notes.append(f"it takes {text}")
@@ -141,7 +141,10 @@ def unknown_choice(
 def quoted_choice(span: Span, word: str) -> Diagnostic:
     """`decay = "cosine"`."""
     return error(
-        "quoted-choice", f"the choice `{word}` stands without quotes", span, fix=Edit(span, word)
+        "quoted-choice",
+        f"the choice `{word}` is written without quotes",
+        span,
+        fix=Edit(span, word),
     )
 
 
@@ -153,7 +156,7 @@ def wrong_operand(span: Span, operator: str, values: Sequence[object]) -> Diagno
     described = " and ".join(dict.fromkeys(describe(value) for value in values))
     help = None
     if any(isinstance(value, DataExpression) for value in values):
-        help = "data is mixed with percentages: `80% * a + 20% * b`"
+        help = "mix data with percentages: `80% * a + 20% * b`"
     return error("wrong-operand", f"`{operator}` does not take {described}", span, help=help)
 
 
@@ -171,12 +174,12 @@ def division_by_zero(span: Span) -> Diagnostic:
 
 def weight_not_percent(span: Span, weight: Quantity) -> Diagnostic:
     """`0.8 * a` over data."""
-    help = "data is mixed with percentages: `80% * a + 20% * b`"
+    help = "mix data with percentages: `80% * a + 20% * b`"
     if weight.dimension is None and 0 < weight.value <= 1:
         help = f"write {units.show(float(weight.value), '%')}"
     return error(
         "bad-weights",
-        "the share of data in a mixture is a percentage",
+        "the share of data in a mixture must be a percentage",
         span,
         f"{weight} is not",
         help=help,
@@ -197,7 +200,7 @@ def weights(span: Span, shares: Sequence[float]) -> Diagnostic:
 
 def mixture_without_weights(span: Span, count: int, some: bool) -> Diagnostic:
     """`a + b` over data."""
-    title = "each part of a mixture needs its share" if some else "a mixture needs shares"
+    title = "each part of a mixture needs a share" if some else "a mixture needs shares"
     share = units.show(round(1 / count, 4), "%")
     example = " + ".join(f"{share} * {name}" for name in ("a", "b", "c", "d")[: min(count, 4)])
     return error(
@@ -210,9 +213,9 @@ def split_needs_part(span: Span, split: data.Split) -> Diagnostic:
     parts = [*split.parts, "train"]
     return error(
         "split-needs-part",
-        "a split is several parts: name one",
+        "a split has several parts: name one",
         span,
-        help=f"write {listed(['.' + part for part in parts], 'or')} behind it",
+        help=f"write {listed(['.' + part for part in parts], 'or')} after it",
     )
 
 
@@ -221,9 +224,9 @@ def split_too_large(span: Span, parts: Mapping[str, float]) -> Diagnostic:
     if "train" in parts:
         return error(
             "out-of-range",
-            "`train` is what the other parts leave over",
+            "`train` is the remainder of the other parts",
             span,
-            help="name only the others",
+            help="name only the other parts",
         )
     total = units.show(round(sum(parts.values()), 12), "%")
     return error(
@@ -238,9 +241,9 @@ def lone_brace(span: Span, brace: str) -> Diagnostic:
     """`{` without `}`."""
     return error(
         "bad-template",
-        f"`{brace}` has no partner in this template",
+        f"`{brace}` is not closed in this template",
         span,
-        help=f"a field is `{{name}}`; a brace itself is `{brace * 2}`",
+        help=f"a field is `{{name}}`; a literal brace is `{brace * 2}`",
     )
 
 
@@ -252,10 +255,10 @@ def bad_field_name(span: Span, name: str) -> Diagnostic:
     shown = f"`{field}`" if len(name) < 40 else "this"
     dotted = re.sub(r"\[[\"']?(\w+)[\"']?\]", r".\1", name)
     if dotted != name:
-        help = f"parts of a field go with dots: `{{{dotted}}}`"
+        help = f"parts of a field are written with dots: `{{{dotted}}}`"
     else:
-        help = "a field is a name: `{question}`; a brace itself is `{{`"
-    return error("bad-template", f"{shown} names no field", place, help=help)
+        help = "a field is a name: `{question}`; a literal brace is `{{`"
+    return error("bad-template", f"{shown} does not name a field", place, help=help)
 
 
 def bad_regex(span: Span, at: int | None, what: str) -> Diagnostic:
@@ -283,7 +286,7 @@ def bad_python_reference(span: Span, text: str) -> Diagnostic:
     if "." in text and ":" not in text and not text.endswith(".py"):
         module, _, function = text.rpartition(".")
         help = f"write the file and the function: `{module.replace('.', '/')}.py:{function}`"
-    return error("wrong-type", "this names no Python function", span, help=help)
+    return error("wrong-type", "this does not name a Python function", span, help=help)
 
 
 def not_a_condition(span: Span) -> Diagnostic:
@@ -299,7 +302,10 @@ def not_a_condition(span: Span) -> Diagnostic:
 def not_a_metric(span: Span) -> Diagnostic:
     """`best(1)`."""
     return error(
-        "wrong-type", "a metric is named", span, help="such as `best(accuracy)` or `lowest(loss)`"
+        "wrong-type",
+        "a metric must be a name",
+        span,
+        help="such as `best(accuracy)` or `lowest(loss)`",
     )
 
 
@@ -312,14 +318,14 @@ def each_outside(span: Span) -> Diagnostic:
         "each-outside-stage",
         "only a stage fans out",
         span,
-        "`each` stands outside of a stage",
-        help="move it into the attribute of the stage",
+        "`each` outside of a stage",
+        help="move it into an attribute of a stage",
     )
 
 
 def each_name(span: Span) -> Diagnostic:
     """`each(lr = 1)`."""
-    return error("unknown-attribute", "`each` takes values without names", span)
+    return error("unknown-attribute", "`each` takes values, without names", span)
 
 
 def each_too_few(span: Span, count: int, listed: nodes.ListOf | None) -> Diagnostic:
@@ -327,7 +333,7 @@ def each_too_few(span: Span, count: int, listed: nodes.ListOf | None) -> Diagnos
     if listed is not None:
         plain = f"each({listed.span.text[1:-1].strip()})"
         return error("out-of-range", "`each` takes values, not a list", span, fix=Edit(span, plain))
-    label = "no value" if count == 0 else "one value is no choice"
+    label = "no value" if count == 0 else "only one value"
     return error("out-of-range", "`each` takes two values or more", span, label)
 
 

@@ -75,7 +75,7 @@ def _jsonl(lines: list[str]) -> list[dict[str, object]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             whole = number == 1 and line.lstrip()[:1] in ("[", "{")
-            what = "it is one JSON document, not one object a line" if whole else "it is not JSON"
+            what = "it is one JSON document, not one object per line" if whole else "it is not JSON"
             raise BadFile(what, number) from None
         if not isinstance(row, dict):
             raise BadFile("it is not a JSON object", number)
@@ -87,11 +87,11 @@ def _jsonl(lines: list[str]) -> list[dict[str, object]]:
 
 def _csv(lines: list[str], separator: str) -> list[dict[str, object]]:
     if len(separator) != 1:
-        raise BadFile("a separator is one character", None)
+        raise BadFile("a separator must be one character", None)
     import csv  # only this kind needs it
 
     if lines and lines[0].lstrip().startswith("{") and lines[0].rstrip().endswith("}"):
-        raise BadFile("it holds JSON lines: its kind is `jsonl`", None)
+        raise BadFile("it contains JSON lines: its kind is `jsonl`", None)
     try:
         reader = csv.DictReader(lines[: FIRST_ROWS + 1], delimiter=separator)
         return [{k: v for k, v in row.items() if k is not None} for row in reader]

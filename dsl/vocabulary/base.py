@@ -79,7 +79,7 @@ class DataExpression(Function):
 
 
 class RewardExpression(Function):
-    """A number for each completion."""
+    """A function that gives each completion a number."""
 
     family = "reward"
 

@@ -1,4 +1,4 @@
-"""Functions of the user's own."""
+"""Custom Python functions."""
 
 from typing import Annotated
 
@@ -10,14 +10,13 @@ PIECES = "completion_tokens"
 
 
 class Python(RewardExpression):
-    """A Python function of your own: `python("rewards/mine.py:score")`.
+    """A custom Python function: `python("rewards/mine.py:score")`.
 
-    As a reward it is called once for each completion, in a process of its own, with the fields that
+    As a reward it is called once for each completion, in a separate process, with the fields that
     its parameters name (`completion`, `prompt`, `target`, or any field of the data) and returns a
     number; or a list of numbers, one for each of `completion_tokens`, the texts of its tokens. The
-    reward then is their sum, and PPO credits each token with its own. It may also stand for a loss,
-    an advantage, a schedule or a metric: `tune explain` of the attribute says what it is given
-    there.
+    reward is then their sum, and PPO credits each token with its own. It may also be a loss,
+    an advantage, a schedule or a metric: `tune explain` of the attribute lists its parameters.
     """
 
     word = "python"
@@ -27,10 +26,10 @@ class Python(RewardExpression):
         positional=True,
     )
     timeout: Annotated[float, types.Duration()] = placement(
-        "How long one call may take; rewards and metrics only.", "timeout = 5s", 10.0
+        "Time limit of one call; rewards and metrics only.", "timeout = 5s", 10.0
     )
     on_error: Annotated[float, types.Number()] = result(
-        "The value of a completion for which the function raises, hangs or returns no number;"
+        "The reward of a completion for which the function raises, times out or returns no number;"
         " rewards only.",
         "on_error = -1",
         0.0,

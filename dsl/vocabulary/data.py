@@ -34,12 +34,12 @@ class DataKind(Kind):
     """A source of examples. The roles say which text of a row is the prompt, the response, ..."""
 
     prompt: MaybeTemplate = result(
-        "What the model is given: a template over the fields of a row.",
+        "The prompt: a template over the fields of a row.",
         'prompt = "{question}"',
         None,
     )
     response: MaybeTemplate = result(
-        "What the model should answer; supervised tuning trains on it alone.",
+        "The answer that the model should give; supervised fine-tuning trains on it alone.",
         'response = "{answer}"',
         None,
     )
@@ -49,15 +49,15 @@ class DataKind(Kind):
         None,
     )
     messages: MaybeTemplate = result(
-        "The field with a whole conversation, a list of `role` and `content`.",
+        "The field with a conversation: a list of objects with `role` and `content`.",
         'messages = "{messages}"',
         None,
     )
     system: MaybeTemplate = result(
-        "A system message in front of the prompt.", 'system = "Answer with a number."', None
+        "A system message before the prompt.", 'system = "Answer with a number."', None
     )
     text: MaybeTemplate = result(
-        "Plain text, for pre-training and perplexity: every token is trained.",
+        "Plain text, for pre-training and perplexity: every token counts.",
         'text = "{body}"',
         None,
     )
@@ -73,8 +73,8 @@ class DataKind(Kind):
         None,
     )
     margin: MaybeTemplate = result(
-        "By how much the chosen answer is better: a number that a reward model has to keep between"
-        " the two.",
+        "By how much the chosen answer is better: the margin that a reward model must keep between"
+        " the two scores.",
         'margin = "{gap}"',
         None,
     )
@@ -85,9 +85,9 @@ class DataKind(Kind):
         "drop",
     )
     on_long_row: Annotated[str, types.Choice(LONG_ROW)] = result(
-        "What happens to a row that is longer than the context. `cut` takes tokens off its end;"
-        " `divide` makes several rows of plain text, so that every token is trained once. The"
-        " prompts of a rollout are never cut: `cut` drops them.",
+        "What happens to a row that is longer than the context. `cut` truncates its end;"
+        " `divide` splits plain text into several rows, so that every token is trained on once. The"
+        " prompts of a rollout are never truncated: `cut` drops them.",
         "on_long_row = cut",
         "drop",
     )
@@ -128,13 +128,13 @@ class TextFiles(DataKind):
         "The file, or a list of files read one after another.", 'path = "input.txt"'
     )
     rows: Annotated[str, types.Choice(("file", "line", "paragraph"))] = result(
-        "What makes a row: a whole file, a line, or a paragraph (text between empty lines).",
+        "What one row is: a file, a line, or a paragraph (text between empty lines).",
         "rows = paragraph",
         "file",
     )
     on_long_row: Annotated[str, types.Choice(LONG_ROW)] = result(
-        "What happens to a row that is longer than the context; by default it is divided, so that"
-        " every token is trained once.",
+        "What happens to a row that is longer than the context. By default it is divided, so that"
+        " every token is trained on once.",
         "on_long_row = cut",
         "divide",
     )
@@ -145,7 +145,7 @@ FileData = Jsonl | Parquet | Csv | TextFiles
 
 
 class Settings(Function):
-    """Named settings that are handed on as they are, checked against the generator's own list."""
+    """Named settings that are passed on unchanged, checked against the generator's list."""
 
     family = "settings"
     word = "settings"
@@ -154,27 +154,27 @@ class Settings(Function):
 
 
 class Procedural(DataKind):
-    """Problems that a generator of reasoning-gym makes, with its own verifier.
+    """Problems from a generator of reasoning-gym, which also verifies answers.
 
     The fields are `question`, `answer` and `metadata`, of which `{metadata.name}` is a part.
-    Without roles of its own, the prompt is `{question}`, and the response and the target are
+    Unless roles are set, the prompt is `{question}`, and the response and the target are
     `{answer}`.
     """
 
     task: Words = result("The name of the generator.", 'task = "knights_knaves"')
-    size: Count = result("How many problems to make.", "size = 5k", 1000)
+    size: Count = result("Number of problems to generate.", "size = 5k", 1000)
     seed: Annotated[int, types.Whole(low=0)] = result("The generator's seed.", "seed = 3", 0)
     settings: Annotated[Settings | None, types.Of("settings")] = result(
-        "Settings of the generator, by its own names.", "settings = settings(n_people = 2)", None
+        "Settings of the generator.", "settings = settings(n_people = 2)", None
     )
 
 
 class PythonData(DataKind):
-    """Rows that a Python function of your own makes: `function` is called once, with `settings` by
-    name, and returns something to iterate over, of dicts with the same keys: fields of the rows.
+    """Rows from a custom Python function: `function` is called once, with `settings` by
+    name, and returns an iterable of dicts with equal keys, the fields of the rows.
 
-    The rows are kept in the store's cache, and are made anew where the file or the settings change;
-    what else the function reads is not looked at.
+    The rows are cached in the store, and generated again if the file or the settings change.
+    Changes of other files that the function reads are not noticed.
     """
 
     function: Annotated[str, types.Path("python")] = result(
@@ -191,11 +191,11 @@ class PythonData(DataKind):
 
 
 class Sampled(DataKind):
-    """What a `sample` stage wrote.
+    """The rows that a `sample` stage wrote.
 
     The fields are those of the prompt's own data, `prompt`, `completion`, `target`, `reward` and
     `tokens`; with `pairs`, `chosen` and `rejected` with their rewards in place of the completion.
-    Without roles of its own, these are the roles, and the completion is the response.
+    Unless roles are set, these are the roles, and the completion is the response.
     """
 
     reads = {"from": ("rows",)}
@@ -204,8 +204,8 @@ class Sampled(DataKind):
         "The stage.", "from = tries", alias="from"
     )
     rows: Annotated[str, types.Choice(("completions", "pairs"))] = result(
-        "One row a completion; or one a prompt, with its best completion against its worst, where"
-        " their rewards differ.",
+        "One row for each completion; or one for each prompt, its best completion against its"
+        " worst, if their rewards differ.",
         "rows = pairs",
         "completions",
     )
@@ -237,9 +237,9 @@ class Weighted(DataExpression):
 
 
 class Mixture(DataExpression):
-    """`80% * a + 20% * b`: each batch holds each source in its proportion.
+    """`80% * a + 20% * b`: each batch has examples of each source in its proportion.
 
-    An epoch is as many examples as the sources hold together.
+    An epoch is as many examples as the sources have together.
     """
 
     word = ""
@@ -257,20 +257,20 @@ class Take(DataMethod):
     """The first `count` examples."""
 
     word = "take"
-    count: Count = result("How many examples.", "gsm8k.take(1000)", positional=True)
+    count: Count = result("Number of examples.", "gsm8k.take(1000)", positional=True)
 
 
 class Skip(DataMethod):
-    """All examples but the first `count`."""
+    """All examples except the first `count`."""
 
     word = "skip"
     count: Annotated[int, types.Whole(low=0)] = result(
-        "How many examples.", "gsm8k.skip(1000)", positional=True
+        "Number of examples.", "gsm8k.skip(1000)", positional=True
     )
 
 
 class Shuffle(DataMethod):
-    """The examples in another order, fixed by the seed."""
+    """The examples in a random order, fixed by the seed."""
 
     word = "shuffle"
     seed: Annotated[int, types.Whole(low=0)] = result(
@@ -279,14 +279,14 @@ class Shuffle(DataMethod):
 
 
 class Repeat(DataMethod):
-    """The examples several times over."""
+    """The examples, repeated."""
 
     word = "repeat"
     times: Count = result("How many times.", "gsm8k.repeat(3)", positional=True)
 
 
 class Where(DataMethod):
-    """The examples for which a condition holds. `length` is the example's number of tokens."""
+    """The examples that meet a condition. `length` is the example's number of tokens."""
 
     word = "where"
     condition: Annotated[SerializeAsAny[Condition], types.Of("condition")] = result(
@@ -317,9 +317,9 @@ class Map(DataMethod):
 
 
 class Split(DataMethod):
-    """Parts of the data by name, each a share of it; `train` is what the other parts leave over.
+    """Named parts of the data, each a share of it; `train` is the remainder.
 
-    Which part an example falls into depends on its content alone, so adding rows moves no other
+    The part of an example depends only on its content, so adding rows moves no other
     row from one part to another.
     """
 

@@ -20,49 +20,49 @@ class Foreign:
 
 
 _LR = Foreign(
-    "the learning rate belongs to the optimizer", "optimizer = adamw(lr = {value})", whole=True
+    "the learning rate is an argument of the optimizer",
+    "optimizer = adamw(lr = {value})",
+    whole=True,
 )
 _BATCH = Foreign(
-    "`batch` is what one whole step trains on, over all devices; the plan chooses the micro-batch",
+    "`batch` is the batch of one step, over all devices; the plan chooses the micro-batch",
     "batch = {value} {batch}",
     whole=True,
 )
-_GROUP = Foreign("completions for each prompt are the `group`", "group = {value}", whole=True)
+_GROUP = Foreign(
+    "the number of completions for each prompt is the `group`", "group = {value}", whole=True
+)
 _KL = Foreign("the KL penalty is a term with its coefficient", "kl = k3({value})", whole=True)
-_EPOCHS = Foreign(
-    "the length of a stage states what it counts", "length = {value} epochs", whole=True
-)
-_STEPS = Foreign(
-    "the length of a stage states what it counts", "length = {value} steps", whole=True
-)
+_EPOCHS = Foreign("the length of a stage has a unit", "length = {value} epochs", whole=True)
+_STEPS = Foreign("the length of a stage has a unit", "length = {value} steps", whole=True)
 _MAX_TOKENS = Foreign(
-    "the longest completion belongs to the rollout", "rollout = sampling(max_tokens = {value})",
+    "the completion length is an argument of the rollout", "rollout = sampling(max_tokens = {value})",
     whole=True,
 )  # fmt: skip
 _LORA = Foreign("LoRA is an adapter of a stage", "adapter = lora(rank = 16, alpha = 32)")
 _MODEL = Foreign(
     "a stage starts `from` a model, or from the stage that yields it", "from = {value}", whole=True
 )
-_QUANTIZED = Foreign("frozen weights in fewer bits are an attribute of the model", "weights = nf4")
+_QUANTIZED = Foreign("quantization is an attribute of the model", "weights = nf4")
 
 STAGE: dict[str, Foreign] = {
     "learning_rate": _LR, "lr": _LR, "actor_lr": _LR,
-    "weight_decay": Foreign("weight decay belongs to the optimizer", "optimizer = adamw(lr = 1e-5, weight_decay = {value})"),
-    "warmup_ratio": Foreign("the warm-up belongs to the optimizer", "optimizer = adamw(lr = 1e-5, warmup = 3%)"),
-    "warmup_steps": Foreign("the warm-up belongs to the optimizer", "optimizer = adamw(lr = 1e-5, warmup = {value} steps)"),
-    "lr_scheduler_type": Foreign("the schedule belongs to the optimizer", "optimizer = adamw(lr = 1e-5, decay = cosine)"),
-    "max_grad_norm": Foreign("gradient clipping belongs to the optimizer", "optimizer = adamw(lr = 1e-5, clip_norm = {value})"),
-    "gradient_clipping": Foreign("gradient clipping belongs to the optimizer", "optimizer = adamw(lr = 1e-5, clip_norm = {value})"),
+    "weight_decay": Foreign("weight decay is an argument of the optimizer", "optimizer = adamw(lr = 1e-5, weight_decay = {value})"),
+    "warmup_ratio": Foreign("the warm-up is an argument of the optimizer", "optimizer = adamw(lr = 1e-5, warmup = 3%)"),
+    "warmup_steps": Foreign("the warm-up is an argument of the optimizer", "optimizer = adamw(lr = 1e-5, warmup = {value} steps)"),
+    "lr_scheduler_type": Foreign("the schedule is an argument of the optimizer", "optimizer = adamw(lr = 1e-5, decay = cosine)"),
+    "max_grad_norm": Foreign("gradient clipping is an argument of the optimizer", "optimizer = adamw(lr = 1e-5, clip_norm = {value})"),
+    "gradient_clipping": Foreign("gradient clipping is an argument of the optimizer", "optimizer = adamw(lr = 1e-5, clip_norm = {value})"),
     "num_train_epochs": _EPOCHS, "num_epochs": _EPOCHS, "epochs": _EPOCHS, "n_epochs": _EPOCHS,
     "max_steps": _STEPS, "num_steps": _STEPS, "steps": _STEPS, "num_train_steps": _STEPS,
     "batch_size": _BATCH, "train_batch_size": _BATCH, "global_batch_size": _BATCH,
     "per_device_train_batch_size": Foreign(
-        "`batch` is what one whole step trains on, over all devices; what a device handles at once is"
+        "`batch` is the batch of one step, over all devices; what a device processes at once is"
         " the `micro_batch`, which the plan chooses unless you pin it",
         "micro_batch = {value} sequences",
     ),
     "gradient_accumulation_steps": Foreign(
-        "there is nothing to set: `batch` is what one whole step trains on, and the plan divides it"
+        "nothing to set: `batch` is the batch of one step, and the plan divides it"
         " into micro-batches that fit"
     ),
     "num_generations": _GROUP, "group_size": _GROUP, "n_samples": _GROUP,
@@ -71,7 +71,7 @@ STAGE: dict[str, Foreign] = {
     "epsilon_high": Foreign("the clip range is a call", "clip = clip(low = 0.2, high = {value})"),
     "max_new_tokens": _MAX_TOKENS, "max_tokens": _MAX_TOKENS, "max_completion_length": _MAX_TOKENS,
     "max_response_length": _MAX_TOKENS,
-    "temperature": Foreign("the temperature belongs to the rollout", "rollout = sampling(temperature = {value})"),
+    "temperature": Foreign("the temperature is an argument of the rollout", "rollout = sampling(temperature = {value})"),
     "max_length": Foreign("the longest sequence is an attribute of the model", "context = {value}"),
     "max_seq_length": Foreign("the longest sequence is an attribute of the model", "context = {value}"),
     "lora": _LORA, "lora_r": _LORA, "lora_rank": _LORA, "peft_config": _LORA, "use_peft": _LORA,
@@ -83,17 +83,17 @@ STAGE: dict[str, Foreign] = {
     "reward_funcs": Foreign("one reward expression combines them", "reward = 0.8 * correct + 0.2 * shape"),
     "reward_fn": Foreign("one reward expression combines them", "reward = 0.8 * correct + 0.2 * shape"),
     "optim": Foreign("the optimizer is a call", "optimizer = adamw(lr = 1e-5)"),
-    "save_steps": Foreign("checkpoints are written without asking; their spacing is", "checkpoint_every = {value} steps", whole=True),
-    "logging_steps": Foreign("metrics are logged without asking; their spacing is", "log_every = {value} steps", whole=True),
-    "eval_steps": Foreign("the spacing of evaluations is", "eval_every = {value} steps", whole=True),
+    "save_steps": Foreign("checkpoints are written by default; their interval is", "checkpoint_every = {value} steps", whole=True),
+    "logging_steps": Foreign("metrics are logged by default; their interval is", "log_every = {value} steps", whole=True),
+    "eval_steps": Foreign("the interval of evaluations is", "eval_every = {value} steps", whole=True),
     "bf16": Foreign("the precision is an attribute of the model", "dtype = bf16"),
     "fp16": Foreign("the precision is an attribute of the model", "dtype = bf16"),
-    "gradient_checkpointing": Foreign("what the backward pass computes again is", "remat = full"),
+    "gradient_checkpointing": Foreign("rematerialisation is", "remat = full"),
     "depends_on": Foreign("stages are ordered by what they use: `from`, `data`, `reward`"),
     "sequence_len": Foreign("the longest sequence is an attribute of the model", "context = {value}"),
-    "max_prompt_length": Foreign("the longest prompt belongs to the rollout", "rollout = sampling(max_prompt = {value})"),
+    "max_prompt_length": Foreign("the prompt length is an argument of the rollout", "rollout = sampling(max_prompt = {value})"),
     "sample_packing": Foreign("it is called `packing`", "packing = true"),
-    "lr_scheduler": Foreign("the schedule belongs to the optimizer", "optimizer = adamw(lr = 1e-5, decay = cosine)"),
+    "lr_scheduler": Foreign("the schedule is an argument of the optimizer", "optimizer = adamw(lr = 1e-5, decay = cosine)"),
     "lora_alpha": _LORA, "lora_target_modules": _LORA, "lora_dropout": _LORA,
     "val_set_size": Foreign("hold some out and measure it", "data = math.split(test = 5%).train"),
     "train_on_inputs": Foreign("supervised tuning trains on responses alone; to train on every token, use `pretrain`"),
@@ -101,7 +101,7 @@ STAGE: dict[str, Foreign] = {
     "deepspeed": Foreign("the plan shards by itself; to pin it", "mesh = axes(fsdp = 8)"),
     "fsdp": Foreign("the plan shards by itself; to pin it", "mesh = axes(fsdp = 8)"),
     "report_to": Foreign("trackers are named in the `run` block", "track = [tensorboard()]"),
-    "eval_strategy": Foreign("the spacing of evaluations is", "eval_every = 100 steps"),
+    "eval_strategy": Foreign("the interval of evaluations is", "eval_every = 100 steps"),
     "loss_type": Foreign("the loss is made of `advantage`, `ratio`, `clip` and `aggregate`; the kinds of stages are its rows"),
     "scale_rewards": Foreign("whether rewards are divided by their deviation", "advantage = group_mean"),
     "num_iterations": Foreign("how often a step's completions are gone through", "passes = {value}", whole=True),
@@ -130,21 +130,21 @@ MODEL: dict[str, Foreign] = {
     "vocab_size": Foreign("the tokenizer sets the size of the vocabulary", "tokenizer = pieces"),
     "rope_theta": Foreign("the base of the rotary frequencies is `rope_base`", "rope_base = {value}", whole=True),
     "tie_word_embeddings": Foreign("whether the head shares the embedding is `tied`", "tied = true"),
-    "load_in_4bit": Foreign("frozen weights in fewer bits are `weights`", "weights = nf4", whole=True),
-    "load_in_8bit": Foreign("frozen weights in fewer bits are `weights`", "weights = int8", whole=True),
+    "load_in_4bit": Foreign("quantized weights are `weights`", "weights = nf4", whole=True),
+    "load_in_8bit": Foreign("quantized weights are `weights`", "weights = int8", whole=True),
 }  # fmt: skip
 """Attributes of a model elsewhere."""
 
 DATA: dict[str, Foreign] = {
     "file": Foreign("files are named by `path`", "path = {value}", whole=True),
     "files": Foreign("files are named by `path`", "path = {value}", whole=True),
-    "completion": Foreign("what the model should answer is the `response`", "response = {value}", whole=True),
-    "output": Foreign("what the model should answer is the `response`", "response = {value}", whole=True),
-    "input": Foreign("what the model is given is the `prompt`", "prompt = {value}", whole=True),
-    "instruction": Foreign("what the model is given is the `prompt`", "prompt = {value}", whole=True),
-    "answer": Foreign("what rewards compare with is the `target`", "target = {value}", whole=True),
+    "completion": Foreign("the answer of the model is the `response`", "response = {value}", whole=True),
+    "output": Foreign("the answer of the model is the `response`", "response = {value}", whole=True),
+    "input": Foreign("the input of the model is the `prompt`", "prompt = {value}", whole=True),
+    "instruction": Foreign("the input of the model is the `prompt`", "prompt = {value}", whole=True),
+    "answer": Foreign("the correct answer is the `target`", "target = {value}", whole=True),
     "split": Foreign("a part of the data is a method", "data = math.split(test = 5%).train"),
-    "weight": Foreign("shares stand where data is mixed", "data general = 80% * a + 20% * b"),
+    "weight": Foreign("weights are shares in a mixture", "data general = 80% * a + 20% * b"),
 }  # fmt: skip
 """Attributes of data elsewhere."""
 
@@ -154,12 +154,12 @@ FUNCTION: dict[str, Foreign] = {
     "beta1": Foreign("it is called `b1`", "b1 = {value}", whole=True),
     "beta2": Foreign("it is called `b2`", "b2 = {value}", whole=True),
     "epsilon": Foreign("it is called `eps`", "eps = {value}", whole=True),
-    "warmup_steps": Foreign("the warm-up states what it counts", "warmup = {value} steps", whole=True),
-    "warmup_ratio": Foreign("the warm-up states what it counts", "warmup = 3%"),
+    "warmup_steps": Foreign("the warm-up has a unit", "warmup = {value} steps", whole=True),
+    "warmup_ratio": Foreign("the warm-up has a unit", "warmup = 3%"),
     "max_grad_norm": Foreign("gradient clipping is `clip_norm`", "clip_norm = {value}", whole=True),
     "lr_scheduler_type": Foreign("it is called `decay`", "decay = cosine"),
     "schedule": Foreign("it is called `decay`", "decay = cosine"),
-    "do_sample": Foreign("at temperature 0 the likeliest token is taken", "temperature = 0"),
+    "do_sample": Foreign("at temperature 0 the most likely token is taken", "temperature = 0"),
     "n": Foreign("completions for each prompt are the stage's `group`, or an eval's `samples`"),
     "max_new_tokens": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}", whole=True),
     "max_length": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}"),
@@ -173,8 +173,8 @@ FUNCTION: dict[str, Foreign] = {
 
 EVAL: dict[str, Foreign] = {
     "max_new_tokens": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}", whole=True),
-    "reward": Foreign("what scores a completion is the `score`", "score = {value}", whole=True),
-    "metric": Foreign("what scores a completion is the `score`", "score = {value}", whole=True),
+    "reward": Foreign("the reward that scores a completion is the `score`", "score = {value}", whole=True),
+    "metric": Foreign("the reward that scores a completion is the `score`", "score = {value}", whole=True),
     "dataset": Foreign("an eval measures on its `data`", "data = {value}", whole=True),
     "k": Foreign("completions for each prompt are `samples`", "samples = {value}", whole=True),
     "n": Foreign("completions for each prompt are `samples`", "samples = {value}", whole=True),
@@ -182,7 +182,7 @@ EVAL: dict[str, Foreign] = {
 """Attributes of an eval elsewhere."""
 
 RUN: dict[str, Foreign] = {
-    "output_dir": Foreign("results go to the store beside the spec; to write a model out, add an `export` stage"),
+    "output_dir": Foreign("results are in the store next to the spec; to write a model, add an `export` stage"),
     "wandb_project": Foreign("trackers are calls", "track = [wandb(project = {value})]", whole=True),
     "report_to": Foreign("trackers are calls", "track = [tensorboard()]"),
     "run_name": Foreign("it is called `name`", "name = {value}", whole=True),
@@ -225,7 +225,7 @@ ADVICE: dict[str, str] = {
     "qlora": "store the model's weights in 4 bits, `weights = nf4`, and train `lora(rank = 16)`",
     "max": "rewards and numbers have no `max`; a condition chooses: `a if a > b else b`",
     "min": "rewards and numbers have no `min`; a condition chooses: `a if a < b else b`",
-    "rouge": "there is `exact`, `contains`, `numeric_match`, `matches`, and your own `python(...)`",
+    "rouge": "there is `exact`, `contains`, `numeric_match`, `matches`, and a custom `python(...)`",
 }
 """Functions of other tools for which there is something else."""
 

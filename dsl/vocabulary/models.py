@@ -29,9 +29,9 @@ class TokenizerKind(Kind):
         str | None,
         types.Either((types.Choice(NAMED_CHAT_TEMPLATES), types.Text())),
     ] = result(
-        "The chat template: a named one, or Jinja as text. Without it, the tokenizer's own, else"
-        " `plain`: the messages one after another, the end token behind an answer, a line end"
-        " behind any other message.",
+        "The chat template: a named one, or Jinja as text. Default: the tokenizer's own, else"
+        " `plain`: the messages one after another, with the end token after an answer and a line"
+        " end after any other message.",
         "chat = chatml",
         None,
     )
@@ -51,10 +51,10 @@ class SentencePiece(TokenizerKind):
 
 
 class HuggingFace(TokenizerKind):
-    """A `tokenizer.json` of the tokenizers library, with the configuration beside it."""
+    """A `tokenizer.json` of the tokenizers library, with its configuration."""
 
     path: Annotated[str, types.Path("model")] = result(
-        "The folder that holds it, or an id on the hub.", 'path = "Qwen/Qwen3-0.6B"'
+        "The folder, or an id on the hub.", 'path = "Qwen/Qwen3-0.6B"'
     )
 
 
@@ -63,36 +63,37 @@ class Bytes(TokenizerKind):
 
 
 class Trained(TokenizerKind):
-    """A SentencePiece model fitted to data before the first stage that needs it."""
+    """A SentencePiece model that is trained before the first stage that needs it."""
 
-    data: Data = result("What to fit it to.", "data = corpus")
+    data: Data = result("The data to train it on.", "data = corpus")
     vocabulary: Annotated[int, types.Whole(low=16)] = result(
-        "How many tokens, special ones included; for the algorithm `char`, at most.",
+        "Number of tokens, special ones included; an upper limit for the algorithm `char`.",
         "vocabulary = 4Ki",
         4096,
     )
     algorithm: Annotated[str, types.Choice(("unigram", "bpe", "char"))] = result(
-        "How pieces are chosen.", "algorithm = bpe", "unigram"
+        "How the tokens are chosen.", "algorithm = bpe", "unigram"
     )
     byte_fallback: Flag = result(
-        "Whether characters without a piece become bytes instead of the unknown token.",
+        "Whether characters without a token become bytes instead of the unknown token.",
         "byte_fallback = false",
         True,
     )
-    split_digits: Flag = result("Whether each digit is a token.", "split_digits = true", True)
+    split_digits: Flag = result(
+        "Whether each digit is a token of its own.", "split_digits = true", True
+    )
 
 
 class ModelKind(Kind):
-    """Weights to start from, and the architecture that they belong to."""
+    """Initial weights, and their architecture."""
 
     dtype: Annotated[str, types.Choice(DTYPES)] = result(
-        "The precision of activations and matrix products; parameters"
-        " that are trained stay in f32.",
+        "The precision of activations and matrix products; trained parameters stay in f32.",
         "dtype = bf16",
         "f32",
     )
     attention: Annotated[str, types.Choice(("auto", "xla", "cudnn", "splash"))] = placement(
-        "The attention kernel; `auto` takes the fastest that the hardware has.",
+        "The attention kernel. `auto` takes the fastest that the hardware supports.",
         "attention = cudnn",
         "auto",
     )
@@ -108,15 +109,15 @@ class Pretrained(ModelKind):
         "The branch, tag or commit on the hub.", 'revision = "main"', None
     )
     context: Annotated[int | None, types.count("tokens")] = result(
-        "The longest sequence; without it, what the model's configuration says.",
+        "The longest sequence. Default: that of the model's configuration.",
         "context = 2Ki",
         None,
     )
     tokenizer: Annotated[TokenizerRef | None, types.Ref(("tokenizer",))] = result(
-        "A tokenizer in place of the model's own.", "tokenizer = llama", None
+        "A tokenizer that replaces the model's own.", "tokenizer = llama", None
     )
     weights: Annotated[str | None, types.Choice(("nf4", "int8"))] = result(
-        "Store frozen weights in fewer bits; only for stages that train an adapter (QLoRA).",
+        "Quantize the frozen weights; only for stages that train an adapter (QLoRA).",
         "weights = nf4",
         None,
     )
@@ -139,16 +140,16 @@ class Experts(Function):
     word = "experts"
     count: Count = result("Number of experts.", "count = 64")
     active: Count = result("Experts for each token.", "active = 8")
-    width: MaybeCount = result("Hidden size of an expert; without it, `mlp`.", "width = 768", None)
+    width: MaybeCount = result("Hidden size of an expert. Default: `mlp`.", "width = 768", None)
     balance: NonNegative = result("Weight of the load-balance loss.", "balance = 1e-2", 1e-2)
 
 
 class Transformer(ModelKind):
-    """A decoder with random weights: every size stated, or those of a preset."""
+    """A decoder with random weights, of the sizes of a preset or of the attributes."""
 
     tokenizer: TokenizerRef = result("The tokenizer; it sets the vocabulary.", "tokenizer = pieces")
     preset: Annotated[str | None, types.Text(among=PRESETS)] = result(
-        "The sizes of a well-known model; attributes that are stated go before them.",
+        "The sizes of a well-known model; attributes override them.",
         'preset = "qwen3-0.6b"',
         None,
     )
@@ -156,13 +157,13 @@ class Transformer(ModelKind):
     width: MaybeCount = result("Size of the residual stream.", "width = 128", None)
     heads: MaybeCount = result("Number of query heads.", "heads = 4", None)
     kv_heads: MaybeCount = result(
-        "Number of key and value heads; without it, as many as query heads.", "kv_heads = 1", None
+        "Number of key and value heads. Default: as many as query heads.", "kv_heads = 1", None
     )
     head_dim: MaybeCount = result(
-        "Size of a head; without it, `width / heads`.", "head_dim = 64", None
+        "Size of a head. Default: `width / heads`.", "head_dim = 64", None
     )
     mlp: MaybeCount = result(
-        "Hidden size of the feed-forward layer; without it, `4 * width`, or `8/3 * width` for gated"
+        "Hidden size of the feed-forward layer. Default: `4 * width`, or `8/3 * width` for gated"
         " activations, rounded up to a multiple of 32.",
         "mlp = 512",
         None,
@@ -176,16 +177,18 @@ class Transformer(ModelKind):
         "swiglu",
     )
     norm: Annotated[str, types.Choice(("rms", "layer"))] = result(
-        "The normalisation in front of each sub-layer.", "norm = layer", "rms"
+        "The normalisation before each sub-layer.", "norm = layer", "rms"
     )
     position: Annotated[str, types.Choice(("rope", "learned"))] = result(
-        "How positions enter: rotary embeddings, or learned vectors.", "position = learned", "rope"
+        "How positions are encoded: rotary embeddings, or learned vectors.",
+        "position = learned",
+        "rope",
     )
     rope_base: Positive = result("The base of the rotary frequencies.", "rope_base = 1e6", 10_000.0)
     tied: Flag = result("Whether the head shares the embedding's weights.", "tied = false", True)
     qk_norm: Flag = result("Whether queries and keys are normalised.", "qk_norm = true", False)
     window: MaybeCount = result(
-        "Attend to this many tokens, the current one included; without it, to all.",
+        "Attend only to this many tokens, the current one included. Default: all.",
         "window = 512",
         None,
     )
@@ -201,17 +204,19 @@ class Transformer(ModelKind):
 
 
 class HardwareKind(Kind):
-    """A set of devices, which need not be here to plan for."""
+    """A set of devices. A plan for them needs no access to them."""
 
     price: Annotated[float | None, types.Price()] = placement(
-        "What a device costs, for the plan's estimate.", "price = 1.2 per device_hour", None
+        "Price of a device, for the estimate of the plan.", "price = 1.2 per device_hour", None
     )
 
 
 class Local(HardwareKind):
     """The devices of this machine."""
 
-    devices: MaybeCount = placement("Use only the first few.", "devices = 4", None)
+    devices: MaybeCount = placement(
+        "Use only this many devices, the first ones.", "devices = 4", None
+    )
 
 
 class Tpu(HardwareKind):

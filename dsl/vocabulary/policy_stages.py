@@ -45,9 +45,9 @@ class Policy(Training):
     length: Annotated[Measure, types.count("steps", "epochs")] = result(
         "How long to train.", "length = 300 steps"
     )
-    reward: Reward = result("What to increase.", "reward = correct")
+    reward: Reward = result("The reward to maximise.", "reward = correct")
     batch: Annotated[int, types.count("prompts")] = result(
-        "Prompts of one step.", "batch = 64 prompts"
+        "Prompts in one step.", "batch = 64 prompts"
     )
     group: Annotated[int, types.Whole(low=1)] = result(
         "Completions for each prompt.", "group = 8", 8
@@ -62,23 +62,23 @@ class Policy(Training):
         types.Code(
             ("group_mean_std", "group_mean", "leave_one_out"),
             {"rewards": "float32 `[prompts, group]`"},
-            "the advantage of each completion, `[prompts, group]`: JAX operations. A group whose"
-            " advantages are all 0 is left out.",
+            "the advantage of each completion, `[prompts, group]`, by JAX operations. A group whose"
+            " advantages are all 0 is skipped.",
         ),
     ] = result(
-        "The reward less its group's mean, divided by the group's deviation or not; or less the"
-        " mean of the others.",
+        "The reward minus its group's mean, with or without division by the group's standard"
+        " deviation; or minus the mean of the group's other rewards.",
         "advantage = group_mean",
         "group_mean_std",
     )
     ratio: Annotated[str, types.Choice(("token", "sequence", "sequence_token"))] = result(
-        "The probability ratio of each token, or of the sequence (its geometric mean); the last has"
-        " the sequence's value and each token's gradient.",
+        "The probability ratio of each token, or of the sequence (the geometric mean);"
+        " `sequence_token` has the value of the sequence's and the gradient of each token's.",
         "ratio = sequence",
         "token",
     )
     clip: Annotated[SerializeAsAny[Function] | None, types.Of("clip")] = result(
-        "How far the policy may move in one step.",
+        "How far the policy may move in one step: clipping of the ratio.",
         "clip = clip(low = 0.2, high = 0.28)",
         Clip.unvalidated(),
     )
@@ -93,20 +93,19 @@ class Policy(Training):
                 "log_probs": "`[completions, length]`, by the policy, in nats",
                 "mask": "bool `[completions, length]`, where there are tokens",
             },
-            "the term of each token, to be made smaller, `[completions, length]`: JAX operations,"
-            " differentiated.",
+            "the loss of each token, `[completions, length]`, by differentiable JAX operations.",
         ),
     ] = result(
-        "A term of your own in place of the clipped ratio times the advantage; `clip` has to be"
+        "A custom loss in place of the clipped ratio times the advantage; `clip` must be"
         " `none`. `kl`, `entropy`, `correction` and `aggregate` apply as usual.",
         'loss = python("losses.py:smooth")',
         None,
     )
     aggregate: Annotated[str, types.Choice(("token_mean", "sequence_mean", "fixed_length"))] = (
         result(
-            "The mean over all tokens of the step; over sequences, of each"
-            " one's mean; or the sum over"
-            " tokens divided by sequences times `max_tokens`.",
+            "How the loss is averaged: over all tokens of the step; over sequences, of each"
+            " one's mean over tokens; or the sum over"
+            " tokens divided by the number of sequences times `max_tokens`.",
             "aggregate = sequence_mean",
             "token_mean",
         )
@@ -115,7 +114,7 @@ class Policy(Training):
         "A penalty on the divergence from the reference.", "kl = k3(0.04)", None
     )
     reference: Annotated[Reference | None, types.Ref(("model", "stage"))] = result(
-        "What `kl` measures from; without it, the model that the stage starts from.",
+        "Model that `kl` compares with. Default: the model that the stage starts from.",
         "reference = gemma",
         None,
     )
@@ -126,23 +125,24 @@ class Policy(Training):
     )
     entropy: NonNegative = result("Weight of an entropy bonus.", "entropy = 1e-3", 0.0)
     minibatches: Count = result(
-        "Updates that a step's completions are divided over.", "minibatches = 4", 1
+        "Updates that the completions of a step are divided into.", "minibatches = 4", 1
     )
-    passes: Count = result("How often a step's completions are gone through.", "passes = 2", 1)
+    passes: Count = result("Passes over the completions of a step.", "passes = 2", 1)
     refill: Flag = result(
-        "Sample on until the batch is full of groups whose rewards differ (dynamic sampling).",
+        "Whether to sample until the batch is full of groups whose rewards differ (dynamic"
+        " sampling).",
         "refill = true",
         False,
     )
     decode_mesh: Annotated[Axes | None, types.Of("mesh")] = placement(
-        "The mesh of the rollout, over the devices of the update, in place of what the plan would"
-        " choose: groups of `tensor` devices that each hold all weights, `data` of them.",
+        "The mesh of the rollout, over the devices of the update:"
+        " `data` groups of `tensor` devices, each with all weights. Default: chosen by the plan.",
         "decode_mesh = axes(data = 4, tensor = 2)",
         None,
     )
     slots: Annotated[int | None, types.Whole(low=1)] = placement(
-        "Completions that are sampled at once, over all devices, in place of what the plan would"
-        " choose: as many as their keys and values have room for, and 256 in a group of devices.",
+        "Completions that are sampled at once, over all devices. Default: chosen by the plan,"
+        " as many as fit with their keys and values, at most 256 in a group of devices.",
         "slots = 256",
         None,
     )
@@ -150,7 +150,7 @@ class Policy(Training):
         "Whether completions cut off at `max_tokens` are trained on.", "overlong = mask", "keep"
     )
     show: Annotated[int, types.Whole(low=0)] = observe(
-        "Completions of a step to keep for reading.", "show = 4", 2
+        "Completions of a step to store for reading.", "show = 4", 2
     )
 
 
@@ -162,7 +162,7 @@ class Ppo(Policy):
     semantics = ("ppo", 1)
     metrics = {
         **Policy.metrics,
-        "loss": "policy loss, with a shared trunk that of the values too",
+        "loss": "policy loss; with a shared trunk, plus the value loss",
         "value_loss": "mean squared error of the values, halved",
         "explained_variance": "share of the variance of the returns that the values explain",
     }
@@ -171,18 +171,20 @@ class Ppo(Policy):
         "Completions for each prompt.", "group = 4", 1
     )
     advantage: Annotated[str, types.Choice(("gae",))] = result(
-        "The discounted sum of how much better each step was than its value.",
+        "Generalised advantage estimation: the discounted sum of temporal-difference errors.",
         "advantage = gae",
         "gae",
     )
     discount: Annotated[float, types.Number(above=0, high=1)] = result(
-        "Worth of a reward one token later (gamma).", "discount = 0.99", 1.0
+        "Discount of a reward that comes one token later (gamma).", "discount = 0.99", 1.0
     )
     trace: Annotated[float, types.Number(low=0, high=1)] = result(
-        "How far advantages look ahead (lambda of GAE).", "trace = 0.95", 0.95
+        "Decay of the weight of later rewards in an advantage (lambda of GAE).",
+        "trace = 0.95",
+        0.95,
     )
     whiten: Flag = result(
-        "Whether the advantages of a step are made to have mean 0 and deviation 1.",
+        "Whether the advantages of a step are normalised to mean 0 and standard deviation 1.",
         "whiten = false",
         True,
     )
@@ -193,25 +195,25 @@ class Ppo(Policy):
         None,
     )
     kl_horizon: Annotated[int, types.Whole(low=1)] = result(
-        "Completions over which the coefficient of `kl` moves by a fifth at most.",
+        "Number of completions over which the coefficient of `kl` changes by at most 20%.",
         "kl_horizon = 2000",
         10_000,
     )
     critic: Annotated[Critic, types.Of("critic")] = result(
-        "The model of values.",
+        "The critic, which estimates values.",
         "critic = critic(optimizer = adamw(lr = 1e-5))",
         Critic.unvalidated(),
     )
     value_model: Annotated[Reference | None, types.Ref(("model", "stage"))] = result(
-        "What a critic with a trunk of its own starts from; without it, the model that the stage"
+        "Model that a critic with a separate trunk starts from. Default: the model that the stage"
         " starts from.",
         "value_model = judge",
         None,
     )
     minibatches: Count = result(
-        "Updates that a step's completions are divided over.", "minibatches = 4", 1
+        "Updates that the completions of a step are divided into.", "minibatches = 4", 1
     )
-    passes: Count = result("How often a step's completions are gone through.", "passes = 2", 4)
+    passes: Count = result("Passes over the completions of a step.", "passes = 2", 4)
 
     reads = {"value_model": ("model", "scores")}
 

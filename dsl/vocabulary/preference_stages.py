@@ -32,10 +32,12 @@ class Compared(Supervised):
         AdamW.unvalidated(lr=1e-6, warmup=Measure.unvalidated(value=0.1, unit="%"), decay="linear"),
     )
     beta: Positive = result(
-        "Scale of the rewards: how closely the policy keeps to the reference.", "beta = 0.1", 0.1
+        "Scale of the rewards. Larger values keep the policy closer to the reference.",
+        "beta = 0.1",
+        0.1,
     )
     reference: Annotated[Reference | None, types.Ref(("model", "stage"))] = result(
-        "What the policy is measured from; without it, the model that the stage starts from.",
+        "Model that the policy is compared with. Default: the model that the stage starts from.",
         "reference = baseline",
         None,
     )
@@ -54,12 +56,12 @@ class Preference(Compared):
     metrics = {
         "loss": "mean loss of a pair",
         "accuracy": "share of pairs whose chosen answer has the higher reward",
-        "margin": "mean reward of chosen answers less that of rejected ones",
+        "margin": "mean reward of chosen answers minus that of rejected ones",
         "chosen_reward": "mean reward of chosen answers",
         "rejected_reward": "mean reward of rejected answers",
         "chosen_log_prob": "mean log-probability of a chosen answer, in nats",
         "rejected_log_prob": "mean log-probability of a rejected answer, in nats",
-        "drift": "mean log-probability of an answer less the reference's, in nats",
+        "drift": "mean log-probability of an answer minus the reference's, in nats",
     }
 
     loss: Annotated[
@@ -74,10 +76,10 @@ class Preference(Compared):
                 "rejected_tokens": "the same of the worse answer",
                 "beta": "the attribute",
             },
-            "the loss of each pair, `[...]`: JAX operations, differentiated.",
+            "the loss of each pair, `[...]`, by differentiable JAX operations.",
         ),
     ] = result(
-        "What becomes of the margin `m` between the two rewards: `-log sigmoid(m)`;"
+        "The loss of the margin `m` between the two rewards: `-log sigmoid(m)`;"
         " `max(0, 1 - m)`; the squared distance of `m / beta`, of answers' means over their"
         " tokens, from `1 / (2 beta)` (IPO, arXiv:2310.12036); the sigmoid loss, unbiased"
         " where a share `label_smoothing` of the labels is wrong (arXiv:2403.00409); or, with"
@@ -86,17 +88,17 @@ class Preference(Compared):
         "sigmoid",
     )
     label_smoothing: Annotated[float, types.Share()] = result(
-        "Share of the labels that are taken to be wrong, below a half.",
+        "Share of the labels that are assumed to be wrong, below 50%.",
         "label_smoothing = 10%",
         0.0,
     )
     length_normalised: Flag = result(
-        "Whether rewards are of the mean over an answer's tokens in place of the sum.",
+        "Whether the reward of an answer is a mean over its tokens instead of a sum.",
         "length_normalised = true",
         False,
     )
     target_margin: NonNegative = result(
-        "Margin that the loss asks for, in units of the reward (SimPO's gamma).",
+        "Margin that the loss demands, in units of the reward (SimPO's gamma).",
         "target_margin = 0.5",
         0.0,
     )
@@ -106,14 +108,14 @@ class Preference(Compared):
         0.0,
     )
     reference_free: Flag = result(
-        "Whether rewards are of the log-probabilities themselves, without a reference.",
+        "Whether rewards use the log-probabilities themselves, without a reference.",
         "reference_free = true",
         False,
     )
 
     reference_log_probs: Annotated[str, types.Choice(("ahead", "live"))] = placement(
-        "Whether the reference scores all answers once before the first step, and is then let go,"
-        " or those of each step beside it.",
+        "Whether the reference scores all answers once before the first step and is then freed"
+        " (`ahead`), or scores the answers of each step in the step (`live`).",
         "reference_log_probs = live",
         "ahead",
     )
@@ -136,7 +138,7 @@ class Kto(Compared):
         "loss": "mean loss of an answer",
         "chosen_reward": "mean reward of desirable answers",
         "rejected_reward": "mean reward of undesirable answers",
-        "margin": "the first less the second",
+        "margin": "`chosen_reward` minus `rejected_reward`",
         "kl": "the reference point: divergence from the reference over mismatched answers",
     }
 
@@ -156,7 +158,7 @@ class RewardModel(Supervised):
     metrics = {
         "loss": "mean loss of a pair, in nats",
         "accuracy": "share of pairs whose chosen answer scores higher",
-        "margin": "mean score of chosen answers less that of rejected ones",
+        "margin": "mean score of chosen answers minus that of rejected ones",
         "chosen_reward": "mean score of chosen answers",
         "rejected_reward": "mean score of rejected answers",
     }

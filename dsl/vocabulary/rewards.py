@@ -30,7 +30,7 @@ from tunelang.dsl.vocabulary.custom import Python
 from tunelang.dsl.vocabulary.data import TemplateText
 
 COMPLETION_FIELDS = ("completion", "prompt", "response", "target", "system", "text")
-"""Fields that a reward's template has beside those of the data."""
+"""Fields of a reward's template besides those of the data."""
 
 _COMPLETION = TemplateText.unvalidated(text="{completion}")
 _TARGET = TemplateText.unvalidated(text="{target}")
@@ -72,7 +72,7 @@ class NumericMatch(RewardExpression):
         positional=True,
     )
     target: Template = result(
-        "The right answer.", 'numeric_match("{completion}", "{target}")', _TARGET, positional=True
+        "The correct answer.", 'numeric_match("{completion}", "{target}")', _TARGET, positional=True
     )
     tolerance: NonNegative = result("Largest relative difference.", "tolerance = 1e-3", 0.0)
 
@@ -85,7 +85,7 @@ class Exact(RewardExpression):
         "The answer.", 'exact("{completion}", "{target}")', _COMPLETION, positional=True
     )
     target: Template = result(
-        "The right answer.", 'exact("{completion}", "{target}")', _TARGET, positional=True
+        "The correct answer.", 'exact("{completion}", "{target}")', _TARGET, positional=True
     )
     ignore_case: Flag = result("Whether `A` equals `a`.", "ignore_case = true", False)
 
@@ -104,7 +104,7 @@ class Contains(RewardExpression):
 
 
 class Matches(RewardExpression):
-    """1 if the whole of `text` matches the regular expression, else 0; a dot matches line ends
+    """1 if all of `text` matches the regular expression, else 0; a dot matches line ends
     too.
     """
 
@@ -121,7 +121,7 @@ class Matches(RewardExpression):
 
 
 class Verified(RewardExpression):
-    """The score, from 0 to 1, that the generator of `procedural` data gives the answer itself."""
+    """The score, from 0 to 1, that the generator of `procedural` data gives to the answer."""
 
     word = "verified"
     text: Template = result(
@@ -146,12 +146,12 @@ class Overlong(RewardExpression):
 
     word = "overlong"
     buffer: Annotated[int, types.count("tokens")] = result(
-        "Over how many tokens the penalty grows.", "overlong(512)", positional=True
+        "Number of tokens over which the penalty grows.", "overlong(512)", positional=True
     )
 
 
 class BySource(RewardExpression):
-    """A reward of its own for each source of a mixture, by the name of the data."""
+    """A different reward for each source of a mixture, by the name of the data."""
 
     word = "by_source"
     variadic: ClassVar[str] = "sources"
@@ -159,12 +159,12 @@ class BySource(RewardExpression):
 
 
 class Criterion(Function):
-    """One criterion of a rubric, in plain words."""
+    """One criterion of a rubric, as text."""
 
     family = "criterion"
     word = "criterion"
     text: Words = result("What to look for.", 'criterion("Opens with an image")', positional=True)
-    weight: Positive = result("Its weight beside the others.", "weight = 2", 1.0)
+    weight: Positive = result("Its weight relative to the others.", "weight = 2", 1.0)
 
 
 class Endpoint(Function):
@@ -179,19 +179,19 @@ class Endpoint(Function):
     key: Annotated[str | None, types.Text()] = placement(
         "The environment variable that holds the key.", 'key = "OPENAI_API_KEY"', None
     )
-    concurrency: Count = placement("Requests under way at once.", "concurrency = 16", 8)
+    concurrency: Count = placement("Concurrent requests.", "concurrency = 16", 8)
     retries: Annotated[int, types.Whole(low=0)] = placement(
-        "Tries after a failed request.", "retries = 5", 3
+        "Retries of a failed request.", "retries = 5", 3
     )
     timeout: Annotated[float, types.Duration()] = placement(
-        "How long one request may take.", "timeout = 1m", 60.0
+        "Time limit of one request.", "timeout = 1m", 60.0
     )
 
 
 class LocalJudge(Function):
-    """A model of the spec as the judge, on all of the run's own devices: with a copy in each group
-    of as few as have room for it. Each copy looks at 64 completions at once, and says 256 tokens at
-    most.
+    """A model of the spec as the judge, on all devices of the run, with a copy in each of the
+    smallest groups that have room for it. A copy judges 64 completions at once, with at most 256
+    tokens of answer.
     """
 
     family = "judge"
@@ -202,10 +202,10 @@ class LocalJudge(Function):
 
 
 class RewardKind(Kind):
-    """A reward with settings of its own."""
+    """A reward with settings."""
 
     on_error: Annotated[float, types.Number()] = result(
-        "The value of a completion that has no score: the judge did not answer, or it is too long"
+        "The reward of a completion that has no score: the judge did not answer, or it is too long"
         " for the model.",
         "on_error = 0.5",
         0.0,
@@ -218,13 +218,13 @@ class Rubric(RewardKind):
     """
 
     judge: Annotated[SerializeAsAny[Function], types.Of("judge")] = result(
-        "Who judges.", 'judge = endpoint("http://localhost:8000/v1", model = "judge")'
+        "The judge.", 'judge = endpoint("http://localhost:8000/v1", model = "judge")'
     )
     criteria: Annotated[tuple[Criterion, ...], types.ListOf(types.Of("criterion"), low=1)] = result(
         "What the judge looks for.", 'criteria = [criterion("Opens with an image")]'
     )
     instructions: MaybeTemplate = result(
-        "What the judge is told, in place of the stock text; `{criteria}`"
+        "Instructions to the judge, in place of the default text; `{criteria}`"
         " and `{completion}` must occur.",
         'instructions = "Judge {completion} by {criteria}."',
         None,
@@ -232,7 +232,7 @@ class Rubric(RewardKind):
 
 
 class Learned(RewardKind):
-    """The score that a reward model gives to a completion, as it was trained: any number."""
+    """The score that a reward model gives to a completion, on the scale of its training."""
 
     reads = {"from": ("scores",)}
 
@@ -253,7 +253,7 @@ class EvalKind(Kind):
         return self.metrics
 
     data: Data = result("The examples.", "data = math_test")
-    limit: MaybeCount = result("Use only the first few examples.", "limit = 200", None)
+    limit: MaybeCount = result("Use only this many examples, the first ones.", "limit = 200", None)
 
 
 class Generate(EvalKind):
@@ -271,22 +271,24 @@ class Generate(EvalKind):
         "The longest completion.", "max_tokens = 512", 256
     )
     temperature: NonNegative = result(
-        "Softmax temperature; 0 takes the likeliest token.", "temperature = 0.7", 0.0
+        "Softmax temperature. At 0 the most likely token is taken.", "temperature = 0.7", 0.0
     )
     top_p: Annotated[float | None, types.Share()] = result(
-        "Sample from the likeliest tokens that make up this probability.", "top_p = 95%", None
+        "Sample only from the most likely tokens that together have this probability.",
+        "top_p = 95%",
+        None,
     )
-    top_k: MaybeCount = result("Sample from this many likeliest tokens.", "top_k = 50", None)
+    top_k: MaybeCount = result("Sample only from the k most likely tokens.", "top_k = 50", None)
     samples: Count = result("Completions for each prompt.", "samples = 8", 1)
     beams: MaybeCount = result(
-        "Search for the likeliest completion with so many beams, in place of sampling.",
+        "Search for the most likely completion with this many beams instead of sampling.",
         "beams = 4",
         None,
     )
     also: Annotated[
         tuple[SerializeAsAny[RewardExpression], ...], types.ListOf(types.Of("reward"))
     ] = result(
-        "Further declared rewards to report the mean of, such as a stricter match.",
+        "Other declared rewards whose mean is reported, such as a stricter match.",
         "also = [strict]",
         (),
     )
@@ -300,20 +302,22 @@ class Generate(EvalKind):
                     "score": "a list of numbers, their scores",
                     "prompt": "`target` and the other roles: lists as long",
                 },
-                "a number. It runs in a process of its own, within its `timeout`.",
+                "a number. It runs in a separate process, within its `timeout`.",
                 True,
             )
         ),
     ] = result(
-        "Metrics of your own over all completions, each called as its function is.",
+        "Custom metrics over all completions, each named after its function.",
         'measured = python("metrics.py:macro_f1")',
         (),
     )
     rank: MaybeReward = result(
-        "What chooses the best of the `samples`; its score is `best_of_n`.", "rank = helpful", None
+        "The reward that selects the best of the `samples`, whose score is `best_of_n`.",
+        "rank = helpful",
+        None,
     )
     show: Annotated[int, types.Whole(low=0)] = observe(
-        "How many completions to keep for reading.", "show = 10", 4
+        "Completions to store for reading.", "show = 10", 4
     )
 
     @property
@@ -338,13 +342,13 @@ class Generate(EvalKind):
             }
             found["majority"] = "share of prompts whose most common answer scores 1"
         if self.rank is not None:
-            found["best_of_n"] = "mean score of the completion that `rank` likes best"
+            found["best_of_n"] = "mean score of the completion that `rank` selects"
         found |= {self.called(each): "mean of this reward" for each in self.also}
-        return found | {each.name: "what your own function returns" for each in self.measured}
+        return found | {each.name: "the custom function's result" for each in self.measured}
 
 
 class Perplexity(EvalKind):
-    """The loss on given text: on the response where the data has one, else on every token."""
+    """The loss on text of the data: on the response if there is one, else on every token."""
 
     metrics: ClassVar[dict[str, str]] = {
         "loss": "mean negative log-likelihood of a token, in nats",
@@ -355,7 +359,7 @@ class Perplexity(EvalKind):
 class Preference(EvalKind):
     """How often a model prefers the chosen answer to the rejected one.
 
-    A language model prefers the likelier answer, a reward model that with the higher score.
+    A language model prefers the more likely answer, a reward model the one with the higher score.
     """
 
     metrics: ClassVar[dict[str, str]] = {

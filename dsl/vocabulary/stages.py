@@ -27,20 +27,20 @@ class Run(Kind):
     """Settings of the whole spec."""
 
     name: Annotated[str | None, types.Text()] = observe(
-        "The run's name in reports; without it, the file's name.", 'name = "three-sessions"', None
+        "Name of the run in reports. Default: the file's name.", 'name = "three-sessions"', None
     )
     seed: Annotated[int, types.Whole(low=0)] = result(
-        "The seed from which all others are drawn.", "seed = 17", 0
+        "Seed from which all others are derived.", "seed = 17", 0
     )
     track: Annotated[tuple[SerializeAsAny[Function], ...], types.ListOf(types.Of("tracker"))] = (
         observe(
-            "Where metrics go beside the store.",
+            "Where metrics are sent besides the store.",
             "track = [tensorboard()]",
             (TensorBoard.unvalidated(),),
         )
     )
     on: HardwareRef = placement(
-        "The hardware of all stages; without it, the devices that are there.", "on = pod", None
+        "Hardware of all stages. Default: the devices of this machine.", "on = pod", None
     )
 
 
@@ -70,7 +70,7 @@ class Training(Stage):
     metrics = {"loss": "mean training loss of a token, in nats"}
 
     from_: ModelRef = result(
-        "The model to start from: a `model`, or the stage that yields it.",
+        "The model to start from: a `model`, or a stage that yields one.",
         "from = gemma",
         alias="from",
     )
@@ -84,57 +84,57 @@ class Training(Stage):
         ),
     )
     adapter: Annotated[SerializeAsAny[Adapter] | None, types.Of("adapter")] = result(
-        "Train an adapter and leave the weights frozen; without it, all weights are trained, those"
-        " of an adapter that the stage starts from merged into them.",
+        "Train an adapter and freeze the weights. Without it all weights are trained, and an"
+        " adapter of the starting model is merged into them first.",
         "adapter = lora(rank = 16, alpha = 32)",
         None,
     )
     seed: Annotated[int | None, types.Whole(low=0)] = result(
-        "A seed of its own; without it, one drawn from the run's.", "seed = 1", None
+        "Seed of the stage. Default: derived from the run's.", "seed = 1", None
     )
     evals: Evals = result(
-        "What to measure before the first step, every `eval_every`, and at the end.",
+        "Evals to run before the first step, every `eval_every` steps and at the end.",
         "evals = [accuracy]",
         (),
     )
     eval_every: Annotated[int | None, types.count("steps")] = result(
-        "Steps between evaluations; without it, only at the start and the end.",
+        "Steps between evaluations. Default: only at the start and the end.",
         "eval_every = 100 steps",
         None,
     )
     keep: Annotated[SerializeAsAny[Function] | None, types.Of("winner")] = result(
-        "Which branch of a sweep goes on.", "keep = best(accuracy)", None
+        "Which branch of a sweep wins: later stages use it.", "keep = best(accuracy)", None
     )
     checkpoint_every: Annotated[int | None, types.count("steps")] = placement(
-        "Steps between checkpoints; without it, about every five minutes.",
+        "Steps between checkpoints. Default: about every five minutes.",
         "checkpoint_every = 50 steps",
         None,
     )
     log_every: Annotated[int, types.count("steps")] = observe(
-        "Steps between lines of metrics.", "log_every = 1 step", 10
+        "Steps between logged metrics.", "log_every = 1 step", 10
     )
     on: HardwareRef = placement("The hardware of this stage.", "on = pod", None)
     mesh: Annotated[Axes | None, types.Of("mesh")] = placement(
-        "The mesh, in place of the one that the plan would choose.",
+        "The mesh. Default: chosen by the plan.",
         "mesh = axes(fsdp = 8, tensor = 4)",
         None,
     )
     micro_batch: Annotated[int | None, types.count("sequences")] = placement(
-        "Sequences that a device handles at once, in place of what the plan would choose.",
+        "Sequences that a device processes at once. Default: chosen by the plan.",
         "micro_batch = 8 sequences",
         None,
     )
     remat: Annotated[str, types.Choice(("auto", "none", "dots", "full"))] = placement(
-        "What the backward pass computes again instead of keeping:"
-        " nothing, all but matrix products,"
+        "What the backward pass recomputes instead of storing:"
+        " nothing, everything but matrix products,"
         " everything.",
         "remat = full",
         "auto",
     )
     offload: Annotated[str, types.Choice(OFFLOADS)] = placement(
-        "What lies in the memory of the host until it is needed: the moments of the optimizer, the"
-        " reference of a policy, or both. Without it (`auto`), what has to so that the stage fits;"
-        " on a CPU, whose memory is the host's, nothing.",
+        "What is kept in host memory until it is needed: the optimizer's moments, a policy's"
+        " reference, or both. `auto` offloads only what does not fit otherwise, and nothing"
+        " on a CPU, whose memory is the host's.",
         "offload = optimizer",
         "auto",
     )

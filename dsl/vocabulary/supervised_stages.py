@@ -28,19 +28,19 @@ class Supervised(Training):
     """Base of the stages whose batch is made of given sequences."""
 
     batch: Annotated[Measure, types.count("sequences", "tokens")] = result(
-        "What one step trains on.", "batch = 64 sequences"
+        "Sequences or tokens that one step trains on.", "batch = 64 sequences"
     )
     packing: Flag = result(
-        "Whether several short examples share one sequence, without seeing each other.",
+        "Whether short examples are packed into one sequence, without attending to each other.",
         "packing = false",
         True,
     )
     sweep: Annotated[str, types.Choice(SWEEPS)] = placement(
-        "Whether branches that differ in nothing but the learning rate are trained side by side in"
-        " one program, which reads frozen weights, a reference and a teacher once for all of them;"
-        " or one after another. Without it (`auto`), side by side where that fits and takes a"
-        " twentieth less time at least, but never on a CPU. Answers of their own (`on_policy`) and"
-        " moments at the host are of one branch at a time.",
+        "Whether branches that differ only in the learning rate are trained side by side in"
+        " one program, which reads frozen weights, reference and teacher once for all of them,"
+        " or one after another. `auto` trains them side by side if that fits and saves at least"
+        " 5% of the time, but never on a CPU. With `on_policy`, or moments offloaded to the host,"
+        " branches always train one after another.",
         "sweep = fused",
         "auto",
     )
@@ -57,10 +57,10 @@ class Likelihood(Supervised):
                 "logits": "float32 `[..., vocabulary]`",
                 "targets": "int32 `[...]`, the tokens to predict",
             },
-            "the loss of each token, `[...]`: JAX operations, differentiated.",
+            "the loss of each token, `[...]`, by differentiable JAX operations.",
         ),
     ] = result(
-        "A loss of your own in place of the cross entropy. It is called on chunks of the batch, and"
+        "A custom loss in place of the cross entropy. It is called on chunks of the batch, and"
         " the step's loss is the mean over the trained tokens.",
         'loss = python("losses.py:focal")',
         None,
@@ -68,7 +68,7 @@ class Likelihood(Supervised):
 
 
 class Pretrain(Likelihood):
-    """Next-token training on plain text, every token counted."""
+    """Next-token prediction on plain text, with a loss on every token."""
 
     semantics = ("pretrain", 1)
     needs = (("text",),)
@@ -87,7 +87,7 @@ class Pretrain(Likelihood):
 
 
 class Sft(Likelihood):
-    """Supervised tuning: the loss is on the responses only."""
+    """Supervised fine-tuning, with a loss on the responses only."""
 
     semantics = ("sft", 1)
     needs = (("prompt", "response"), ("messages",))
@@ -104,43 +104,47 @@ class Distill(Supervised):
         "loss": "mean loss of a token",
         "divergence": "mean divergence of a token from the teacher, in nats",
         "cross_entropy": "mean loss of a token on the data itself, in nats",
-        "retention": "the student's share of the teacher's score, for the first of the evals",
+        "retention": "the student's score as a share of the teacher's, for the first eval",
     }
 
-    teacher: ModelRef = result("Who is to be matched.", "teacher = large")
+    teacher: ModelRef = result("The model to imitate.", "teacher = large")
     divergence: Annotated[SerializeAsAny[Divergence], types.Of("divergence")] = result(
-        "How far the student is from the teacher at a token.",
+        "How the student's distribution is compared with the teacher's at each token.",
         "divergence = reverse_kl()",
         ForwardKl.unvalidated(),
     )
     temperature: Positive = result(
-        "Softens both distributions; the divergence is scaled by its square.",
+        "Softmax temperature of both distributions. The divergence is scaled by its square.",
         "temperature = 2.0",
         1.0,
     )
     hard: Share = result(
-        "Share of the loss that is on the data itself, as in supervised tuning.",
+        "Share of the loss that is the cross entropy on the data, as in supervised fine-tuning.",
         "hard = 10%",
         0.0,
     )
     top_k: MaybeCount = result(
-        "Compare only the teacher's likeliest tokens, and all others as one.", "top_k = 64", None
+        "Compare only the teacher's k most likely tokens, and the remaining ones as a sum.",
+        "top_k = 64",
+        None,
     )
     teacher_log_probs: Annotated[str, types.Choice(("live", "ahead"))] = placement(
-        "Whether the teacher runs beside the student, or once over all examples before the first"
-        " step, which stores its `top_k`.",
+        "Whether the teacher runs in every step (`live`), or once over all examples before the"
+        " first step, which stores its `top_k` log-probabilities (`ahead`).",
         "teacher_log_probs = ahead",
         "live",
     )
     attention: Annotated[Maps | None, types.Of("attention")] = result(
-        "Match attention maps too.", "attention = maps(weight = 0.5)", None
+        "Also match attention maps.", "attention = maps(weight = 0.5)", None
     )
     features: Annotated[Hidden | None, types.Of("features")] = result(
-        "Match hidden states too.", "features = hidden(weight = 0.5)", None
+        "Also match hidden states.", "features = hidden(weight = 0.5)", None
     )
     on_policy: Share = result(
-        "Share of the steps whose answers the student samples itself.", "on_policy = 50%", 0.0
+        "Share of the steps that train on answers sampled from the student.", "on_policy = 50%", 0.0
     )
     rollout: Annotated[Sampling, types.Of("sampling")] = result(
-        "How the student samples.", "rollout = sampling(max_tokens = 128)", Sampling.unvalidated()
+        "How the student's answers are sampled.",
+        "rollout = sampling(max_tokens = 128)",
+        Sampling.unvalidated(),
     )

@@ -13,15 +13,15 @@ from tunelang.dsl.vocabulary.supervised_stages import Distill, Pretrain, Sft
 from tunelang.dsl.vocabulary.utility_stages import Evaluate, Export, Merge, Sample
 
 NOUNS: dict[str, str] = {
-    "param": "A value that `--set`, or a file that imports this one, may change.",
+    "param": "A value that `--set`, or an importing file, may override.",
     "let": "A named expression.",
     "tokenizer": "A tokenizer, its special tokens and its chat template.",
     "model": "Initial weights of one architecture.",
     "data": "A stream of examples with named fields.",
-    "reward": "A number for each completion.",
-    "eval": "Named metrics, measured on examples.",
-    "hardware": "A set of devices, which need not be here.",
-    "stage": "A step of the pipeline; as a value, the model that it yields.",
+    "reward": "A function that gives each completion a number.",
+    "eval": "Metrics of a model, measured on examples.",
+    "hardware": "A set of devices, here or elsewhere.",
+    "stage": "A step of the pipeline. Its name refers to the model that it yields.",
 }
 """Noun -> documentation."""
 
@@ -83,7 +83,7 @@ FUNCTIONS: dict[str, type[Function]] = {
 """Function -> its model. Data methods stand in `data.METHODS`."""
 
 FORMS: dict[str, str] = {
-    "each": "Fan a stage out: one branch for each value, and for each"
+    "each": "Fan out a stage into one branch for each value, and for each"
     " combination of several `each`.",
 }
 """Forms of the language that look like calls."""

@@ -25,15 +25,15 @@ TARGETS = ("attention", "mlp", "all", "q", "k", "v", "o", "gate", "up", "down", 
 
 
 class Adapter(Function):
-    """Base of what may be trained beside frozen weights."""
+    """Base of the adapters, which are trained while the weights are frozen."""
 
     family = "adapter"
     word = ""
 
 
 class Lora(Adapter):
-    """Low-rank updates beside frozen weights (arXiv:2106.09685). An adapter that the stage starts
-    from stays as it is, below the new one.
+    """Low-rank updates of frozen weights (arXiv:2106.09685). An adapter of the starting model stays
+    frozen below the new one.
     """
 
     word = "lora"
@@ -42,7 +42,7 @@ class Lora(Adapter):
     targets: Annotated[
         tuple[str, ...], types.ListOf(types.Either((types.Choice(TARGETS), types.Pattern())), low=1)
     ] = result(
-        "The matrices that get an update, by role or by a pattern over their paths, such as"
+        "The matrices to update, by role or by a regular expression over their paths, such as"
         " `blocks.attention.q`.",
         "targets = [attention, mlp]",
         ("attention", "mlp"),
@@ -59,13 +59,13 @@ class Lora(Adapter):
 
 
 class Dora(Lora):
-    """LoRA on directions, with learned magnitudes (arXiv:2402.09353)."""
+    """LoRA on the directions of weights, with learned magnitudes (arXiv:2402.09353)."""
 
     word = "dora"
 
 
 class Continued(Adapter):
-    """The adapter of the stage that this one starts from, trained on."""
+    """Continue to train the adapter of the stage that this one starts from."""
 
     word = "continued"
     bare: ClassVar[bool] = True
@@ -78,35 +78,39 @@ class Sampling(Function):
     word = "sampling"
     max_tokens: Tokens = result("The longest completion.", "max_tokens = 512", 256)
     max_prompt: Annotated[int | None, types.count("tokens")] = result(
-        "Longer prompts are handled as the data's `on_long_row` says;"
-        " without it, what the context leaves.",
+        "Limit of the prompt; `on_long_row` of the data says what happens to longer ones."
+        " Default: what the context leaves.",
         "max_prompt = 1Ki",
         None,
     )
     temperature: NonNegative = result(
-        "Softmax temperature; 0 takes the likeliest token.", "temperature = 0.7", 1.0
+        "Softmax temperature. At 0 the most likely token is taken.", "temperature = 0.7", 1.0
     )
-    top_k: MaybeCount = result("Sample from this many likeliest tokens.", "top_k = 50", None)
+    top_k: MaybeCount = result("Sample only from the k most likely tokens.", "top_k = 50", None)
     top_p: Annotated[float | None, types.Share()] = result(
-        "Sample from the likeliest tokens that make up this probability.", "top_p = 95%", None
+        "Sample only from the most likely tokens that together have this probability.",
+        "top_p = 95%",
+        None,
     )
     min_p: Annotated[float | None, types.Share()] = result(
-        "Drop tokens less likely than this share of the likeliest.", "min_p = 5%", None
+        "Exclude tokens whose probability is below this share of the most likely token's.",
+        "min_p = 5%",
+        None,
     )
     repetition_penalty: Positive = result(
-        "Divide the logits of tokens that occurred by this (arXiv:1909.05858).",
+        "Divide the logits of tokens that have occurred by this (arXiv:1909.05858).",
         "repetition_penalty = 1.1",
         1.0,
     )
     stop: Annotated[tuple[str, ...], types.ListOf(types.Text())] = result(
-        "Texts that end a completion beside the tokenizer's own end token.",
+        "Texts that end a completion, besides the tokenizer's end token.",
         'stop = ["</answer>"]',
         (),
     )
 
 
 class Clip(Function):
-    """Clip the probability ratio to `[1 - low, 1 + high]`, pessimistically (PPO,
+    """Clip the probability ratio to `[1 - low, 1 + high]` and take the lower objective (PPO,
     arXiv:1707.06347).
     """
 
@@ -128,9 +132,9 @@ class ClipWeights(Function):
 
 
 class KlTerm(Function):
-    """Base of the estimators of the divergence from the reference (Schulman 2020).
+    """Base of the estimators of the KL divergence from the reference (Schulman 2020).
 
-    In the loss the gradient is the divergence's own, whichever estimator measures it
+    In the loss, the gradient is that of the divergence itself, whichever estimator is used
     (arXiv:2506.09477).
     """
 
@@ -138,7 +142,7 @@ class KlTerm(Function):
     word = ""
     coefficient: NonNegative = result("Its weight.", "kl = k3(0.04)", positional=True)
     at: Annotated[str, types.Choice(("loss", "reward"))] = result(
-        "Whether it is added to the loss or taken off the reward.",
+        "Whether it is added to the loss or subtracted from the reward.",
         "kl = k1(0.05, at = reward)",
         "loss",
     )
@@ -163,8 +167,8 @@ class K3(KlTerm):
 
 
 class Truncated(Function):
-    """Weight each token by the sampler's mismatch, cut off at `limit` (truncated importance
-    sampling).
+    """Weight each token by the ratio of the trainer's to the sampler's probability, at most
+    `limit` (truncated importance sampling).
     """
 
     family = "correction"
@@ -173,8 +177,8 @@ class Truncated(Function):
 
 
 class Masked(Function):
-    """Weight each token by the sampler's mismatch; leave out those beyond `limit` or below its
-    inverse.
+    """Weight each token by the ratio of the trainer's to the sampler's probability; skip tokens
+    with a ratio above `limit` or below its inverse.
     """
 
     family = "correction"
@@ -200,16 +204,16 @@ class Linear(Merging):
 
     word = "linear"
     weights: Weights = result(
-        "The weight of each model, the first that of `from`; they are made to add to 1. Without"
-        " them, all are equal.",
+        "The weight of each model, `from` first; they are normalised to sum to 1."
+        " Default: equal weights.",
         "linear(weights = [2, 1])",
         None,
     )
 
 
 class Slerp(Merging):
-    """A point on the arc between two models, tensor by tensor (Shoemake 1985); on the straight line
-    where they are nearly parallel.
+    """Spherical interpolation of two models, tensor by tensor (Shoemake 1985); linear
+    if they are nearly parallel.
     """
 
     word = "slerp"
@@ -219,14 +223,14 @@ class Slerp(Merging):
 
 
 class Ties(Merging):
-    """Of each model's difference from the base its largest entries, and of these those with the
-    sign that prevails (arXiv:2306.01708).
+    """Keep the largest entries of each model's difference from the base, and of these the ones
+    with the majority sign (TIES, arXiv:2306.01708).
     """
 
     word = "ties"
-    density: Part = result("Share of the entries that is kept.", "ties(density = 20%)", 0.2)
+    density: Part = result("Share of the entries to keep.", "ties(density = 20%)", 0.2)
     weights: Weights = result(
-        "A factor of each model's difference, before signs are elected; without them, all are 1.",
+        "Factor of each model's difference, applied before the majority sign is found. Default: 1.",
         "ties(weights = [1, 0.5])",
         None,
     )
@@ -234,14 +238,14 @@ class Ties(Merging):
 
 
 class Dare(Merging):
-    """Of each model's difference from the base random entries, scaled up to the same mean
+    """Keep random entries of each model's difference from the base, scaled up to the same mean
     (arXiv:2311.03099).
     """
 
     word = "dare"
-    density: Part = result("Share of the entries that is kept.", "dare(density = 50%)", 0.5)
+    density: Part = result("Share of the entries to keep.", "dare(density = 50%)", 0.5)
     weights: Weights = result(
-        "The weight of each model's difference; without them, they share 1 equally.",
+        "Weight of each model's difference. Default: equal weights that sum to 1.",
         "dare(weights = [1, 0.5])",
         None,
     )
@@ -255,13 +259,13 @@ class Divergence(Function):
 
 
 class ForwardKl(Divergence):
-    """KL(teacher || student): the student covers all that the teacher does (arXiv:1503.02531)."""
+    """KL(teacher || student): the student covers every mode of the teacher (arXiv:1503.02531)."""
 
     word = "forward_kl"
 
 
 class ReverseKl(Divergence):
-    """KL(student || teacher): the student keeps to what the teacher does (arXiv:2306.08543)."""
+    """KL(student || teacher): the student stays in the teacher's modes (arXiv:2306.08543)."""
 
     word = "reverse_kl"
 
@@ -282,64 +286,66 @@ LayerMap = Annotated[tuple[int, ...] | None, types.ListOf(types.Whole(low=0), lo
 
 
 class Maps(Function):
-    """The attention maps of the teacher, averaged over heads (arXiv:1612.03928)."""
+    """Match the teacher's attention maps, averaged over heads (arXiv:1612.03928)."""
 
     family = "attention"
     word = "maps"
-    weight: Positive = result("Weight beside the other losses.", "maps(weight = 0.5)", 1.0)
+    weight: Positive = result("Weight of this term in the loss.", "maps(weight = 0.5)", 1.0)
     distance: Annotated[str, types.Choice(("squared", "kl"))] = result(
         "The squared difference, or the KL divergence of each row.", "maps(distance = kl)", "kl"
     )
     layers: LayerMap = result(
-        "The teacher's layer for each of the student's, from 0; without it, evenly spread.",
+        "The teacher's layer for each layer of the student, from 0. Default: evenly spaced.",
         "maps(layers = [1, 3])",
         None,
     )
 
 
 class Hidden(Function):
-    """The hidden states of the teacher, to which the student's are projected (arXiv:1412.6550)."""
+    """Match the teacher's hidden states with a projection of the student's (arXiv:1412.6550)."""
 
     family = "features"
     word = "hidden"
-    weight: Positive = result("Weight beside the other losses.", "hidden(weight = 0.5)", 1.0)
+    weight: Positive = result("Weight of this term in the loss.", "hidden(weight = 0.5)", 1.0)
     distance: Annotated[str, types.Choice(("squared", "cosine"))] = result(
-        "The squared difference, or one less the cosine.", "hidden(distance = cosine)", "squared"
+        "The squared difference, or one minus the cosine similarity.",
+        "hidden(distance = cosine)",
+        "squared",
     )
     pooling: Annotated[str, types.Choice(("token", "mean", "last"))] = result(
-        "Whether each token is compared, the mean of a sequence or its last token.",
+        "What is compared: each token, the mean over a sequence, or its last token.",
         "hidden(pooling = mean)",
         "token",
     )
     layers: LayerMap = result(
-        "The teacher's layer for each of the student's, from 0; without it, evenly spread.",
+        "The teacher's layer for each layer of the student, from 0. Default: evenly spaced.",
         "hidden(layers = [1, 3])",
         None,
     )
 
 
 class Critic(Function):
-    """The model of values that a PPO stage trains beside its policy."""
+    """The critic, which estimates values and is trained with the policy of a PPO stage."""
 
     family = "critic"
     word = "critic"
     trunk: Annotated[str, types.Choice(("separate", "shared"))] = result(
-        "Whether it has weights of its own, or is one more head on the policy.",
+        "Whether it is a separate decoder, or a second head on the policy's.",
         "critic(trunk = shared)",
         "separate",
     )
     optimizer: Annotated[SerializeAsAny[Optimizer], types.Of("optimizer")] = result(
-        "Its own optimizer; with a shared trunk, that of its head.",
+        "Optimizer of the critic; with a shared trunk, of its head.",
         "critic(optimizer = adamw(lr = 1e-5))",
         AdamW.unvalidated(lr=1e-5),
     )
     clip: Annotated[float | None, types.Number(above=0)] = result(
-        "How far a value may move from the one before the step; without it, any distance.",
+        "Limit of the change of a value in one step; `none` for no limit.",
         "critic(clip = 0.2)",
         0.2,
     )
     weight: Positive = result(
-        "Weight of its loss, where it shares the policy's trunk.", "critic(weight = 0.5)", 0.5
+        "Weight of its loss if it shares the policy's trunk.", "critic(weight = 0.5)", 0.5
     )
 
 
@@ -349,12 +355,14 @@ class Axes(Function):
     family = "mesh"
     word = "axes"
     data: Count = placement(
-        "Copies of the model, each with a share of the batch.", "axes(data = 8)", 1
+        "Number of copies of the model, each with a share of the batch.", "axes(data = 8)", 1
     )
-    fsdp: Count = placement("Parameters and batch split.", "axes(fsdp = 8)", 1)
-    tensor: Count = placement("Matrices split.", "axes(fsdp = 2, tensor = 4)", 1)
-    expert: Count = placement("Experts split.", "axes(fsdp = 4, expert = 8)", 1)
-    context: Count = placement("Sequences and parameters split.", "axes(fsdp = 4, context = 2)", 1)
+    fsdp: Count = placement("Ways that parameters and batch are split.", "axes(fsdp = 8)", 1)
+    tensor: Count = placement("Ways that matrices are split.", "axes(fsdp = 2, tensor = 4)", 1)
+    expert: Count = placement("Ways that experts are split.", "axes(fsdp = 4, expert = 8)", 1)
+    context: Count = placement(
+        "Ways that sequences and parameters are split.", "axes(fsdp = 4, context = 2)", 1
+    )
 
 
 class Winner(Function):
@@ -369,7 +377,7 @@ class Best(Winner):
 
     word = "best"
     metric: Annotated[str, types.Metric()] = result(
-        "What to compare.", "keep = best(accuracy)", positional=True
+        "The metric to compare.", "keep = best(accuracy)", positional=True
     )
 
 
@@ -378,19 +386,19 @@ class Lowest(Winner):
 
     word = "lowest"
     metric: Annotated[str, types.Metric()] = result(
-        "What to compare.", "keep = lowest(loss)", positional=True
+        "The metric to compare.", "keep = lowest(loss)", positional=True
     )
 
 
 class All(Winner):
-    """Every branch: each stage that uses this one fans out too."""
+    """Keep every branch: each stage that uses this one fans out too."""
 
     word = "all"
     bare: ClassVar[bool] = True
 
 
 class TensorBoard(Function):
-    """Event files for TensorBoard, in the store beside the metrics."""
+    """Event files for TensorBoard, in the store next to the metrics."""
 
     family = "tracker"
     word = "tensorboard"

@@ -23,7 +23,7 @@ from tunelang.dsl.vocabulary.training import Linear, Merging, Sampling
 
 
 class Sample(Stage):
-    """Completions of prompts, scored and chosen, as data for later stages: `sampled`."""
+    """Sample completions of prompts, score and select them, as data of later stages (`sampled`)."""
 
     semantics = ("sample", 1)
     needs = (("prompt",), ("messages",))
@@ -36,7 +36,7 @@ class Sample(Stage):
 
     from_: ModelRef = result("What to sample from.", "from = baseline", alias="from")
     data: Data = result("The prompts; each is used once.", "data = math")
-    limit: MaybeCount = result("Use only the first few prompts.", "limit = 200", None)
+    limit: MaybeCount = result("Use only this many prompts, the first ones.", "limit = 200", None)
     samples: Count = result("Completions for each prompt.", "samples = 8", 1)
     rollout: Annotated[Sampling, types.Of("sampling")] = result(
         "How completions are sampled.",
@@ -45,22 +45,24 @@ class Sample(Stage):
     )
     score: MaybeReward = result("What scores a completion.", "score = correct", None)
     keep: MaybeReward = result(
-        "Keep the completions for which this holds, or is above 0.", "keep = correct > 0.5", None
+        "Keep only completions for which this is true, or above 0.", "keep = correct > 0.5", None
     )
     distinct: Flag = result(
-        "Keep one of several equal completions of a prompt.", "distinct = false", True
+        "Keep only one of several equal completions of a prompt.", "distinct = false", True
     )
     most: MaybeCount = result(
-        "Keep at most so many completions of a prompt, the best first.", "most = 2", None
+        "Keep at most this many completions of a prompt, those with the highest scores.",
+        "most = 2",
+        None,
     )
     seed: Annotated[int | None, types.Whole(low=0)] = result(
-        "A seed of its own; without it, one drawn from the run's.", "seed = 1", None
+        "Seed of the stage. Default: derived from the run's.", "seed = 1", None
     )
     on: HardwareRef = placement("The hardware of this stage.", "on = pod", None)
 
 
 class Merge(Stage):
-    """One model from the weights of several that have a common origin."""
+    """Merge the weights of models that have a common base into one model."""
 
     semantics = ("merge", 1)
 
@@ -72,53 +74,55 @@ class Merge(Stage):
         "How weights are combined.", "method = ties(density = 20%)", Linear.unvalidated()
     )
     base: Annotated[Reference | None, types.Ref(("model", "stage"))] = result(
-        "Their common origin, from which differences are taken; without it, the model at the start"
+        "Their common base, from which differences are taken. Default: the model at the start"
         " of `from`.",
         "base = gemma",
         None,
     )
-    evals: Evals = result("What to measure of the merged model.", "evals = [accuracy]", ())
+    evals: Evals = result("Evals of the merged model.", "evals = [accuracy]", ())
     seed: Annotated[int | None, types.Whole(low=0)] = result(
-        "A seed of its own, for what is dropped at random.", "seed = 1", None
+        "Seed of what is dropped at random. Default: derived from the run's.", "seed = 1", None
     )
     on: HardwareRef = placement("The hardware of this stage.", "on = pod", None)
 
 
 class Evaluate(Stage):
-    """Evals of several models, side by side."""
+    """Run evals on several models and compare them."""
 
     semantics = ("evaluate", 1)
     yields = "figures"
     reads = {"models": ("model", "scores")}
 
     models: Annotated[tuple[Reference, ...], types.ListOf(types.Ref(("model", "stage")), low=1)] = (
-        result("What to measure.", "models = [baseline, specialist]")
+        result("The models to evaluate.", "models = [baseline, specialist]")
     )
     evals: Annotated[tuple[Reference, ...], types.ListOf(types.Ref(("eval",)), low=1)] = result(
-        "The evals.", "evals = [accuracy]"
+        "The evals to run.", "evals = [accuracy]"
     )
     on: HardwareRef = placement("The hardware of this stage.", "on = pod", None)
 
 
 class Export(Stage):
-    """Write a model in the form that `transformers` loads: weights, configuration, tokenizer."""
+    """Write a model as `transformers` loads it: weights, configuration and tokenizer."""
 
     semantics = ("export", 1)
     yields = "files"
 
     from_: ModelRef = result("What to write.", "from = generalist", alias="from")
     path: Annotated[str, types.Path("output")] = result(
-        "The folder; files in it that the stage did not write are left alone.", 'path = "out/model"'
+        "The folder. Files in it that the stage did not write are left alone.", 'path = "out/model"'
     )
     format: Annotated[str, types.Choice(("safetensors",))] = result(
-        "The form of the weights.", "format = safetensors", "safetensors"
+        "File format of the weights.", "format = safetensors", "safetensors"
     )
     adapter: Annotated[str, types.Choice(("merged", "apart"))] = result(
-        "Whether an adapter is merged into the weights, or written by itself in PEFT's form.",
+        "Whether an adapter is merged into the weights, or written separately in PEFT's format.",
         "adapter = apart",
         "merged",
     )
     dtype: Annotated[str, types.Choice(("f32", "bf16", "f16"))] = result(
         "The precision of the weights.", "dtype = f32", "bf16"
     )
-    shard: Annotated[int, types.Memory()] = result("The largest file.", "shard = 2 GB", 5 * 10**9)
+    shard: Annotated[int, types.Memory()] = result(
+        "Size limit of one file.", "shard = 2 GB", 5 * 10**9
+    )
