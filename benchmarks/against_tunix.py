@@ -54,6 +54,7 @@ from tunelang.runtime.generation.engine import make_engine
 from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Prompt
 from tunelang.runtime.objectives import policy_gradient
+from tunelang.runtime.objectives.policy_gradient import PolicySettings
 from tunelang.runtime.planning.local_devices import local_devices
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages.policy_step import (
@@ -331,7 +332,7 @@ def grpo(given: Given) -> Found:
         layout=program.layout,
     )
     sampler = Sampler(engine, sampling, stop_ids=(), pad=0)
-    update = policy_step(architecture, optimizer, schedule, policy, program)
+    update = policy_step(architecture, optimizer, schedule, PolicySettings.of(policy), program)
     score = score_program(architecture, program, given["temperature"])
     advantages = jax.jit(policy_gradient.advantages, static_argnames="how")
     part = math.gcd(group, given["prompts"] * group // program.micro_batches)

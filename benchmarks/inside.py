@@ -20,9 +20,9 @@ from plan_accuracy import architecture, devices, numbered, planned
 
 from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.runtime import sharding
-from tunelang.runtime.rehearsal.abstract_programs import programs
 from tunelang.runtime.rehearsal.collectives import exchanged, operations
 from tunelang.runtime.rehearsal.topologies import compilable
+from tunelang.runtime.stages.base import kind_of
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d{1,14})"')
 _LOOP = re.compile(r"= \((.*)\) while\(")
@@ -79,7 +79,7 @@ def main() -> None:
         stage, layout = planned(point)
         mesh = sharding.make_layout(**point.mesh, devices=compilable(devices(point)))
         shapes = Shapes(architecture(point), "bf16")
-        program = next(iter(programs(stage, shapes, layout, mesh)))
+        program = next(iter(kind_of(stage).abstract_programs(stage, shapes, layout, mesh)))
         compiled = program.lower().compile()
         text = compiled.as_text() or ""
         cycles = sum(

@@ -30,17 +30,17 @@ from tunelang.dsl.vocabulary.supervised_stages import Distill
 from tunelang.dsl.vocabulary.training import Critic, Sampling
 from tunelang.runtime.loading.initial_weights import score_head
 from tunelang.runtime.models.primitives import DTYPES
-from tunelang.runtime.objectives.answer_scores import (
-    KtoObjective,
-    PairObjective,
-    Reference,
-    ScoreObjective,
-)
+from tunelang.runtime.objectives.policy_gradient import PolicySettings
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages.distill import DistillObjective
+from tunelang.runtime.stages.kto import KtoExtras, KtoObjective, mismatch
+from tunelang.runtime.stages.policy import CriticSetup, with_critic
 from tunelang.runtime.stages.policy_step import PolicyBatch, policy_step
-from tunelang.runtime.stages.ppo import learner_of, with_critic
-from tunelang.runtime.stages.supervised import mismatched
+from tunelang.runtime.stages.ppo import GaeEstimator, learner_of
+from tunelang.runtime.stages.preference import PairObjective
+from tunelang.runtime.stages.reward_model import ScoreObjective
+from tunelang.runtime.stages.supervised import Auxiliary
+from tunelang.runtime.stages.teacher_cache import TeacherTokens
 from tunelang.runtime.training.objective import Batch, Objective
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
@@ -106,9 +106,9 @@ def architectures(given: argparse.Namespace) -> tuple[Architecture, Architecture
 
 
 def make_batch(given: argparse.Namespace) -> Batch:
-    """Return random rows with trained answers and every field that an objective reads."""
+    """Return random rows with trained answers."""
     random = np.random.default_rng(0)
-    shape, count = (given.batch, given.length), (given.batch, SEGMENTS)
+    shape = given.batch, given.length
     place, each = np.arange(given.length, dtype=np.int32), given.length // SEGMENTS
     plain = Batch(
         random.integers(0, given.vocabulary, shape, dtype=np.int32),
@@ -116,22 +116,30 @@ def make_batch(given: argparse.Namespace) -> Batch:
         np.broadcast_to(place // each + 1, shape),
         np.broadcast_to(place % each, shape),
     )
-    batch = replace(
-        plain,
-        values=np.broadcast_to(np.arange(SEGMENTS, dtype=np.float32) % 2, count),
-        reference=random.normal(-600, 1, count).astype(np.float32),
-        mismatched=mismatched(plain, 0, 1),
-    )
-    return jax.tree.map(lambda array: array[None], batch)
+    return jax.tree.map(lambda array: array[None], plain)
 
 
-def top_k_of(given: argparse.Namespace) -> tuple[Any, Any]:
+def reference_log_probs(given: argparse.Namespace) -> np.ndarray:
+    """Return the log-probability of each answer by a reference that ran ahead."""
+    random = np.random.default_rng(3)
+    return random.normal(-600, 1, (1, given.batch, SEGMENTS)).astype(np.float32)
+
+
+def kto_extras(given: argparse.Namespace) -> KtoExtras:
+    """Return labels, and mismatched answers."""
+    batch = jax.tree.map(lambda array: array[0], make_batch(given))
+    labels = np.broadcast_to(np.arange(SEGMENTS, dtype=np.float32) % 2, (given.batch, SEGMENTS))
+    extras = KtoExtras(labels, mismatch(batch, 0, 1))
+    return jax.tree.map(lambda array: array[None], extras)
+
+
+def top_k_of(given: argparse.Namespace) -> TeacherTokens:
     """Return ids that differ within a token, and their log-probabilities."""
     shape = (1, given.batch, given.length, given.top_k)
     random = np.random.default_rng(1)
     first = random.integers(0, given.vocabulary, shape[:-1], dtype=np.int32)[..., None]
     ids = (first + np.arange(given.top_k, dtype=np.int32)) % given.vocabulary
-    return ids, np.full(shape, -np.log(2.0 * given.top_k), np.float32)
+    return TeacherTokens(ids, np.full(shape, -np.log(2.0 * given.top_k), np.float32))
 
 
 def supervised_methods(
@@ -150,7 +158,7 @@ def supervised_methods(
         flops: float,
         own: Architecture = model,
         aux_params: Architecture | None = None,
-        **more: Any,
+        extras: Any = None,
     ) -> Callable[[], Method]:
         def make() -> Method:
             state = random_state(own, optimizer, config, 0)
@@ -159,26 +167,27 @@ def supervised_methods(
                     state, aux_params=random_state(aux_params, optimizer, config, 1).params
                 )
             step = train_step(own, optimizer, schedule, config, objective)
-            return Method(step, state, replace(batch, **more), flops)
+            return Method(step, state, replace(batch, extras=extras), flops)
 
         return make
 
-    def pairs(live: Architecture | None) -> Objective:
-        return PairObjective(Preference.unvalidated(), SEGMENTS, Reference(live))
+    def pairs(live: bool) -> Objective:
+        return PairObjective(Preference.unvalidated(), SEGMENTS, Auxiliary(model, live))
 
     return {
         SFT: method(None, trained),
-        "dpo, ahead": method(pairs(None), trained),
-        "dpo, live": method(pairs(model), trained + forward, aux_params=model),
+        "dpo, ahead": method(pairs(False), trained, extras=reference_log_probs(given)),
+        "dpo, live": method(pairs(True), trained + forward, aux_params=model),
         "reward_model": method(
             ScoreObjective(RewardModel.unvalidated(), SEGMENTS, False),
             train_flops(scoring, length),
             scoring,
         ),
         "kto": method(
-            KtoObjective(Kto.unvalidated(), SEGMENTS, Reference(model)),
+            KtoObjective(Kto.unvalidated(), SEGMENTS, Auxiliary(model, True)),
             trained + 3 * forward,
             aux_params=model,
+            extras=kto_extras(given),
         ),
         "distill, live": method(
             DistillObjective(distill, model, teacher),
@@ -188,7 +197,7 @@ def supervised_methods(
         "distill, top_k ahead": method(
             DistillObjective(distill.model_copy(update={"top_k": given.top_k}), model, teacher),
             trained,
-            teacher=top_k_of(given),
+            extras=top_k_of(given),
         ),
     }
 
@@ -214,19 +223,21 @@ def ppo_methods(given: argparse.Namespace, config: StepConfig) -> dict[str, Call
     trained = train_flops(model, each) - spared
 
     def method(trunk: str, flops: float) -> Callable[[], Method]:
-        settings = Critic.unvalidated(trunk=trunk, optimizer=SPEC)
+        critic_settings = Critic.unvalidated(trunk=trunk, optimizer=SPEC)
         rollout = Sampling.unvalidated(max_tokens=shape[2])
-        stage = Ppo.unvalidated(rollout=rollout, critic=settings, passes=1, optimizer=SPEC)
+        stage = Ppo.unvalidated(rollout=rollout, critic=critic_settings, passes=1, optimizer=SPEC)
 
         def make() -> Method:
-            learner = learner_of(settings, scoring, STEPS)
+            learner = learner_of(critic_settings, scoring, STEPS)
             if trunk == "separate":
                 critic = random_state(scoring, optimizer, config, 1).params
             else:
                 critic = score_head(model, jax.numpy.ones(model.width), config.layout)
             state = random_state(model, optimizer, config, 0)
-            state = with_critic(state, (scoring, critic), learner, config, SPEC.lr)
-            step = policy_step(model, optimizer, schedule, stage, config, learner)
+            setup = CriticSetup(learner, scoring, critic, SPEC.lr, GaeEstimator)
+            state = with_critic(state, setup, config)
+            settings = PolicySettings.of(stage)
+            step = policy_step(model, optimizer, schedule, settings, config, learner)
             return Method(step, state, batch, flops)
 
         return make

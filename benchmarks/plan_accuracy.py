@@ -285,14 +285,20 @@ def compiled(point: Point) -> dict[str, Any]:
     """Return the compiler's memory figures for a point's training program."""
     # Compilers are needed here only: a report reads what is known.
     from tunelang.compiler.layout.plan_layouts import Shapes
-    from tunelang.runtime.rehearsal.abstract_programs import programs
     from tunelang.runtime.rehearsal.rehearse import measure
     from tunelang.runtime.rehearsal.topologies import compilable
     from tunelang.runtime.sharding import make_layout
+    from tunelang.runtime.stages.base import kind_of
 
     stage, layout = planned(point)
     mesh = make_layout(**point.mesh, devices=compilable(devices(point)))
-    program = next(iter(programs(stage, Shapes(architecture(point), "bf16"), layout, mesh)))
+    program = next(
+        iter(
+            kind_of(stage).abstract_programs(
+                stage, Shapes(architecture(point), "bf16"), layout, mesh
+            )
+        )
+    )
     begun = time.monotonic()
     found = measure(program, program.lower())
     return {

@@ -18,15 +18,15 @@ from tunelang.runtime.data.examples import Example, Message
 from tunelang.runtime.generation.episodes import completion_texts
 from tunelang.runtime.generation.generator import TextGenerator
 from tunelang.runtime.loading.initial_weights import Origin, load_generator
+from tunelang.runtime.loading.model_export import export_model
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.pipeline.runner import compile_cache
-from tunelang.runtime.pipeline.weight_sources import Origins
+from tunelang.runtime.pipeline.weight_sources import WeightSources
 from tunelang.runtime.planning.prepare import prepare
 from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.rewards.reward_rows import reward_rows
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.stages.export import export
 from tunelang.runtime.store.run_store import Store
 
 
@@ -74,13 +74,13 @@ def write(
     origin, model, resources = _opened(program, store, stage)
     kind = Export.unvalidated(adapter="apart" if apart else "merged", dtype=dtype)
     layout = make_layout(fsdp=len(resources.devices))
-    return export(origin, kind, model, layout, folder, f"{origin.node} {apart} {dtype}")
+    return export_model(origin, kind, model, layout, folder, f"{origin.node} {apart} {dtype}")
 
 
 def _opened(program: Program, store: Store, stage: str) -> tuple[Origin, Model, Resources]:
     compile_cache(store.root / "cache" / "xla")
     prepared = prepare(program, store, only=[stage])
-    origins = Origins(prepared.plan, prepared.graph, store, program)
+    origins = WeightSources(prepared.plan, prepared.graph, store, program)
     resources = Resources(program, store.root / "cache", tuple(jax.devices()), origins)
     origin = origins.latest(stage)
     return origin, resources.model(origin.model), resources

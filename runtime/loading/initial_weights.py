@@ -49,7 +49,7 @@ class Origin:
     """Digest of an eval -> what it found for these weights."""
 
 
-def starting(
+def initial_params(
     origin: Origin,
     adapter: Adapter | None,
     model: Model,
@@ -57,7 +57,7 @@ def starting(
     seed: int,
     scores: bool = False,
 ) -> tuple[Architecture, Any]:
-    """Return the architecture that a stage trains, and its parameters at the beginning.
+    """Return the architecture that a stage trains, and its initial parameters.
 
     `seed` is of random weights; with `scores` the head yields a number. Raises `NoTargetError`,
     `BadWeightsError`, `CheckpointError`.

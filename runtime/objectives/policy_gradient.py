@@ -23,6 +23,7 @@ Where this differs from the papers, for every row of `dsl.vocabulary.stages.POLI
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import jax
@@ -30,9 +31,20 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Num
 
+from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.dsl.vocabulary.base import Function
+from tunelang.dsl.vocabulary.optimizer_kinds import Optimizer
 from tunelang.dsl.vocabulary.policy_stages import Policy
-from tunelang.dsl.vocabulary.training import K1, K2, Clip, ClipWeights, KlTerm, Masked, Truncated
+from tunelang.dsl.vocabulary.training import (
+    K1,
+    K2,
+    Clip,
+    ClipWeights,
+    KlTerm,
+    Masked,
+    Sampling,
+    Truncated,
+)
 from tunelang.runtime.user_functions import Custom
 
 MISMATCH_BOUNDS = {"mismatch_error": 1.05, "mismatch_kl": 5e-4}
@@ -44,6 +56,35 @@ Scalar = Float[Array, ""]
 
 # exp(20) is 5e8: far outside every clip, and squares and sums of it are finite in float32.
 _LARGEST_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """The choices that the update of a policy is compiled for."""
+
+    ratio: str
+    clip: Function | None
+    loss: object
+    aggregate: str
+    kl: KlTerm | None
+    correction: Function | None
+    entropy: float
+    rollout: Sampling
+    optimizer: Optimizer
+    """At a peak learning rate of 1."""
+    minibatches: int
+    passes: int
+
+    @classmethod
+    def of(cls, stage: Policy) -> PolicySettings:
+        """Take the choices of a stage."""
+        stated = {field.name: getattr(stage, field.name) for field in fields(cls)}
+        return cls(**stated | {"optimizer": at_unit_rate(stage.optimizer)})
+
+    @property
+    def updates_per_step(self) -> int:
+        """Updates that a step makes."""
+        return self.minibatches * self.passes
 
 
 class Completions(NamedTuple):
@@ -172,7 +213,7 @@ def divergences(kl: KlTerm, old: Tokens, reference: Tokens, mask: Mask) -> Token
 # The loss.
 
 
-def objective(policy: Policy, batch: Completions) -> tuple[Scalar, Totals]:
+def objective(policy: Policy | PolicySettings, batch: Completions) -> tuple[Scalar, Totals]:
     """Compute the loss sum of a micro-batch, for `jax.value_and_grad(..., has_aux=True)`.
 
     Args:
@@ -227,7 +268,11 @@ def objective(policy: Policy, batch: Completions) -> tuple[Scalar, Totals]:
 
 
 def summed(
-    policy: Policy, mask: Mask, term: Tokens, sums: dict[str, Array], maxima: dict[str, Array]
+    policy: Policy | PolicySettings,
+    mask: Mask,
+    term: Tokens,
+    sums: dict[str, Array],
+    maxima: dict[str, Array],
 ) -> tuple[Scalar, Totals]:
     """Add up the terms of tokens, weighted as `aggregate` says, and what metrics are made of.
 
@@ -249,7 +294,7 @@ def summed(
     return (_where(mask, term) * _token_weights(policy, mask)).sum(), totals
 
 
-def denominator(policy: Policy, mask: Mask) -> Scalar:
+def denominator(policy: Policy | PolicySettings, mask: Mask) -> Scalar:
     """Count what the loss sum of these sequences is divided by.
 
     With `token_mean`, the number of tokens that count (DAPO, arXiv:2503.14476, section 3.3); with
@@ -410,7 +455,7 @@ def _k3(log_ratio: Tokens) -> Tokens:
     return jnp.expm1(-log_ratio) + log_ratio
 
 
-def _token_weights(policy: Policy, mask: Mask) -> Tokens:
+def _token_weights(policy: Policy | PolicySettings, mask: Mask) -> Tokens:
     if policy.aggregate != "sequence_mean":
         return jnp.ones(mask.shape, jnp.float32)
     return jnp.broadcast_to(1.0 / jnp.maximum(mask.sum(-1, keepdims=True), 1), mask.shape)
@@ -425,7 +470,7 @@ def _where(mask: Array, values: Array) -> Array:
     return jnp.where(mask, values, 0)
 
 
-def _require(policy: Policy, batch: Completions) -> None:
+def _require(policy: Policy | PolicySettings, batch: Completions) -> None:
     needs = {
         "reference": policy.kl is not None and policy.kl.at == "loss",
         "sampler": policy.correction is not None,

@@ -16,15 +16,13 @@ from tunelang.runtime.data.row_errors import BadRows
 from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
-from tunelang.runtime.pipeline.weight_sources import Origins
+from tunelang.runtime.pipeline.weight_sources import WeightSources
 from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.sharding import Layout
+from tunelang.runtime.stages.base import Summary
 from tunelang.runtime.store.locks import Holder
 from tunelang.runtime.store.run_store import Store
 from tunelang.runtime.training.training_loop import Reporter
-
-Summary = dict[str, Any]
-"""What a finished stage says of itself; see `Job.run`."""
 
 
 class RunReporter(Reporter, Protocol):
@@ -50,7 +48,7 @@ class RunReporter(Reporter, Protocol):
 
 
 @dataclass
-class Session:
+class RunContext:
     """One run of a plan, and what its stages share."""
 
     prepared: Prepared
@@ -58,23 +56,23 @@ class Session:
     reporter: RunReporter
     stopping: Callable[[], bool] = lambda: False
     resources: Resources = field(init=False)
-    origins: Origins = field(init=False)
+    sources: WeightSources = field(init=False)
     _told: int = 0
     """Bad rows that the user knows of."""
 
     def __post_init__(self) -> None:
         program = self.prepared.program
-        self.origins = Origins(
+        self.sources = WeightSources(
             self.prepared.plan, self.prepared.graph, self.store, program, self.reporter.selected
         )
         devices = tuple(jax.devices())
-        self.resources = Resources(program, self.store.root / "cache", devices, self.origins)
+        self.resources = Resources(program, self.store.root / "cache", devices, self.sources)
 
     def seed(self, own: int | None) -> int:
         """Return a stage's seed: its own, or one drawn from the run's."""
         return derive(self.prepared.program.run.seed, "stage") if own is None else own
 
-    def measured(
+    def measure(
         self,
         planned: StagePlan,
         evals: Sequence[Reference],

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import jax
 from typing_extensions import override
@@ -19,22 +18,19 @@ from tunelang.compiler.graph import StageNode
 from tunelang.compiler.layout.sweep_fusion import Sweep
 from tunelang.compiler.models.architecture import plain
 from tunelang.compiler.plan import StagePlan
-from tunelang.dsl.diagnostics.tune_error import WRONG_SPEC, FailureText, SpecPlace, TuneError
+from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.stages import Training
-from tunelang.dsl.vocabulary.training import Dare, Ties
-from tunelang.dsl.vocabulary.utility_stages import Evaluate, Export, Merge, Sample
-from tunelang.runtime.errors import Interrupted, NotBuiltError, StageFailed
+from tunelang.runtime.errors import Interrupted, StageFailed
 from tunelang.runtime.loading.initial_weights import Origin, loaded
-from tunelang.runtime.models.loaded_model import Model
-from tunelang.runtime.models.weight_merging import merged
-from tunelang.runtime.pipeline.run_context import RunReporter, Session, Summary
-from tunelang.runtime.pipeline.training_stage import Job, Together
+from tunelang.runtime.models.parameters import Params
+from tunelang.runtime.pipeline.fused_sweep import FusedSweep
+from tunelang.runtime.pipeline.run_context import RunContext, RunReporter
+from tunelang.runtime.pipeline.training_stage import TrainingRun
 from tunelang.runtime.planning.prepare import Prepared
-from tunelang.runtime.sharding import Layout, make_layout
-from tunelang.runtime.stages.export import export
-from tunelang.runtime.stages.sample import sample
+from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.stages.base import LoadedWeights, Summary, TaskKind, kind_of
 from tunelang.runtime.store.export_manifest import export_folder
 from tunelang.runtime.store.locks import Holder
 from tunelang.runtime.store.run_store import StageFolder, Store
@@ -61,24 +57,6 @@ class HardwareMissingError(TuneError):
         return SpecPlace(attribute="on")
 
 
-@dataclass(eq=False)
-class NotAlikeError(TuneError):
-    """Two models cannot be merged: their names, `first` and `other`."""
-
-    code = "not-alike"
-    exit_code = WRONG_SPEC
-    first: str
-    other: str
-
-    @override
-    def text(self, stage: str) -> FailureText:
-        return run_failures.not_alike(self.first, self.other)
-
-    @override
-    def place(self) -> SpecPlace:
-        return SpecPlace(attribute="others")
-
-
 def execute(prepared: Prepared, store: Store, reporter: RunReporter) -> None:
     """Run what is not up to date.
 
@@ -92,15 +70,15 @@ def execute(prepared: Prepared, store: Store, reporter: RunReporter) -> None:
         for planned in prepared.plan.stages:
             if planned.state.kind in ("left out", "same") or planned.node in run.made:
                 continue
-            with _blamed(planned):
+            with _attributing_errors(planned):
                 run.stage(planned)
             if stopping():
                 raise Interrupted
 
 
 @contextmanager
-def _blamed(planned: StagePlan) -> Iterator[None]:
-    """Say of what goes wrong which stage it was."""
+def _attributing_errors(planned: StagePlan) -> Iterator[None]:
+    """Re-raise any error as `StageFailed`, naming the stage."""
     try:
         yield
     except (Interrupted, StageFailed, StopIteration):
@@ -136,7 +114,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
 
 @dataclass
-class _Run(Session):
+class _Run(RunContext):
     """Makes the stages of a plan, one after another."""
 
     made: set[str] = field(default_factory=set)
@@ -145,60 +123,64 @@ class _Run(Session):
     def stage(self, planned: StagePlan) -> None:
         """Make one stage up to date, and the branches that are trained together with it."""
         if planned.state.kind == "up to date":
-            self.reporter.finished(planned, self.origins.summary(planned.node), True)
+            self.reporter.finished(planned, self.sources.summary(planned.node), True)
             return
         sweep = self.prepared.fused.get(planned.node)
         with ExitStack() as locks:
-            held: list[tuple[StagePlan, StageFolder]] = []
+            stages: list[tuple[StagePlan, StageFolder]] = []
             for node in (planned.node,) if sweep is None else sweep.nodes:
-                each = self.prepared.plan.by_node[node]
-                folder = locks.enter_context(self.hold(each))
+                branch = self.prepared.plan.by_node[node]
+                folder = locks.enter_context(self.lock(branch))
                 done = folder.done()
-                if done is not None and each.state.reason not in ("forced", "gone"):
-                    self.reporter.finished(each, done["summary"], True)  # another run was faster
+                if done is not None and branch.state.reason not in ("forced", "gone"):
+                    # Another run was faster.
+                    self.reporter.finished(branch, done["summary"], True)
                 else:
-                    held.append((each, folder))
-            starts = {_start(each, folder) for each, folder in held}
-            if sweep is not None and len(held) == len(sweep.nodes) and len(starts) == 1:
-                self.together(held, sweep)
+                    stages.append((branch, folder))
+            starts = {_start(*stage) for stage in stages}
+            if sweep is not None and len(stages) == len(sweep.nodes) and len(starts) == 1:
+                self.train_fused(stages, sweep)
             else:
-                for each, folder in held:
-                    with _blamed(each):
-                        summary = self.work(each, folder)
-                    self.reporter.finished(each, summary, False)
+                for branch, folder in stages:
+                    with _attributing_errors(branch):
+                        summary = self.work(branch, folder)
+                    self.reporter.finished(branch, summary, False)
             if sweep is not None:
                 self.made.update(sweep.nodes)
 
-    def hold(self, planned: StagePlan) -> AbstractContextManager[StageFolder]:
-        """Lock a stage's folder; says so where that takes waiting."""
+    def lock(self, planned: StagePlan) -> AbstractContextManager[StageFolder]:
+        """Lock a stage's folder; reports where that takes waiting."""
 
-        def waits(holder: Holder | None) -> None:
+        def on_wait(holder: Holder | None) -> None:
             self.reporter.waiting(planned, holder)
 
-        return self.store.hold(planned.digest, wait=None, on_wait=waits)
+        return self.store.hold(planned.digest, wait=None, on_wait=on_wait)
 
-    def together(self, held: Sequence[tuple[StagePlan, StageFolder]], sweep: Sweep) -> None:
-        """Train branches side by side; one that diverges does not end the others.
+    def train_fused(self, stages: Sequence[tuple[StagePlan, StageFolder]], sweep: Sweep) -> None:
+        """Train the branches of a sweep in one program; one that diverges does not end the others.
 
         Raises `StageFailed` for it when they are done.
         """
-        jobs = [self.job(*each) for each in held]
-        start, *_ = [self.begin(*each) for each in held]
-        rates = [job.stage.optimizer.lr for job in jobs]
-        shared = Together(rates, sweep.layouts[0], jobs[0].saving(start))
-        running = {at: replace(job, beside=shared, at=at).run(start) for at, job in enumerate(jobs)}
+        runs = [self.training_run(*stage) for stage in stages]
+        start, *_ = [self.begin(*stage) for stage in stages]
+        rates = [run.stage.optimizer.lr for run in runs]
+        shared = FusedSweep(rates, sweep.layouts[0], runs[0].checkpoint_schedule(start))
+        running = {
+            branch: replace(run, sweep=shared, branch=branch).run(start)
+            for branch, run in enumerate(runs)
+        }
         failed: StageFailed | None = None
-        begun: set[int] = set()
+        started: set[int] = set()
         stopped = False
         try:
             while running:
-                for at, calls in list(running.items()):
-                    planned, folder = held[at]
-                    if at in begun:
+                for branch, calls in list(running.items()):
+                    planned, folder = stages[branch]
+                    if branch in started:
                         self.reporter.turn(planned)
-                    begun.add(at)
+                    started.add(branch)
                     try:
-                        with _blamed(planned):
+                        with _attributing_errors(planned):
                             next(calls)
                         continue
                     except StopIteration as done:
@@ -210,7 +192,7 @@ class _Run(Session):
                         if not isinstance(error.__cause__, DivergedError):
                             raise
                         failed = failed or error
-                    del running[at]
+                    del running[branch]
         finally:
             for calls in running.values():
                 calls.close()
@@ -219,14 +201,15 @@ class _Run(Session):
         if failed is not None:
             raise failed
 
-    def job(self, planned: StagePlan, folder: StageFolder) -> Job:
+    def training_run(self, planned: StagePlan, folder: StageFolder) -> TrainingRun:
         """Return a training stage to be run."""
         node = self.prepared.graph.nodes[planned.node]
         devices = self.prepared.devices[planned.node]
         if not devices.here:
-            raise HardwareMissingError(str(devices), f"{len(jax.devices())} × {_kind()}")
+            raise HardwareMissingError(str(devices), f"{len(jax.devices())} × {_device_kind()}")
         assert isinstance(node.value, Training)
-        return Job(self, planned, node, bound(node.value, self.prepared.program.folder), folder)
+        stage = bound(node.value, self.prepared.program.folder)
+        return TrainingRun(self, planned, node, stage, folder)
 
     def begin(self, planned: StagePlan, folder: StageFolder) -> int:
         """Make a stage's folder ready; returns the step that the stage goes on from."""
@@ -235,7 +218,7 @@ class _Run(Session):
         start = _start(planned, folder)
         if start:
             folder.resume(start)
-        elif forced or not (isinstance(value, Sample) and folder.stage()):
+        elif forced or not (_keeps_partial_results(value) and folder.stage()):
             folder.begin(
                 {
                     "node": planned.node,
@@ -252,95 +235,81 @@ class _Run(Session):
     def work(self, planned: StagePlan, folder: StageFolder) -> Summary:
         """Do a stage from its beginning, or from its last checkpoint."""
         node = self.prepared.graph.nodes[planned.node]
-        value = node.value
-        if isinstance(value, Training):
-            job = self.job(planned, folder)
-            summary = _exhausted(job.run(self.begin(planned, folder)))
+        if isinstance(node.value, Training):
+            start = self.begin(planned, folder)
+            summary = _exhaust(self.training_run(planned, folder).run(start))
         else:
             self.begin(planned, folder)
-            begun = time.time()
+            began = time.time()
             self.reporter.stage(planned, None)
             self.reporter.doing("opening")
             summary = {"steps": 0, "metrics": {}, "evals": {}}
-            match value:
-                case Export():
-                    summary |= self.export(planned, node, value)
-                case Sample():
-                    summary |= self.sample(node, value, folder)
-                case Merge():
-                    summary |= self.merge(planned, node, value, folder)
-                case Evaluate():
-                    summary |= self.evaluate(planned, node, value)
-                case _:
-                    raise NotBuiltError(planned.stage, f"the kind `{planned.kind}`")
+            summary |= kind_of(node.value).run(node.value, _Task(self, planned, node, folder))
             self.tell_bad_rows()
-            summary["seconds"] = time.time() - begun
+            summary["seconds"] = time.time() - began
         folder.finish(summary)
         return summary
 
-    def export(self, planned: StagePlan, node: StageNode, kind: Export) -> Summary:
-        """Write a model to a folder."""
-        self.reporter.doing("writing")
-        origin = self.origins.of(node, kind.from_)
-        model = self.resources.model(origin.model)
-        folder = export_folder(self.prepared.program, self.prepared.graph, planned.node)
-        layout = make_layout(fsdp=len(self.resources.devices))
-        files = export(origin, kind, model, layout, folder, planned.digest)
-        return {"model": origin.model, "from": origin.node, "path": str(folder), "files": files}
 
-    def sample(self, node: StageNode, kind: Sample, folder: StageFolder) -> Summary:
-        """Sample completions, and write those that are chosen."""
-        origin, model, params, layout = self._weights(node, kind.from_)
-        seed = self.seed(kind.seed)
-        metrics = sample(
-            self.resources, kind, model, params, layout, seed, folder.path,
-            self.reporter.step, self.stopping,
-        )  # fmt: skip
-        return {"model": origin.model, "from": origin.node, "metrics": metrics}
+class _Task:
+    """Gives a stage that does not train what it needs of the run; see `TaskContext`."""
 
-    def merge(
-        self, planned: StagePlan, node: StageNode, kind: Merge, folder: StageFolder
-    ) -> Summary:
-        """Make one model of several, and measure it."""
-        origin, model, first, layout = self._weights(node, kind.from_)
-        others = [self._weights(node, reference) for reference in kind.others]
-        for reference, (_, other, *_rest) in zip(kind.others, others, strict=True):
-            if other.architecture != model.architecture:
-                raise NotAlikeError(kind.from_.name, reference.name)
-        base = None
-        if isinstance(kind.method, Ties | Dare):
-            start = Reference.unvalidated(noun="model", name=origin.model)
-            base = self._weights(node, kind.base or start)[2]
-        self.reporter.doing("merging")
-        models = [first, *(params for _, _, params, _ in others)]
-        params = merged(kind.method, models, base, self.seed(kind.seed))
-        evals, metrics = self.measured(planned, kind.evals, model, params, layout, {})
-        checkpoints = Checkpoints(folder)
-        try:
-            checkpoints.finish(0, params)
-        finally:
-            checkpoints.close()
-        return {"model": origin.model, "from": origin.node, "metrics": metrics, "evals": evals}
+    def __init__(
+        self, run: RunContext, planned: StagePlan, node: StageNode, stage_folder: StageFolder
+    ) -> None:
+        self._run, self._planned, self._stage_folder = run, planned, stage_folder
+        self.resources, self.node = run.resources, node
+        self.digest, self.folder = planned.digest, stage_folder.path
+        self.stopping = run.stopping
+        self.output = None
+        if node.value.yields == "files":
+            prepared = run.prepared
+            self.output = export_folder(prepared.program, prepared.graph, planned.node)
 
-    def evaluate(self, planned: StagePlan, node: StageNode, kind: Evaluate) -> Summary:
-        """Measure several models."""
-        metrics: dict[str, float] = {}
-        table: dict[str, dict[str, float]] = {}
-        for reference in kind.models:
-            origin, model, params, layout = self._weights(node, reference)
-            _, found = self.measured(planned, kind.evals, model, params, layout, origin.evals)
-            table[reference.name] = found
-            metrics |= {f"{reference.name}/{name}": value for name, value in found.items()}
-        return {"metrics": metrics, "table": table}
+    def seed(self, stated: int | None) -> int:
+        """Return the stage's seed: the stated one, or one drawn from the run's."""
+        return self._run.seed(stated)
 
-    def _weights(self, node: StageNode, reference: Reference) -> tuple[Origin, Model, Any, Layout]:
-        """Return the weights that a reference stands for, adapters merged into them."""
-        origin = self.origins.of(node, reference)
+    def origin(self, reference: Reference) -> Origin:
+        """Resolve a reference to weights."""
+        return self._run.sources.resolve(self.node, reference)
+
+    def load(self, reference: Reference) -> LoadedWeights:
+        """Load the weights that a reference stands for."""
+        origin = self.origin(reference)
         model = self.resources.model(origin.model)
         architecture = replace(plain(model.architecture), scores=origin.scores)
         model = replace(model, architecture=architecture)
         layout = make_layout(fsdp=len(self.resources.devices))
-        return origin, model, loaded(origin, model, layout, self.seed(None) % 2**31), layout
+        params = loaded(origin, model, layout, self.seed(None) % 2**31)
+        return LoadedWeights(origin, model, params, layout)
+
+    def measure(
+        self,
+        evals: Sequence[Reference],
+        weights: LoadedWeights,
+        known: Mapping[str, Mapping[str, float]],
+    ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """Run the evals that are not `known`; returns results by digest and by name."""
+        return self._run.measure(
+            self._planned, evals, weights.model, weights.params, weights.layout, known
+        )
+
+    def save(self, params: Params) -> None:
+        """Write a checkpoint of what the stage yields."""
+        checkpoints = Checkpoints(self._stage_folder)
+        try:
+            checkpoints.finish(0, params)
+        finally:
+            checkpoints.close()
+
+    def doing(self, what: str) -> None:
+        """Tell the user what is being done."""
+        self._run.reporter.doing(what)
+
+    def progress(self, step: int, steps: int, values: Mapping[str, float]) -> None:
+        """Tell the user how far the stage is."""
+        self._run.reporter.step(step, steps, values)
 
 
 def _start(planned: StagePlan, folder: StageFolder) -> int:
@@ -349,7 +318,13 @@ def _start(planned: StagePlan, folder: StageFolder) -> int:
     return steps[-1] if steps and planned.state.reason != "forced" else 0
 
 
-def _exhausted(calls: Generator[None, None, Summary]) -> Summary:
+def _keeps_partial_results(stage: object) -> bool:
+    kind = kind_of(stage)
+    return isinstance(kind, TaskKind) and kind.keeps_partial_results
+
+
+def _exhaust(calls: Generator[None, None, Summary]) -> Summary:
+    """Run a generator to its end; returns its value."""
     while True:
         try:
             next(calls)
@@ -358,5 +333,5 @@ def _exhausted(calls: Generator[None, None, Summary]) -> Summary:
             return summary
 
 
-def _kind() -> str:
+def _device_kind() -> str:
     return str(jax.devices()[0].device_kind)

@@ -66,7 +66,7 @@ class NoCheckpointError(TuneError):
 
 
 @dataclass
-class Origins:
+class WeightSources:
     """Finds what references to models and stages stand for, in one plan and its store."""
 
     plan: Plan
@@ -85,7 +85,7 @@ class Origins:
         found: dict[str, Any] = held["summary"]
         return found
 
-    def of(self, node: StageNode, reference: Reference) -> Origin:
+    def resolve(self, node: StageNode, reference: Reference) -> Origin:
         """Return the weights that a reference to a model or a stage stands for, as it is in a node.
 
         Raises `MissingInputError`, `NoMetricError`, `NoCheckpointError`.
@@ -100,13 +100,13 @@ class Origins:
         name = self.winner(read)
         summary = self.summary(name)
         step = int(summary["steps"]) if reference.step is None else reference.step
-        found = self.at(name, step)
+        found = self.at_step(name, step)
         return found if reference.step is not None else replace(found, evals=summary["evals"])
 
-    def at(self, name: str, step: int) -> Origin:
+    def at_step(self, name: str, step: int) -> Origin:
         """Return the weights of a node after a step, which need not be its last.
 
-        Raises what `of` raises.
+        Raises what `resolve` raises.
         """
         node = self.graph.nodes[name]
         folder = self.store.folder(self.plan.by_node[name].digest)
@@ -119,7 +119,7 @@ class Origins:
             done = folder.done()
             model = done["summary"]["model"] if done else models_of(self.graph, name)[0]
             return Origin(model, path, scores=scores, node=name)
-        below = self.of(node, value.from_)
+        below = self.resolve(node, value.from_)
         adapters = below.adapters
         if isinstance(value.adapter, Continued):
             adapters, lora = adapters[:-1], adapters[-1][0]
@@ -131,7 +131,7 @@ class Origins:
         """Return what a stage yielded, or, of one that is not done, its last checkpoint.
 
         Of a sweep the first branch that is done is taken, unless `stage` names one. Raises
-        `UnknownStage`, `MissingInputError` and what `of` raises.
+        `UnknownStage`, `MissingInputError` and what `resolve` raises.
         """
         found: tuple[str, int] | None = None
         for node in named(self.graph, stage):
@@ -143,12 +143,13 @@ class Origins:
                     break
         if found is None:
             raise MissingInputError(stage)
-        return self.at(*found)
+        return self.at_step(*found)
 
     def weights(self, reference: Reference) -> Origin:
-        """Return the weights that a reward means by a model or a stage; raises what `of` raises.
+        """Return the weights that a reward means by a model or a stage.
 
-        Of a sweep that keeps all its branches, it is the first one.
+        Of a sweep that keeps all its branches, they are the first one's. Raises what `resolve`
+        raises.
         """
         if reference.noun == "model":
             return Origin(reference.name, None)

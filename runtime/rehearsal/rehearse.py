@@ -11,7 +11,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -23,24 +23,27 @@ import jax
 from tunelang.compiler.layout.hardware import Devices
 from tunelang.compiler.layout.layout_query import DoesNotFitError
 from tunelang.compiler.layout.layout_search import best_layout, unpinned
+from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.compiler.layout.remedies import remedies as remedies_of
 from tunelang.compiler.layout.stage_layout import StageLayout, shards_of
 from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.messages.human_units import size_text
+from tunelang.dsl.vocabulary.rewards import EvalKind
 from tunelang.dsl.vocabulary.stages import Training
-from tunelang.dsl.vocabulary.utility_stages import Evaluate, Merge, Sample
+from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.planning.prepare import Prepared
-from tunelang.runtime.rehearsal.abstract_programs import (
-    AbstractProgram,
-    evaluating,
-    measuring,
-    parameters,
-    programs,
-)
 from tunelang.runtime.rehearsal.collectives import exchanged, wasteful
 from tunelang.runtime.rehearsal.topologies import compilable
 from tunelang.runtime.sharding import OPTIONS, Layout, is_variable, make_layout
+from tunelang.runtime.stages.abstract_programs import (
+    AbstractProgram,
+    abstract_params,
+    device_bytes,
+    eval_programs,
+    stage_eval_programs,
+)
+from tunelang.runtime.stages.base import TaskKind, kind_of
 from tunelang.runtime.store.atomic_files import read_json, write_json
 from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.user_functions import bound
@@ -82,16 +85,15 @@ def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
     for the hardware is not installed, and `CustomError`.
     """
     stage, devices = prepared.graph.nodes[node].value, prepared.devices[node]
-    assert isinstance(stage, Training | Sample | Merge | Evaluate)
     there = compilable(devices)
-    references = () if isinstance(stage, Sample) else stage.evals
+    references = getattr(stage, "evals", ())
     evals = {each.name: prepared.program.declarations[each.name].value for each in references}
     if not isinstance(stage, Training):
         layout = make_layout(fsdp=len(there), devices=there)
         models = prepared.measured[node]
         for shapes in models:
             which = f"{shapes.architecture.width} × {shapes.architecture.layers} "
-            for program in measuring(stage, evals, shapes, layout):
+            for program in _task_programs(stage, evals, shapes, layout):
                 name = program.name if len(models) == 1 else which + program.name
                 yield _compiled(replace(program, name=name), devices, cache)
         return
@@ -99,19 +101,32 @@ def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
     planned, shapes = prepared.layout(node), prepared.shapes[node]
     layout = make_layout(**planned.mesh, devices=there)
     copied = tuple(unsplit(shapes.architecture, layout))
-    held = 0
-    for program in programs(stage, shapes, planned, layout):
-        found = _compiled(program, devices, cache)
-        held = max(held, program.held)
-        yield replace(found, findings=found.findings + copied) if program.name == "train" else found
-    for program in evaluating(stage, evals, shapes, planned, layout, held):
+    stage_bytes = 0
+    for program in kind_of(stage).abstract_programs(stage, shapes, planned, layout):
+        compiled = _compiled(program, devices, cache)
+        stage_bytes = max(stage_bytes, program.stage_bytes)
+        if program.name == "train":
+            compiled = replace(compiled, findings=compiled.findings + copied)
+        yield compiled
+    for program in stage_eval_programs(stage, evals, shapes, planned, layout, stage_bytes):
         yield _compiled(program, devices, cache)
+
+
+def _task_programs(
+    stage: object, evals: Mapping[str, EvalKind], shapes: Shapes, layout: Layout
+) -> Iterator[AbstractProgram]:
+    """Yield the programs of a stage that samples from a model or measures it."""
+    kind: TaskKind[Any] = kind_of(stage)
+    yield from kind.abstract_programs(stage, shapes, layout)
+    a, dtype = shapes.architecture, DTYPES[shapes.dtype]
+    params = abstract_params(a, StepConfig(layout=layout, dtype=dtype))
+    resident_bytes = kind.resident_models(stage) * device_bytes(params)
+    yield from eval_programs(evals, a, dtype, params, layout, resident_bytes)
 
 
 def identity(prepared: Prepared, node: str) -> tuple[object, ...]:
     """Return what the programs of a node depend on: branches of a sweep over numbers share them."""
     stage = prepared.graph.nodes[node].value
-    assert isinstance(stage, Training | Sample | Merge | Evaluate)
     if not isinstance(stage, Training):
         return (node,)
     unit = stage.model_copy(update={"optimizer": at_unit_rate(stage.optimizer)})
@@ -149,7 +164,8 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
         except DoesNotFitError:
             break
         mesh = make_layout(**layout.mesh, devices=compilable(devices))
-        made = [_compiled(p, devices, cache) for p in programs(stage, shapes, layout, mesh)]
+        programs = kind_of(stage).abstract_programs(stage, shapes, layout, mesh)
+        made = [_compiled(program, devices, cache) for program in programs]
         worst = max(each.peak for each in made)
         if all(not each.refused and each.peak <= devices.chip.memory for each in made):
             yield f"{_pinned(layout)}: {size_text(worst)}, as the compiler says"
@@ -246,7 +262,7 @@ def unsplit(architecture: Architecture, layout: Layout) -> Sequence[str]:
     """Name the axes of parameters that the mesh should split and does not divide."""
     config = StepConfig(layout=layout)
     found: dict[str, None] = {}
-    for node in jax.tree.leaves(parameters(architecture, config), is_leaf=is_variable):
+    for node in jax.tree.leaves(abstract_params(architecture, config), is_leaf=is_variable):
         if not is_variable(node):
             continue
         for name, size in zip(node.get_metadata("out_sharding"), node.shape, strict=True):

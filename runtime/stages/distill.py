@@ -1,12 +1,14 @@
-"""Distillation as a stage: what the student matches of its teacher, and whose answers it is on."""
+"""Distillation: a student learns to predict what a teacher does, on given answers or its own.
+
+Sources: Hinton et al. 2015, arXiv:1503.02531; generalised knowledge distillation, arXiv:2306.13649.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,30 +16,44 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
+from typing_extensions import override
 
-from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.models.architecture import Architecture, plain
 from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.dsl.vocabulary.supervised_stages import Distill
 from tunelang.dsl.vocabulary.training import JensenShannon, Sampling
 from tunelang.runtime.data.feistel import derive
-from tunelang.runtime.evals.score_answers import epoch
 from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Prompt
 from tunelang.runtime.generation.slot_queue import power_of_two
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.loaded_model import Model
-from tunelang.runtime.models.parameters import OBJECTIVE_PARAMS, abstract_decoder
+from tunelang.runtime.models.parameters import OBJECTIVE_PARAMS, Params, abstract_decoder
 from tunelang.runtime.models.primitives import parameter
 from tunelang.runtime.objectives.distill_losses import (
     attention_transfer,
     divergence,
     feature_transfer,
     layer_map,
-    top_k,
     top_k_divergence,
 )
-from tunelang.runtime.sharding import Layout, jit
-from tunelang.runtime.tokenize.token_cache import Corpus
+from tunelang.runtime.sharding import Layout
+from tunelang.runtime.stages.abstract_programs import AbstractRows
+from tunelang.runtime.stages.base import TrainingInputs, register
+from tunelang.runtime.stages.supervised import (
+    Auxiliary,
+    BatchExtras,
+    ObjectiveSetup,
+    OpenedData,
+    SupervisedKind,
+)
+from tunelang.runtime.stages.teacher_cache import (
+    CHUNK,
+    TeacherTokens,
+    build_teacher_cache,
+    likeliest_tokens,
+    remove_teacher_cache,
+)
 from tunelang.runtime.training.objective import (
     Batch,
     Models,
@@ -46,23 +62,41 @@ from tunelang.runtime.training.objective import (
     hidden_states,
     shift_targets,
 )
-from tunelang.runtime.training.step_config import StepConfig
 
-CHUNK = 64
-"""Tokens of a sequence whose logits are in memory at once, of both models."""
+_ANSWER_ROOM = 16
+"""Tokens of a prompt that a sequence has room for, at least, beside an answer of the student."""
 _TIMED_TOKENS = 32
 _TIMED_SLOTS = 8
 
 
 @dataclass(frozen=True)
+class _Forward:
+    """One forward pass of student and teacher."""
+
+    hidden: jax.Array
+    """`[batch, length, width]`: the student's, behind the last layer."""
+    teacher_hidden: jax.Array
+    routed: Any
+    maps: Any = None
+    teacher_maps: Any = None
+    states: Any = None
+    teacher_states: Any = None
+
+
+@dataclass(frozen=True)
 class DistillObjective(Objective):
-    """The mean loss of a token; see `train.Objective`."""
+    """The mean loss of a token: a divergence from the teacher, and the transfer of attention maps
+    and hidden states.
+
+    Batches carry `TeacherTokens` as their extras where the teacher ran ahead.
+    """
 
     stage: Distill
     student: Architecture
     teacher: Architecture
 
-    def extra(self) -> nnx.State[Any, Any]:
+    @override
+    def initial_params(self) -> nnx.State[Any, Any]:
         """Return the projection of each layer, `[layers, student width, teacher width]`."""
         if self.stage.features is None:
             return nnx.State({})
@@ -75,38 +109,76 @@ class DistillObjective(Objective):
         leaf = parameter(value, "layers", "embed", None)
         return nnx.from_flat_state([((OBJECTIVE_PARAMS, "projection"), leaf)])
 
-    def whole(self, models: Models, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Return the trained tokens, and the tokens that there are."""
+    @override
+    def normalizers(self, models: Models, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Return the number of trained tokens, and of all tokens."""
         del models
-        there = jnp.sum(batch.segments > 0).astype(jnp.float32)
-        return jnp.maximum(jnp.sum(shift_targets(batch)[1]), 1.0), jnp.maximum(there, 1.0)
+        tokens = jnp.sum(batch.segments > 0).astype(jnp.float32)
+        trained = jnp.sum(shift_targets(batch)[1])
+        return jnp.maximum(trained, 1.0), jnp.maximum(tokens, 1.0)
 
+    @override
     def loss(
         self,
         models: Models,
         batch: Batch,
         keys: jax.Array | None,
-        whole: tuple[jax.Array, jax.Array],
+        normalizers: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `train.Objective`."""
-        stage, program, student = self.stage, models.config, models.decoder
-        targets, counted = shift_targets(batch)
-        tokens, there = whole
-        transfers = stage.attention is not None or stage.features is not None
+        stage, student = self.stage, models.decoder
+        trained, tokens = normalizers
         teacher: Any = None
         if models.aux_params is not None:
-            graph, _ = abstract_decoder(self.teacher, program.dtype)
+            graph, _ = abstract_decoder(self.teacher, models.config.dtype)
             teacher = nnx.merge(graph, jax.lax.stop_gradient(models.aux_params))
-        if transfers:
-            given = batch.tokens, batch.segments, batch.positions
-            traced = partial(Decoder.run_with_maps, layout=program.layout, remat=program.remat)
-            hidden, routed, maps, states = traced(student, *given, keys)
-            known, _, teacher_maps, teacher_states = traced(teacher, *given)
-        else:
-            hidden, routed = hidden_states(student, batch, keys, program)
-            known = hidden  # not read, where the batch holds the teacher's tokens
-            if batch.teacher is None:
-                known = hidden_states(teacher, batch, None, program)[0]
+        forward = self._forward(models, teacher, batch, keys)
+        total, parts = self._divergence(models, teacher, batch, forward)
+        loss = total / trained
+        metrics = {
+            "divergence": parts.divergence / trained,
+            "cross_entropy": parts.cross_entropy / trained,
+        }
+        if stage.attention is not None:
+            metrics["attention_loss"] = self._attention_loss(batch, forward) / (
+                tokens * self.student.layers
+            )
+            loss += stage.attention.weight * metrics["attention_loss"]
+        if stage.features is not None:
+            count = tokens
+            if stage.features.pooling != "token":
+                count = jnp.float32(batch.tokens.shape[0] * models.config.micro_batches)
+            metrics["feature_loss"] = self._feature_loss(models, batch, forward) / (
+                count * self.student.layers
+            )
+            loss += stage.features.weight * metrics["feature_loss"]
+        counted = jnp.sum(shift_targets(batch)[1])
+        loss += counted / trained * balance(student, batch, forward.routed)
+        return loss, metrics
+
+    def _forward(
+        self, models: Models, teacher: Any, batch: Batch, keys: jax.Array | None
+    ) -> _Forward:
+        config = models.config
+        if self.stage.attention is not None or self.stage.features is not None:
+            inputs = batch.tokens, batch.segments, batch.positions
+            traced = partial(Decoder.run_with_maps, layout=config.layout, remat=config.remat)
+            hidden, routed, maps, states = traced(models.decoder, *inputs, keys)
+            teacher_hidden, _, teacher_maps, teacher_states = traced(teacher, *inputs)
+            return _Forward(
+                hidden, teacher_hidden, routed, maps, teacher_maps, states, teacher_states
+            )
+        hidden, routed = hidden_states(models.decoder, batch, keys, config)
+        teacher_hidden = hidden  # not read, where the batch holds the teacher's tokens
+        if batch.extras is None:
+            teacher_hidden = hidden_states(teacher, batch, None, config)[0]
+        return _Forward(hidden, teacher_hidden, routed)
+
+    def _divergence(
+        self, models: Models, teacher: Any, batch: Batch, forward: _Forward
+    ) -> tuple[jax.Array, Any]:
+        """Return the sum over the trained tokens, and its parts."""
+        stage, layout = self.stage, models.config.layout
+        targets, counted = shift_targets(batch)
         kind = stage.divergence
         settings: dict[str, Any] = {
             "kind": kind.word,
@@ -114,178 +186,165 @@ class DistillObjective(Objective):
             "temperature": stage.temperature,
             "hard": stage.hard,
             "chunk": CHUNK,
-            "student_cap": student.architecture.logit_cap,
-            "layout": program.layout,
+            "student_cap": models.decoder.architecture.logit_cap,
+            "layout": layout,
         }
-        # Tables may be padded to other sizes; the tokens are the same.
+        # Tables may be padded to different sizes; the tokens are the same.
         common = min(self.student.vocabulary, self.teacher.vocabulary)
-        head = student.head_weight()[:common]
-        if batch.teacher is not None:
-            ids, log_probs = batch.teacher
-            total, parts = top_k_divergence(
-                hidden, head, ids, log_probs, targets, counted, **settings
-            )
-        elif stage.top_k is not None:
-            ids, log_probs = _likeliest(known, teacher, stage, common, program.layout)
-            total, parts = top_k_divergence(
-                hidden, head, ids, log_probs, targets, counted, **settings
-            )
-        else:
-            total, parts = divergence(
-                hidden, head, known, teacher.head_weight()[:common], targets, counted,
-                teacher_cap=self.teacher.logit_cap, **settings,
-            )  # fmt: skip
-        loss = total / tokens
-        more = {
-            "divergence": parts.divergence / tokens,
-            "cross_entropy": parts.cross_entropy / tokens,
-        }
-        if stage.attention is not None:
-            layers = self._layers(stage.attention.layers)
-            same = batch.segments[:, :, None] == batch.segments[:, None, :]
-            seen = same & (batch.segments > 0)[:, :, None]
-            seen &= jnp.tril(jnp.ones(seen.shape[1:], bool))
-            found = attention_transfer(
-                maps[:, :, None], teacher_maps[layers][:, :, None], seen,
-                distance=stage.attention.distance,  # type: ignore[arg-type]
-            )  # fmt: skip
-            more["attention_loss"] = found / (there * self.student.layers)
-            loss += stage.attention.weight * more["attention_loss"]
-        if stage.features is not None:
-            layers = self._layers(stage.features.layers)
-            projections: Any = models.extra[OBJECTIVE_PARAMS]
-            projections = projections["projection"].get_value()
-            features = [
-                feature_transfer(
-                    states[at], teacher_states[layer], projections[at], batch.segments > 0,
-                    pooling=stage.features.pooling,  # type: ignore[arg-type]
-                    distance=stage.features.distance,  # type: ignore[arg-type]
+        head = models.decoder.head_weight()[:common]
+        if batch.extras is not None or stage.top_k is not None:
+            if batch.extras is not None:
+                ids, log_probs = batch.extras.ids, batch.extras.log_probs
+            else:
+                ids, log_probs = likeliest_tokens(
+                    forward.teacher_hidden, teacher, stage, common, layout
                 )
-                for at, layer in enumerate(layers.tolist())
-            ]  # fmt: skip
-            count = there
-            if stage.features.pooling != "token":
-                count = jnp.float32(batch.tokens.shape[0] * program.micro_batches)
-            more["feature_loss"] = sum(features, jnp.zeros(())) / (count * self.student.layers)
-            loss += stage.features.weight * more["feature_loss"]
-        loss += jnp.sum(counted) / tokens * balance(student, batch, routed)
-        return loss, more
+            return top_k_divergence(
+                forward.hidden, head, ids, log_probs, targets, counted, **settings
+            )
+        return divergence(
+            forward.hidden, head, forward.teacher_hidden, teacher.head_weight()[:common],
+            targets, counted, teacher_cap=self.teacher.logit_cap, **settings,
+        )  # fmt: skip
 
-    def _layers(self, given: tuple[int, ...] | None) -> NDArray[np.int64]:
-        return np.array(layer_map(self.student.layers, self.teacher.layers, given))
+    def _attention_loss(self, batch: Batch, forward: _Forward) -> jax.Array:
+        """Return the sum over tokens and the student's layers."""
+        assert self.stage.attention is not None
+        layers = self._layers(self.stage.attention.layers)
+        same = batch.segments[:, :, None] == batch.segments[:, None, :]
+        seen = same & (batch.segments > 0)[:, :, None]
+        seen &= jnp.tril(jnp.ones(seen.shape[1:], bool))
+        return attention_transfer(
+            forward.maps[:, :, None], forward.teacher_maps[layers][:, :, None], seen,
+            distance=self.stage.attention.distance,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def _feature_loss(self, models: Models, batch: Batch, forward: _Forward) -> jax.Array:
+        """Return the sum over the student's layers, and over tokens or sequences."""
+        features = self.stage.features
+        assert features is not None
+        params: Any = models.extra[OBJECTIVE_PARAMS]
+        projections = params["projection"].get_value()
+        losses = [
+            feature_transfer(
+                forward.states[layer], forward.teacher_states[teacher_layer], projections[layer],
+                batch.segments > 0,
+                pooling=features.pooling,  # type: ignore[arg-type]
+                distance=features.distance,  # type: ignore[arg-type]
+            )
+            for layer, teacher_layer in enumerate(self._layers(features.layers).tolist())
+        ]  # fmt: skip
+        return sum(losses, jnp.zeros(()))
+
+    def _layers(self, stated: tuple[int, ...] | None) -> NDArray[np.int64]:
+        """Return the teacher's layer that each layer of the student is matched with."""
+        return np.array(layer_map(self.student.layers, self.teacher.layers, stated))
 
 
-def _likeliest(hidden: Any, teacher: Any, stage: Distill, common: int, layout: Layout) -> Any:
-    assert stage.top_k is not None
-    return top_k(
-        hidden,
-        teacher.head_weight()[:common],
-        k=min(stage.top_k, common),
-        temperature=stage.temperature,
-        chunk=CHUNK,
-        cap=teacher.architecture.logit_cap,
-        layout=layout,
-    )
+@register
+class DistillKind(SupervisedKind[Distill]):
+    """Trains a student on a teacher's distributions."""
+
+    stages = (Distill,)
+
+    @override
+    def longest(self, stage: Distill, context: int, longest: int) -> int:
+        if not stage.on_policy:
+            return longest
+        return min(context, max(longest, stage.rollout.max_tokens + _ANSWER_ROOM))
+
+    @override
+    def teacher_architecture(self, stage: Distill, inputs: TrainingInputs) -> Architecture:
+        return _teacher(stage, inputs).architecture
+
+    @override
+    def auxiliary(
+        self, stage: Distill, own: Architecture, teacher: Architecture | None
+    ) -> Auxiliary:
+        assert teacher is not None
+        return Auxiliary(teacher, stage.teacher_log_probs == "live")
+
+    @override
+    def load_auxiliary(self, stage: Distill, inputs: TrainingInputs) -> Params:
+        return inputs.load(stage.teacher)
+
+    @override
+    def objective(self, stage: Distill, setup: ObjectiveSetup) -> Objective:
+        assert setup.auxiliary is not None
+        return DistillObjective(stage, setup.architecture, setup.auxiliary.architecture)
+
+    @override
+    def extras(
+        self, stage: Distill, inputs: TrainingInputs, data: OpenedData
+    ) -> BatchExtras | None:
+        if data.auxiliary is None or data.auxiliary.live:
+            return None
+        cache = build_teacher_cache(
+            stage, data.corpus, data.auxiliary.architecture, data.aux_params(),
+            inputs.model.architecture.vocabulary, data.config, inputs.folder,
+        )  # fmt: skip
+        return lambda _batch, items: cache.batch(items, data.table.length)
+
+    @override
+    def abstract_extras(
+        self, stage: Distill, rows: AbstractRows, segments: int, length: int
+    ) -> TeacherTokens | None:
+        if stage.teacher_log_probs == "live":
+            return None
+        k = stage.top_k or 1
+        return TeacherTokens(rows.array(length, k), rows.array(length, k, dtype=jnp.float32))
+
+    @override
+    def own_answers(
+        self, stage: Distill, inputs: TrainingInputs, data: OpenedData
+    ) -> StudentAnswers | None:
+        if not stage.on_policy:
+            return None
+        sampler = Sampler.open(
+            inputs.model, inputs.layout, stage.rollout,
+            slots=power_of_two(data.table.batch), longest=data.table.length,
+        )  # fmt: skip
+        return StudentAnswers(stage, sampler, derive(inputs.seed, "student"))
+
+    @override
+    def finish(
+        self,
+        stage: Distill,
+        inputs: TrainingInputs,
+        params: Params,
+        metrics: Mapping[str, float],
+        measure: Callable[[Model, Params], Mapping[str, float]],
+    ) -> dict[str, float]:
+        """Compare the student with the teacher, measured by the same evals."""
+        remove_teacher_cache(inputs.folder)
+        teacher, teacher_params = _teacher(stage, inputs), inputs.load(stage.teacher)
+        known = measure(teacher, teacher_params)
+        shares = compare_to_teacher(
+            (inputs.model, params), (teacher, teacher_params), inputs.layout,
+            metrics, known,
+        )  # fmt: skip
+        return shares | {f"teacher/{name}": value for name, value in known.items()}
 
 
-# The teacher's likeliest tokens, stored ahead.
+def _teacher(stage: Distill, inputs: TrainingInputs) -> Model:
+    """Return the teacher without adapters; raises `OtherTokenizerError`."""
+    model = inputs.same_tokenizer("teacher", stage.teacher)
+    return replace(model, architecture=plain(model.architecture))
 
 
 @dataclass(frozen=True)
-class Stored:
-    """The teacher's likeliest tokens at each token of a corpus's items, in files."""
-
-    ids: NDArray[np.int32]
-    """`[tokens, k]`."""
-    log_probs: NDArray[np.float16]
-    offsets: NDArray[np.int64]
-    """Where the tokens of each item begin, `[items + 1]`."""
-
-    def of(self, items: NDArray[np.int64], length: int) -> tuple[Any, Any]:
-        """Return them for sequences of items, `[sequences, length, k]` each."""
-        k = self.ids.shape[1]
-        ids = np.zeros((len(items), length, k), np.int32)
-        ids[:] = np.arange(k)  # padding: any tokens that differ
-        log_probs = np.full((len(items), length, k), -np.log(2.0 * k), np.float32)
-        for row, own in enumerate(items):
-            at = 0
-            for item in own[own >= 0]:
-                first, last = self.offsets[item], self.offsets[item + 1]
-                end = at + int(last - first)
-                ids[row, at:end] = self.ids[first:last]
-                log_probs[row, at:end] = self.log_probs[first:last]
-                at = end
-        return ids, log_probs
-
-
-def forget_teacher(folder: Path) -> None:
-    """Remove what was stored, which is large."""
-    for path in folder.glob("teacher.*"):
-        path.unlink()
-
-
-def store_teacher(
-    stage: Distill,
-    corpus: Corpus,
-    architecture: Architecture,
-    params: Any,
-    vocabulary: int,
-    config: StepConfig,
-    folder: Path,
-) -> Stored:
-    """Run the teacher over all items once; what was stored before is taken as it is."""
-    assert stage.top_k is not None
-    k = min(stage.top_k, vocabulary, architecture.vocabulary)
-    lengths = np.concatenate([part.lengths for part in corpus.parts])
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    shape = int(offsets[-1]), k
-    done = folder / "teacher.done"
-    mode: Any = "r" if done.exists() else "w+"
-    ids = np.memmap(folder / "teacher.ids", np.int32, mode, shape=shape)
-    log_probs = np.memmap(folder / "teacher.log_probs", np.float16, mode, shape=shape)
-    if not done.exists():
-        graph, _ = abstract_decoder(architecture, config.dtype)
-
-        def one(params: Any, batch: Batch) -> Any:
-            decoder = nnx.merge(graph, params)
-            hidden, _ = hidden_states(decoder, batch, None, config)
-            common = min(vocabulary, architecture.vocabulary)
-            return _likeliest(hidden, decoder, stage, common, config.layout)
-
-        run = jit(one, config.layout)
-        batches, items = epoch(corpus, None, config.layout)
-        for step in range(len(items)):
-            found = jax.device_get(run(params, jax.tree.map(lambda a, s=step: a[s], batches)))
-            for row, own in enumerate(items[step]):
-                at = 0
-                for item in own[own >= 0]:
-                    first, last = offsets[item], offsets[item + 1]
-                    end = at + int(last - first)
-                    ids[first:last] = found[0][row, at:end]
-                    log_probs[first:last] = found[1][row, at:end]
-                    at = end
-        ids.flush()
-        log_probs.flush()
-        done.touch()
-    return Stored(ids, log_probs, offsets)
-
-
-# The student's own answers.
-
-
-@dataclass(frozen=True)
-class OwnAnswers:
-    """Samples answers of the student to the prompts of a batch (GKD)."""
+class StudentAnswers:
+    """Samples the student's answers to the prompts of a batch (GKD, arXiv:2306.13649)."""
 
     stage: Distill
     sampler: Sampler
     seed: int
 
-    def drawn(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether the answers of a step are the student's own."""
         return derive(self.seed, "whose", step) % 10_000 < self.stage.on_policy * 10_000
 
-    def of(self, params: Any, batch: Batch, step: int) -> Batch:
+    def replace(self, params: Params, batch: Batch, step: int) -> Batch:
         """Return a batch of numpy arrays, one example a sequence, with new answers."""
         begins = [int(np.argmax(row)) for row in batch.trained]
         prompts = [
@@ -308,34 +367,20 @@ class OwnAnswers:
         )
 
 
-def own_answers(
-    stage: Distill, model: Model, batch: int, longest: int, layout: Layout, seed: int
-) -> OwnAnswers:
-    """Open the sampler of the student."""
-    slots = power_of_two(batch)
-    sampler = Sampler.open(model, layout, stage.rollout, slots=slots, longest=longest)
-    return OwnAnswers(stage, sampler, derive(seed, "student"))
-
-
-# The report.
-
-
-def compared(
+def compare_to_teacher(
     student: tuple[Model, Any],
     teacher: tuple[Model, Any],
     layout: Layout,
-    found: Mapping[str, float],
-    known: Mapping[str, float],
+    metrics: Mapping[str, float],
+    teacher_metrics: Mapping[str, float],
 ) -> dict[str, float]:
-    """Return what a distilled student is beside its teacher: its share of each of the teacher's
-    metrics, of its parameters, and of its decoding speed.
-    """
+    """Return ratios of student to teacher: each metric, the parameters, the decoding speed."""
     sizes = [parameter_count(model.architecture) for model, _ in (student, teacher)]
     rates = [_decode_rate(*each, layout) for each in (student, teacher)]
     shares = {
-        f"retention.{name}": found[name] / value
-        for name, value in known.items()
-        if name in found and value
+        f"retention.{name}": metrics[name] / value
+        for name, value in teacher_metrics.items()
+        if name in metrics and value
     }
     first = {"retention": next(iter(shares.values()))} if shares else {}
     return {

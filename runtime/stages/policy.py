@@ -1,333 +1,220 @@
-"""Policy optimisation: sample groups of completions, score them, update. One step is one call.
-
-Rewards are computed in other processes while the devices compute what else the update needs.
-"""
+"""Policy optimisation: GRPO and its relatives, from sampled groups of completions."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from numpy.typing import NDArray
+import optax
+from flax import nnx
+from jax import ShapeDtypeStruct
+from typing_extensions import override
 
+from tunelang.compiler.costs.stage_costs import cost_of
+from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
-from tunelang.compiler.layout.sweep_fusion import at_unit_rate
-from tunelang.compiler.models.architecture import Architecture
-from tunelang.compiler.models.parameter_counts import forward_flops, train_flops
-from tunelang.dsl.vocabulary.policy_stages import Policy, Ppo
-from tunelang.runtime.data.examples import Example
+from tunelang.compiler.models.architecture import Architecture, plain
+from tunelang.dsl.vocabulary.policy_stages import Policy
+from tunelang.dsl.vocabulary.stages import Stage
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.data.sample_order import steps_of
-from tunelang.runtime.data.stream import Stream
 from tunelang.runtime.generation.episode_sampler import Sampler
-from tunelang.runtime.generation.episodes import Episodes, Prompt, completion_texts
-from tunelang.runtime.loading.resources import Resources
-from tunelang.runtime.models.loaded_model import Model
-from tunelang.runtime.objectives import policy_gradient
-from tunelang.runtime.rewards.reward_functions import Reward, Scores
-from tunelang.runtime.rewards.reward_rows import reward_rows, sample_records
-from tunelang.runtime.sharding import HOST, Layout, on_devices, sampling, shardings
+from tunelang.runtime.models.parameters import Params
+from tunelang.runtime.models.primitives import DTYPES
+from tunelang.runtime.objectives.policy_gradient import PolicySettings
+from tunelang.runtime.rewards.reward_functions import Reward
+from tunelang.runtime.sharding import HOST, Layout, sampling, shardings
+from tunelang.runtime.stages.abstract_programs import (
+    SCHEDULE_STEPS,
+    AbstractProgram,
+    RolloutSizes,
+    abstract_params,
+    device_bytes,
+    host_bytes,
+    judge_programs,
+    rollout_programs,
+    step_config,
+    train_program,
+)
+from tunelang.runtime.stages.base import TrainingInputs, TrainingKind, register
 from tunelang.runtime.stages.policy_step import (
     Learner,
     PolicyBatch,
     ScoreProgram,
-    batch_of,
-    chosen,
-    in_parts,
-    joined,
-    placed,
     policy_step,
     score_program,
-    useful_first,
 )
-from tunelang.runtime.stages.ppo import Critic, learner_of, with_critic
-from tunelang.runtime.training.metrics import SampleRecord
+from tunelang.runtime.stages.policy_trainer import AdvantageEstimator, PolicyTrainer
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
-from tunelang.runtime.training.train_state import TrainState
+from tunelang.runtime.training.train_state import TrainState, abstract_state, initial_state
 from tunelang.runtime.training.train_step import StateProgram
-from tunelang.runtime.training.training_loop import Row
-
-MOST_ROUNDS = 10
-"""How often prompts are sampled for one step (`refill`); what differs by then is trained on."""
-_LENGTHS = 4
-"""Completions are padded to one of so many lengths: few programs compile, few tokens are wasted."""
-
-_advantages = jax.jit(policy_gradient.advantages, static_argnames="how")
-
-
-@dataclass(frozen=True)
-class _Sampled:
-    """Groups of completions that were sampled and scored together."""
-
-    examples: list[Example]
-    episodes: Episodes
-    texts: list[str]
-    scores: Scores
-    batch: PolicyBatch
-    """Without advantages; numpy."""
-    rewards: NDArray[np.float64]
-    """`[prompts, group]`, less the divergence where that belongs to the reward."""
 
 
 @dataclass
-class PolicyTrainer:
-    """See `loop.Trainer`."""
+class CriticSetup:
+    """The critic of a policy, ready to train."""
 
-    stage: Policy
-    model: Model
-    layout: Layout
-    seed: int
-    state: TrainState
-    steps: int
-    marks: frozenset[int]
-    stream: Stream
-    sampler: Sampler
-    reward: Reward
-    config: StepConfig
-    step_program: StateProgram
-    score: ScoreProgram
-    reference: tuple[ScoreProgram, Any] | None
-    """The program and parameters of the reference model; None where nothing reads them."""
-    prompt_length: int
-    """The longest prompt, in tokens."""
-    part: int
-    """Completions of a group that are trained on beside one copy of its prompt."""
-    critic: Critic | None = None
-    """Estimates advantages; without it, a group is its own baseline."""
-    cursor: int = 0
-    """Prompts that were read."""
-    ahead: bool = False  # the next call begins with sampling, which waits for the update
-    _shown: list[SampleRecord] = field(default_factory=list)
+    learner: Learner
+    architecture: Architecture
+    params: Params
+    learning_rate: float
+    estimator: Callable[[ScoreProgram], AdvantageEstimator]
+    """Makes the estimator of advantages from the program that values tokens."""
 
-    def until(self, step: int) -> int:
-        """See `loop.Trainer`."""
-        return step + 1
 
-    def advance(self, step: int, until: int) -> Callable[[], Sequence[Row]]:
-        """See `loop.Trainer`."""
-        del until
-        begun = time.monotonic()
-        rounds, kept = self._sample(step)
-        sampled = time.monotonic() - begun
-        batch, row = self._batch(kept)
-        self.state, metrics = self.step_program(self.state, placed(batch, self.config))
-        row |= {"rollout_seconds": sampled, "rounds": float(rounds)}
+PolicyStage = TypeVar("PolicyStage", bound=Policy)
 
-        def wait() -> Sequence[Row]:
-            found = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            return [found | row]
 
-        return wait
+@register
+class PolicyKind(TrainingKind[PolicyStage]):
+    """Trains on the rewards of sampled completions. A kind with a critic overrides what differs."""
 
-    def samples(self) -> Sequence[SampleRecord]:
-        """See `loop.Trainer`."""
-        return self._shown
+    stages: tuple[type[Stage], ...] = (Policy,)
 
-    def progress(self) -> dict[str, Any]:
-        """See `loop.Trainer`."""
-        return {"cursor": self.cursor} | (
-            {} if self.critic is None else {"coefficient": self.critic.coefficient}
+    # What kinds override.
+
+    def open_critic(
+        self, stage: PolicyStage, inputs: TrainingInputs, updates: int, config: StepConfig
+    ) -> CriticSetup | None:
+        """Load what estimates advantages in place of the groups."""
+        del stage, inputs, updates, config
+        return None
+
+    def abstract_critic(
+        self, stage: PolicyStage, architecture: Architecture, state: TrainState, config: StepConfig
+    ) -> tuple[Learner | None, TrainState]:
+        """Return what updates the critic, and the abstract state with the critic's."""
+        del stage, architecture, config
+        return None, state
+
+    # What they share.
+
+    @override
+    def open(self, stage: PolicyStage, inputs: TrainingInputs) -> PolicyTrainer:
+        model, layout, planned = inputs.model, inputs.layout, inputs.planned
+        a, resources = model.architecture, inputs.resources
+        stream, longest = resources.prompts(
+            stage.data, model, stage.rollout, seed=derive(inputs.seed, "data")
         )
-
-    def resume(self, state: TrainState, progress: Mapping[str, Any]) -> None:
-        """See `loop.Trainer`."""
-        self.state = state
-        self.cursor = int(progress["cursor"])
-        if self.critic is not None:
-            self.critic.coefficient = float(progress["coefficient"])
-
-    # Sampling.
-
-    def _sample(self, step: int) -> tuple[int, list[tuple[_Sampled, NDArray[np.intp]]]]:
-        """Sample the groups of a step; with `refill`, until all of them differ in their rewards.
-
-        Returns the rounds, and what was sampled with the prompts of it that are trained on.
-        """
-        found: list[tuple[_Sampled, NDArray[np.intp]]] = []
-        spare: list[tuple[_Sampled, NDArray[np.intp]]] = []
-        missing = self.stage.batch
-        while missing and len(found) < MOST_ROUNDS:
-            sampled = self._round(step)
-            flat = np.ptp(sampled.rewards, axis=1) <= 1e-6 * np.maximum(
-                1.0, np.abs(sampled.rewards).max(1)
-            )
-            if not self.stage.refill:
-                return 1, [(sampled, np.arange(self.stage.batch))]
-            useful = np.flatnonzero(~flat)[:missing]
-            found.append((sampled, useful))
-            spare.append((sampled, np.flatnonzero(flat)))
-            missing -= len(useful)
-        rounds = len(found)
-        for sampled, rest in spare:  # so that the step keeps its shape; they have no advantage
-            if missing:
-                found.append((sampled, rest[:missing]))
-                missing -= len(rest[:missing])
-        return rounds, [(sampled, prompts) for sampled, prompts in found if len(prompts)]
-
-    def _round(self, step: int) -> _Sampled:
-        stage, renderer = self.stage, self.model.renderer
-        places = np.arange(self.cursor, self.cursor + stage.batch, dtype=np.int64)
-        examples = self.stream.at(places)
-        self.cursor += stage.batch
-        prompts = [
-            Prompt(renderer.prompt(example), int(place) % 2**31)
-            for example, place in zip(examples, places, strict=True)
-        ]
-        episodes = self.sampler.sample(
-            self.state.decoder_params, prompts, group=stage.group, seed=self.seed, step=step
+        steps = steps_of(stage.length, epoch=len(stream), batch=stage.batch)
+        rows = stage.batch * stage.group // stage.minibatches
+        config = StepConfig(
+            layout=layout,
+            dtype=model.dtype,
+            micro_batches=math.gcd(planned.micro_batches, rows // layout.batch_shards),
+            remat=planned.remat,
+            kernel="xla",  # prompts are short, and of any length
+            chunk=CHUNK,
+            seed=derive(inputs.seed, "minibatches") % 2**31 if stage.minibatches > 1 else 0,
+            offloaded="optimizer" in planned.offload,
         )
-        texts = completion_texts(renderer, episodes)
-        scoring = self.reward.submit(reward_rows(renderer, examples, episodes, texts))
-        batch = batch_of(episodes, self.prompt_length, self._padded(episodes))
-        old = reference = valued = None
-        if self._needs_old:
-            old = self._scored(self.score, self.state.decoder_params, batch)
-        if self.reference is not None:
-            score, params = self.reference
-            reference = self._scored(score, on_devices(params), batch)
-        if self.critic is not None:
-            valued = self._scored(self.critic.score, self.critic.weights(self.state), batch)
-        batch = replace(batch, old=old, reference=reference)
-        scores = scoring.result()
-        rewards = scores.values
-        if self.critic is not None:
-            batch = self.critic.estimated(batch, valued, scores)
-        elif stage.kl is not None and stage.kl.at == "reward":
-            length = batch.tokens.shape[2]
-            rewards = np.asarray(
-                policy_gradient.penalised(
-                    jnp.asarray(rewards, jnp.float32),
-                    stage.kl,
-                    jnp.asarray(old).reshape(-1, length),
-                    jnp.asarray(reference).reshape(-1, length),
-                    jnp.asarray(batch.mask).reshape(-1, length),
-                ),
-                np.float64,
+        updates = steps * stage.minibatches * stage.passes
+        critic = self.open_critic(stage, inputs, updates, config)
+        settings = PolicySettings.of(stage)
+        learner = None if critic is None else critic.learner
+        optimizer, step_program = resources.cached(
+            ("policy", a, config, updates, repr(settings), repr(learner and learner.settings),
+             critic and critic.architecture),
+            lambda: _compile(a, settings, updates, config, learner),
+        )  # fmt: skip
+
+        def score_with(architecture: Architecture) -> ScoreProgram:
+            temperature = stage.rollout.temperature
+            return resources.cached(
+                ("score", architecture, config, temperature),
+                lambda: score_program(architecture, config, temperature),
             )
-        if stage.passes * stage.minibatches == 1:
-            batch = replace(batch, old=None)
-        rewards = rewards.reshape(-1, stage.group)
-        return _Sampled(examples, episodes, texts, scores, batch, rewards)
 
-    def _scored(self, score: ScoreProgram, params: Any, batch: PolicyBatch) -> NDArray[np.float32]:
-        parts = in_parts(batch, self.part)
-        found = score(params, parts.prompts, parts.prompt_lengths, parts.tokens)
-        return np.asarray(found).reshape(batch.tokens.shape)
+        reference = _open_reference(stage, inputs, score_with) if stage.kl is not None else None
+        state = inputs.first_state(optimizer, config, stage.optimizer.lr)
+        estimator: AdvantageEstimator | None = None
+        if critic is not None:
+            state = with_critic(state, critic, config)
+            estimator = critic.estimator(score_with(critic.architecture))
+        assert planned.slots is not None
+        return PolicyTrainer(
+            stage=stage,
+            model=model,
+            layout=layout,
+            seed=derive(inputs.seed, "rollout"),
+            state=state,
+            steps=steps,
+            marks=inputs.marks,
+            stream=stream,
+            sampler=Sampler.open(
+                model, decode_layout(planned, layout) or layout, stage.rollout,
+                slots=planned.slots, longest=longest,
+            ),
+            reward=Reward(stage.reward, resources.surroundings(stage.rollout.max_tokens)),
+            config=config,
+            step_program=step_program,
+            score=score_with(a),
+            reference=reference,
+            prompt_length=longest,
+            part=_completions_per_prompt(stage, rows, layout, config),
+            critic=estimator,
+        )  # fmt: skip
 
-    @property
-    def _needs_old(self) -> bool:
-        stage = self.stage
-        in_reward = stage.kl is not None and stage.kl.at == "reward"
-        return stage.passes * stage.minibatches > 1 or in_reward
-
-    def _padded(self, episodes: Episodes) -> int:
-        most = self.stage.rollout.max_tokens
-        unit = -(-most // _LENGTHS)
-        longest = max(1, int(episodes.lengths.max()))
-        return min(-(-longest // unit) * unit, most)
-
-    # The batch.
-
-    def _batch(
-        self, kept: list[tuple[_Sampled, NDArray[np.intp]]]
-    ) -> tuple[PolicyBatch, dict[str, float]]:
-        """Put the groups of a step together; returns also the metrics that the host has."""
-        stage = self.stage
-        rewards = np.concatenate([sampled.rewards[prompts] for sampled, prompts in kept])
-        batch = joined([chosen(sampled.batch, prompts) for sampled, prompts in kept])
-        mask, flat = batch.mask, np.zeros(len(rewards), bool)
-        if self.critic is None:
-            found = _advantages(jnp.asarray(rewards, jnp.float32), how=stage.advantage)
-            batch = replace(batch, advantages=np.asarray(found.values))
-            flat = np.asarray(found.flat)
-            mask = mask & ~flat[:, None, None]
-        if stage.overlong == "mask":
-            # Their rewards still count in the baseline of their group (DAPO, arXiv:2503.14476,
-            # section 3.4).
-            truncated = np.concatenate(
-                [s.episodes.truncated.reshape(-1, stage.group)[prompts] for s, prompts in kept]
-            )
-            mask = mask & ~truncated[..., None]
-        batch = replace(batch, mask=mask)
-        advantages = batch.advantages
-        valued: dict[str, float] = {}
-        if self.critic is not None:
-            advantages = advantages[mask] if mask.any() else np.zeros(1)
-            batch, valued = self.critic.whitened(batch)
-        batch = in_parts(batch, self.part)
-        if stage.minibatches == 1:
-            batch = useful_first(batch, self.config)
-        self._show(kept[0][0])
-        counted = batch.mask.any(2)
-        trained = float(batch.mask.sum() + batch.prompt_lengths[counted.any(1)].sum())
-        row = self._metrics(kept, advantages, flat, trained) | valued
-        if self.critic is not None:
-            row["flops"] += self.critic.flops(trained, self.sampler.engine.capacity)
-        return batch, row
-
-    def _show(self, sampled: _Sampled) -> None:
-        records = sample_records(sampled.examples, sampled.episodes, sampled.texts, sampled.scores)
-        self._shown = list(records)[:: self.stage.group][: self.stage.show]
-
-    def _metrics(
-        self,
-        kept: list[tuple[_Sampled, NDArray[np.intp]]],
-        advantages: NDArray[np.float32],
-        flat: NDArray[np.bool_],
-        trained: float,
-    ) -> dict[str, float]:
-        """Return the metrics of a step that the host has; rewards are of all that was sampled.
-
-        `trained` are the tokens of completions that are trained on, and of their prompts.
-        """
-        rounds = list({id(sampled): sampled for sampled, _ in kept}.values())
-        weights = np.array([len(sampled.texts) for sampled in rounds], float)
-        rows: dict[str, float] = {}
-        found = [sampled.scores.metrics() for sampled in rounds]
-        for name in found[0]:
-            held = [
-                (one[name], weight)
-                for one, weight in zip(found, weights, strict=True)
-                if name in one
-            ]
-            rows[name] = sum(v * w for v, w in held) / sum(w for _, w in held)
-        rows["reward_events"] = float(sum(one["reward_events"] for one in found))
-        for source in dict.fromkeys(e.source for sampled in rounds for e in sampled.examples):
-            values = [
-                sampled.scores.values.reshape(-1, self.stage.group)[at].mean()
-                for sampled in rounds
-                for at, example in enumerate(sampled.examples)
-                if example.source == source
-            ]
-            rows[f"{source}.reward"] = float(np.mean(values))
-        lengths = np.concatenate([sampled.episodes.lengths for sampled in rounds])
-        truncated = np.concatenate([sampled.episodes.truncated for sampled in rounds])
-        prompts = sum(
-            len(prompt) * self.stage.group for s in rounds for prompt in s.episodes.prompts
+    @override
+    def abstract_programs(
+        self, stage: PolicyStage, shapes: Shapes, planned: StageLayout, layout: Layout
+    ) -> Iterator[AbstractProgram]:
+        a = shapes.architecture
+        config = replace(step_config(shapes, planned, layout), kernel="xla")
+        settings = PolicySettings.of(stage)
+        optimizer = build_optimizer(settings.optimizer, SCHEDULE_STEPS, offloaded=config.offloaded)
+        learner, state = self.abstract_critic(
+            stage, a, abstract_state(a, optimizer, config), config
         )
-        read = sum(len(prompt) for s in rounds for prompt in s.episodes.prompts)
-        a = self.model.architecture
-        decode_steps = sum(sampled.episodes.work.decode_steps for sampled in rounds)
-        return {
-            **rows,
-            "length": float(lengths.mean()),
-            "length_max": float(lengths.max()),
-            "truncated": float(truncated.mean()),
-            "advantage": float(advantages.mean()),
-            "advantage_std": float(advantages.std()),
-            "flat_groups": float(flat.mean()),
-            "slots_used": float(lengths.sum()) / max(1, decode_steps * self.sampler.engine.slots),
-            "tokens": float(prompts + lengths.sum()),
-            "flops": self.stage.passes * trained * train_flops(a, self.sampler.engine.capacity)
-            + float(read + lengths.sum()) * forward_flops(a, self.sampler.engine.capacity),
-        }
+        schedule = learning_rate(settings.optimizer, SCHEDULE_STEPS)
+        step = policy_step(a, optimizer, schedule, settings, config, learner)
+        batch = _abstract_batch(stage, planned, config, has_values=learner is not None)
+        reference_bytes = 0
+        if cost_of(stage).holds_reference(a):
+            reference_bytes = device_bytes(abstract_params(plain(a), config))
+        judge_bytes = planned.memory.get("judges", 0)
+        in_device = 0 if "reference" in planned.offload else reference_bytes
+        train = train_program(step, state, batch, config, a, judge_bytes + in_device)
+        yield train
+
+        params = state.decoder_params
+        params_bytes = device_bytes(params)
+        others = device_bytes(state) - host_bytes(state, config) - params_bytes + judge_bytes
+        if settings.updates_per_step > 1 or stage.kl is not None:
+            score: Any = score_program(a, config, stage.rollout.temperature)
+            rows = batch.prompts, batch.prompt_lengths, batch.tokens
+            yield AbstractProgram(
+                "score", lambda: score.lower(params, *rows), others + reference_bytes
+            )
+        completions = stage.batch * stage.group
+        for number, judge in enumerate(shapes.judges, 1):
+            name = "judge" if len(shapes.judges) == 1 else f"judge {number}"
+            yield from judge_programs(
+                judge, completions, planned.length, layout, train.stage_bytes, name
+            )
+
+        decode = decode_layout(planned, layout)
+        decode_params, resident_bytes = params, others + in_device
+        if decode is not None:  # then the weights are on the devices twice
+            decode_params = abstract_params(a, replace(config, layout=decode))
+            resident_bytes += params_bytes
+        completion = batch.tokens.shape[2]
+        sizes = RolloutSizes(
+            slots=planned.slots or 1,
+            capacity=planned.length,
+            prompt=batch.prompts.shape[1],
+            completion=completion,
+            completions=completions,
+        )
+        yield from rollout_programs(
+            a, DTYPES[shapes.dtype], decode_params, decode or layout, sizes, stage.rollout,
+            resident_bytes,
+        )  # fmt: skip
 
 
 def decode_layout(planned: StageLayout, layout: Layout) -> Layout | None:
@@ -337,97 +224,74 @@ def decode_layout(planned: StageLayout, layout: Layout) -> Layout | None:
     return sampling(layout, **planned.decode)
 
 
-def policy_trainer(
-    resources: Resources,
-    stage: Policy,
-    model: Model,
-    planned: StageLayout,
-    layout: Layout,
-    seed: int,
-    begin: Callable[[Any, StepConfig], TrainState],
-    reference: Callable[[], tuple[Architecture, Any]],
-    critic: Callable[[], tuple[Architecture, Any]],
-    reward: Reward,
-    marks: frozenset[int],
-) -> PolicyTrainer:
-    """Open the prompts and compile the programs of a stage.
+def _compile(
+    a: Architecture,
+    settings: PolicySettings,
+    updates: int,
+    config: StepConfig,
+    learner: Learner | None,
+) -> tuple[optax.GradientTransformation, StateProgram]:
+    optimizer = build_optimizer(settings.optimizer, updates, offloaded=config.offloaded)
+    schedule = learning_rate(settings.optimizer, updates)
+    return optimizer, policy_step(a, optimizer, schedule, settings, config, learner)
 
-    `begin` makes the first state from the optimizer and the program, `reference` the architecture
-    and the parameters of the reference model, `critic` those of the values: with a shared trunk
-    the head alone. Raises what opening data raises.
+
+def _open_reference(
+    stage: Policy, inputs: TrainingInputs, score_with: Callable[[Architecture], ScoreProgram]
+) -> tuple[ScoreProgram, Params]:
+    """Return the program and the parameters of the reference model."""
+    architecture = inputs.model.architecture
+    if stage.reference is None:
+        params = inputs.initial_weights()
+    else:
+        architecture, params = plain(architecture), inputs.load(stage.reference)
+    if "reference" in inputs.planned.offload:
+        params = jax.device_put(params, shardings(params, inputs.layout, HOST))
+    return score_with(architecture), params
+
+
+def _completions_per_prompt(stage: Policy, rows: int, layout: Layout, config: StepConfig) -> int:
+    """Return how many completions of a group are trained on with one copy of its prompt, for
+    `rows` completions of an update.
     """
-    a, rollouts = model.architecture, stage.rollout
-    stream, longest = resources.prompts(stage.data, model, rollouts, seed=derive(seed, "data"))
-    assert planned.slots is not None
-    steps = steps_of(stage.length, epoch=len(stream), batch=stage.batch)
-    rows = stage.batch * stage.group // stage.minibatches
-    config = StepConfig(
-        layout=layout,
-        dtype=model.dtype,
-        micro_batches=math.gcd(planned.micro_batches, rows // layout.batch_shards),
-        remat=planned.remat,
-        kernel="xla",  # prompts are short, and of any length
-        chunk=CHUNK,
-        seed=derive(seed, "minibatches") % 2**31 if stage.minibatches > 1 else 0,
-        offloaded="optimizer" in planned.offload,
+    return math.gcd(stage.group, rows // layout.batch_shards // config.micro_batches)
+
+
+def _abstract_batch(
+    stage: Policy, planned: StageLayout, config: StepConfig, *, has_values: bool
+) -> PolicyBatch:
+    """Return the batch of a step as shapes and shardings."""
+    layout = config.layout
+    completion = min(stage.rollout.max_tokens, planned.length)
+    prompt = max(1, planned.length - completion)
+    part = _completions_per_prompt(stage, planned.rows, layout, config)
+    rows = planned.rows * stage.minibatches // part
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        place = layout.sharding(("batch", *(None for _ in shape)), (rows, *shape))
+        return ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
+
+    by_token = array(part, completion, dtype=jnp.float32)
+    several = stage.passes * stage.minibatches > 1
+    return PolicyBatch(
+        prompts=array(prompt),
+        prompt_lengths=array(),
+        tokens=array(part, completion),
+        mask=array(part, completion, dtype=bool),
+        sampler=by_token,
+        advantages=by_token if has_values else array(part, dtype=jnp.float32),
+        old=by_token if several else None,
+        reference=None if stage.kl is None else by_token,
+        values=by_token if has_values else None,
+        returns=by_token if has_values else None,
     )
-    updates = steps * stage.minibatches * stage.passes
-    unit = at_unit_rate(stage.optimizer)
-    plain = stage.model_copy(update={"optimizer": unit})
-    key = tuple(
-        getattr(plain, name)
-        for name in (
-            "ratio", "clip", "loss", "aggregate", "kl", "correction", "entropy", "minibatches",
-            "passes", "rollout", "optimizer",
-        )
-    )  # fmt: skip
-    learner: Learner | None = None
-    if isinstance(stage, Ppo):
-        valued = critic()
-        learner = learner_of(stage.critic, valued[0], updates, offloaded=config.offloaded)
-        key += learner.settings, valued[0]
 
-    def compiled() -> Any:
-        optimizer = build_optimizer(unit, updates, offloaded=config.offloaded)
-        schedule = learning_rate(unit, updates)
-        return optimizer, policy_step(a, optimizer, schedule, plain, config, learner)
 
-    optimizer, step_program = resources.cached(("policy", a, config, updates, key), compiled)
-
-    def score(architecture: Architecture) -> ScoreProgram:
-        return resources.cached(
-            ("score", architecture, config, rollouts.temperature),
-            lambda: score_program(architecture, config, rollouts.temperature),
-        )
-
-    decode = decode_layout(planned, layout)
-    measured = reference() if stage.kl is not None else None
-    if measured is not None and "reference" in planned.offload:
-        places = shardings(measured[1], layout, HOST)
-        measured = measured[0], jax.device_put(measured[1], places)
-    state = begin(optimizer, config)
-    estimator: Critic | None = None
-    if isinstance(stage, Ppo) and learner is not None:
-        state = with_critic(state, valued, learner, config, stage.critic.optimizer.lr)
-        estimator = Critic(stage, valued[0], score(valued[0]))
-    return PolicyTrainer(
-        stage=stage,
-        model=model,
-        layout=layout,
-        seed=derive(seed, "rollout"),
-        state=state,
-        steps=steps,
-        marks=marks,
-        stream=stream,
-        sampler=Sampler.open(
-            model, decode or layout, rollouts, slots=planned.slots, longest=longest
-        ),
-        reward=reward,
-        config=config,
-        step_program=step_program,
-        score=score(a),
-        reference=None if measured is None else (score(measured[0]), measured[1]),
-        prompt_length=longest,
-        part=math.gcd(stage.group, rows // layout.batch_shards // config.micro_batches),
-        critic=estimator,
+def with_critic(state: TrainState, critic: CriticSetup, config: StepConfig) -> TrainState:
+    """Put the state of a critic beside that of its policy."""
+    learner = critic.learner
+    config = replace(config, offloaded=config.offloaded and learner.architecture is not None)
+    first = initial_state(
+        critic.architecture, critic.params, learner.optimizer, config, critic.learning_rate
     )
+    return replace(state, critic=replace(first, frozen=nnx.State({})), aux_params=first.frozen)

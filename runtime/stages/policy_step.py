@@ -21,13 +21,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from tunelang.compiler.models.architecture import Architecture
-from tunelang.dsl.vocabulary.policy_stages import Policy
 from tunelang.dsl.vocabulary.training import Critic
 from tunelang.runtime.generation.episodes import Episodes
 from tunelang.runtime.models.decoder import RESIDUAL, Decoder, score_hidden
 from tunelang.runtime.models.parameters import abstract_decoder, merge_params
 from tunelang.runtime.objectives import gae, policy_gradient
-from tunelang.runtime.objectives.policy_gradient import Completions, Totals
+from tunelang.runtime.objectives.policy_gradient import Completions, PolicySettings, Totals
 from tunelang.runtime.sharding import constrain, jit
 from tunelang.runtime.training.accumulate import accumulate, micro_batches
 from tunelang.runtime.training.cross_entropy import token_logprobs, token_scores
@@ -150,151 +149,188 @@ def _to_length(array: NDArray[Any], length: int) -> NDArray[Any]:
 ScoreProgram = Callable[[Any, AnyArray, AnyArray, AnyArray], jax.Array]
 
 
+@dataclass(frozen=True)
+class _Update:
+    """One update of a policy, and of its critic: what it closes over."""
+
+    architecture: Architecture
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    settings: PolicySettings
+    config: StepConfig
+    critic: Learner | None
+
+    def __call__(
+        self, read_only: ReadOnlyState, state: TrainState, batch: PolicyBatch
+    ) -> tuple[TrainState, Any]:
+        """Return the next state, and the loss, totals, gradient norms and learning rate."""
+        denominator = policy_gradient.denominator(self.settings, batch.mask)
+        critic_state, learner = state.critic, self.critic
+        has_head = critic_state is not None and not _has_own_trunk(learner)
+        head = critic_state.params if critic_state is not None and has_head else None
+        value, totals, (gradient, critic_gradient) = self._accumulate(
+            partial(self.policy_loss, read_only.frozen), (state.params, head), batch, denominator
+        )
+        new, norm, rate = apply_gradient(state, gradient, self.optimizer, self.schedule)
+        norms = {"grad_norm": norm}
+        if learner is not None:
+            assert critic_state is not None
+            if _has_own_trunk(learner):
+                _, critic_totals, critic_gradient = self._accumulate(
+                    partial(self.critic_loss, read_only.aux_params), critic_state.params, batch,
+                    denominator,
+                )  # fmt: skip
+                totals = _merge_metrics(totals, critic_totals)
+            critic_state, norms["critic_grad_norm"], _ = apply_gradient(
+                critic_state, critic_gradient, learner.optimizer, learner.schedule
+            )
+        return replace(new, critic=critic_state), (value * denominator, totals, norms, rate)
+
+    def _accumulate(
+        self, loss: Callable[..., Any], params: Any, batch: PolicyBatch, denominator: jax.Array
+    ) -> Any:
+        # One denominator for each prompt, so that micro-batches are cut out of it as of all else.
+        rows = jnp.broadcast_to(denominator, batch.prompt_lengths.shape)
+        return accumulate(
+            loss, params, (batch, rows), self.config, policy_gradient.add,
+            lambda part: jnp.any(part[0].mask),
+        )  # fmt: skip
+
+    def policy_loss(
+        self, frozen: Any, params: tuple[Any, Any], part: tuple[PolicyBatch, jax.Array]
+    ) -> tuple[jax.Array, Totals]:
+        """Return the loss of the policy, and of the values that a head on its trunk gives."""
+        settings, config = self.settings, self.config
+        batch, denominator = part[0], part[1][0]
+        trained, head = params
+        graph, _ = abstract_decoder(self.architecture, config.dtype)
+        decoder = nnx.merge(graph, merge_params(trained, frozen))
+        hidden, tokens = _run_completions(
+            decoder, config, batch.prompts, batch.prompt_lengths, batch.tokens
+        )
+        log_probs, entropy = token_scores(
+            hidden,
+            decoder.head_weight(),
+            tokens,
+            chunk=config.chunk,
+            cap=self.architecture.logit_cap,
+            temperature=settings.rollout.temperature or 1.0,
+            layout=config.layout,
+            flows=settings.entropy > 0,
+        )
+
+        def by_completion(array: Any) -> Any:
+            return None if array is None else array.reshape(log_probs.shape)
+
+        advantages = batch.advantages.reshape(len(log_probs), -1)
+        completions = Completions(
+            now=log_probs,
+            mask=by_completion(batch.mask),
+            advantages=jnp.broadcast_to(advantages, log_probs.shape),
+            old=by_completion(batch.old),
+            sampler=by_completion(batch.sampler),
+            reference=by_completion(batch.reference),
+            entropy=entropy,
+        )
+        total, totals = policy_gradient.objective(settings, completions)
+        if head is not None:
+            assert self.critic is not None
+            values = score_hidden(hidden, head["score"][...])
+            value_total, value_totals = _value_loss(settings, self.critic, values, batch)
+            total += self.critic.settings.weight * value_total
+            totals = _merge_metrics(totals, value_totals)
+        return total / jnp.maximum(denominator, 1.0), totals
+
+    def critic_loss(
+        self, frozen: Any, params: Any, part: tuple[PolicyBatch, jax.Array]
+    ) -> tuple[jax.Array, Totals]:
+        """Return the loss of a critic with a trunk of its own."""
+        assert self.critic is not None
+        assert self.critic.architecture is not None
+        batch, denominator = part[0], part[1][0]
+        graph, _ = abstract_decoder(self.critic.architecture, self.config.dtype)
+        decoder = nnx.merge(graph, merge_params(params, frozen))
+        hidden, _ = _run_completions(
+            decoder, self.config, batch.prompts, batch.prompt_lengths, batch.tokens
+        )
+        values = decoder.scores(hidden)
+        total, totals = _value_loss(self.settings, self.critic, values, batch)
+        return total / jnp.maximum(denominator, 1.0), totals
+
+
 def policy_step(
     architecture: Architecture,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
-    policy: Policy,
+    settings: PolicySettings,
     config: StepConfig,
     critic: Learner | None = None,
 ) -> StateProgram:
     """Return the program `(state, batch) -> (state, metrics)`.
 
     Makes `passes * minibatches` updates, of the critic too. Metrics are scalars: those of
-    `objectives.metrics` over all updates, the mean `grad_norm` and the `learning_rate` of the last.
+    `policy_gradient.metrics` over all updates, the mean `grad_norm` and the `learning_rate` of the
+    last.
     """
-    graph, _ = abstract_decoder(architecture, config.dtype)
-    layout = config.layout
-    temperature = policy.rollout.temperature or 1.0
-    apart = None if critic is None else critic.architecture
-    critic_graph, _ = abstract_decoder(apart or architecture, config.dtype)
-
-    def loss(
-        frozen: Any, params: tuple[Any, Any], part: tuple[PolicyBatch, jax.Array]
-    ) -> tuple[jax.Array, Totals]:
-        """Of the policy, and of the values that its own trunk gives."""
-        batch, denominator = part[0], part[1][0]
-        own, head = params
-        decoder = nnx.merge(graph, merge_params(own, frozen))
-        hidden, tokens = _continued(
-            decoder, config, batch.prompts, batch.prompt_lengths, batch.tokens
-        )
-        now, entropy = token_scores(
-            hidden,
-            decoder.head_weight(),
-            tokens,
-            chunk=config.chunk,
-            cap=architecture.logit_cap,
-            temperature=temperature,
-            layout=layout,
-            flows=policy.entropy > 0,
-        )
-
-        def rows(array: Any) -> Any:
-            return None if array is None else array.reshape(now.shape)
-
-        completions = Completions(
-            now=now,
-            mask=rows(batch.mask),
-            advantages=jnp.broadcast_to(batch.advantages.reshape(len(now), -1), now.shape),
-            old=rows(batch.old),
-            sampler=rows(batch.sampler),
-            reference=rows(batch.reference),
-            entropy=entropy,
-        )
-        total, totals = policy_gradient.objective(policy, completions)
-        if head is not None:
-            assert critic is not None
-            found = score_hidden(hidden, head["score"][...])
-            more, valued = _value_loss(policy, critic.settings, found, batch)
-            total += critic.settings.weight * more
-            totals = _beside(totals, valued)
-        return total / jnp.maximum(denominator, 1.0), totals
-
-    def value_loss(
-        frozen: Any, params: Any, part: tuple[PolicyBatch, jax.Array]
-    ) -> tuple[jax.Array, Totals]:
-        assert critic is not None
-        batch, denominator = part[0], part[1][0]
-        decoder = nnx.merge(critic_graph, merge_params(params, frozen))
-        hidden, _ = _continued(decoder, config, batch.prompts, batch.prompt_lengths, batch.tokens)
-        total, totals = _value_loss(policy, critic.settings, decoder.scores(hidden), batch)
-        return total / jnp.maximum(denominator, 1.0), totals
-
-    def update(
-        kept: ReadOnlyState, state: TrainState, batch: PolicyBatch
-    ) -> tuple[TrainState, Any]:
-        denominator = policy_gradient.denominator(policy, batch.mask)
-        # One for each prompt, so that micro-batches are cut out of it as of all else.
-        rows = jnp.broadcast_to(denominator, batch.prompt_lengths.shape)
-
-        def added(loss: Any, params: Any) -> Any:
-            return accumulate(
-                loss, params, (batch, rows), config, policy_gradient.add,
-                lambda part: jnp.any(part[0].mask),
-            )  # fmt: skip
-
-        held = state.critic
-        head = None if held is None or apart is not None else held.params
-        value, totals, (gradient, slope) = added(partial(loss, kept.frozen), (state.params, head))
-        new, norm, rate = apply_gradient(state, gradient, optimizer, schedule)
-        norms = {"grad_norm": norm}
-        if critic is not None:
-            assert held is not None
-            if apart is not None:
-                _, found, slope = added(partial(value_loss, kept.aux_params), held.params)
-                totals = _beside(totals, found)
-            held, norms["critic_grad_norm"], _ = apply_gradient(
-                held, slope, critic.optimizer, critic.schedule
-            )
-        return replace(new, critic=held), (value * denominator, totals, norms, rate)
+    update = _Update(architecture, optimizer, schedule, settings, config, critic)
 
     def step(
-        state: TrainState, kept: ReadOnlyState, batch: PolicyBatch
+        state: TrainState, read_only: ReadOnlyState, batch: PolicyBatch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        if policy.passes * policy.minibatches == 1:
-            state, (value, totals, norms, rate) = update(kept, state, batch)
-            found = policy_gradient.metrics(value, totals)
-            return state, {**found, **norms, "learning_rate": rate}
+        if settings.updates_per_step == 1:
+            state, (value, totals, norms, rate) = update(read_only, state, batch)
+            metrics = policy_gradient.metrics(value, totals)
+            return state, {**metrics, **norms, "learning_rate": rate}
 
         def one_pass(state: TrainState, _: None) -> tuple[TrainState, Any]:
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-            order = jax.random.permutation(key, batch.prompts.shape[0])
-            order = order.reshape(policy.minibatches, -1)
-            # As `useful_first` has it, in each minibatch.
-            counts = jnp.any(batch.mask, (1, 2))[order]
-            useful = jnp.take_along_axis(order, jnp.argsort(~counts, stable=True), 1)
-            useful = useful.reshape(policy.minibatches, config.micro_batches, -1)
-            order = useful.swapaxes(1, 2).reshape(policy.minibatches, -1)
-            parts = jax.tree.map(lambda array: array[order], batch)
-            return jax.lax.scan(partial(update, kept), state, parts)
+            order = _minibatch_order(key, batch, settings.minibatches, config.micro_batches)
+            minibatches = jax.tree.map(lambda array: array[order], batch)
+            return jax.lax.scan(partial(update, read_only), state, minibatches)
 
-        state, made = jax.lax.scan(one_pass, state, length=policy.passes)
-        value, totals, norms, rate = made
+        state, updates = jax.lax.scan(one_pass, state, length=settings.passes)
+        value, totals, norms, rate = updates
         summed = jax.tree.map(jnp.sum, totals)
         summed = Totals(
             summed.denominator, summed.tokens, summed.sums, jax.tree.map(jnp.max, totals.maxima)
         )
-        found = policy_gradient.metrics(jnp.sum(value), summed)
-        return state, {**found, **jax.tree.map(jnp.mean, norms), "learning_rate": rate[-1, -1]}
+        metrics = policy_gradient.metrics(jnp.sum(value), summed)
+        return state, {**metrics, **jax.tree.map(jnp.mean, norms), "learning_rate": rate[-1, -1]}
 
     return StateProgram(jit(step, config.layout, donate_argnums=0))
 
 
+def _has_own_trunk(critic: Learner | None) -> bool:
+    return critic is not None and critic.architecture is not None
+
+
+def _minibatch_order(
+    key: jax.Array, batch: PolicyBatch, minibatches: int, micro_batches: int
+) -> jax.Array:
+    """Draw the prompts of each minibatch, `[minibatches, prompts]`; within one, as `useful_first`
+    orders them.
+    """
+    order = jax.random.permutation(key, batch.prompts.shape[0]).reshape(minibatches, -1)
+    counts = jnp.any(batch.mask, (1, 2))[order]
+    useful = jnp.take_along_axis(order, jnp.argsort(~counts, stable=True), 1)
+    useful = useful.reshape(minibatches, micro_batches, -1)
+    return useful.swapaxes(1, 2).reshape(minibatches, -1)
+
+
 def _value_loss(
-    policy: Policy, settings: Critic, found: jax.Array, batch: PolicyBatch
+    policy: PolicySettings, critic: Learner, predicted: jax.Array, batch: PolicyBatch
 ) -> tuple[jax.Array, Totals]:
-    """Sum the losses of values `[completions, length]`, weighted as those of the policy are."""
+    """Sum the losses of predicted values `[completions, length]`, weighted as the policy's are."""
     old, returns, mask = (
-        array.reshape(found.shape) for array in (batch.values, batch.returns, batch.mask)
+        array.reshape(predicted.shape) for array in (batch.values, batch.returns, batch.mask)
     )
-    losses, held = gae.value_losses(found, old, returns, settings.clip)
+    losses, clipped = gae.value_losses(predicted, old, returns, critic.settings.clip)
     return policy_gradient.summed(
-        policy, mask, losses, {"value_loss": losses, "value_clip": held}, {}
+        policy, mask, losses, {"value_loss": losses, "value_clip": clipped}, {}
     )
 
 
-def _beside(one: Totals, other: Totals) -> Totals:
+def _merge_metrics(one: Totals, other: Totals) -> Totals:
     """Put the metrics of the same tokens together."""
     return one._replace(sums=one.sums | other.sums)
 
@@ -310,7 +346,7 @@ def score_program(
 
     def part(params: Any, given: tuple[jax.Array, ...]) -> jax.Array:
         decoder: Decoder = nnx.merge(graph, params)
-        hidden, tokens = _continued(decoder, config, *given)
+        hidden, tokens = _run_completions(decoder, config, *given)
         if architecture.scores:
             return decoder.scores(hidden).reshape(given[2].shape)
         found = token_logprobs(
@@ -335,10 +371,10 @@ def score_program(
     return jit(score, config.layout)
 
 
-def _continued(
+def _run_completions(
     decoder: Decoder, config: StepConfig, prompts: jax.Array, lengths: jax.Array, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states `[completions, length, width]`, and the tokens that they predict."""
+    """Return hidden states `[completions, length, width]`, and the tokens that they predict."""
     hidden = decoder.continuations(
         prompts,
         lengths,

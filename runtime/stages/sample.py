@@ -1,103 +1,127 @@
 """The `sample` stage: completions of prompts, scored and chosen, written down as rows of data.
 
-Prompts are gone through in chunks, and each chunk is written when it is whole: an interrupted stage
-goes on behind the last one.
+Prompts are sampled in chunks, and each chunk is written when it is complete: an interrupted stage
+goes on after the last one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
+from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.utility_stages import Sample
 from tunelang.runtime.data.examples import Example
 from tunelang.runtime.errors import Interrupted
-from tunelang.runtime.generation.engine_sizes import slot_count
+from tunelang.runtime.generation.engine_sizes import prompt_room, slot_count
 from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Prompt, completion_texts
-from tunelang.runtime.loading.resources import Resources
-from tunelang.runtime.models.loaded_model import Model
+from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.rewards.reward_functions import Reward
 from tunelang.runtime.rewards.reward_rows import reward_rows
 from tunelang.runtime.sharding import Layout
+from tunelang.runtime.stages.abstract_programs import (
+    AbstractProgram,
+    SampleRequest,
+    abstract_params,
+    sampling_programs,
+)
+from tunelang.runtime.stages.base import LoadedWeights, Summary, TaskContext, TaskKind, register
 from tunelang.runtime.store.atomic_files import RowWriter, keep_rows, read_rows, written_whole
+from tunelang.runtime.training.step_config import StepConfig
 
 CHUNK = 1024
-"""Completions that are sampled, scored and written together, about."""
+"""Completions of a chunk, about."""
 TRIES = "tries.jsonl"
 FILES = {"completions": "completions.jsonl", "pairs": "pairs.jsonl"}
-"""What later stages read -> its file in the folder of the stage."""
+"""What later stages read: its name -> the file in the stage's folder."""
 
 Row = dict[str, Any]
 
 
-def sample(
-    resources: Resources,
-    stage: Sample,
-    model: Model,
-    params: Any,
-    layout: Layout,
-    seed: int,
-    folder: Path,
-    progress: Callable[[int, int, Mapping[str, float]], None],
-    stopping: Callable[[], bool],
-) -> dict[str, float]:
-    """Sample and choose; returns the stage's metrics. Raises `Interrupted` between chunks."""
-    renderer, sampling = model.renderer, stage.rollout
-    stream, _ = resources.prompts(stage.data, model, sampling, seed=0, shuffled=False)
+@register
+class SampleKind(TaskKind[Sample]):
+    """Samples completions and chooses among them."""
+
+    stages = (Sample,)
+    keeps_partial_results = True
+
+    @override
+    def run(self, stage: Sample, context: TaskContext) -> Summary:
+        """Sample and choose. Raises `Interrupted` between chunks."""
+        weights = context.load(stage.from_)
+        _sample_chunks(stage, context, weights)
+        metrics = _choose(stage, context.folder / TRIES, context.folder)
+        return {"model": weights.origin.model, "from": weights.origin.node, "metrics": metrics}
+
+    @override
+    def abstract_programs(
+        self, stage: Sample, shapes: Shapes, layout: Layout
+    ) -> Iterator[AbstractProgram]:
+        a, dtype, sampling = shapes.architecture, DTYPES[shapes.dtype], stage.rollout
+        params = abstract_params(a, StepConfig(layout=layout, dtype=dtype))
+        completions = max(1, CHUNK // stage.samples) * stage.samples
+        prompt = max(1, prompt_room(a, sampling))
+        request = SampleRequest(completions, prompt, sampling.max_tokens)
+        return sampling_programs(a, dtype, params, layout, request, sampling, 0)
+
+
+def _sample_chunks(stage: Sample, context: TaskContext, weights: LoadedWeights) -> None:
+    """Sample and score all prompts, chunk by chunk, into the file of tries."""
+    model, sampling = weights.model, stage.rollout
+    renderer, seed = model.renderer, context.seed(stage.seed)
+    stream, _ = context.resources.prompts(stage.data, model, sampling, seed=0, shuffled=False)
     examples = list(islice(stream.once(), stage.limit))
-    prompts = [Prompt(renderer.prompt(e), at) for at, e in enumerate(examples)]
-    each = max(1, CHUNK // stage.samples)
-    slots = slot_count(min(each, len(prompts)) * stage.samples)
+    prompts = [Prompt(renderer.prompt(example), n) for n, example in enumerate(examples)]
     longest = max(len(prompt.tokens) for prompt in prompts)
-    sampler = Sampler.open(model, layout, sampling, slots=slots, longest=longest)
-    tries = folder / TRIES
-    chunks = -(-len(prompts) // each)
-    done = _whole_chunks(tries)
-    around = resources.surroundings(sampling.max_tokens)
+    chunk_size = max(1, CHUNK // stage.samples)
+    slots = slot_count(min(chunk_size, len(prompts)) * stage.samples)
+    sampler = Sampler.open(model, weights.layout, sampling, slots=slots, longest=longest)
+    chunks = -(-len(prompts) // chunk_size)
+    tries = context.folder / TRIES
+    done = _complete_chunks(tries)
+    surroundings = context.resources.surroundings(sampling.max_tokens)
     with (
-        Reward(stage.score or RewardConstant(value=0.0), around) as score,
-        Reward(stage.keep or RewardConstant(value=1.0), around) as keep,
+        Reward(stage.score or RewardConstant(value=0.0), surroundings) as score,
+        Reward(stage.keep or RewardConstant(value=1.0), surroundings) as keep,
+        closing(RowWriter(tries)) as writer,
     ):
-        writer = RowWriter(tries)
-        try:
-            for chunk in range(done, chunks):
-                own = slice(chunk * each, (chunk + 1) * each)
-                episodes = sampler.sample(params, prompts[own], group=stage.samples, seed=seed)
-                texts = completion_texts(renderer, episodes)
-                rows = reward_rows(renderer, examples[own], episodes, texts)
-                scores, kept = score.score(rows).values, keep.score(rows).values > 0
-                for at, text in enumerate(texts):
-                    place = own.start + at // stage.samples
-                    row = {
-                        **_fields(examples[place]),
-                        "completion": text,
-                        "reward": float(scores[at]),
-                        "tokens": int(episodes.lengths[at]),
-                        "truncated": bool(episodes.truncated[at]),
-                    }
-                    what = {"chunk": chunk, "place": place, "kept": bool(kept[at])}
-                    writer.append({**what, "row": row})
-                writer.append({"chunk": chunk, "whole": True})
-                writer.sync()
-                progress(
-                    chunk + 1, chunks, {"reward": float(scores.mean()), "kept": float(kept.mean())}
+        for chunk in range(done, chunks):
+            span = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
+            episodes = sampler.sample(weights.params, prompts[span], group=stage.samples, seed=seed)
+            texts = completion_texts(renderer, episodes)
+            rows = reward_rows(renderer, examples[span], episodes, texts)
+            rewards, is_kept = score.score(rows).values, keep.score(rows).values > 0
+            for n, text in enumerate(texts):
+                place = span.start + n // stage.samples
+                row = {
+                    **_fields(examples[place]),
+                    "completion": text,
+                    "reward": float(rewards[n]),
+                    "tokens": int(episodes.lengths[n]),
+                    "truncated": bool(episodes.truncated[n]),
+                }
+                writer.append(
+                    {"chunk": chunk, "place": place, "kept": bool(is_kept[n]), "row": row}
                 )
-                if stopping() and chunk + 1 < chunks:
-                    raise Interrupted
-        finally:
-            writer.close()
-    return _choose(stage, tries, folder)
+            writer.append({"chunk": chunk, "whole": True})
+            writer.sync()
+            means = {"reward": float(rewards.mean()), "kept": float(is_kept.mean())}
+            context.progress(chunk + 1, chunks, means)
+            if context.stopping() and chunk + 1 < chunks:
+                raise Interrupted
 
 
 def _fields(example: Example) -> Row:
-    """Return what a row holds of the prompt."""
+    """Return the fields of a row that come from the prompt."""
     messages = example.messages
     return {
         **example.fields,
@@ -110,8 +134,8 @@ def _fields(example: Example) -> Row:
     }
 
 
-def _whole_chunks(path: Path) -> int:
-    """Return how many chunks are written, and remove what is there of another."""
+def _complete_chunks(path: Path) -> int:
+    """Return how many chunks are complete, and remove the rows of an incomplete one."""
     whole = sum("whole" in row for row in read_rows(path).rows)
     if path.exists():
         keep_rows(path, lambda row: row["chunk"] < whole)
@@ -151,7 +175,7 @@ def _choose(stage: Sample, tries: Path, folder: Path) -> dict[str, float]:
 
 
 def _groups(tries: Path) -> Iterator[list[Row]]:
-    """Give the completions of each prompt."""
+    """Yield the completions of each prompt."""
     group: list[Row] = []
     with tries.open(encoding="utf-8") as lines:
         for line in lines:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from typing_extensions import override
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.models.decoder import Decoder
@@ -19,7 +20,7 @@ from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.user_functions import Custom
 
 AnyArray = Any
-"""An array of JAX or of numpy: what the host makes goes into programs as it is."""
+"""A JAX or numpy array. Batches built on the host are passed to jitted functions unconverted."""
 
 
 @jax.tree_util.register_dataclass
@@ -30,74 +31,68 @@ class Batch:
     tokens: AnyArray
     """int32."""
     trained: AnyArray
-    """bool: whether the loss counts how well this token is predicted from those before it. The
-    first token of a segment never counts, since nothing stands before it."""
+    """bool: whether the loss counts the prediction of this token from those before it. The first
+    token of a segment never counts, since nothing precedes it."""
     segments: AnyArray = None
-    """int32: which of the examples that share a sequence a token belongs to; 0 is padding.
-    Without it, every sequence is one example, padded at its end."""
+    """int32: the number of the token's example among those that share the sequence, from 1; 0 is
+    padding. None: each sequence is one example, padded at its end."""
     positions: AnyArray = None
-    """int32: the place of a token in its example; without it, in its sequence."""
-    values: AnyArray = None
-    """`[batch, segments]` float32: a number for each segment, such as its label."""
-    reference: AnyArray = None
-    """`[batch, segments]` float32: summed log-probability of a segment by the reference, in nats.
-    """
-    mismatched: Batch | None = None
-    """Prompts with answers to other prompts."""
-    teacher: Any = None
-    """The ids `[batch, length, k]` and log-probabilities of a teacher's likeliest tokens."""
+    """int32: the position of the token in its example. None: its position in the sequence."""
+    extras: Any = None
+    """Arrays that only the objective reads: a tree of `[batch, ...]`."""
 
 
 @dataclass(frozen=True)
 class Models:
-    """What an objective works with."""
+    """The models that an objective evaluates."""
 
     decoder: Decoder
-    """With the parameters that are trained."""
+    """The trained model."""
     extra: nnx.State[Any, Any]
-    """What is trained beside it."""
+    """The objective's own trained parameters."""
     aux_params: Any
+    """Parameters of a second model that is not trained: a reference or a teacher."""
     config: StepConfig
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What a step makes smaller: a sum over the parts of a batch."""
+    """A loss that is a sum over the micro-batches of a batch."""
 
-    def extra(self) -> nnx.State[Any, Any]:
-        """Return parameters below `EXTRA` that are trained beside the decoder's, as they begin."""
+    def initial_params(self) -> nnx.State[Any, Any]:
+        """Return the objective's own trained parameters, initialised; below `OBJECTIVE_PARAMS`."""
         return nnx.State({})
 
-    def whole(self, models: Models, batch: Batch) -> Any:
-        """Return what each part has to know of the whole batch: scalars to divide by."""
+    def normalizers(self, models: Models, batch: Batch) -> Any:
+        """Compute the scalars that every micro-batch's loss is divided by, from the whole batch."""
 
     def loss(
-        self, models: Models, batch: Batch, keys: jax.Array | None, whole: Any
+        self, models: Models, batch: Batch, keys: jax.Array | None, normalizers: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the loss of a part, and metrics; over the parts, each adds up.
+        """Return the loss of a micro-batch and its metrics; over the micro-batches, each adds up.
 
-        `keys` `[batch]` are of the dropout.
+        `keys` `[batch]` are the random keys of the dropout; None without dropout.
         """
 
 
 @dataclass(frozen=True)
 class LikelihoodObjective(Objective):
-    """The mean over the trained tokens of the batch of `-log p`, or of a loss of the user's own.
-    See `Objective`.
-    """
+    """The mean over the trained tokens of the batch of `-log p`, or of a loss of the user's own."""
 
-    own: Custom | None = None
+    custom: Custom | None = None
 
-    def whole(self, models: Models, batch: Batch) -> jax.Array:
-        """See `Objective`."""
+    @override
+    def normalizers(self, models: Models, batch: Batch) -> jax.Array:
+        """Return the number of trained tokens."""
         del models
         return jnp.maximum(jnp.sum(shift_targets(batch)[1]), 1.0)
 
+    @override
     def loss(
-        self, models: Models, batch: Batch, keys: jax.Array | None, whole: jax.Array
+        self, models: Models, batch: Batch, keys: jax.Array | None, normalizers: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `Objective`."""
-        return summed_loss(models.decoder, batch, keys, models.config, own=self.own) / whole, {}
+        total = summed_loss(models.decoder, batch, keys, models.config, custom=self.custom)
+        return total / normalizers, {}
 
 
 def summed_loss(
@@ -107,9 +102,9 @@ def summed_loss(
     config: StepConfig,
     *,
     balanced: bool = True,
-    own: Custom | None = None,
+    custom: Custom | None = None,
 ) -> jax.Array:
-    """Sum the loss of the trained tokens of a batch, in nats; `own` replaces the cross entropy.
+    """Sum the loss of the trained tokens of a batch, in nats; `custom` replaces the cross entropy.
 
     With `balanced`, the experts' load-balance loss is added, weighted by the trained tokens.
     """
@@ -121,10 +116,10 @@ def summed_loss(
         "cap": decoder.architecture.logit_cap,
         "layout": config.layout,
     }
-    if own is None:
+    if custom is None:
         total, _ = cross_entropy(*inputs, **more)
     else:
-        total = custom_loss(*inputs, own, **more)
+        total = custom_loss(*inputs, custom, **more)
     if balanced:
         # The loss of a batch is the mean over its micro-batches, by their trained tokens.
         total += jnp.sum(counted) * balance(decoder, batch, routed)

@@ -139,6 +139,13 @@ def initial_state(
     return TrainState(params, moments, step, factor, frozen)
 
 
+def stack_state(state: TrainState, branches: int) -> TrainState:
+    """Return an abstract state whose trained part has one entry for each branch of a sweep."""
+    changing, read_only = split_state(state)
+    stacked: TrainState = stack_branches(changing, branches)
+    return replace(stacked, frozen=read_only.frozen, aux_params=read_only.aux_params)
+
+
 def stack_branches(tree: Any, count: int) -> Any:
     """Return the shapes and shardings of so many trees of arrays with one leading axis."""
 

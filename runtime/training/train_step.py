@@ -118,10 +118,10 @@ def train_step(
             return Models(decoder, extra, kept.aux_params, config)
 
         tokens = jnp.sum(shift_targets(batch)[1])
-        known = objective.whole(models(jax.lax.stop_gradient(state.params)), batch)
+        normalizers = objective.normalizers(models(jax.lax.stop_gradient(state.params)), batch)
 
         def loss(params: Any, part: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, Any]:
-            return objective.loss(models(params), *part, known)
+            return objective.loss(models(params), *part, normalizers)
 
         value, more, gradient = accumulate(
             loss, state.params, (batch, keys), config, partial(jax.tree.map, jnp.add)
@@ -134,7 +134,7 @@ def train_step(
     ) -> tuple[TrainState, StepMetrics]:
         return jax.lax.scan(lambda state, batch: one_step(state, kept, batch), state, batches)
 
-    abstract = abstract_state(architecture, optimizer, config, objective.extra)
+    abstract = abstract_state(architecture, optimizer, config, objective.initial_params)
     places = state_shardings(abstract, config)
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     batch_place = NamedSharding(

@@ -49,52 +49,61 @@ class DivergedError(TuneError):
 
 @runtime_checkable
 class Trainer(Protocol):
-    """What a kind of training does; the loop does the rest."""
+    """A training algorithm as the shared loop drives it."""
 
     steps: int
-    """Of the whole stage."""
+    """Steps of the stage."""
     state: TrainState
-    ahead: bool
-    """Whether the next call may begin before the metrics of the last are there."""
 
-    def until(self, step: int) -> int:
-        """Return where the call that begins at a step ends."""
+    @property
+    def overlaps(self) -> bool:
+        """Whether a call may start before the metrics of the last one have arrived."""
+
+    def call_end(self, step: int) -> int:
+        """Return the step at which the compiled call that starts at `step` ends."""
 
     def advance(self, step: int, until: int) -> Callable[[], Sequence[Row]]:
         """Make the steps from `step` to `until`; returns how to wait for their metrics.
 
-        Rows hold `tokens`, those that the step worked on, and `flops`, what had to be computed for
-        them over all devices; both become rates.
+        Rows hold the `tokens` that the step worked on, and its `flops` over all devices; both
+        become rates.
         """
 
     def samples(self) -> Sequence[SampleRecord]:
-        """Completions of the last step, to read."""
+        """Return completions of the last step, to read."""
 
     def progress(self) -> dict[str, Any]:
-        """Return what a checkpoint has to hold beside the state."""
+        """Return what a checkpoint has to hold besides the state."""
 
     def resume(self, state: TrainState, progress: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
 
+    def updates(self, step: int) -> int:
+        """Return the updates that the first `step` steps make."""
+
+    def close(self) -> None:
+        """Release what the trainer holds besides memory, such as processes."""
+
 
 @runtime_checkable
 class Reporter(Protocol):
-    """Who is told how a stage goes on."""
+    """Shows a person how a stage goes on."""
 
     def step(self, step: int, steps: int, values: Mapping[str, float]) -> None:
-        """Some steps are made; `values` are of the last line."""
+        """Report that some steps are made; `values` are those of the last line."""
 
     def doing(self, what: str) -> None:
-        """Something else than a step begins: `evaluating accuracy`."""
+        """Report that something else than a step begins: `evaluating accuracy`."""
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """Evals were run."""
+        """Report the results of evals."""
 
 
 @dataclass
-class Saving:
-    """When a stage is saved, and when it stops: branches that are trained together ask in turn at
-    each step, and get one answer.
+class CheckpointSchedule:
+    """Decides at which steps to checkpoint and when to stop.
+
+    Branches of a fused sweep share one, so that all get the same answer at a step.
     """
 
     start: int
@@ -144,9 +153,9 @@ class Loop:
     reporter: Reporter
     evaluate: Callable[[Any, int], Mapping[str, float]]
     """Parameters and step to the metrics of the stage's evals."""
-    saving: Saving
+    schedule: CheckpointSchedule
     peak: float
-    """FLOP/s of all devices of the stage; of a branch that is trained beside others, its share."""
+    """FLOP/s of all devices of the stage; for a branch of a fused sweep, its share."""
     _pending: list[tuple[int, Callable[[], Sequence[Row]]]] = field(default_factory=list)
     _mark: float = 0.0
     _mark_step: int = 0
@@ -154,8 +163,8 @@ class Loop:
     _flops: float = 0.0
 
     def run(self, start: int) -> Generator[None, None, dict[str, float]]:
-        """Train from a step on to the end, and wait before each call to be asked for it; returns
-        the last value of every metric.
+        """Train from step `start` to the end, yielding before each call; returns the last value of
+        every metric.
 
         Raises `Interrupted` after saving, `DivergedError`, and `CheckpointError`.
         """
@@ -167,22 +176,22 @@ class Loop:
         if step < steps:
             self.reporter.doing("compiling")
         while step < steps:
-            yield  # what else is trained in the same call is where this is
-            until = trainer.until(step)
+            yield  # the other branches of a fused sweep are at the same step now
+            until = trainer.call_end(step)
             wait = trainer.advance(step, until)
-            if trainer.ahead:
-                self._collect()  # of the call before, while the devices make this one
+            if trainer.overlaps:
+                self._collect()  # the metrics of the last call, while the devices make this one
             self._pending.append((step, wait))
-            if not trainer.ahead:
+            if not trainer.overlaps:
                 self._collect()
             step = until
             if step < steps and self._is_eval(step):
                 self._collect()
                 self._evaluate(step)
-            if step < steps and self.saving.due(step):
+            if step < steps and self.schedule.due(step):
                 self._collect()
                 self._save(step)
-                if self.saving.stops(step):
+                if self.schedule.stops(step):
                     self.checkpoints.wait()
                     raise Interrupted
         self._collect()
@@ -192,7 +201,7 @@ class Loop:
         return dict(self.recorder.last)
 
     def _collect(self) -> None:
-        """Take the metrics of the calls that were made."""
+        """Wait for the metrics of the calls that were started, and record them."""
         for first, wait in self._pending:
             rows = wait()
             last = first + len(rows)
@@ -214,15 +223,15 @@ class Loop:
     def _timing(self, step: int) -> dict[str, float]:
         """Return the rates since the clock was started."""
         seconds = time.monotonic() - self._mark
-        made = step - self._mark_step
-        if not made or seconds <= 0:
+        steps = step - self._mark_step
+        if not steps or seconds <= 0:
             return {}
-        found = {"steps_per_second": made / seconds, "tokens_per_second": self._tokens / seconds}
-        found["mfu"] = self._flops / seconds / self.peak
-        found["memory"] = float(memory_in_use())
+        rates = {"steps_per_second": steps / seconds, "tokens_per_second": self._tokens / seconds}
+        rates["mfu"] = self._flops / seconds / self.peak
+        rates["memory"] = float(memory_in_use())
         if seconds > 10:
             self._restart_clock(step)
-        return found
+        return rates
 
     def _restart_clock(self, step: int) -> None:
         self._mark, self._mark_step = time.monotonic(), step

@@ -19,8 +19,10 @@ from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.families import architecture_of
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Optimizer, Sgd
 from tunelang.runtime.models import pretrained
-from tunelang.runtime.objectives.answer_scores import PairObjective, Reference, segment_program
+from tunelang.runtime.objectives.answer_scores import segment_program
 from tunelang.runtime.sharding import make_layout, shardings
+from tunelang.runtime.stages.preference import PairObjective
+from tunelang.runtime.stages.supervised import Auxiliary
 from tunelang.runtime.training.objective import Batch
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
@@ -197,9 +199,9 @@ def test_steps_are_trls(name, both, steps, taught):
         state = replace(state, aux_params=reference)
     else:
         scored, tokens = segment_program(architecture, config, count)(reference, batch)
-        batch = replace(batch, reference=scored)
+        batch = replace(batch, extras=scored)
         assert tokens.sum() == batch.trained.sum()
-    objective = PairObjective(STAGE, count, Reference(architecture if case.live else None))
+    objective = PairObjective(STAGE, count, Auxiliary(architecture, case.live))
     step = train_step(architecture, optimizer, learning_rate(spec, STEPS), config, objective)
     state, found = step(state, batch)
 

@@ -19,11 +19,11 @@ from tunelang.compiler.models.families import architecture_of
 from tunelang.dsl.vocabulary.training import Dora, Lora
 from tunelang.dsl.vocabulary.utility_stages import Export
 from tunelang.runtime.loading import initial_weights
+from tunelang.runtime.loading import model_export as exporting
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import abstract_decoder, merge_params, split_trainable
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.stages import export as exporting
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 from tunelang.runtime.tokenize.chat_templates import chat_template
 from tunelang.runtime.tokenize.tokenizers import Bytes
@@ -62,7 +62,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(exporting, "load_params", lambda *_: own)
     origin = initial_weights.Origin("m", None, ((lora, tmp_path),))
-    exporting.export(origin, Export.unvalidated(adapter="apart"), model, layout, out, "x")
+    exporting.export_model(origin, Export.unvalidated(adapter="apart"), model, layout, out, "x")
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         base, attn_implementation="eager", dtype=torch.float32
@@ -114,7 +114,7 @@ def test_what_cannot_be_apart(tmp_path: Path) -> None:
         initial_weights.Origin("m", None, ((lora, tmp_path), (lora, tmp_path))),
     ):
         with pytest.raises(exporting.NotApartError):
-            exporting.export(
+            exporting.export_model(
                 origin,
                 Export.unvalidated(adapter="apart"),
                 model,

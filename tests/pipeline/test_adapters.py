@@ -14,7 +14,7 @@ from tests.pipeline.test_pretrained import spec as spec
 from tunelang.runtime.errors import StageFailed
 from tunelang.runtime.loading.initial_weights import loaded
 from tunelang.runtime.loading.resources import Resources
-from tunelang.runtime.pipeline.weight_sources import Origins
+from tunelang.runtime.pipeline.weight_sources import WeightSources
 from tunelang.runtime.sharding import make_layout
 
 STAGES = """
@@ -150,11 +150,11 @@ def test_speaking_uses_the_adapters(chain: Path) -> None:
     tiny.run(chain, only=["first", "stacked"])
     prepared, store = tiny.planned(chain)
     resources = Resources(prepared.program, store.root / "cache", ())
-    origins = Origins(prepared.plan, prepared.graph, store, prepared.program)
+    origins = WeightSources(prepared.plan, prepared.graph, store, prepared.program)
     found = {}
     for node in ("first", "stacked"):
         steps = store.folder(prepared.plan.by_node[node].digest).steps()
-        origin = origins.at(node, steps[-1])
+        origin = origins.at_step(node, steps[-1])
         params = loaded(origin, resources.model(origin.model), make_layout(), 0)
         found[node] = np.asarray(params["blocks"]["attention"]["q"]["weight"][...])
     assert np.abs(found["first"] - found["stacked"]).max() > 1e-6

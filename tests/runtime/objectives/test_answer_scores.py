@@ -19,16 +19,12 @@ from tests.runtime.architectures import LLAMA
 from tests.runtime.training.test_train_step import ADAMW, same
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.preference_stages import Kto, Preference, RewardModel
-from tunelang.runtime.objectives.answer_scores import (
-    KtoObjective,
-    PairObjective,
-    Reference,
-    ScoreObjective,
-    segment_program,
-    segment_sums,
-)
+from tunelang.runtime.objectives.answer_scores import segment_program, segment_sums
 from tunelang.runtime.sharding import make_layout, shardings
-from tunelang.runtime.stages.supervised import mismatched
+from tunelang.runtime.stages.kto import KtoExtras, KtoObjective, mismatch
+from tunelang.runtime.stages.preference import PairObjective
+from tunelang.runtime.stages.reward_model import ScoreObjective
+from tunelang.runtime.stages.supervised import Auxiliary
 from tunelang.runtime.training.objective import Batch, Objective
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
@@ -155,7 +151,7 @@ class Eye:
 
 def test_mismatched_answers_are_of_the_next_item():
     items = items_of()
-    found = segments_of(mismatched(batch_of(flat(items)), PAD, PIECES))
+    found = segments_of(mismatch(batch_of(flat(items)), PAD, PIECES))
     for row, own in enumerate(items):
         # The only item of a sequence gets those of the first item of the next one.
         others = items[(row + 1) % ROWS][:1] if len(own) == 1 else own[1:] + own[:1]
@@ -170,16 +166,23 @@ def test_mismatched_answers_are_of_the_next_item():
 
 def test_a_mismatched_answer_is_cut_to_the_room_that_there_is():
     one, two = ([1] * 20, [2] * 8), ([3] * 2, [4] * 11)
-    found = mismatched(batch_of([[one], [two]]), PAD, 1)
+    found = mismatch(batch_of([[one], [two]]), PAD, 1)
     assert segments_of(found) == [[([1] * 20, [4] * 8)], [([3] * 2, [2] * 8)]]
     assert not found.segments[1, 10:].any()
 
 
 # Steps.
 
+AHEAD, LIVE = Auxiliary(SMALL, live=False), Auxiliary(SMALL, live=True)
 OBJECTIVES: dict[str, tuple[Architecture, Objective]] = {
-    "pairs": (SMALL, PairObjective(Preference.unvalidated(supervised=0.5), COUNT, Reference())),
-    "kto": (SMALL, KtoObjective(Kto.unvalidated(desirable=1.5), COUNT, Reference(SMALL))),
+    "pairs": (
+        SMALL,
+        PairObjective(Preference.unvalidated(supervised=0.5), COUNT, AHEAD),
+    ),
+    "kto": (
+        SMALL,
+        KtoObjective(Kto.unvalidated(desirable=1.5), COUNT, LIVE),
+    ),
     "scores": (SCORES, ScoreObjective(RewardModel.unvalidated(centring=0.05), COUNT, True)),
 }
 
@@ -191,16 +194,20 @@ def random_params(architecture: Architecture) -> Any:
 
 
 @cache
-def batches() -> Batch:
-    """Of two steps."""
+def batches(name: str) -> Batch:
+    """The batches of two steps, with the extras of an objective."""
     random = np.random.default_rng(5)
     made = []
     for seed in range(2):
         batch = batch_of(flat(items_of(seed)))
         near = random.normal(-10, 3, (ROWS, COUNT)).astype(np.float32)
         values = random.integers(0, 2, near.shape).astype(np.float32)
-        other = mismatched(batch, PAD, PIECES)
-        made.append(replace(batch, values=values, reference=near, mismatched=other))
+        extras = {
+            "pairs": near,
+            "kto": KtoExtras(values, mismatch(batch, PAD, PIECES)),
+            "scores": values,
+        }
+        made.append(replace(batch, extras=extras[name]))
     return jax.tree.map(lambda *arrays: np.stack(arrays), *made)
 
 
@@ -218,7 +225,7 @@ def stepped(name: str, micro_batches: int = 1, **mesh: int) -> Any:
         known = jax.tree.map(lambda array: 2 * array, params)
         state = replace(state, aux_params=jax.device_put(known, places))
     run = train_step(architecture, optimizer, learning_rate(ADAMW, 10), config, objective)
-    state, metrics = run(state, batches())
+    state, metrics = run(state, batches(name))
     return jax.device_get(state.params), jax.device_get(metrics)
 
 

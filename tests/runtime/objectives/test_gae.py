@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.runtime.architectures import LLAMA
 from tests.runtime.stages.test_policy_step import GROUP, LENGTH, PROMPTS, make_batch
 from tests.runtime.training.test_train_step import ADAMW, same
-from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.base import Measure, Reference
 from tunelang.dsl.vocabulary.data import DataRef
 from tunelang.dsl.vocabulary.optimizer_kinds import Sgd
@@ -23,11 +21,12 @@ from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.training import Critic, Sampling
 from tunelang.runtime.loading.initial_weights import score_head
 from tunelang.runtime.objectives import gae
+from tunelang.runtime.objectives.policy_gradient import PolicySettings
 from tunelang.runtime.rewards.reward_functions import Scores
 from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.stages.policy import CriticSetup, with_critic
 from tunelang.runtime.stages.policy_step import PolicyBatch, policy_step, score_program
-from tunelang.runtime.stages.ppo import Critic as Estimator
-from tunelang.runtime.stages.ppo import learner_of, with_critic
+from tunelang.runtime.stages.ppo import GaeEstimator, learner_of
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.training.train_state import random_state
@@ -89,7 +88,7 @@ def test_each_token_is_credited_with_its_own_reward(given):
     batch = PolicyBatch(*[None] * 3, *[mask.reshape(3, 3, WIDTH)] * 2)
     stage = Ppo.unvalidated(discount=0.9, trace=0.8, kl=None)
     scores = Scores(own.sum(1) + rest, {}, (), own)
-    estimated = Estimator(stage, LLAMA, None).estimated(batch, found.reshape(3, 3, WIDTH), scores)
+    estimated = GaeEstimator(stage, LLAMA, None).estimate(batch, found.reshape(3, 3, WIDTH), scores)
     each = np.pad(own, ((0, 0), (0, WIDTH - own.shape[1])))
     each[np.arange(ROWS), lengths - 1] += rest
     expected = gae.gae(each, found, mask, 0.9, 0.8)
@@ -154,11 +153,9 @@ def step(policy: Ppo, config: StepConfig):
     learner = learner_of(policy.critic, SCORES, 10)
     head = score_head(LLAMA, jnp.linspace(-1, 1, LLAMA.width), config.layout)
     whole = random_state(SCORES, optimizer, config, 1).params
-    start: tuple[Architecture, nnx.State] = (
-        SCORES,
-        head if learner.architecture is None else whole,
-    )
-    state = with_critic(random_state(LLAMA, optimizer, config, 0), start, learner, config, 0.01)
+    params = head if learner.architecture is None else whole
+    critic = CriticSetup(learner, SCORES, params, 0.01, estimator=None)
+    state = with_critic(random_state(LLAMA, optimizer, config, 0), critic, config)
     batch = make_batch(old=policy.passes > 1)
     rng = np.random.default_rng(9)
     shape = (3, PROMPTS, GROUP, LENGTH)
@@ -168,7 +165,8 @@ def step(policy: Ppo, config: StepConfig):
         whole, batch.prompts, batch.prompt_lengths, batch.tokens
     )
     scored = np.asarray(scored)
-    make = policy_step(LLAMA, optimizer, learning_rate(ADAMW, 10), policy, config, learner)
+    settings = PolicySettings.of(policy)
+    make = policy_step(LLAMA, optimizer, learning_rate(ADAMW, 10), settings, config, learner)
     state, metrics = make(state, batch)
     assert state.critic is not None
     params = {"policy": state.params, "critic": state.critic.params}

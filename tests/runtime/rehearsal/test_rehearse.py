@@ -31,10 +31,11 @@ from tunelang.dsl.vocabulary.supervised_stages import Distill, Sft
 from tunelang.dsl.vocabulary.training import K3, Axes, Critic, Lora, Sampling
 from tunelang.runtime import sharding
 from tunelang.runtime.rehearsal import collectives
-from tunelang.runtime.rehearsal.abstract_programs import AbstractProgram, programs
 from tunelang.runtime.rehearsal.rehearse import Rehearsed, measure, rehearse, remedies, unsplit
 from tunelang.runtime.rehearsal.topologies import compilable
 from tunelang.runtime.sharding import make_layout
+from tunelang.runtime.stages.abstract_programs import AbstractProgram
+from tunelang.runtime.stages.base import kind_of
 
 SMALL = Architecture(
     vocabulary=128, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=64, context=64
@@ -46,6 +47,11 @@ BATCH = Measure.unvalidated(value=8, unit="sequences")
 ROLLOUT = Sampling.unvalidated(max_tokens=16, max_prompt=16)
 CHIP = replace(CHIPS["h200"], name="simulated")
 DEVICES = Devices(CHIP, 8, True)
+
+
+def programs(stage, *rest):
+    """The programs of a stage, by its kind."""
+    return kind_of(stage).abstract_programs(stage, *rest)
 
 
 def query(stage: Training, a: Architecture, dtype_bytes: int, devices: Devices) -> LayoutQuery:

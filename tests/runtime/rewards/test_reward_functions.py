@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tunelang.dsl.vocabulary.base import RewardExpression
+from tunelang.dsl.vocabulary.custom import Python
 from tunelang.dsl.vocabulary.data import Between, Procedural, Settings, TemplateText
 from tunelang.dsl.vocabulary.rewards import (
     BySource,
@@ -24,7 +25,6 @@ from tunelang.dsl.vocabulary.rewards import (
     Matches,
     NumericMatch,
     Overlong,
-    Python,
     RewardConstant,
     RewardOperator,
     RewardRef,

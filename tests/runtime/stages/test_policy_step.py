@@ -17,6 +17,7 @@ from tunelang.dsl.vocabulary.optimizer_kinds import Sgd
 from tunelang.dsl.vocabulary.policy_stages import POLICIES, Policy
 from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.training import K3, Clip, Sampling, Truncated
+from tunelang.runtime.objectives.policy_gradient import PolicySettings
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages.policy_step import (
     PolicyBatch,
@@ -71,7 +72,7 @@ def make_batch(seed: int = 0, **more: bool) -> PolicyBatch:
 def step(policy: Policy, batch: PolicyBatch, config: StepConfig, spec: object = ADAMW):
     optimizer = build_optimizer(spec, 10)
     state = random_state(LLAMA, optimizer, config, 0)
-    make = policy_step(LLAMA, optimizer, learning_rate(spec, 10), policy, config)
+    make = policy_step(LLAMA, optimizer, learning_rate(spec, 10), PolicySettings.of(policy), config)
     state, metrics = make(state, batch)
     return jax.device_get(state.params), jax.device_get(metrics)
 
@@ -125,7 +126,9 @@ def test_minibatches_and_passes_make_updates():
     config = StepConfig(layout=ONE)
     optimizer = build_optimizer(ADAMW, 60)
     state = random_state(LLAMA, optimizer, config, 0)
-    make = policy_step(LLAMA, optimizer, learning_rate(ADAMW, 60), policy, config)
+    make = policy_step(
+        LLAMA, optimizer, learning_rate(ADAMW, 60), PolicySettings.of(policy), config
+    )
     state, found = make(state, batch)
     assert int(state.step) == 6
     assert all(np.isfinite(value) for value in found.values())
