@@ -114,15 +114,15 @@ def test_an_interrupted_sweep_goes_on_together(
     only = {"only": ["tuned"]}
     prepared, store = tiny.planned(spec, *FUSED, **only)
     steps: list[int] = []
-    due = training_loop.Saving.due
+    due = training_loop.CheckpointSchedule.due
 
-    def noted(saving: training_loop.Saving, step: int) -> bool:
+    def noted(saving: training_loop.CheckpointSchedule, step: int) -> bool:
         steps.append(step)
         # The user asks for it when the first branch has looked at step 3: all go on to the next.
         saving.stopping = lambda: steps.count(3) > 1 or steps[-1] > 3
         return due(saving, step)
 
-    monkeypatch.setattr(training_loop.Saving, "due", noted)
+    monkeypatch.setattr(training_loop.CheckpointSchedule, "due", noted)
     with pytest.raises(Interrupted):
         execute(prepared, store, tiny.Heard())
     monkeypatch.undo()
