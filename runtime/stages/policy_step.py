@@ -164,7 +164,9 @@ class _Update:
         self, read_only: ReadOnlyState, state: TrainState, batch: PolicyBatch
     ) -> tuple[TrainState, Any]:
         """Return the next state, and the loss, totals, gradient norms and learning rate."""
-        denominator = policy_gradient.denominator(self.settings, batch.mask)
+        denominator = policy_gradient.denominator(
+            self.settings, batch.mask.reshape(-1, batch.mask.shape[-1])
+        )
         critic_state, learner = state.critic, self.critic
         has_head = critic_state is not None and not _has_own_trunk(learner)
         head = critic_state.params if critic_state is not None and has_head else None
