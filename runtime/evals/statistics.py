@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 Scores = NDArray[Any]
 
+LEVEL = 0.95
+"""The confidence of an interval."""
+
 
 def pass_at_k(groups: Scores, k: int) -> float:
     """Estimate the chance that one of `k` samples of a prompt passes, without bias.
@@ -46,8 +49,8 @@ def majority(answers: Sequence[Sequence[Hashable]], groups: Scores) -> float:
     return right / len(groups)
 
 
-def interval(groups: Scores, level: float = 0.95) -> tuple[float, float]:
-    """Return the confidence interval of the mean score, at a confidence `level` from 0 to 1.
+def interval(groups: Scores) -> tuple[float, float]:
+    """Return the 95% confidence interval of the mean score.
 
     The error is that of the mean over prompts, each a cluster of samples (arXiv:2411.00640), and
     the interval is normal. Where every score is 0 or 1, it is Wilson's (1927) with an effective
@@ -57,7 +60,7 @@ def interval(groups: Scores, level: float = 0.95) -> tuple[float, float]:
     """
     scores = np.asarray(groups, np.float64)
     count, samples = scores.shape
-    quantile = NormalDist().inv_cdf((1 + level) / 2)
+    quantile = NormalDist().inv_cdf((1 + LEVEL) / 2)
     mean = float(scores.mean())
     variance = float(scores.mean(1).var(ddof=1)) if count > 1 else math.inf
     if not np.isin(scores, (0, 1)).all():

@@ -31,9 +31,10 @@ from tunelang.runtime.loading.initial_weights import Origin, load_generator, loa
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.primitives import DTYPES
-from tunelang.runtime.rewards.judges import Ask, EndpointJudge, rubric
+from tunelang.runtime.rewards.endpoint import EndpointJudge
 from tunelang.runtime.rewards.learned_scorer import learned_scorer
 from tunelang.runtime.rewards.reward_parts import Scorer, Surroundings
+from tunelang.runtime.rewards.rubric import Ask, rubric_scorer
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 from tunelang.runtime.tokenize.open_tokenizer import open_renderer
 
@@ -208,7 +209,7 @@ class Resources:
         assert isinstance(kind, Rubric)
         judge = kind.judge
         ask = self.cached(("judge", judge), partial(self._judge, name, judge))
-        return rubric(kind, ask, name)
+        return rubric_scorer(kind, ask, name)
 
     def _learned(self, name: str, reference: Reference) -> Scorer:
         origin, model = self._weights(name, reference)

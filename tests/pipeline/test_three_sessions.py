@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.pipeline import tiny
-from tests.runtime.rewards.test_judges import StandIn
+from tests.runtime.rewards.test_endpoint import StandIn
 from tests.small_gemma import write
 
 SPECS = Path(__file__).parents[2] / "specs"

@@ -8,6 +8,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from tunelang.runtime.evals import statistics
 from tunelang.runtime.evals.statistics import interval, majority, pass_at_k
 
 
@@ -83,14 +84,15 @@ def test_samples_count_no_more_than_independent_ones():
     assert interval(np.tile([0, 1], (15, 3))) == pytest.approx(wilson(45, 90))
 
 
-def test_samples_of_a_prompt_are_a_cluster():
+def test_samples_of_a_prompt_are_a_cluster(monkeypatch):
     groups = draws(30, 4) + draws(30, 1, seed=2)
     means = groups.mean(1)
     error = means.std(ddof=1) / math.sqrt(30)
     low, high = interval(groups)
     assert (low + high) / 2 == pytest.approx(means.mean())
     assert (high - low) / 2 == pytest.approx(1.959963984540054 * error)
-    assert interval(groups, level=0.6826894921370859)[0] == pytest.approx(means.mean() - error)
+    monkeypatch.setattr(statistics, "LEVEL", 0.6826894921370859)
+    assert interval(groups)[0] == pytest.approx(means.mean() - error)
 
 
 def test_one_prompt():
@@ -100,7 +102,7 @@ def test_one_prompt():
 
 @pytest.mark.parametrize("samples", [1, 5])
 @pytest.mark.parametrize("kind", ["passes", "scores"])
-def test_it_holds_as_often_as_it_says(kind, samples):
+def test_interval_covers_the_rate_as_often_as_its_level_says(kind, samples, monkeypatch):
     random = np.random.default_rng(5)
     if kind == "passes":
         rate, shape = 0.1, (3000, 60)
@@ -108,6 +110,7 @@ def test_it_holds_as_often_as_it_says(kind, samples):
     else:
         rate, shape = 0.0, (3000, 60)
         groups = random.normal(random.normal(0, 1, shape)[..., None], 1, (*shape, samples))
-    found = np.array([interval(each, level=0.9) for each in groups])
-    held = ((found[:, 0] <= rate) & (rate <= found[:, 1])).mean()
-    assert held == pytest.approx(0.9, abs=0.03)
+    monkeypatch.setattr(statistics, "LEVEL", 0.9)
+    found = np.array([interval(each) for each in groups])
+    covered = ((found[:, 0] <= rate) & (rate <= found[:, 1])).mean()
+    assert covered == pytest.approx(0.9, abs=0.03)

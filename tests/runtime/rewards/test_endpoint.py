@@ -1,4 +1,4 @@
-"""Rubrics, against a local stand-in for an OpenAI-compatible endpoint."""
+"""Judges, against a local stand-in for an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from tunelang.dsl.vocabulary.data import TemplateText
 from tunelang.dsl.vocabulary.rewards import Criterion, Endpoint, Rubric
-from tunelang.runtime.rewards import judges
-from tunelang.runtime.rewards.judges import EndpointJudge, JudgeDownError, rubric, verdict
+from tunelang.runtime.rewards import endpoint as endpoint_module
+from tunelang.runtime.rewards.endpoint import EndpointJudge
 from tunelang.runtime.rewards.reward_parts import Row
+from tunelang.runtime.rewards.rubric import JudgeDownError, rubric_scorer
 from tunelang.runtime.workers.worker_pool import LoadError
 
 
@@ -71,7 +71,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
-    monkeypatch.setattr(judges, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(endpoint_module, "FIRST_WAIT", 0.01)
     server = StandIn()
     yield server
     server.server.shutdown()
@@ -87,14 +87,14 @@ def make(stand_in: StandIn, cache: Path | None = None, **settings: Any) -> tuple
         judge=endpoint, criteria=CRITERIA, instructions=None, on_error=0.25
     )
     judge = EndpointJudge(endpoint, cache)
-    return rubric(kind, judge, "taste"), judge
+    return rubric_scorer(kind, judge, "taste"), judge
 
 
 def row(completion: str, **fields: Any) -> Row:
     return Row({"completion": completion, **fields}, "data", len(completion))
 
 
-def test_scores_are_weighted(stand_in: StandIn) -> None:
+def test_score_is_the_weighted_mean_of_the_criteria(stand_in: StandIn) -> None:
     score, judge = make(stand_in)
     assert score([row("hello", prompt="Greet")]) == [(3 * 10 + 5) / 40]
     (asked,) = stand_in.asked
@@ -123,14 +123,14 @@ def test_identical_requests_are_sent_once(stand_in: StandIn, tmp_path: Path) -> 
     judge.close()
 
 
-def test_several_at_once(stand_in: StandIn) -> None:
+def test_concurrency_limits_requests_at_once(stand_in: StandIn) -> None:
     score, judge = make(stand_in, concurrency=4)
     score([row(f"text {n}") for n in range(24)])
     assert 2 <= stand_in.most <= 4
     judge.close()
 
 
-def test_failures_are_tried_again(stand_in: StandIn) -> None:
+def test_failures_are_retried_after_the_stated_pause(stand_in: StandIn) -> None:
     stand_in.failures = [(500, {}), (429, {"retry-after": "0.05"})]
     score, judge = make(stand_in)
     assert score([row("a")]) == [(3 * 10 + 5) / 40]
@@ -138,7 +138,7 @@ def test_failures_are_tried_again(stand_in: StandIn) -> None:
     judge.close()
 
 
-def test_what_cannot_be_scored(stand_in: StandIn) -> None:
+def test_answer_without_scores_gives_the_reason(stand_in: StandIn) -> None:
     stand_in.reply = lambda text: "I like it" if "odd" in text else "```json\n[1, 2]\n```"
     score, judge = make(stand_in, retries=0)
     results = score([row("fine"), row("odd")])
@@ -147,7 +147,7 @@ def test_what_cannot_be_scored(stand_in: StandIn) -> None:
     judge.close()
 
 
-def test_a_judge_that_is_gone(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_judge_is_an_error(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     score, judge = make(stand_in, retries=1)
     stand_in.failures = [(503, {})] * 9
     with pytest.raises(JudgeDownError, match="503"):
@@ -165,39 +165,9 @@ def test_a_judge_that_is_gone(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
     judge.close()
 
 
-def test_slow_answers(stand_in: StandIn) -> None:
+def test_slow_answer_times_out(stand_in: StandIn) -> None:
     score, judge = make(stand_in, timeout=0.3, retries=0)
     stand_in.reply = lambda text: time.sleep(1.0 if "slow" in text else 0) or "[4, 4]"
     found = score([row("fast"), row("slow")])
     assert found == [0.4, "no answer in time"]
     judge.close()
-
-
-@pytest.mark.parametrize(
-    ("reply", "value"),
-    [
-        ('{"scores": [10, 10]}', 1.0),
-        ('Thinking {hm} about [1, 2, 3]... {"scores": [0, 10]} done', 0.25),
-        ('{"scores": [99, -4]}', 0.75),
-        ("[2, 2.0]", 0.2),
-        ('{"scores": [1]}', "the judge gave no 2 scores: {\"scores\": [1]}"),
-        ('{"scores": ["a", 2]}', 'the judge gave no 2 scores: {"scores": ["a", 2]}'),
-        ("", "the judge gave no 2 scores: "),
-    ],
-)  # fmt: skip
-def test_verdicts(reply: str, value: Any) -> None:
-    kind = Rubric.model_construct(criteria=CRITERIA)
-    assert verdict(kind, reply) == value
-
-
-def test_own_instructions(stand_in: StandIn) -> None:
-    kind = Rubric.model_construct(
-        judge=None,
-        criteria=CRITERIA,
-        instructions=TemplateText.unvalidated(text="Look at {completion} by {criteria}"),
-        on_error=0.0,
-    )
-    assert judges.request(kind, row("this")).startswith("Look at this by 1. Short\n2. Kind\n")
-    found = rubric(kind, lambda asked: ["[10, 10]"] * len(asked), "x")([row("a"), Row({}, "d", 1)])
-    assert found[0] == 1.0
-    assert isinstance(found[1], str)
