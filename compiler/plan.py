@@ -1,4 +1,4 @@
-"""A plan: what would run, stage by stage, as plain data that prints, saves and loads as JSON.
+"""A plan: what would run, stage by stage, as plain data that is saved as JSON.
 
 A plan is frozen when a run starts: what runs is what it says, whatever happens to the spec.
 """
@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from tunelang.compiler.changes import Change, wording
 from tunelang.compiler.fingerprint import Fingerprint
-from tunelang.compiler.graph import Choice, Input, Selection
+from tunelang.compiler.graph import Choice, Input
 
 FORMAT = 1
-"""Version of the JSON form; a plan of another version is refused."""
+"""Version of the JSON form."""
 
 Json = dict[str, Any]
 
 
 class PlanError(ValueError):
-    """A plan that cannot be loaded, or that contradicts itself; the text says what is wrong."""
+    """A plan contradicts itself; the text says how."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Plan:
         object.__setattr__(self, "by_node", {stage.node: stage for stage in self.stages})
 
     def dumps(self) -> str:
-        """The plan as JSON text; `loads` gives an equal plan."""
+        """Return the plan as JSON text."""
         document = {"format": FORMAT, **_fields(self)}
         return json.dumps(document, ensure_ascii=False, default=_fields) + "\n"
 
@@ -101,53 +100,6 @@ class Plan:
 def _fields(value: Any) -> Json:
     """The fields of a dataclass by name, as they are."""
     return {part.name: getattr(value, part.name) for part in fields(value) if part.init}
-
-
-def loads(text: str) -> Plan:
-    """A plan from its JSON text. Raises `PlanError` where it is none, is damaged, of another
-    version, or contradicts itself.
-    """
-    try:
-        document = json.loads(text)
-    except ValueError:
-        raise PlanError("it is not JSON") from None
-    if not isinstance(document, dict) or "format" not in document:
-        raise PlanError("it is not a plan")
-    if document["format"] != FORMAT:
-        raise PlanError(f"it has format {document['format']}, this version reads {FORMAT}")
-    try:
-        plan = Plan(
-            document["name"],
-            document["run"],
-            document["declarations"],
-            tuple(_stage(stage) for stage in document["stages"]),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"it is damaged: {error!r}") from None
-    verify(plan)
-    return plan
-
-
-def _stage(document: Json) -> StagePlan:
-    inputs = tuple(
-        Input(
-            read["stage"],
-            tuple(read["paths"]),
-            tuple(read["nodes"]),
-            Selection(**read["selection"]) if read["selection"] is not None else None,
-        )
-        for read in document["inputs"]
-    )
-    held = document["state"]
-    state = State(**{**held, "changes": tuple(Change(**change) for change in held["changes"])})
-    typed = {
-        "choices": tuple(Choice(**choice) for choice in document["choices"]),
-        "inputs": inputs,
-        "uses": tuple((noun, name) for noun, name in document["uses"]),
-        "fingerprint": Fingerprint(**document["fingerprint"]),
-        "state": state,
-    }
-    return StagePlan(**{**document, **typed})
 
 
 def verify(plan: Plan) -> None:
@@ -174,9 +126,8 @@ def verify(plan: Plan) -> None:
 
 
 def missing_inputs(plan: Plan) -> tuple[tuple[str, str], ...]:
-    """Pairs of a node that would run and a node that it reads, which is left out and not there.
-
-    A run with `--only` refuses to start while there are any.
+    """Return pairs of a node that would run and a node that it reads, which is left out and not
+    done. A run does not start while there are any.
     """
     return tuple(
         (stage.node, node)
@@ -204,27 +155,3 @@ def describe(state: State) -> str:
         case "to run":
             return f"to run: {state.reason}"
     return state.kind
-
-
-def show(plan: Plan, width: int = 100) -> str:
-    """The stages and their states, one after another, for a terminal of so many columns."""
-    column = min(max((len(stage.node) for stage in plan.stages), default=0), width // 2)
-    lines: list[str] = []
-    for stage in plan.stages:
-        name = stage.node if len(stage.node) <= column else stage.node[: column - 1] + "…"
-        first, *rest = _wrapped(describe(stage.state), width - column - 2)
-        lines.append(f"{name:<{column}}  {first}".rstrip())
-        lines += [f"{'':<{column}}  {line}" for line in rest]
-    counts = Counter(stage.state.kind for stage in plan.stages)
-    lines.append(", ".join(f"{count} {kind}" for kind, count in counts.items()) or "no stages")
-    return "\n".join(lines) + "\n"
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("  " + word)
-        else:
-            lines[-1] += (" " if lines[-1] else "") + word
-    return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]

@@ -72,6 +72,10 @@ def test_plan(name: str, tmp_path: Path, bless: bool) -> None:
         ]
     program = check_file(spec, sets).program
     assert program is not None
-    shown = plan_text.show(prepare(program, Store(tmp_path / "store")), verbose=True, width=100)
+    prepared = prepare(program, Store(tmp_path / "store"))
+    shown = plan_text.show(prepared, verbose=True, width=100)
     text = re.sub(r"fingerprint [0-9a-f]{32}", "fingerprint ...", shown)
     expect(Path(__file__).parent / "plans" / f"{name}.txt", text, bless)
+    narrow = plan_text.show(prepared, width=60)
+    assert max(map(len, shown.splitlines())) <= 100
+    assert max(map(len, narrow.splitlines()[:-1])) <= 60  # the last line sums up

@@ -11,7 +11,7 @@ from tunelang.runtime.commands import plan_text
 from tunelang.runtime.commands.progress import Progress
 from tunelang.runtime.commands.show import table
 from tunelang.runtime.errors import Interrupted
-from tunelang.runtime.pipeline.runner import execute
+from tunelang.runtime.pipeline.runner import execute, refuse_missing_inputs
 from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.store.run_store import Store
 
@@ -26,6 +26,7 @@ def run(prepared: Prepared, store: Store, spec: Path, command: tuple[str, ...], 
         print(table(prepared.graph, store, width), end="")
         console.print("everything is up to date")
         return 0
+    refuse_missing_inputs(plan)
     console.out(plan_text.show(prepared, width=width), end="\n")
     entry = store.begin_run(str(spec), command, json.loads(plan.dumps()))
     outcome = "failed"

@@ -17,7 +17,7 @@ from typing_extensions import override
 from tunelang.compiler.graph import StageNode
 from tunelang.compiler.layout.sweep_fusion import Sweep
 from tunelang.compiler.models.architecture import plain
-from tunelang.compiler.plan import StagePlan
+from tunelang.compiler.plan import Plan, StagePlan, missing_inputs
 from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.base import Reference
@@ -28,6 +28,7 @@ from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.pipeline.fused_sweep import FusedSweep
 from tunelang.runtime.pipeline.run_context import RunContext, RunReporter
 from tunelang.runtime.pipeline.training_stage import TrainingRun
+from tunelang.runtime.pipeline.weight_sources import MissingInputError
 from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages.base import LoadedWeights, Summary, TaskKind, kind_of
@@ -74,6 +75,12 @@ def execute(prepared: Prepared, store: Store, reporter: RunReporter) -> None:
                 run.stage(planned)
             if stopping():
                 raise Interrupted
+
+
+def refuse_missing_inputs(plan: Plan) -> None:
+    """Raise `StageFailed` where a stage that is to run reads one that is left out and not done."""
+    for node, missing in missing_inputs(plan):
+        raise StageFailed(plan.by_node[node].stage, node) from MissingInputError(missing)
 
 
 @contextmanager

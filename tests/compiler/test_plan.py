@@ -1,4 +1,4 @@
-"""Plans: states by what the store holds, selection, text, and the JSON round trip."""
+"""Plans: states by what the store holds, selection, their words, and their JSON form."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tunelang.compiler.plan import (
     FORMAT,
     Plan,
     PlanError,
+    StagePlan,
     State,
-    loads,
+    describe,
     missing_inputs,
-    show,
     verify,
 )
 from tunelang.compiler.stage_states import plan
@@ -66,14 +66,14 @@ def test_states_and_text(folder: Path) -> None:
     by_stage = [stage.digest for stage in old.stages]
     store = Memory({by_stage[0]}, {by_stage[1]: 4}, {by_stage[2]}, old)
     text = PIPELINE.replace("length = 1 epoch", "length = 2 epochs")
-    assert show(made(text, folder, store)) == (
-        "warm                      up to date\n"
-        "tuned[optimizer.lr=1e-6]  resume at step 4\n"
-        "tuned[optimizer.lr=3e-6]  to run: interrupted before its first checkpoint\n"
-        "polished                  to run: `length`: 1 epoch → 2 epochs\n"
-        "out                       to run: `polished` has changed\n"
-        "1 up to date, 1 resume, 3 to run\n"
-    )
+    planned = made(text, folder, store).stages
+    assert {stage.node: describe(stage.state) for stage in planned} == {
+        "warm": "up to date",
+        "tuned[optimizer.lr=1e-6]": "resume at step 4",
+        "tuned[optimizer.lr=3e-6]": "to run: interrupted before its first checkpoint",
+        "polished": "to run: `length`: 1 epoch → 2 epochs",
+        "out": "to run: `polished` has changed",
+    }
 
 
 def test_first_run(folder: Path) -> None:
@@ -126,67 +126,56 @@ def test_two_stages_that_are_one(folder: Path) -> None:
     assert sorted([states(only)["warm"], states(only)["again"]]) == ["same", "to run"]
 
 
-def test_round_trip(folder: Path) -> None:
+def test_json_form_holds_the_whole_plan(folder: Path) -> None:
     found = made(PIPELINE, folder, Memory(last=made(PIPELINE.replace("17", "18"), folder)))
-    parts = replace(found.stages[0], layout={"mesh": {"fsdp": 4}}, memory={"weights": 2**40})
-    found = replace(found, stages=(parts, *found.stages[1:]))
-    again = loads(found.dumps())
-    assert again == found
-    assert again.dumps() == found.dumps()
-    assert json.loads(found.dumps())["format"] == FORMAT
+    first = replace(found.stages[0], layout={"mesh": {"fsdp": 4}}, memory={"weights": 2**40})
+    document = json.loads(replace(found, stages=(first, *found.stages[1:])).dumps())
+    assert document["format"] == FORMAT
+    assert [stage["node"] for stage in document["stages"]] == [each.node for each in found.stages]
+    assert document["stages"][0]["memory"] == {"weights": 2**40}
+    assert document["stages"][0]["fingerprint"]["digest"] == first.digest
+    assert document["stages"][0]["state"]["changes"]
 
 
-def test_round_trip_of_everything() -> None:
+def test_json_form_of_everything() -> None:
     folder = EVERYTHING.parents[1] / "workspace"
-    found = made(EVERYTHING.read_text("utf-8"), folder)
-    assert loads(found.dumps()) == found
-    assert found.declarations["mode"]["value"] == "cosine"
-    assert found.by_node["last"].resolved["mesh"]["fsdp"] == 8
+    document = json.loads(made(EVERYTHING.read_text("utf-8"), folder).dumps())
+    assert document["declarations"]["mode"]["value"] == "cosine"
+    (last,) = [stage for stage in document["stages"] if stage["node"] == "last"]
+    assert last["resolved"]["mesh"]["fsdp"] == 8
 
 
 def test_a_plan_does_not_follow_the_spec(folder: Path) -> None:
     found = made(PIPELINE, folder)
     text = found.dumps()
     write(folder / "data/sums.jsonl", "{}\n")
-    assert loads(text) == found
+    assert found.dumps() == text
 
 
-def damaged(document: dict[str, Any], change: str) -> dict[str, Any]:
-    first = document["stages"][0]
+def damaged(stages: tuple[StagePlan, ...], change: str) -> tuple[StagePlan, ...]:
+    first, *others = stages
     match change:
         case "twice":
-            document["stages"].append(first)
+            return (*stages, first)
         case "order":
-            document["stages"].reverse()
+            return stages[::-1]
         case "digest":
-            first["fingerprint"]["digest"] = "../.."
-        case "unknown key":
-            first["colour"] = "red"
-        case "format":
-            document["format"] = 99
+            first = replace(first, fingerprint=replace(first.fingerprint, digest="../.."))
         case "resume":
-            first["state"]["kind"] = "resume"
+            first = replace(first, state=replace(first.state, kind="resume"))
         case "same":
-            first["state"]["kind"] = "same"
+            first = replace(first, state=replace(first.state, kind="same"))
         case "uses":
-            first["uses"].append(["data", "nothing"])
-    return document
+            first = replace(first, uses=(*first.uses, ("data", "nothing")))
+    return (first, *others)
 
 
-@pytest.mark.parametrize(
-    "change", ["twice", "order", "digest", "unknown key", "format", "resume", "same", "uses"]
-)
-def test_damaged_plans_are_refused(folder: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["twice", "order", "digest", "resume", "same", "uses"])
+def test_plan_that_contradicts_itself_is_refused(folder: Path, change: str) -> None:
     found = made(PIPELINE, folder)
     verify(found)
     with pytest.raises(PlanError):
-        loads(json.dumps(damaged(json.loads(found.dumps()), change)))
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}'])
-def test_what_is_no_plan(text: str) -> None:
-    with pytest.raises(PlanError):
-        loads(text)
+        verify(replace(found, stages=damaged(found.stages, change)))
 
 
 def test_planning_imports_no_jax() -> None:
@@ -194,13 +183,3 @@ def test_planning_imports_no_jax() -> None:
         "import sys, tunelang.compiler.stage_states; assert not {'jax', 'flax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_text_fits_its_width(folder: Path) -> None:
-    store = Memory(last=made(PIPELINE, folder))
-    text = PIPELINE.replace("from   = tiny", "from   = tiny\n  optimizer = muon(lr = 1)")
-    more = "group = 8, advantage = group_mean, entropy = 0.1, passes = 2"
-    text = text.replace("group     = 4", more)
-    for width in (100, 60):
-        lines = show(made(text, folder, store), width).splitlines()
-        assert max(map(len, lines)) <= width

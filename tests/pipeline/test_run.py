@@ -171,6 +171,16 @@ def test_generate_and_chat(spec: Path) -> None:
     assert talk.returncode == 0, talk.stderr
 
 
+def test_run_refuses_to_start_without_what_a_stage_reads(tmp_path: Path) -> None:
+    other = tiny.workspace(tmp_path / "missing")
+    found = tune("run", other, "--only", "baseline")
+    assert found.returncode == 3
+    assert "missing-input" in found.stderr
+    assert "`base` is not done, and this command does not run it" in found.stderr
+    assert "--until baseline" in found.stderr
+    assert not list(other.parent.glob(".tune/runs/*"))
+
+
 def test_wrong_words_of_the_command(spec: Path) -> None:
     assert "no stage is called `nobody`" in tune("run", spec, "--only", "nobody").stderr
     found = tune(
