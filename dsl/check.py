@@ -67,7 +67,7 @@ def check(source: Source, sets: Sequence[str] = (), *, elsewhere: bool = False) 
 
 
 class _Checker:
-    """Evaluates every declaration once, in order."""
+    """Evaluates every declaration of a spec once, in order."""
 
     def __init__(self, loaded: Loaded, diagnostics: Diagnostics, folder: Path) -> None:
         self.loaded, self.diagnostics, self.folder = loaded, diagnostics, folder
@@ -77,7 +77,7 @@ class _Checker:
         self.symbols = {symbol.name: symbol for symbol in symbols}
 
     def program(self, elsewhere: bool) -> Program:
-        """Evaluate, apply the rules, and put the Program together."""
+        """Evaluate all declarations, apply the rules, and return the Program."""
         declared: dict[str, Declared] = {}
         for symbol in in_order(list(self.symbols.values()), self.diagnostics):
             found = self._declaration(symbol)
@@ -121,7 +121,7 @@ class _Checker:
         )
 
     def _bound(self, symbol: Symbol) -> object:
-        """The value of `noun name = expression`."""
+        """Evaluate `noun name = expression`."""
         declaration = symbol.declaration
         node = declaration.value
         assert node is not None
@@ -176,7 +176,7 @@ class _Checker:
     def _kinded(
         self, symbol: Symbol, kind: nodes.Name, block: nodes.Block
     ) -> tuple[object, tuple[Branch, ...]]:
-        """The value of `noun name : kind { ... }`, and for a stage its branches."""
+        """Evaluate `noun name : kind { ... }`; for a stage, return its branches too."""
         info = KINDS.get(symbol.noun, {}).get(kind.text)
         if info is None:
             found = naming.unknown_kind(symbol.declaration, kind, KINDS)

@@ -14,7 +14,7 @@ from tunelang.dsl.vocabulary.stages import Run
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from. Values without an origin are defaults."""
+    """The place in which a value was written. Values without an origin are defaults."""
 
     kind: Literal["spec", "override"]
     span: Span

@@ -1,4 +1,4 @@
-"""What is wrong with a spec, as data: rendering is in `render`, sentences are in `messages`."""
+"""Errors and warnings as data. `render` turns them into text; `messages` has their sentences."""
 
 from __future__ import annotations
 
@@ -88,5 +88,5 @@ class Diagnostics:
 
     @property
     def errors(self) -> int:
-        """How many of them are errors, those that were only counted included."""
+        """The number of errors, including those beyond `MAX_DIAGNOSTICS`."""
         return self.dropped + sum(d.severity == "error" for d in self._seen.values())

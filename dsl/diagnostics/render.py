@@ -238,7 +238,7 @@ def _visible(character: str) -> str:
 
 
 def _columns(character: str) -> int:
-    """How many columns of a terminal a character takes."""
+    """Return the number of terminal columns of a character."""
     if character == "\t":
         return 4
     if character.isascii():

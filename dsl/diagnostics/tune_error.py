@@ -16,7 +16,7 @@ DOES_NOT_FIT = 4
 
 @dataclass(frozen=True, slots=True)
 class FailureText:
-    """What a diagnostic says about an error, apart from the place."""
+    """The text of a diagnostic without its place."""
 
     title: str
     help: str | None = None

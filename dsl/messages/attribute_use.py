@@ -109,7 +109,7 @@ def _plain(text: str) -> bool:
 
 
 def _elsewhere(name: str, owner: Owner) -> str | None:
-    """Where an attribute of this name does exist: in a call that this owner takes, or another
+    """Say where an attribute with this name exists: in a call that this owner takes, or another
     kind.
     """
     if owner.noun == "function":

@@ -112,7 +112,7 @@ class _Misfit:
         return None
 
     def _name_of_item(self) -> Diagnostic | None:
-        """What stands where the name of a declaration does, or between it and its kind or block."""
+        """Explain a misfit at the name of a declaration, or between it and the kind or block."""
         first, types = self.tokens[0], [token.type for token in self.tokens]
         if first.text == "import" and self.kind == "NAME" and self.at == 1:
             return error("unexpected-token", "the path of an import must be in quotes", self.span)

@@ -1,4 +1,4 @@
-"""What the messages share: building a diagnostic, suggestions, lists in a sentence."""
+"""Functions that all messages share: a diagnostic, suggestions, lists and names of values."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def plural(count: int, one: str) -> str:
 
 
 def describe(value: object) -> str:
-    """How a message calls a value: `text`, `a percentage`, `a reward`."""
+    """Return the name of a value in a message: `text`, `a percentage`, `a reward`."""
     match value:
         case units.Quantity():
             return units.DIMENSION_NAMES.get(value.dimension, "a number")

@@ -1,6 +1,4 @@
-"""Tokens to a syntax tree. A file is cut into items, so that an error in one leaves the others
-whole.
-"""
+"""The parser: tokens to a syntax tree, item by item, so that an error leaves other items intact."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ _CONTINUES = {
 
 
 class _Unreadable(Exception):
-    """Nothing is left of an item once its errors are taken out."""
+    """Nothing of an item remains without its errors."""
 
 
 @dataclass
@@ -107,8 +105,8 @@ def _starts_item(tokens: list[Lexeme], at: int) -> bool:
 
 
 def _chunks(tokens: list[Lexeme], state: _State) -> list[list[Lexeme]]:
-    """Cut the tokens before each item start, and where an item's brackets are closed at a line
-    end.
+    """Divide the tokens into items: before each start of an item, and at line ends outside of
+    brackets.
     """
     chunks: list[list[Lexeme]] = []
     stack: list[str] = []
@@ -149,7 +147,7 @@ def _chunks(tokens: list[Lexeme], state: _State) -> list[list[Lexeme]]:
 
 
 def _cut(tokens: list[Lexeme], state: _State) -> list[list[Lexeme]]:
-    """The items, or nothing where a file has too many errors already."""
+    """Return the tokens of each item; only the first token if there are too many errors."""
     try:
         return _chunks(tokens, state)
     except _Unreadable:
@@ -161,7 +159,7 @@ def _column(token: Lexeme) -> int:
 
 
 def _inside(outer: Lexeme, token: Lexeme) -> bool:
-    """Whether a declaration is indented as if it belonged into another."""
+    """Whether a declaration is indented as if it were inside another."""
     return _column(token) > _column(outer)
 
 
@@ -173,9 +171,7 @@ def _lacks_brace(chunk: list[Lexeme], tokens: list[Lexeme], at: int) -> bool:
 
 
 def _read_item(chunk: list[Lexeme], state: _State) -> nodes.Item | None:
-    """One item; after a syntax error its smallest damaged part is taken out and the rest is
-    kept.
-    """
+    """Parse one item; after a syntax error, parse it again without the damaged attribute."""
     before = len(state.diagnostics)
     span = chunk[0].span.to(chunk[-1].span)
     try:
@@ -210,7 +206,7 @@ def _read_item(chunk: list[Lexeme], state: _State) -> nodes.Item | None:
 
 
 def _keywords(chunk: list[Lexeme]) -> list[Lexeme]:
-    """Words that are keywords only in an import or in front of a run block."""
+    """Retype the words that are keywords only in an import or before a run block."""
     if chunk[0].text == "import":
         words = {"import": "IMPORT", "as": "AS", "with": "WITH"}
         return [
@@ -222,7 +218,7 @@ def _keywords(chunk: list[Lexeme]) -> list[Lexeme]:
 
 
 def _balance(chunk: list[Lexeme], state: _State) -> list[Lexeme]:
-    """Drop brackets that close nothing; close what was left open.
+    """Remove closing brackets without a partner, and close brackets that are open.
 
     A parenthesis or square bracket that is not closed ends with its line and those indented below
     it, a brace with the item.
@@ -303,7 +299,7 @@ def _separate(tokens: list[Lexeme]) -> list[Lexeme]:
 
 
 def _after(token: Lexeme, kind: str) -> Lexeme:
-    """A token of no width right after another."""
+    """Return an empty token right after another."""
     return Lexeme(kind, Span(token.span.source, token.span.end, token.span.end), token.last_line)
 
 
@@ -323,7 +319,7 @@ def _without_attribute(tokens: list[Lexeme], bad: object) -> list[Lexeme]:
 
 
 def _too_deep(item: nodes.Item) -> bool:
-    """Whether an expression nests deeper than anybody writes: evaluation is recursive."""
+    """Whether an expression is nested too deeply for the recursive evaluation."""
     level: list[nodes.Expr] = []
     if isinstance(item, nodes.Declaration):
         level = [part for part in (item.type, item.value) if part is not None]

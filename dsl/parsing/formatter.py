@@ -35,7 +35,7 @@ def format_source(source: Source) -> tuple[str | None, list[Diagnostic]]:
 
 
 def _words(text: str) -> tuple[list[str], list[str]]:
-    """What a text says: its tokens but commas, and its comments in any order."""
+    """Return the content of a text: its tokens without commas, and its comments in any order."""
     lexed = lex(Source("", text))
     tokens = [units.tidy(t.text) if t.type == "NUMBER" else t.text for t in lexed.tokens]
     return [t for t in tokens if t != ","], sorted(tidy(c.text) for c in lexed.comments)

@@ -164,7 +164,7 @@ class _Builder(Transformer[Token, Any]):
         return nodes.Call(c[1], _around([c[0], c[2]]))
 
     def arguments(self, c: Children) -> tuple[nodes.Argument, ...]:
-        """What stands between the parentheses of a call."""
+        """The arguments of a call."""
         return tuple(x for x in c if isinstance(x, nodes.Argument))
 
     def named(self, c: Children) -> nodes.Argument:

@@ -1,4 +1,4 @@
-"""Text to tokens. Comments are kept apart; every character ends up in a token or a diagnostic."""
+"""The lexer: text to tokens. Every character is in a token, a comment or a diagnostic."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Tokens:
     tokens: list[Lexeme] = field(default_factory=list)
     comments: list[Comment] = field(default_factory=list)
     unreadable: list[Span] = field(default_factory=list)
-    """Characters of which no token could be made, reported already."""
+    """Characters outside of any token, which were reported."""
     diagnostics: list[Diagnostic] = field(default_factory=list)
 
 
@@ -122,19 +122,19 @@ def lex(source: Source) -> Tokens:
 
 
 def _after_operand(out: Tokens, line: int) -> bool:
-    """Whether a slash here divides: something to divide stands before it on the line."""
+    """Whether a slash at this place divides: an operand ends before it on the line."""
     before = out.tokens[-1] if out.tokens else None
     return before is not None and before.type in OPERAND_ENDS and before.last_line == line
 
 
 def _stands_as_name(out: Tokens, line: int) -> bool:
-    """Whether a number stands where a name should, as in `model gemma-2b`: no unit is meant."""
+    """Whether a number is in the place of a name, as in `model gemma-2b`, and so has no unit."""
     before = [token.type for token in out.tokens[-3:] if token.line == line]
     return before[-1:] == ["NAME"] or before == ["NAME", "NAME", "MINUS"]
 
 
 def _ignore(_: Diagnostic) -> None:
-    """The parser reports it."""
+    """Ignore a diagnostic, because the parser reports the place."""
 
 
 def _quantity(span: Span, complain: Callable[[Diagnostic], None]) -> units.Quantity | None:
@@ -148,7 +148,7 @@ def _quantity(span: Span, complain: Callable[[Diagnostic], None]) -> units.Quant
 
 
 def _text(kind: str, span: Span, complain: Callable[[Diagnostic], None]) -> str:
-    """What a text literal says: quotes off, escapes resolved, long text dedented."""
+    """Return the content of a text literal: without quotes, escapes resolved, dedented."""
     raw = span.text
     if kind == "LONGTEXT":
         body = textwrap.dedent(raw[3:-3].removeprefix("\n").removeprefix("\r\n"))

@@ -96,7 +96,7 @@ def explain(name: str) -> str | None:
 
 
 def overview() -> str:
-    """What there is to explain, by sort."""
+    """List everything that can be explained, by category."""
     out = ["# The `.tune` language", ""]
     for name, doc in NOUNS.items():
         kinds = ", ".join(f"`{word}`" for word in KINDS.get(name, {}))
@@ -240,7 +240,7 @@ def unit(name: str) -> list[str]:
 
 
 def _owners(word: str) -> list[tuple[str, dict[str, Attribute]]]:
-    """What a word with attributes may be: kinds, functions, methods, the run block."""
+    """Return the kinds, functions and methods with this name and their attributes."""
     found: list[tuple[str, dict[str, Attribute]]] = [
         (word, table[word].attributes) for table in KINDS.values() if word in table
     ]

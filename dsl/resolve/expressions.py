@@ -1,6 +1,4 @@
-"""Expressions to values: names looked up, calls bound, operators applied, each fitted to what is
-wanted.
-"""
+"""The evaluator of expressions: looks up names, binds calls, applies operators, fits values."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ from tunelang.dsl.vocabulary.tables import FORMS, FUNCTIONS, KINDS, functions_of
 
 @cache
 def choice_words() -> frozenset[str]:
-    """Every word that is a choice somewhere: what a `let` may hold bare."""
+    """Return every word that is a choice of some attribute, and may be the value of a `let`."""
     kinds = [info.model for table in KINDS.values() for info in table.values()]
     return frozenset(
         word
@@ -66,7 +64,7 @@ class Evaluator:
 
     @contextmanager
     def at(self, part: str) -> Iterator[None]:
-        """Work on a part of the value: its path names origins."""
+        """Evaluate a part of the value: its name is part of the path of origins."""
         self.path.append(part)
         try:
             yield
@@ -74,7 +72,7 @@ class Evaluator:
             self.path.pop()
 
     def site(self, span: Span, want: Attribute | None = None) -> Site:
-        """A place where a value is wanted."""
+        """Return the site of a value that an attribute takes."""
         owner = f"`{self.path[-1]}`" if self.path else "this"
         example = want.example if want else ""
         return Site(span, owner, example, self.complain, self.declared, self.folder)
@@ -84,7 +82,7 @@ class Evaluator:
     def value(
         self, node: nodes.Expr, want: types.Type, attribute: Attribute | None = None
     ) -> object:
-        """The value of an expression, fitted to a type; `INVALID` after a report."""
+        """Evaluate an expression and fit it to a type; return `INVALID` after a report."""
         match node:
             case nodes.Group():
                 return self.value(node.inner, want, attribute)
@@ -163,7 +161,7 @@ class Evaluator:
         return operators.finish(left, node.span, self.complain)
 
     def _word(self, node: nodes.Expr, want: types.Type) -> object:
-        """A bare word that the wanted type gives a meaning; None if it does not."""
+        """Return the value of a bare word that the type gives a meaning; None for other words."""
         if not isinstance(node, nodes.Name):
             return None
         options = want.options if isinstance(want, types.Either) else (want,)
@@ -200,7 +198,7 @@ class Evaluator:
         return INVALID
 
     def _candidates(self, want: types.Type) -> list[str]:
-        """Names that would fit, for suggestions: those of the right noun first."""
+        """Return names to suggest: declarations of the right noun, and functions of the family."""
         nouns: tuple[str, ...] = ()
         if isinstance(want, types.Ref):
             nouns = want.nouns
@@ -332,7 +330,7 @@ class Evaluator:
         return bind_call(self, function, head, call, {})
 
     def origin(self, span: Span) -> None:
-        """Record that the value at the present path comes from this place."""
+        """Record the place of the value at the current path."""
         kind = "override" if span.source.kind == "override" else "spec"
         self.origins[".".join(self.path)] = Origin(kind, span)  # type: ignore[arg-type]
 
@@ -412,7 +410,7 @@ class Evaluator:
 
 
 class _NoneValue:
-    """The value `none` of a `let`, told apart from a symbol that has no value yet."""
+    """The value `none` of a `let`, as distinct from a symbol without a value."""
 
 
 NONE_VALUE = _NoneValue()
@@ -433,7 +431,7 @@ def _is_each(node: nodes.Chain) -> bool:
 
 
 def _names_list(node: nodes.Expr, module: Module) -> bool:
-    """Whether an expression is the name of a list, so that it is not one item of it."""
+    """Whether an expression is the name of a list, and so is not one item of a list."""
     if isinstance(node, nodes.Name):
         symbol = module.names.get(node.text)
         return symbol is not None and isinstance(symbol.value, tuple)

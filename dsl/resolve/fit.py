@@ -1,4 +1,4 @@
-"""Fit a value to the type of an attribute, or say why it does not fit."""
+"""Fit a value to the type of an attribute, or report why it does not fit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tunelang.dsl.vocabulary.raw_values import INVALID, RegexValue, Word, templa
 
 @dataclass(frozen=True)
 class Site:
-    """Where a value is wanted: the place to report, and what it is wanted for."""
+    """The place of a value that is fitted to a type, and its purpose."""
 
     span: Span
     owner: str
@@ -51,7 +51,7 @@ class Site:
         return INVALID
 
     def symbol(self, value: object) -> Symbol | None:
-        """The symbol that a value refers to."""
+        """Return the symbol that a value refers to; None for other values."""
         name = getattr(value, "name", None)
         if isinstance(value, Reference | data.DataRef) or type(value).__name__ == "RewardRef":
             return self.declared(str(name))
@@ -59,7 +59,7 @@ class Site:
 
 
 def fit(value: object, want: types.Type, site: Site) -> object:
-    """The Python value that a field of type `want` holds, or `INVALID` after reporting."""
+    """Return the Python value of a field of type `want`; `INVALID` after a report."""
     if value is INVALID or isinstance(want, types.Anything):
         return value
     match want:
@@ -210,7 +210,7 @@ def _text(value: object, want: types.Text, site: Site) -> object:
 
 
 def _path(value: object, want: types.Path, site: Site) -> object:
-    """The path as the spec's folder sees it; ids on the hub stay as they are."""
+    """Return the path relative to the spec's folder; ids on the hub are not changed."""
     if not isinstance(value, str):
         return site.wrong_type(value, want)
     if not value.strip() or "\0" in value:

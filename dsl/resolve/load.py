@@ -138,5 +138,5 @@ class _Loader:
 
 
 def _display(importer: str, path: str) -> str:
-    """How an imported file is called in messages: relative to where the importer's name is."""
+    """Return the name of an imported file for messages, relative to the importer's name."""
     return str(Path(importer).parent / path)

@@ -1,4 +1,4 @@
-"""Names: which file declares what, what an import brings in, and in which order to evaluate."""
+"""Scopes: the names of each file and its imports, and the order of evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tunelang.dsl.syntax.source import Span
 
 @dataclass(eq=False)
 class Symbol:
-    """A declared name. `value` is set once it is evaluated; None stays for what is invalid."""
+    """A declared name. `value` is None until it is evaluated, and if it is invalid."""
 
     noun: str
     name: str
@@ -30,7 +30,7 @@ class Symbol:
 
     @property
     def span(self) -> Span:
-        """Where the name is declared."""
+        """The place of the name in its declaration."""
         return self.declaration.name.span
 
     @property
@@ -41,7 +41,7 @@ class Symbol:
 
 @dataclass(eq=False)
 class Module:
-    """One file as imported: its declarations and what it sees."""
+    """A file or import: its declarations and the names that it can use."""
 
     file: nodes.File
     prefix: str
@@ -50,16 +50,16 @@ class Module:
     arguments: dict[str, tuple[nodes.Argument, Module]] = field(default_factory=dict)
     """Parameters that the importing file sets, with that file's own names."""
     broken: set[str] = field(default_factory=set)
-    """Names that are declared somewhere in a form that could not be read: no further complaints."""
+    """Names of declarations with syntax errors: their uses are not reported."""
     anything: bool = False
     """An import could not be read, so that any name may be declared."""
 
     def excuses(self, name: str) -> bool:
-        """Whether an unknown name is the consequence of something reported already."""
+        """Whether an unknown name is the consequence of an error that was reported already."""
         return self.anything or name in self.broken
 
     def declare(self, declaration: nodes.Declaration, diagnostics: Diagnostics) -> Symbol | None:
-        """Add a declaration; a name that is taken already is reported."""
+        """Add a declaration; report a name that is already declared."""
         name = declaration.name.text
         taken = self.names.get(name)
         if taken is not None:
@@ -70,7 +70,7 @@ class Module:
         return symbol
 
     def include(self, other: Module, at: Span, diagnostics: Diagnostics) -> None:
-        """Bring in the names of an import without a prefix."""
+        """Add the names of an import without a prefix."""
         for name, symbol in other.names.items():
             taken = self.names.setdefault(name, symbol)
             if taken is not symbol:
@@ -82,7 +82,7 @@ class Module:
 
 
 def references(symbol: Symbol) -> Iterator[tuple[Symbol, Span]]:
-    """The symbols that a declaration's expressions name, with the places."""
+    """Yield the symbols that a declaration refers to, each with the place of the reference."""
     declaration, module = symbol.declaration, symbol.module
     pending: list[nodes.Expr] = []
     if declaration.value is not None:
@@ -113,7 +113,7 @@ def references(symbol: Symbol) -> Iterator[tuple[Symbol, Span]]:
 
 
 def _arguments(node: nodes.Chain) -> Iterator[nodes.Expr]:
-    """The arguments of a chain's calls, without conditions, whose names are fields."""
+    """Yield the arguments of a chain's calls, except conditions, whose names are fields."""
     method = ""
     for link in node.links:
         if isinstance(link, nodes.Member):
@@ -124,7 +124,7 @@ def _arguments(node: nodes.Chain) -> Iterator[nodes.Expr]:
 
 
 def in_order(symbols: list[Symbol], diagnostics: Diagnostics) -> list[Symbol]:
-    """The symbols, each after those that it refers to. Those on a cycle are left out and reported.
+    """Return the symbols, each after those that it refers to; report those on a cycle.
 
     Depth-first without recursion, so that a chain of thousands of declarations is fine.
     """

@@ -1,4 +1,4 @@
-"""What a spec names on disk: data files and their first rows, model folders, Python functions.
+"""Read the files that a spec names: first rows of data, model folders, Python functions.
 
 Only reads; nothing is imported or run. Results are cached by path for the time of one check.
 """

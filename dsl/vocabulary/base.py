@@ -1,4 +1,4 @@
-"""How a kind or function is written down: a pydantic model whose fields carry everything.
+"""Base classes of kinds and functions: pydantic models whose fields carry everything.
 
 A field's annotation names its Python type and its language type; `result`, `placement` or
 `observe` gives the documentation, an example, the default and the *effect*: whether a change

@@ -365,9 +365,7 @@ class TemplateText(TextExpression):
 
 
 class After(TextExpression):
-    """What follows the last `marker` in a text, stripped of white space; empty if it is not
-    there.
-    """
+    """The text after the last `marker`, without outer white space; empty if there is none."""
 
     word = "after"
     marker: Words = result("What to look for.", 'after("####", "{answer}")', positional=True)
@@ -375,9 +373,7 @@ class After(TextExpression):
 
 
 class Before(TextExpression):
-    """What comes before the first `marker` in a text, stripped; the whole text if it is not
-    there.
-    """
+    """The text before the first `marker`, without outer white space; all of it if there is none."""
 
     word = "before"
     marker: Words = result("What to look for.", 'before("####", "{answer}")', positional=True)
@@ -385,8 +381,8 @@ class Before(TextExpression):
 
 
 class Between(TextExpression):
-    """What stands between two markers, the last such place, stripped; empty if they are not
-    there.
+    """The text between two markers, at their last occurrence, without outer white space; empty if
+    there is none.
     """
 
     word = "between"

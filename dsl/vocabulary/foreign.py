@@ -1,4 +1,4 @@
-"""Words that users of other tools bring along, and what leads from them to ours."""
+"""Words of other tools, and the help that leads to those of this language."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Foreign:
-    """What to say about a word: the help, and if the value can be taken over, the line to write.
+    """Help for a word of another tool, and the line to write if the value can be kept.
 
     `line` may use `{value}`, the text of the value as the user wrote it, and `{batch}`, the unit of
     the stage's batch.
@@ -133,7 +133,7 @@ MODEL: dict[str, Foreign] = {
     "load_in_4bit": Foreign("quantized weights are `weights`", "weights = nf4", whole=True),
     "load_in_8bit": Foreign("quantized weights are `weights`", "weights = int8", whole=True),
 }  # fmt: skip
-"""Attributes of a model elsewhere."""
+"""Attributes of models in other tools."""
 
 DATA: dict[str, Foreign] = {
     "file": Foreign("files are named by `path`", "path = {value}", whole=True),
@@ -146,7 +146,7 @@ DATA: dict[str, Foreign] = {
     "split": Foreign("a part of the data is a method", "data = math.split(test = 5%).train"),
     "weight": Foreign("weights are shares in a mixture", "data general = 80% * a + 20% * b"),
 }  # fmt: skip
-"""Attributes of data elsewhere."""
+"""Attributes of data in other tools."""
 
 FUNCTION: dict[str, Foreign] = {
     "learning_rate": Foreign("the learning rate is `lr`", "lr = {value}", whole=True),
@@ -169,7 +169,7 @@ FUNCTION: dict[str, Foreign] = {
     "lora_dropout": Foreign("it is called `dropout`", "dropout = {value}", whole=True),
     "use_rslora": Foreign("it is called `rank_stabilized`", "rank_stabilized = true"),
 }  # fmt: skip
-"""Arguments of functions elsewhere."""
+"""Arguments of functions in other tools."""
 
 EVAL: dict[str, Foreign] = {
     "max_new_tokens": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}", whole=True),
@@ -179,7 +179,7 @@ EVAL: dict[str, Foreign] = {
     "k": Foreign("completions for each prompt are `samples`", "samples = {value}", whole=True),
     "n": Foreign("completions for each prompt are `samples`", "samples = {value}", whole=True),
 }  # fmt: skip
-"""Attributes of an eval elsewhere."""
+"""Attributes of evals in other tools."""
 
 RUN: dict[str, Foreign] = {
     "output_dir": Foreign("results are in the store next to the spec; to write a model, add an `export` stage"),
@@ -187,7 +187,7 @@ RUN: dict[str, Foreign] = {
     "report_to": Foreign("trackers are calls", "track = [tensorboard()]"),
     "run_name": Foreign("it is called `name`", "name = {value}", whole=True),
 }  # fmt: skip
-"""Attributes of a run elsewhere."""
+"""Attributes of a run in other tools."""
 
 BY_NOUN: dict[str, dict[str, Foreign]] = {
     "stage": STAGE,
@@ -202,7 +202,7 @@ NAMES: dict[str, str] = {
     "None": "none", "null": "none", "nil": "none",
     "float32": "f32", "fp32": "f32", "bfloat16": "bf16", "float16": "f16", "fp16": "f16",
 }  # fmt: skip
-"""Names that stand for a value elsewhere."""
+"""Names of values in other tools -> those of the language."""
 
 NOUNS: dict[str, str] = {
     "dataset": "data", "datasets": "data", "task": "stage", "step": "stage", "job": "stage",
@@ -211,7 +211,7 @@ NOUNS: dict[str, str] = {
     "devices": "hardware", "judge": "reward", "score": "reward", "base": "model", "def": "let",
     "set": "let",
 }  # fmt: skip
-"""Nouns that go by another name here."""
+"""Nouns of other tools -> those of the language."""
 
 FUNCTIONS: dict[str, str] = {
     "adam": "adamw", "AdamW": "adamw", "Adam": "adamw", "SGD": "sgd",
@@ -219,7 +219,7 @@ FUNCTIONS: dict[str, str] = {
     "highest": "best", "LoRA": "lora",
     "LoraConfig": "lora", "SamplingParams": "sampling", "generate": "sampling",
 }  # fmt: skip
-"""Functions that go by another name here."""
+"""Functions of other tools -> those of the language."""
 
 ADVICE: dict[str, str] = {
     "qlora": "store the model's weights in 4 bits, `weights = nf4`, and train `lora(rank = 16)`",
@@ -227,7 +227,7 @@ ADVICE: dict[str, str] = {
     "min": "rewards and numbers have no `min`; a condition chooses: `a if a < b else b`",
     "rouge": "there is `exact`, `contains`, `numeric_match`, `matches`, and a custom `python(...)`",
 }
-"""Functions of other tools for which there is something else."""
+"""Functions of other tools without a counterpart -> what to write instead."""
 
 KINDS: dict[str, str] = {
     "json": "jsonl", "tsv": "csv", "txt": "text", "reasoning_gym": "procedural", "synthetic": "procedural",
@@ -237,4 +237,4 @@ KINDS: dict[str, str] = {
     "accuracy": "generate", "loss": "perplexity", "cpu": "local", "cuda": "gpu", "spm": "sentencepiece",
     "byte": "bytes", "llm_judge": "rubric", "judge": "rubric",
 }  # fmt: skip
-"""Kinds that go by another name here."""
+"""Kinds of other tools -> those of the language."""

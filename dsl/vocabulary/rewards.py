@@ -357,7 +357,7 @@ class Perplexity(EvalKind):
 
 
 class Preference(EvalKind):
-    """How often a model prefers the chosen answer to the rejected one.
+    """The share of pairs for which a model prefers the chosen answer to the rejected one.
 
     A language model prefers the more likely answer, a reward model the one with the higher score.
     """

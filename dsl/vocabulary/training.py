@@ -72,7 +72,7 @@ class Continued(Adapter):
 
 
 class Sampling(Function):
-    """How completions are sampled."""
+    """Settings of sampling."""
 
     family = "sampling"
     word = "sampling"

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from typing_extensions import override
+
 from tunelang.dsl.syntax.units import COUNTED, show
 
 Json = dict[str, Any]
@@ -21,7 +23,7 @@ class Type:
     """Base of all types."""
 
     def describe(self) -> str:
-        """How a message or the reference calls it: `a whole number from 1`."""
+        """Return its name in messages and the reference: `a whole number from 1`."""
         raise NotImplementedError
 
     def json(self) -> Json:
@@ -42,8 +44,8 @@ class Number(Type):
 
     noun = "a number"
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         bounds = [
             f"from {show(self.low)}" if self.low is not None else "",
             f"above {show(self.above)}" if self.above is not None else "",
@@ -52,8 +54,8 @@ class Number(Type):
         ]
         return " ".join([self.noun, *filter(None, bounds)])
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         limits = {
             "minimum": self.low,
             "maximum": self.high,
@@ -78,8 +80,8 @@ class Whole(Number):
 
     noun = "a whole number"
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {**super().json(), "type": "integer"}
 
 
@@ -90,8 +92,8 @@ class Share(Number):
     low: float | None = 0
     high: float | None = 1
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return "a percentage" if self.high != 1 else "a percentage up to 100%"
 
 
@@ -113,15 +115,15 @@ class Amount(Type):
         """Whether the value keeps its unit."""
         return len(self.units) > 1 or self.share
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         names = "a number of " + " or ".join(
             [", ".join(self.units[:-1]), self.units[-1]][-len(self.units) :]
         )
         return f"{names}, or a percentage" if self.share else names
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         if not self.measured:
             return {"type": "integer", "minimum": self.low}
         units = [*self.units, "%"] if self.share else list(self.units)
@@ -133,12 +135,12 @@ class Amount(Type):
 class Memory(Type):
     """An amount of memory in bytes (`int`): `16 GiB`, `5 GB`."""
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return "an amount of memory, such as `16 GiB`"
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"type": "integer", "minimum": 1}
 
 
@@ -146,12 +148,12 @@ class Memory(Type):
 class Duration(Type):
     """A time in seconds (`float`): `30s`, `5m`, `2h`."""
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return "a time, such as `30s` or `5m`"
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"type": "number", "exclusiveMinimum": 0}
 
 
@@ -159,12 +161,12 @@ class Duration(Type):
 class Price(Type):
     """Money per device and hour (`float`): `1.2 per device_hour`."""
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return "a price, such as `1.2 per device_hour`"
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"type": "number", "minimum": 0}
 
 
@@ -176,13 +178,13 @@ class Text(Type):
 
     among: tuple[str, ...] = ()
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         words = ", ".join(f'`"{word}"`' for word in self.among)
         return f"one of {words}" if self.among else "text"
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"enum": list(self.among)} if self.among else {"type": "string"}
 
 
@@ -198,8 +200,8 @@ class Path(Type):
     what: str = "file"
     suffixes: tuple[str, ...] = ()
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return {
             "file": "the path of a file",
             "python": "a Python function, as `file.py:function`",
@@ -207,8 +209,8 @@ class Path(Type):
             "output": "the path of a folder to write",
         }[self.what]
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"type": "string", "minLength": 1}
 
 
@@ -221,12 +223,12 @@ def is_hub_id(path: str) -> bool:
 class Pattern(Type):
     """A regular expression in Python's syntax (`str`): `/a+b/`."""
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return "a regular expression between slashes"
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"type": "string", "format": "regex"}
 
 
@@ -234,12 +236,12 @@ class Pattern(Type):
 class Flag(Type):
     """`true` or `false` (`bool`)."""
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return "`true` or `false`"
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"type": "boolean"}
 
 
@@ -249,12 +251,12 @@ class Choice(Type):
 
     words: tuple[str, ...]
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return "one of " + ", ".join(f"`{word}`" for word in self.words)
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"enum": list(self.words)}
 
 
@@ -269,13 +271,13 @@ class Code(Choice):
     fields: bool = False
     """Whether the parameters are fields of the data too."""
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         words = f"{super().describe()}, or " if self.words else ""
         return f'{words}a Python function, `python("file.py:function")`'
 
     def signature(self) -> str:
-        """How the function is called, as Markdown."""
+        """Return the parameters and result of the function as Markdown."""
         given = "; ".join(f"`{name}`, {what}" for name, what in self.takes.items())
         fields = "; and any field of the data" if self.fields else ""
         return (
@@ -283,8 +285,8 @@ class Code(Choice):
             f" {self.gives}"
         )
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         words = [super().json()] if self.words else []
         return {"anyOf": [*words, {"$ref": "#/$defs/family.reward"}]}
 
@@ -295,13 +297,13 @@ class Ref(Type):
 
     nouns: tuple[str, ...]
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         names = [f"{'an' if noun[0] in 'aeiou' else 'a'} `{noun}`" for noun in self.nouns]
         return "the name of " + " or ".join(names)
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"$ref": "#/$defs/reference"}
 
 
@@ -315,12 +317,12 @@ class Of(Type):
 
     family: str
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return FAMILIES[self.family]
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"$ref": f"#/$defs/family.{self.family}"}
 
 
@@ -358,12 +360,12 @@ class ListOf(Type):
     item: Type
     low: int = 0
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return f"{self.item.describe()}, or a list of them in `[ ]`"
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"type": "array", "items": self.item.json(), "minItems": self.low}
 
 
@@ -373,12 +375,12 @@ class Either(Type):
 
     options: tuple[Type, ...]
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return " or ".join(option.describe() for option in self.options)
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"anyOf": [option.json() for option in self.options]}
 
 
@@ -388,25 +390,25 @@ class Metric(Type):
     `data.reward`.
     """
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return "a metric: the name of an eval, or `loss`, `reward`, ..."
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {"type": "string"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Anything(Type):
-    """Whatever the expression is: the value of a `let`, a setting of a generator."""
+    """Any value: of a `let`, or a setting of a generator."""
 
+    @override
     def describe(self) -> str:
-        """See `Type`."""
         return "a value"
 
+    @override
     def json(self) -> Json:
-        """See `Type`."""
         return {}
 
 
