@@ -80,7 +80,7 @@ def no_target(target: str, known: Sequence[str], why: str) -> FailureText:
 
 def not_built(feature: str) -> FailureText:
     """The language has something that this version cannot run."""
-    return FailureText(f"this version cannot run {feature} yet")
+    return FailureText(f"{feature} is not supported yet")
 
 
 def devices_missing(stage: str, wanted: str, available: str) -> FailureText:
@@ -217,6 +217,10 @@ def bad_row(place: str, problem: str) -> FailureText:
 def no_rows(source: str, rows: Sequence[tuple[str, str]]) -> FailureText:
     """No row of the data can be used; `rows` are places and problems of the first."""
     notes = [f"{place}: {problem}" for place, problem in rows]
+    if not rows:
+        return FailureText(
+            f"no row of `{source}` is left after `where`, `take`, `skip` and `split`"
+        )
     return FailureText(f"no row of `{source}` can be used", notes=notes)
 
 
@@ -230,7 +234,7 @@ def dropped_rows(source: str, dropped: int, total: int | None) -> str:
 
 def generator_failed(task: str, reason: str) -> FailureText:
     """A generator of procedural data refused its settings or raised an error."""
-    return FailureText(f"the generator `{task}` failed: {reason}")
+    return FailureText(f"the generator `{task}` failed", notes=[reason])
 
 
 def excerpt(value: object) -> str:
@@ -249,7 +253,7 @@ def python_function(reference: str, why: str) -> FailureText:
 
 def reward_not_loaded(why: str) -> FailureText:
     """A reward function or judge cannot be loaded; the last line of `why` says the reason."""
-    return FailureText(f"a reward cannot be loaded: {why.strip().splitlines()[-1]}")
+    return FailureText("a reward cannot be loaded", notes=[why.strip().splitlines()[-1]])
 
 
 def judge_down(judge: str, why: str) -> FailureText:
@@ -287,8 +291,9 @@ def foreign_file(path: Path) -> FailureText:
 def adapter_not_separable(why: str) -> FailureText:
     """An adapter cannot be exported without the model's weights."""
     return FailureText(
-        f"the adapter cannot be written by itself: {why}",
+        "the adapter cannot be written by itself",
         help="`adapter = merged` writes all weights",
+        notes=[why],
     )
 
 

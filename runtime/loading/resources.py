@@ -200,7 +200,8 @@ class Resources:
 
     def _sampled(self, kind: Sampled) -> Path:
         if self.stages is None:
-            raise NotBuiltError(kind.from_.name, "rows of a `sample` stage outside of a run")
+            feature = "reading the rows of a `sample` stage outside of a run"
+            raise NotBuiltError(kind.from_.name, feature)
         return self.stages.sampled_rows(kind)
 
     def _scorer(self, name: str, kind: RewardKind) -> Scorer:
@@ -226,6 +227,6 @@ class Resources:
 
     def _weights(self, reward: str, reference: Reference) -> tuple[Origin, Model]:
         if self.stages is None:
-            raise NotBuiltError(reward, "a model of the spec outside of a run")
+            raise NotBuiltError(reward, "scoring by a model of the spec outside of a run")
         origin = self.stages.weights(reference)
         return origin, self.model(origin.model)

@@ -1,0 +1,36 @@
+"""Specs that fail while they are planned or run, with exactly what `tune` says about them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.test_ui import UI, expect
+from tunelang.runtime.cli import app
+
+RUN = UI / "run"
+CASES = sorted(RUN.glob("*.tune"))
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_output(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bless: bool) -> None:
+    shutil.copytree(RUN / "files", tmp_path, dirs_exist_ok=True)
+    shutil.copy(path, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TUNE_STORE", raising=False)
+    said = ""
+    for command in re.findall(r"^# \$ (.*)$", path.read_text("utf-8"), re.MULTILINE):
+        program, *arguments = command.split()
+        if program == "tune":
+            result = CliRunner().invoke(app, arguments)
+            said = re.sub(r"\b[0-9a-f]{32}\b", "DIGEST", result.stderr.replace(f"{tmp_path}/", ""))
+        else:
+            subprocess.run(command, shell=True, check=True)
+    at = said.find("error[")
+    assert at >= 0, said
+    expect(path.with_suffix(".stderr"), f"{said[at:]}exit code {result.exit_code}\n", bless)
