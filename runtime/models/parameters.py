@@ -31,8 +31,8 @@ OBJECTIVE_PARAMS = "objective"
 
 Tree = TypeVar("Tree")
 
-Arrays = dict[str, jax.Array]
-"""Arrays by their paths, joined by dots: `blocks.attention.q.weight`."""
+Arrays = dict[str, Any]
+"""Arrays, or their shapes, by their paths joined by dots: `blocks.attention.q.weight`."""
 
 
 def merge_params(*parts: Params) -> Params:
