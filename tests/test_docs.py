@@ -125,6 +125,20 @@ def test_readme_is_short_and_its_commands_stand_where_ci_looks() -> None:
         assert len(re.findall(rf"^    {re.escape(command)}", text, re.MULTILINE)) == 1
 
 
+def test_readme_quotes_what_the_checker_says() -> None:
+    lines = [
+        'model gemma : pretrained { path = "google/gemma-2b" }',
+        'data logic : procedural { task = "knights_knaves" }',
+        "stage tuned : sft { from = gemma, data = logic, length = 1 epochs, batch = 8 sequences",
+        "  learning_rate = 2e-4",
+        "}",
+    ]
+    text = "\n" * 37 + "\n".join(lines) + "\n"  # so that the mistake is on line 41
+    said = rendered(check(Source("specs/math.tune", text, ROOT / "specs")).diagnostics)
+    blocks = [body for info, body in FENCE.findall((ROOT / "README.md").read_text("utf-8"))]
+    assert said.strip() + "\n" in blocks
+
+
 def test_readme_lists_every_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
