@@ -214,7 +214,7 @@ class _Writer:
             elif attribute.effect == "result" and not _chooses_winner(attribute):
                 self.put(prefix + word, getattr(node, name), attribute.type, node)
 
-    def put(self, path: str, value: Any, want: types.Type | None, owner: Node) -> None:
+    def put(self, path: str, value: object, want: types.Type | None, owner: Node) -> None:
         """One value, by its path."""
         match value:
             case TextExpression() | Condition() | DataExpression() | RewardExpression():
@@ -288,14 +288,14 @@ class _Writer:
                 return _digest({"is": "split", "of": inner, "parts": shares, "part": value.part})
         return _digest(self.canonical(value, None, value))
 
-    def canonical(self, value: Any, want: types.Type | None, owner: Node) -> Any:
+    def canonical(self, value: object, want: types.Type | None, owner: Node) -> Any:
         """A value inside an expression as JSON, expressions and names as digests."""
         match value:
             case Measure():
                 return [self.canonical(value.value, None, owner), value.unit]
             case Node():
                 known = attributes(type(value))
-                out: dict[str, Any] = {"is": _tag(value)}
+                out: dict[str, object] = {"is": _tag(value)}
                 for name, info in type(value).model_fields.items():
                     attribute = known.get(info.alias or name)
                     if attribute is None or attribute.effect == "result":
@@ -331,7 +331,7 @@ def _tag(node: Node) -> str:
     return getattr(node, "word", "") or type(node).__name__
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return digest(text.encode("utf-8", "surrogatepass"))
 

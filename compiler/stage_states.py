@@ -30,7 +30,7 @@ class StoreView(Protocol):
     def begun(self, digest: str) -> bool:
         """Whether a stage with this fingerprint has a folder."""
 
-    def earlier(self, stage: str) -> Mapping[str, Mapping[str, Any]]:
+    def earlier(self, stage: str) -> Mapping[str, Json]:
         """The fingerprints (`digest`, `components`, `words`) of a stage's nodes, by their ids, in
         the last run that had the stage.
         """
@@ -116,9 +116,7 @@ def _state(store: StoreView, node: graphs.StageNode, new: Fingerprint, wanted: b
     return State("to run", "changed", changes=told) if told else State("to run", "first run")
 
 
-def _most_alike(
-    earlier: Mapping[str, Mapping[str, Any]], node: str, new: Fingerprint
-) -> Fingerprint | None:
+def _most_alike(earlier: Mapping[str, Json], node: str, new: Fingerprint) -> Fingerprint | None:
     """The same node in the earlier run; without one, the branch with the fewest differences."""
     held = [earlier[node]] if node in earlier else list(earlier.values())[:_COMPARED]
     if not held:
@@ -128,12 +126,12 @@ def _most_alike(
     return Fingerprint(best["digest"], dict(best["components"]), dict(best["words"]))
 
 
-def _json(value: Any) -> Any:
+def _json(value: object) -> Any:
     """A value as JSON and nothing else, so that a plan that was loaded equals the one saved."""
     return json.loads(json.dumps(plain(value), default=_parameter))
 
 
-def _parameter(value: Any) -> Any:
+def _parameter(value: object) -> str:
     """Values that only parameters and named expressions have, in the words of the spec."""
     match value:
         case Word():

@@ -1,11 +1,12 @@
 """Fitted factors of the memory estimate, by compiler.
 
 The factors of GPUs and TPUs are fitted by least squares to the peaks that XLA's compilers report
-for 665 training programs, and were printed by
+for 665 training programs (2026-11-22, jax 0.10.2; the points are in `benchmarks/RESULTS.md`), by
 
-    python benchmarks/plan_accuracy.py --fit benchmarks/RESULTS.md
+    python benchmarks/plan_accuracy.py --out points.jsonl
+    python benchmarks/plan_accuracy.py --fit points.jsonl
 
-on 2026-11-22 with jax 0.10.2. Those of CPUs are rough: they only rank layouts.
+Those of CPUs are rough: they only rank layouts.
 
 A factor says how many copies of an array are live when the peak is reached. Those of a layer's
 backward pass have a prefix for the weights below: `trained`, `lora` (frozen, in float) or `qlora`

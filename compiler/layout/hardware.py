@@ -1,11 +1,10 @@
-"""Devices as data: what a chip computes, holds and moves; sources stand beside the figures."""
+"""Chips and devices as data: what they compute, hold and move, with the sources of the figures."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 from tunelang.dsl.vocabulary.models import TOPOLOGIES, Gpu, HardwareKind, Local, Tpu
 
@@ -32,7 +31,7 @@ class Chip:
     axes: int = 0
     """Axes of the torus; 0 where a switch joins the devices of a node."""
     wraps: int = 0
-    """An axis of so many chips, or a multiple of it, is a ring."""
+    """Chips along an axis that is a ring; so is an axis of a multiple of them."""
     per_chip: int = 1
     """Devices of a chip."""
     hosts: int = 8
@@ -43,7 +42,7 @@ class Chip:
     """The share of the peak that a well laid out step reaches while it computes: for v5p, v6e,
     tpu7x, h100 and h200 fitted to published runs (`benchmarks/plan_accuracy.py`), else assumed."""
     source: str = "measured here"
-    """Of the figures."""
+    """Where the figures come from."""
     vmem: int = 0
     """Bytes of a TPU core's vector memory, in which compilers keep what is small and soon used (as
     Pallas has it)."""
@@ -70,18 +69,37 @@ def _tpu(
     link: float,
     axes: int,
     vmem: int,
-    **more: Any,
+    *,
+    across: float,
+    efficiency: float,
+    peak8: float,
+    host: float = Chip.host,
+    per_chip: int = 1,
 ) -> Chip:
     wraps = 16 if axes == 2 else 4
     return Chip(
         name, peak, int(memory * GIB), bandwidth, link, axes=axes, wraps=wraps,
-        hosts=8 if axes == 2 else 4, source=_CLOUD, vmem=vmem << 20, **more,
+        hosts=8 if axes == 2 else 4, source=_CLOUD, vmem=vmem << 20, across=across,
+        efficiency=efficiency, peak8=peak8, host=host, per_chip=per_chip,
     )  # fmt: skip
 
 
-def _gpu(name: str, peak: float, memory: float, bandwidth: float, link: float, **more: Any) -> Chip:
+def _gpu(
+    name: str,
+    peak: float,
+    memory: float,
+    bandwidth: float,
+    link: float,
+    *,
+    efficiency: float,
+    peak8: float,
+    host: float,
+) -> Chip:
     usable = int(0.9 * memory * GIB)
-    return Chip(name, peak, usable, bandwidth, link, across=50e9, source=_SHEET, **more)
+    return Chip(
+        name, peak, usable, bandwidth, link, across=50e9, source=_SHEET,
+        efficiency=efficiency, peak8=peak8, host=host,
+    )  # fmt: skip
 
 
 _CHIPS = (
@@ -118,20 +136,20 @@ class Devices:
     chip: Chip
     count: int
     here: bool
-    """Whether they are the devices of this machine."""
+    """Whether they are in this machine."""
     shape: tuple[int, ...] = ()
-    """Chips along each axis of a slice; of GPUs and CPUs nothing."""
+    """Chips along each axis of a TPU slice; empty for GPUs and CPUs."""
     groups: int = 1
     """Slices, or nodes."""
     price: float | None = None
-    """Of a device for an hour."""
+    """Price of a device for an hour."""
 
     def __str__(self) -> str:
         return f"{self.count} × {self.chip.name}"
 
     def bandwidth(self, size: int, stride: int) -> float:
-        """Bytes/s at which a device takes part in a ring collective over a mesh axis of `size`,
-        whose neighbours are `stride` devices apart: what it sends and receives at once.
+        """Return the bytes/s of a device in a ring collective over a mesh axis of `size`, whose
+        neighbours are `stride` devices apart.
 
         A ring of a torus sends both ways (the scaling book, chapter on sharding); an axis as long
         as the whole slice has all of its links, another those of one axis. Beyond a slice or node
@@ -145,7 +163,7 @@ class Devices:
         longest = max(self.shape, default=1)
         dimensions = [d for d in self.shape if d > 1] or [1]
         used = dimensions if size * stride >= group and stride == 1 else [longest]
-        return sum(self.chip.link * (2 if each % self.chip.wraps == 0 else 1) for each in used)
+        return sum(self.chip.link * (2 if d % self.chip.wraps == 0 else 1) for d in used)
 
 
 def chip_of(device_kind: str) -> Chip | None:
@@ -158,10 +176,10 @@ def chip_of(device_kind: str) -> Chip | None:
 
 
 def named(text: str) -> HardwareKind:
-    """Return the hardware that a few words name: `v5e:4x4`, a TPU slice; `h200:8`, the GPUs of a
+    """Return the hardware that a short form names: `v5e:4x4`, a TPU slice; `h200:8`, the GPUs of a
     node; `h200:4x8`, nodes and GPUs of each; `local`.
 
-    Raises `ValueError` that says what there is.
+    Raises `ValueError` with the valid forms.
     """
     name, _, shape = text.partition(":")
     sizes = [int(size) for size in shape.split("x") if size.isdigit()]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 Remat = Literal["none", "dots", "full"]
 """What the backward pass computes again: nothing, all but matrix products, everything."""
@@ -100,7 +100,7 @@ def shards_of(mesh: Mapping[str, int]) -> int:
     return math.prod(mesh[axis] for axis in ("data", "fsdp", "expert"))
 
 
-def as_json(layout: StageLayout) -> dict[str, Any]:
+def as_json(layout: StageLayout) -> dict[str, object]:
     """Return a layout as a plan holds it, without its memory and cost."""
     return {
         "mesh": layout.mesh,

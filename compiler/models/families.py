@@ -27,6 +27,7 @@ from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneErro
 from tunelang.dsl.messages import run_failures
 
 Config = Mapping[str, Any]
+Fields = dict[str, Any]
 
 _LLAMA = {
     "embedding": "model.embed_tokens.weight",
@@ -82,7 +83,7 @@ _FUSED = {
 class Family:
     """A row of the table."""
 
-    choices: Callable[[Config], dict[str, Any]]
+    choices: Callable[[Config], Fields]
     """What of the architecture is not as in Llama."""
     tied: bool = False
     """Whether the head is the embedding where the configuration does not say."""
@@ -161,7 +162,7 @@ def names_of(family: Family) -> dict[str, str]:
     return {**_LLAMA, **family.names}
 
 
-def config_of(architecture: Architecture) -> dict[str, Any]:
+def config_of(architecture: Architecture) -> Fields:
     """Return a `config.json` that describes an architecture; raises `UndescribedError`."""
     a = architecture
     local = a.pattern == ("local",)
@@ -182,7 +183,7 @@ def config_of(architecture: Architecture) -> dict[str, Any]:
     }
     spans = ["sliding_attention"] * a.layers
     windows = {"use_sliding_window": True, "sliding_window": a.window, "layer_types": spans}
-    trials: list[dict[str, Any]] = [
+    trials: list[Fields] = [
         {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
         {
             "model_type": "mistral",
@@ -205,7 +206,7 @@ def config_of(architecture: Architecture) -> dict[str, Any]:
 # What the configurations say.
 
 
-def _rope(config: Config) -> dict[str, Any]:
+def _rope(config: Config) -> Fields:
     """Read the base and scaling of rotary embeddings, as old and new configurations have them."""
     stated: Config = config.get("rope_parameters") or {}
     whole: Config = stated.get("full_attention") or stated
@@ -238,7 +239,7 @@ def _scaling(stated: Config) -> RopeScaling | None:
     raise ValueError(f"the decoder has no rotary scaling `{kind}`")
 
 
-def _biases(config: Config) -> dict[str, Any]:
+def _biases(config: Config) -> Fields:
     attention = bool(config.get("attention_bias", False))
     return {
         "qkv_bias": attention,
@@ -247,7 +248,7 @@ def _biases(config: Config) -> dict[str, Any]:
     }
 
 
-def _windows(config: Config, spans: tuple[Span, ...]) -> dict[str, Any]:
+def _windows(config: Config, spans: tuple[Span, ...]) -> Fields:
     """Read the shortest pattern of local and global layers; `spans` where none is stated."""
     window = config.get("sliding_window")
     if window is None:
@@ -264,25 +265,25 @@ def _windows(config: Config, spans: tuple[Span, ...]) -> dict[str, Any]:
     return {"pattern": pattern, "window": window} if "local" in pattern else {}
 
 
-def _llama(config: Config) -> dict[str, Any]:
+def _llama(config: Config) -> Fields:
     return _biases(config)
 
 
-def _mistral(config: Config) -> dict[str, Any]:
+def _mistral(config: Config) -> Fields:
     return _windows(config, ("local",))
 
 
-def _qwen2(config: Config) -> dict[str, Any]:
+def _qwen2(config: Config) -> Fields:
     windows = _windows(config, ("global",)) if config.get("use_sliding_window") else {}
     return {"qkv_bias": True, **windows}
 
 
-def _qwen3(config: Config) -> dict[str, Any]:
+def _qwen3(config: Config) -> Fields:
     windows = _windows(config, ("global",)) if config.get("use_sliding_window") else {}
     return {"qk_norm": True, **_biases(config), **windows}
 
 
-def _qwen3_moe(config: Config) -> dict[str, Any]:
+def _qwen3_moe(config: Config) -> Fields:
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
         raise ValueError("the decoder has no mixture of layers with and without experts")
     return {
@@ -298,7 +299,7 @@ def _qwen3_moe(config: Config) -> dict[str, Any]:
     }
 
 
-def _olmo2(config: Config) -> dict[str, Any]:
+def _olmo2(config: Config) -> Fields:
     return {
         "norm_placement": "post",
         "qk_norm": True,
@@ -308,7 +309,7 @@ def _olmo2(config: Config) -> dict[str, Any]:
     }
 
 
-def _phi3(config: Config) -> dict[str, Any]:
+def _phi3(config: Config) -> Fields:
     stated = config.get("rope_parameters") or {}
     share = stated.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if share != 1.0:
@@ -316,7 +317,7 @@ def _phi3(config: Config) -> dict[str, Any]:
     return _windows(config, ("local",))
 
 
-def _gemma(config: Config) -> dict[str, Any]:
+def _gemma(config: Config) -> Fields:
     return {
         "activation": "geglu",
         "norm_unit_offset": True,
@@ -325,7 +326,7 @@ def _gemma(config: Config) -> dict[str, Any]:
     }
 
 
-def _gemma2(config: Config) -> dict[str, Any]:
+def _gemma2(config: Config) -> Fields:
     return {
         **_gemma(config),
         "norm_placement": "both",
@@ -336,7 +337,7 @@ def _gemma2(config: Config) -> dict[str, Any]:
     }
 
 
-def _gemma3(config: Config) -> dict[str, Any]:
+def _gemma3(config: Config) -> Fields:
     every = config.get("sliding_window_pattern", 6)
     return {
         **_gemma2(config),
