@@ -224,12 +224,9 @@ def no_rows(source: str, rows: Sequence[tuple[str, str]]) -> FailureText:
     return FailureText(f"no row of `{source}` can be used", notes=notes)
 
 
-def dropped_rows(source: str, dropped: int, total: int | None) -> str:
-    """Some rows of the data were not used."""
-    were = "was" if dropped == 1 else "were"
-    if total is None:
-        return f"warning: {plural(dropped, 'row')} of `{source}` {were} dropped"
-    return f"warning: {dropped:,} of {plural(total, 'row')} of `{source}` {were} dropped"
+def dropped_rows(count: int) -> str:
+    """Rows of the data were not used."""
+    return f"warning: {plural(count, 'row')} {'was' if count == 1 else 'were'} dropped"
 
 
 def generator_failed(task: str, reason: str) -> FailureText:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from tunelang.compiler.graph import Input
 from tunelang.compiler.plan import StagePlan
+from tunelang.dsl.messages import run_failures
 from tunelang.dsl.messages.human_units import count_text, duration, number
 from tunelang.runtime.data.row_errors import BadRows
 from tunelang.runtime.store.locks import Holder
@@ -120,13 +121,13 @@ class Progress:
 
     def selected(self, read: Input, node: str, value: float) -> None:
         """See `execute.RunReporter`."""
-        self._say(f"{read.stage}  {read.selection}: {node} goes on, {number(value)}")
+        self._say(f"{read.stage}  {read.selection}: the winner is {node}, {number(value)}")
 
     def bad_rows(self, rows: BadRows) -> None:
         """See `execute.RunReporter`."""
-        self._say(f"{rows.total} rows were dropped")
+        self._say(run_failures.dropped_rows(rows.total))
         for shown in rows.shown:
-            self._say(f"  {shown.row}: {shown.cause}")
+            self._say(f"  {shown.source}, {shown.row}: {shown.cause}")
 
     def waiting(self, planned: StagePlan, holder: Holder | None) -> None:
         """See `execute.RunReporter`."""

@@ -36,7 +36,7 @@ def run(prepared: Prepared, store: Store, spec: Path, command: tuple[str, ...], 
         outcome = "done"
     except (Interrupted, KeyboardInterrupt):
         outcome = "interrupted"
-        console.print("interrupted: everything is saved, and the same command goes on")
+        console.print("interrupted; everything is saved: run the same command to continue")
         return INTERRUPTED
     finally:
         store.end_run(entry, outcome)

@@ -4,7 +4,7 @@ replayed.
 Position `p` of the endless stream of a run falls to a source by the mixture's assignment. That
 source's examples are gone through in rounds, each in a pseudo-random order of its own, so that no
 example comes a second time before all of its source have come once. A resumed run asks for the next
-position; a host of several asks for its slice.
+position.
 """
 
 from __future__ import annotations
@@ -67,16 +67,9 @@ class Order:
         return out
 
 
-def batch_positions(step: int, batch: int, host: int = 0, hosts: int = 1) -> Indices:
-    """Return the positions of a host's slice of the batch of a step (from 0): `[batch / hosts]`.
-
-    Slices of all hosts, one after another, are the global batch. Raises `ValueError` where the
-    batch does not divide.
-    """
-    if batch % hosts or not 0 <= host < hosts:
-        raise ValueError(f"a batch of {batch} for host {host} of {hosts}")
-    each = batch // hosts
-    return np.arange(each, dtype=np.int64) + (step * batch + host * each)
+def batch_positions(step: int, batch: int) -> Indices:
+    """Return the positions of the batch of a step (from 0): `[batch]`."""
+    return np.arange(batch, dtype=np.int64) + step * batch
 
 
 def steps_of(length: Measure, *, epoch: int, batch: int) -> int:

@@ -31,7 +31,7 @@ from tunelang.runtime.data.row_errors import (
     TooLongError,
 )
 from tunelang.runtime.data.row_sources import Rows, content_hash, open_lines, open_rows
-from tunelang.runtime.data.sample_order import Order, batch_positions
+from tunelang.runtime.data.sample_order import Order
 
 Indices = NDArray[np.int64]
 _READ = 256
@@ -70,7 +70,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Stream:
-    """An endless stream of examples, the same for every number of hosts."""
+    """An endless stream of examples."""
 
     parts: tuple[Part, ...]
     order: Order
@@ -86,10 +86,6 @@ class Stream:
         sources, indices = self.order.at(positions)
         pairs = zip(sources, indices, strict=True)
         return [self.parts[source].example(index) for source, index in pairs]
-
-    def batch(self, step: int, size: int, host: int = 0, hosts: int = 1) -> list[Example]:
-        """Return a host's slice of the global batch of `size` examples at a step (from 0)."""
-        return self.at(batch_positions(step, size, host, hosts))
 
     def once(self) -> Iterator[Example]:
         """Every example of an epoch in its order, the way that evaluations read data."""

@@ -201,24 +201,6 @@ class StageFolder:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One `tune run`, as the index has it."""
-
-    id: str
-    """Its time in UTC, so that ids sort by time, and a random end."""
-    started: float
-    """Seconds since 1970."""
-    spec: str
-    command: tuple[str, ...]
-    stages: dict[str, str]
-    """Node -> fingerprint."""
-    ended: float | None
-    """None while it runs, and for ever where it was killed."""
-    outcome: str | None
-    """`done`, `failed`, `interrupted`."""
-
-
-@dataclass(frozen=True)
 class Store:
     """A store; reading one that is not there finds it empty, and makes nothing."""
 
@@ -315,24 +297,6 @@ class Store:
         """Enter how a run ended. Raises `StoreError`."""
         entry = self._entry(run)
         write_json(self._run_path(run), {**entry, "ended": time.time(), "outcome": outcome})
-
-    def runs(self) -> tuple[Run, ...]:
-        """All runs, the last one first. Raises `StoreError`."""
-        found = []
-        for name in self._run_names():
-            entry = self._entry(name)
-            found.append(
-                Run(
-                    name,
-                    entry["started"],
-                    entry["spec"],
-                    tuple(entry["command"]),
-                    entry["stages"],
-                    entry["ended"],
-                    entry["outcome"],
-                )
-            )
-        return tuple(found)
 
     def plan(self, run: str) -> Json:
         """The plan of a run, as JSON. Raises `StoreError`."""

@@ -204,13 +204,11 @@ def first_fit_decreasing(lengths: Sequence[int] | Indices, capacity: int) -> tup
     return bins, int(bins.max()) + 1 if bins.size else 0
 
 
-def items_of(
-    table: Table, corpus: Corpus, step: int, host: int = 0, hosts: int = 1
-) -> NDArray[np.int64]:
+def items_of(table: Table, corpus: Corpus, step: int) -> NDArray[np.int64]:
     """Return the numbers of the items in each sequence of a batch, `[sequences, table.most]`; -1
     where there is none. Their pieces are its segments, in this order.
     """
-    sequences = batch_positions(step, table.batch, host, hosts)
+    sequences = batch_positions(step, table.batch)
     found = np.full((len(sequences), table.most), -1, np.int64)
     for row, sequence in enumerate(sequences):
         items = table.items[table.starts[sequence] : table.starts[sequence + 1]]
@@ -218,13 +216,11 @@ def items_of(
     return found
 
 
-def batch_of(table: Table, corpus: Corpus, step: int, host: int = 0, hosts: int = 1) -> Batch:
-    """Return a host's slice of the batch of a step (from 0); raises `IndexError` behind the last
-    step.
-    """
+def batch_of(table: Table, corpus: Corpus, step: int) -> Batch:
+    """Return the batch of a step (from 0); raises `IndexError` behind the last step."""
     if not 0 <= step < table.steps:
         raise IndexError(f"step {step} of {table.steps}")
-    sequences = batch_positions(step, table.batch, host, hosts)
+    sequences = batch_positions(step, table.batch)
     shape = (len(sequences), table.length)
     tokens = np.full(shape, corpus.pad, np.int32)
     mask = np.zeros(shape, np.bool_)

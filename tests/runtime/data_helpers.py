@@ -12,7 +12,8 @@ from tunelang.dsl.program import Declared, Program
 from tunelang.dsl.vocabulary import data
 from tunelang.dsl.vocabulary.stages import Run
 from tunelang.runtime.data.examples import Example, Message
-from tunelang.runtime.data.stream import Library
+from tunelang.runtime.data.sample_order import batch_positions
+from tunelang.runtime.data.stream import Library, Stream
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -73,3 +74,8 @@ def chat(*turns: tuple[str, str]) -> Example:
 
 def pair(prompt: str, response: str, system: str | None = None) -> Example:
     return Example("d", 0, {}, prompt=prompt, response=response, system=system)
+
+
+def batch(stream: Stream, step: int, size: int) -> list[Example]:
+    """The examples of the batch of a step."""
+    return stream.at(batch_positions(step, size))

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.runtime.data_helpers import jsonl, library, questions, ref, text, write_jsonl
+from tests.runtime.data_helpers import batch, jsonl, library, questions, ref, text, write_jsonl
 from tunelang.dsl.vocabulary import data
 from tunelang.runtime.data.procedural import GeneratorError, Problems
 from tunelang.runtime.data.row_errors import BadRowError, NoRowsError, NotARowError
@@ -168,7 +168,7 @@ def test_procedural(tmp_path: Path) -> None:
     assert rows.score(rows[1]["answer"], rows[1]) == 1.0
     assert rows.score("nobody knows", rows[1]) < 1.0
     stream = library(tmp_path, d=procedural("knights_knaves", n_people=3)).stream(ref(), seed=0)
-    example = stream.batch(0, 1)[0]
+    example = batch(stream, 0, 1)[0]
     assert example.prompt == example.fields["question"]
     assert example.response == example.target == example.fields["answer"]
 
@@ -177,7 +177,7 @@ def test_problems_without_one_right_answer(tmp_path: Path) -> None:
     """Many answers colour a graph: there is none to compare with, but a verifier."""
     stream = library(tmp_path, d=procedural("graph_color")).stream(ref(), seed=0)
     assert len(stream) == 3
-    assert stream.batch(0, 1)[0].response is None
+    assert batch(stream, 0, 1)[0].response is None
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.runtime.data_helpers import jsonl, library, questions, ref, text, write_jsonl
+from tests.runtime.data_helpers import batch, jsonl, library, questions, ref, text, write_jsonl
 from tunelang.dsl.vocabulary import data, models
 from tunelang.dsl.vocabulary.base import Condition, DataExpression, Measure
 from tunelang.runtime.data.examples import Example, texts_of
@@ -149,7 +149,7 @@ def test_weights_of_nested_mixtures_multiply(made: Library) -> None:
     stream = made.stream(outer, seed=0)
     assert [part.weight for part in stream.parts] == pytest.approx([0.3, 0.3, 0.4])
     assert len(stream) == 75
-    heads = [prompt[0] for prompt in prompts(stream.batch(0, 100))]
+    heads = [prompt[0] for prompt in prompts(batch(stream, 0, 100))]
     assert {head: heads.count(head) for head in "abc"} == {"a": 30, "b": 30, "c": 40}
 
 
@@ -166,41 +166,26 @@ EXPRESSIONS: dict[str, DataExpression] = {
 @pytest.mark.parametrize("name", EXPRESSIONS)
 def test_random_access_equals_sequence_and_resume(made: Library, name: str) -> None:
     stream = made.stream(EXPRESSIONS[name], seed=5)
-    sequence = [prompts(stream.batch(step, 8)) for step in range(30)]
+    sequence = [prompts(batch(stream, step, 8)) for step in range(30)]
     for step in (29, 3, 17, 0):
-        assert prompts(stream.batch(step, 8)) == sequence[step]
+        assert prompts(batch(stream, step, 8)) == sequence[step]
     again = made.stream(EXPRESSIONS[name], seed=5)
-    assert [prompts(again.batch(step, 8)) for step in range(12, 30)] == sequence[12:]
+    assert [prompts(batch(again, step, 8)) for step in range(12, 30)] == sequence[12:]
     assert [
-        prompts(made.stream(EXPRESSIONS[name], seed=6).batch(s, 8)) for s in range(30)
+        prompts(batch(made.stream(EXPRESSIONS[name], seed=6), s, 8)) for s in range(30)
     ] != sequence
-
-
-@pytest.mark.parametrize("name", EXPRESSIONS)
-def test_the_same_batches_on_any_number_of_hosts(made: Library, name: str) -> None:
-    stream = made.stream(EXPRESSIONS[name], seed=5)
-    for step in (0, 11):
-        whole = prompts(stream.batch(step, 8))
-        for hosts in (2, 4):
-            parts = [prompts(stream.batch(step, 8, host, hosts)) for host in range(hosts)]
-            assert [prompt for part in parts for prompt in part] == whole
-
-
-def test_a_batch_that_does_not_divide() -> None:
-    with pytest.raises(ValueError, match="batch of 6 for host 0 of 4"):
-        batch_positions(0, 6, 0, 4)
 
 
 def test_an_epoch_has_every_example_once_and_epochs_differ(made: Library) -> None:
     stream = made.stream(ref("a"), seed=3)
-    epochs = [prompts(stream.batch(epoch, 40)) for epoch in range(3)]
+    epochs = [prompts(batch(stream, epoch, 40)) for epoch in range(3)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 40 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_no_repetition_before_a_source_is_used_up(made: Library) -> None:
     stream = made.stream(mixture(a=0.5, b=0.3, c=0.2), seed=3)
-    found = prompts(stream.batch(0, 200))
+    found = prompts(batch(stream, 0, 200))
     for name, size in (("a", 40), ("b", 25), ("c", 10)):
         own = [prompt for prompt in found if prompt.startswith(name)]
         for start in range(0, len(own) - size, size):
@@ -248,13 +233,13 @@ def test_shuffle_is_fixed_by_its_own_seed(made: Library) -> None:
 
 def test_map(made: Library) -> None:
     mapped = data.Map(of=ref("a"), prompt=text("Q: {q}"), system=text("Be {n}."))
-    example = made.stream(mapped, seed=0, shuffled=False).batch(0, 2)[1]
+    example = batch(made.stream(mapped, seed=0, shuffled=False), 0, 2)[1]
     assert (example.prompt, example.system, example.response) == ("Q: a1?", "Be 1.", "yes yes ")
 
 
 def test_the_texts_that_a_tokenizer_is_fitted_to(made: Library) -> None:
     mapped = data.Map(of=ref("a"), system=text("S"), target=text("not read by a model"))
-    example = made.stream(mapped, seed=0, shuffled=False).batch(0, 1)[0]
+    example = batch(made.stream(mapped, seed=0, shuffled=False), 0, 1)[0]
     assert list(texts_of(example)) == ["S", "a0?", "yes "]
 
 
