@@ -5,11 +5,11 @@ penalty. The search is that of `transformers` 5 (`do_sample=False, early_stoppin
 
 - of all continuations of a prompt's beams, as many are looked at as are needed to go on with
   `beams` of them whatever number stops;
-- one that stops counts only if it is among the `beams` likeliest of its turn;
+- one that stops counts only if it is among the `beams` likeliest of its step;
 - the search ends when the likeliest beam, at its present length, scores no more than the worst
   of `beams` finished completions.
 
-A prompt is prefilled once and its cache copied into the slots of its beams. Every turn gathers the
+A prompt is prefilled once and its cache copied into the slots of its beams. Every step gathers the
 cache of the beams that go on, so it moves the whole cache once beside what attention reads.
 """
 
@@ -24,16 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from tunelang.compiler.models.architecture import Architecture
-from tunelang.runtime.generation.engine import Given
-from tunelang.runtime.generation.episodes import Episodes, Floats, Prompt, Work
-from tunelang.runtime.generation.slot_queue import SHORTEST
+from tunelang.runtime.generation.engine import ProgramInput, copies_weights
+from tunelang.runtime.generation.episodes import Episodes, Floats, Ints, Prompt, Work
+from tunelang.runtime.generation.slot_queue import SHORTEST, power_of_two
 from tunelang.runtime.models.decode_step import DecodeWeights, decode_step, decode_weights
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.kv_cache import KEYS, VALUES, Cache, empty_cache, insert
-from tunelang.runtime.models.parameters import abstract_decoder
+from tunelang.runtime.models.parameters import Params, abstract_decoder
 from tunelang.runtime.sharding import Layout, constrain, jit, reshard_for_decoding
 
 Tree = TypeVar("Tree")
@@ -58,13 +59,13 @@ class Paths:
 
 
 class Request(NamedTuple):
-    """What a search is told, as arrays: to change a value compiles nothing."""
+    """The arguments of a search, as arrays: to change a value compiles nothing."""
 
-    stop_ids: Given
+    stop_ids: ProgramInput
     """`[stops]` int32."""
-    max_tokens: Given
+    max_tokens: ProgramInput
     """int32 scalar."""
-    length_penalty: Given
+    length_penalty: ProgramInput
     """float32 scalar."""
 
 
@@ -77,11 +78,11 @@ class Search:
     beams: int
     capacity: int
     """Tokens of a slot: prompt and completion."""
-    run: Callable[[Any, Given, Given, Request], tuple[Paths, Array]]
-    """`(params, tokens [prompts, length], lengths [prompts], request) -> paths, turns`. A length of
+    run: Callable[[Params, ProgramInput, ProgramInput, Request], tuple[Paths, Array]]
+    """`(params, tokens [prompts, length], lengths [prompts], request) -> paths, steps`. A length of
     0 is a row without a prompt."""
     layout: Layout | None = None
-    """Where the parameters lie that the program takes."""
+    """The layout of the parameters that the program takes."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class _State(NamedTuple):
     finished: Paths
     going: Array
     """`[prompts]` bool: whether a beam may still beat what is finished."""
-    turn: Array
+    steps: Array
     """int32 scalar: the tokens of each beam so far."""
 
 
@@ -115,7 +116,7 @@ def make_search(
     prompts: int,
     beams: int,
     capacity: int,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     layout: Layout | None = None,
 ) -> Search:
     """Make the program; it compiles once for each length that prompts are padded to.
@@ -130,13 +131,11 @@ def make_search(
     if prompts < 1 or beams < 1:
         raise ValueError(f"{beams} beams of {prompts} prompts")
     graph, _ = abstract_decoder(architecture, dtype)
-    # As in `make_engine`: what every turn would copy is copied once, unless that costs memory only.
-    quantised = architecture.storage in ("nf4", "int8")
-    ahead = not quantised and (dtype != jnp.float32 or jax.default_backend() == "cpu")
+    copied = copies_weights(architecture, dtype, layout)
 
-    def run(params: Any, tokens: Array, lengths: Array, request: Request) -> tuple[Paths, Array]:
+    def run(params: Params, tokens: Array, lengths: Array, request: Request) -> tuple[Paths, Array]:
         decoder: Decoder = nnx.merge(graph, params)
-        if ahead and architecture.adapters:
+        if copied and architecture.adapters:
             decoder = decoder.merge_adapters()
         hidden, prefilled = decoder.prefill(tokens, jnp.maximum(lengths, 1), layout=layout)
         rows, slots = jnp.repeat(jnp.arange(prompts), beams), jnp.arange(prompts * beams)
@@ -152,22 +151,22 @@ def make_search(
             jnp.zeros((), jnp.int32),
         )
         values = nnx.split(decoder)
-        copied = decode_weights(decoder) if ahead else None
+        copies = decode_weights(decoder) if copied else None
 
-        def turn(state: _State) -> _State:
+        def step(state: _State) -> _State:
             decoder: Decoder = nnx.merge(*values)
-            weights = decode_weights(decoder) if copied is None else copied
-            return _turn(decoder, weights, state, request, layout)
+            weights = decode_weights(decoder) if copies is None else copies
+            return _step(decoder, weights, state, request, layout)
 
-        state = jax.lax.while_loop(lambda state: jnp.any(state.going), turn, _placed(layout, state))
-        return state.finished, state.turn
+        state = jax.lax.while_loop(lambda state: jnp.any(state.going), step, _placed(layout, state))
+        return state.finished, state.steps
 
     return Search(prompts, beams, capacity, jit(run, layout), layout)
 
 
 def beam_search(
     search: Search,
-    params: Any,
+    params: Params,
     prompts: Sequence[Prompt],
     *,
     max_tokens: int,
@@ -199,25 +198,19 @@ def beam_search(
         np.array(stop_ids, np.int32), np.int32(max_tokens), np.float32(length_penalty)
     )
     params = reshard_for_decoding(params, search.layout)
-    parts, turns = [], 0
-    for start in range(0, len(prompts), search.prompts):
-        part = prompts[start : start + search.prompts]
-        longest = max(lengths[start : start + search.prompts])
-        length = min(max(SHORTEST, 1 << (longest - 1).bit_length()), search.capacity)
-        tokens = np.full((search.prompts, length), pad, np.int32)
-        for row, prompt in enumerate(part):
-            tokens[row, : len(prompt.tokens)] = prompt.tokens
-        given = np.zeros(search.prompts, np.int32)
-        given[: len(part)] = lengths[start : start + search.prompts]
-        paths, taken = jax.device_get(search.run(params, tokens, given, request))
-        parts.append(paths)
-        turns += int(taken)
+    batches = [
+        prompts[start : start + search.prompts] for start in range(0, len(prompts), search.prompts)
+    ]
+    results = [
+        jax.device_get(search.run(params, *_padded(batch, search, pad), request))
+        for batch in batches
+    ]
 
-    def rows(*each: NDArray[Any]) -> NDArray[Any]:
-        every: NDArray[Any] = np.concatenate(each)[: len(prompts), :returned]
-        return every.reshape(-1, *every.shape[2:])
+    def rows(*arrays: NDArray[Any]) -> NDArray[Any]:
+        joined: NDArray[Any] = np.concatenate(arrays)[: len(prompts), :returned]
+        return joined.reshape(-1, *joined.shape[2:])
 
-    found = jax.tree.map(rows, *parts)
+    found = jax.tree.map(rows, *(paths for paths, _ in results))
     mask = np.arange(max_tokens) < found.lengths[:, None]
     return Beams(
         prompts=tuple(tuple(prompt.tokens) for prompt in prompts),
@@ -228,9 +221,20 @@ def beam_search(
         mask=mask,
         truncated=~found.stopped,
         pad=pad,
-        work=Work(len(prompts), turns, len(parts)),
+        work=Work(len(prompts), sum(int(steps) for _, steps in results), len(results)),
         scores=found.scores,
     )
+
+
+def _padded(prompts: Sequence[Prompt], search: Search, pad: int) -> tuple[Ints, Ints]:
+    """Return the tokens of prompts, `[search.prompts, length]`, and their lengths."""
+    lengths = np.zeros(search.prompts, np.int32)
+    lengths[: len(prompts)] = [len(prompt.tokens) for prompt in prompts]
+    length = min(max(SHORTEST, power_of_two(int(lengths.max()))), search.capacity)
+    tokens = np.full((search.prompts, length), pad, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt.tokens)] = prompt.tokens
+    return tokens, lengths
 
 
 def _no_paths(prompts: int, paths: int, capacity: int) -> Paths:
@@ -244,10 +248,10 @@ def _no_paths(prompts: int, paths: int, capacity: int) -> Paths:
     )
 
 
-def _turn(
+def _step(
     decoder: Decoder, weights: DecodeWeights, state: _State, request: Request, layout: Layout | None
 ) -> _State:
-    """Lengthen the beams of every prompt by a token."""
+    """Extend the beams of every prompt by a token."""
     prompts, beams = state.beams.scores.shape
     log_probs = jax.nn.log_softmax(decoder.logits(state.hidden, weights.head))
     vocab = log_probs.shape[-1]
@@ -256,14 +260,14 @@ def _turn(
     most = min(1 + jnp.size(request.stop_ids), vocab) * beams
     sums, place = jax.lax.top_k(sums, most)
     parent, token = place // vocab, place % vocab
-    length, penalty = state.turn + 1, jnp.asarray(request.length_penalty)
+    length, penalty = state.steps + 1, jnp.asarray(request.length_penalty)
     stopped = jnp.any(token[..., None] == jnp.asarray(request.stop_ids), axis=-1)
     ended = stopped | (length == request.max_tokens)
     before = _chosen(state.beams, parent)
     own = jnp.take_along_axis(log_probs.reshape(prompts, -1), place, axis=1)
     grown = Paths(
-        tokens=before.tokens.at[:, :, state.turn].set(token),
-        log_probs=before.log_probs.at[:, :, state.turn].set(own),
+        tokens=before.tokens.at[:, :, state.steps].set(token),
+        log_probs=before.log_probs.at[:, :, state.steps].set(own),
         lengths=jnp.full_like(token, length),
         stopped=stopped,
         scores=jnp.where(ended, -jnp.inf, sums),
@@ -298,17 +302,17 @@ def _chosen(tree: Tree, at: Array) -> Tree:
 
 
 def _placed(layout: Layout | None, state: _State) -> _State:
-    """Say where the state lies."""
+    """Constrain the state to its layout."""
 
-    def whole(array: Array) -> Array:
+    def replicated(array: Array) -> Array:
         return constrain(layout, array, (None,) * array.ndim)
 
     return _State(
         Cache(
             tuple(constrain(layout, each, KEYS) for each in state.cache.keys),
             tuple(constrain(layout, each, VALUES) for each in state.cache.values),
-            whole(state.cache.lengths),
+            replicated(state.cache.lengths),
         ),
         constrain(layout, state.hidden, ("batch", None)),
-        *jax.tree.map(whole, state[2:]),
+        *jax.tree.map(replicated, state[2:]),
     )

@@ -4,7 +4,7 @@ Four programs. `empty` makes the slots, `prefill` runs prompts, `admit` copies a
 into the slots of its completions, and `decode` draws tokens in all slots at once, in one
 `lax.while_loop`. `episode_sampler.py` calls them.
 
-A turn of the loop draws a token from the hidden state that a slot holds, then runs the decoder on
+A step of the loop draws a token from the hidden state that a slot holds, then runs the decoder on
 it. So the first token of a completion, whose hidden state comes from the prefill, is drawn by the
 same code as all others, and to admit a prompt is to copy.
 
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from tunelang.compiler.models.architecture import Architecture
@@ -31,11 +32,11 @@ from tunelang.runtime.generation.token_sampling import SlotSettings, sample, tok
 from tunelang.runtime.models.decode_step import DecodeWeights, decode_step, decode_weights
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.kv_cache import KEYS, VALUES, Cache, empty_cache, insert
-from tunelang.runtime.models.parameters import abstract_decoder
+from tunelang.runtime.models.parameters import Params, abstract_decoder
 from tunelang.runtime.sharding import Axes, Layout, constrain, jit, platform
 
-Given = Array | NDArray[Any] | np.generic
-"""What the host hands to a program: numpy as a rule, which is the same on every host."""
+ProgramInput = Array | NDArray[Any] | np.generic
+"""An array that the host passes to a program: numpy as a rule, which is the same on every host."""
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,7 @@ class Written:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """Everything that the loop changes."""
+    """The state of the loop."""
 
     cache: Cache
     hidden: Array
@@ -78,7 +79,7 @@ class Slots:
 
 
 class Prefilled(NamedTuple):
-    """Prompts that were run, and wait to be admitted."""
+    """Prompts that the decoder has run, ready to be admitted."""
 
     hidden: Array
     """`[prompts, width]`: of each prompt's last token."""
@@ -88,30 +89,30 @@ class Prefilled(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """Which prompt goes to which slot, all `[count]` int32; a slot beyond the last is left out."""
+    """Assigns prompts to slots, all `[count]` int32; a slot beyond the last is left out."""
 
-    row: Given
-    """Of the `Prefilled`."""
-    slot: Given
-    completion: Given
-    prompt: Given
-    sample: Given
+    row: ProgramInput
+    """The row of the prompt in `Prefilled`."""
+    slot: ProgramInput
+    completion: ProgramInput
+    prompt: ProgramInput
+    sample: ProgramInput
 
 
 class Request(NamedTuple):
-    """What `decode` is told, all as arrays: to change any of it compiles nothing."""
+    """The arguments of `decode`, all as arrays: to change any of them compiles nothing."""
 
     settings: SlotSettings
-    stop_ids: Given
+    stop_ids: ProgramInput
     """`[stops]` int32; -1 for none."""
-    seed: Given
+    seed: ProgramInput
     """uint32 scalar: the run's."""
-    step: Given
+    step: ProgramInput
     """int32 scalar: the training step."""
-    until_free: Given
+    until_free: ProgramInput
     """int32 scalar: the loop ends when so many slots are free."""
-    most: Given
-    """int32 scalar: the loop ends after so many turns."""
+    max_steps: ProgramInput
+    """int32 scalar: the loop ends after so many steps."""
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,15 @@ class Engine:
     """How many slots have to be free before the loop is left to refill them."""
     empty: Callable[[int, int, bool], Slots]
     """`(rows, max_tokens, whether there is a repetition penalty) -> slots`."""
-    prefill: Callable[[Any, Given, Given], Prefilled]
+    prefill: Callable[[Params, ProgramInput, ProgramInput], Prefilled]
     """`(params, tokens [prompts, length], lengths [prompts]) -> prefilled`."""
     admit: Callable[[Slots, Prefilled, Admission], Slots]
     """The slots that go in are used up."""
-    decode: Callable[[Any, Slots, Given, Request], tuple[Slots, Array]]
-    """`(params, slots, keep, request) -> slots, turns`. Slots that `keep` `[slots]` leaves out end
-    before the first turn. The slots that go in are used up."""
+    decode: Callable[[Params, Slots, ProgramInput, Request], tuple[Slots, Array]]
+    """`(params, slots, keep, request) -> slots, steps`. Slots that `keep` `[slots]` leaves out end
+    before the first step. The slots that go in are used up."""
     layout: Layout | None = None
-    """Where the parameters lie that the programs take."""
+    """The layout of the parameters that the programs take."""
 
 
 def make_engine(
@@ -141,7 +142,7 @@ def make_engine(
     *,
     slots: int,
     capacity: int,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     layout: Layout | None = None,
 ) -> Engine:
     """Make the programs; each compiles at its first call.
@@ -163,16 +164,13 @@ def make_engine(
     if slots < 1:
         raise ValueError(f"{slots} slots")
     graph, _ = abstract_decoder(architecture, dtype)
-    # Where every turn would convert or copy the weights, that is done once, ahead of the loop.
-    # Quantised ones are not: the copy would take the memory that they save.
-    quantised = architecture.storage in ("nf4", "int8")
-    ahead = not quantised and (dtype != jnp.float32 or platform(layout) == "cpu")
+    copied = copies_weights(architecture, dtype, layout)
 
     def empty(rows: int, max_tokens: int, penalised: bool) -> Slots:
         state = _empty(architecture, slots, capacity, dtype, rows, max_tokens, penalised)
         return _placed(layout, state)
 
-    def prefill(params: Any, tokens: Array, lengths: Array) -> Prefilled:
+    def prefill(params: Params, tokens: Array, lengths: Array) -> Prefilled:
         decoder: Decoder = nnx.merge(graph, params)
         hidden, cache = decoder.prefill(tokens, lengths, layout=layout)
         return Prefilled(hidden, cache, tokens)
@@ -180,26 +178,12 @@ def make_engine(
     def admit(state: Slots, prompts: Prefilled, admission: Admission) -> Slots:
         return _placed(layout, _admit(state, prompts, admission))
 
-    def decode(params: Any, state: Slots, keep: Array, request: Request) -> tuple[Slots, Array]:
-        def going(carry: tuple[Slots, Array]) -> Array:
-            state, turns = carry
-            free = slots - jnp.sum(state.active, dtype=jnp.int32)
-            return (free < jnp.asarray(request.until_free)) & (turns < jnp.asarray(request.most))
-
+    def decode(params: Params, state: Slots, keep: Array, request: Request) -> tuple[Slots, Array]:
         decoder: Decoder = nnx.merge(graph, params)
-        if ahead and architecture.adapters:
+        if copied and architecture.adapters:
             decoder = decoder.merge_adapters()
-        values = nnx.split(decoder)
-
-        def turn(carry: tuple[Slots, Array]) -> tuple[Slots, Array]:
-            state, turns = carry
-            decoder: Decoder = nnx.merge(*values)
-            weights = decode_weights(decoder) if copied is None else copied
-            return _placed(layout, _turn(decoder, weights, state, request, layout)), turns + 1
-
-        copied = decode_weights(decoder) if ahead else None
         state = replace(state, active=state.active & keep)
-        return jax.lax.while_loop(going, turn, (state, jnp.zeros((), jnp.int32)))
+        return _decode_loop(decoder, state, request, layout, copied)
 
     return Engine(
         slots, capacity, max(1, slots // 8),
@@ -211,16 +195,48 @@ def make_engine(
     )  # fmt: skip
 
 
+def copies_weights(architecture: Architecture, dtype: DTypeLike, layout: Layout | None) -> bool:
+    """Return whether a decode loop copies the weights once, ahead of its steps.
+
+    It does where every step would convert or copy them. Quantised ones are left: the copy would
+    take the memory that they save.
+    """
+    quantised = architecture.storage in ("nf4", "int8")
+    return not quantised and (dtype != jnp.float32 or platform(layout) == "cpu")
+
+
+def _decode_loop(
+    decoder: Decoder, state: Slots, request: Request, layout: Layout | None, copied: bool
+) -> tuple[Slots, Array]:
+    """Step until enough slots are free, or as often as is allowed; returns also the steps."""
+    graph, params = nnx.split(decoder)
+    copies = decode_weights(decoder) if copied else None
+    slots = state.active.shape[0]
+
+    def goes_on(carry: tuple[Slots, Array]) -> Array:
+        state, steps = carry
+        free = slots - jnp.sum(state.active, dtype=jnp.int32)
+        return (free < jnp.asarray(request.until_free)) & (steps < jnp.asarray(request.max_steps))
+
+    def step(carry: tuple[Slots, Array]) -> tuple[Slots, Array]:
+        state, steps = carry
+        decoder: Decoder = nnx.merge(graph, params)
+        weights = decode_weights(decoder) if copies is None else copies
+        return _placed(layout, _step(decoder, weights, state, request, layout)), steps + 1
+
+    return jax.lax.while_loop(goes_on, step, (state, jnp.zeros((), jnp.int32)))
+
+
 def _empty(
     architecture: Architecture,
     slots: int,
     capacity: int,
-    dtype: Any,
+    dtype: DTypeLike,
     rows: int,
     max_tokens: int,
     penalised: bool,
 ) -> Slots:
-    def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
+    def zeros(*shape: int, dtype: DTypeLike = jnp.int32) -> Array:
         return jnp.zeros(shape, dtype)
 
     return Slots(
@@ -245,8 +261,8 @@ def _admit(state: Slots, prompts: Prefilled, admission: Admission) -> Slots:
     """Overwrite everything that a slot holds of its last completion."""
     row, slot = jnp.asarray(admission.row), jnp.asarray(admission.slot)
 
-    def put(into: Array, what: Given | bool | int) -> Array:
-        return into.at[slot].set(what, mode="drop")
+    def put(into: Array, values: ProgramInput | bool | int) -> Array:
+        return into.at[slot].set(values, mode="drop")
 
     seen = state.seen
     if seen is not None:
@@ -267,7 +283,7 @@ def _admit(state: Slots, prompts: Prefilled, admission: Admission) -> Slots:
 
 
 def _occurring(prompts: Prefilled, vocab: int) -> Array:
-    """Which tokens occur in each prompt, bool `[prompts, vocab]`."""
+    """Return which tokens occur in each prompt, bool `[prompts, vocab]`."""
     count, length = prompts.tokens.shape
     inside = jnp.arange(length) < prompts.cache.lengths[:, None]
     tokens = jnp.where(inside, prompts.tokens, vocab)
@@ -275,7 +291,7 @@ def _occurring(prompts: Prefilled, vocab: int) -> Array:
     return jnp.zeros((count, vocab), bool).at[rows, tokens].set(True, mode="drop")
 
 
-def _turn(
+def _step(
     decoder: Decoder, weights: DecodeWeights, state: Slots, request: Request, layout: Layout | None
 ) -> Slots:
     """Draw one token in every slot, write it down where the slot is active, and run it."""
@@ -309,7 +325,7 @@ def abstract_slots(
     architecture: Architecture,
     slots: int,
     capacity: int,
-    dtype: Any,
+    dtype: DTypeLike,
     rows: int,
     max_tokens: int,
     layout: Layout,
@@ -327,7 +343,7 @@ def abstract_slots(
 
 
 def _placed(layout: Layout | None, state: Slots) -> Slots:
-    """Say where the slots lie: the same for every program, or they would be copied in between."""
+    """Constrain the slots to one layout for every program, or they would be copied in between."""
     return _each_placed(lambda array, axes: constrain(layout, array, axes), state)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
 from tunelang.compiler.costs.rollout_costs import MOST_SLOTS, sampling_tensor
 from tunelang.compiler.layout.hardware import chip_of
@@ -35,7 +35,7 @@ def slot_count(count: int, most: int = MOST_SLOTS) -> int:
     return min(most, 1 << (count - 1).bit_length())
 
 
-def sampling_layout(architecture: Architecture, dtype: Any, layout: Layout) -> Layout:
+def sampling_layout(architecture: Architecture, dtype: DTypeLike, layout: Layout) -> Layout:
     """Return the layout in which to sample from a model that has one for training.
 
     Each group of devices has whole weights: gathered in every decode step they would take most of
@@ -50,7 +50,7 @@ def sampling_layout(architecture: Architecture, dtype: Any, layout: Layout) -> L
 
 
 def sampling_layout_over(
-    devices: Sequence[jax.Device], architecture: Architecture, dtype: Any
+    devices: Sequence[jax.Device], architecture: Architecture, dtype: DTypeLike
 ) -> Layout:
     """Return the layout over all devices of a model that is only sampled from, or scores."""
     return sampling_layout(architecture, dtype, make_layout(fsdp=len(devices), devices=devices))

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from tunelang.runtime.generation.slot_queue import SlotQueue, power_of_two
 from tunelang.runtime.generation.stop_strings import StopStrings
 from tunelang.runtime.generation.token_sampling import slot_settings
 from tunelang.runtime.models.loaded_model import Model
+from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.sharding import Layout, reshard_for_decoding
 from tunelang.runtime.tokenize.tokenizers import Tokenizer
 
@@ -43,7 +43,7 @@ class Sampler:
     engine: Engine
     sampling: Sampling
     stop_ids: Sequence[int]
-    """They end an episode and belong to it, as do the strings of `sampling.stop`."""
+    """Tokens that end an episode and belong to it, as do the strings of `sampling.stop`."""
     pad: int
     tokenizer: Tokenizer | None = None
     """Needed for stop strings only."""
@@ -71,7 +71,7 @@ class Sampler:
         return cls(engine, sampling, model.renderer.stops, tokenizer.pad, tokenizer)
 
     def sample(
-        self, params: Any, prompts: Sequence[Prompt], *, group: int, seed: int, step: int = 0
+        self, params: Params, prompts: Sequence[Prompt], *, group: int, seed: int, step: int = 0
     ) -> Episodes:
         """Sample `group` episodes of each prompt.
 
@@ -108,7 +108,7 @@ class Sampler:
                 np.uint32(seed % 2**32),
                 np.int32(step),
                 until_free=np.int32(min(engine.refill_at, waiting) if waiting else engine.slots),
-                most=np.int32(TEXT_STEPS if strings else _NO_LIMIT),
+                max_steps=np.int32(TEXT_STEPS if strings else _NO_LIMIT),
             )
             state, steps = engine.decode(params, state, active, request)
             still = np.asarray(state.active)

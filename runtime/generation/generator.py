@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tunelang.compiler.costs.judge_costs import VERDICT_SLOTS, VERDICT_TOKENS
 from tunelang.dsl.vocabulary.training import Sampling
@@ -15,6 +14,7 @@ from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Episodes, Prompt, completion_texts
 from tunelang.runtime.generation.slot_queue import power_of_two
 from tunelang.runtime.models.loaded_model import Model
+from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.sharding import Layout
 
 _VERDICT = Sampling.unvalidated(max_tokens=VERDICT_TOKENS, temperature=0.0)
@@ -27,7 +27,7 @@ class TextGenerator:
     """A model with its parameters, in a layout for decoding."""
 
     model: Model
-    params: Any
+    params: Params
     layout: Layout
 
     @property

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from tunelang.runtime.generation.engine import Admission, Engine, Prefilled, Slots
 from tunelang.runtime.generation.episodes import Bools, Ints, Prompt
+from tunelang.runtime.models.parameters import Params
 
 PREFILL = 8
 """Prompts per prefill call; fewer than this many are prefilled one at a time."""
@@ -28,7 +28,7 @@ class SlotQueue:
     """Hands free slots to the next episodes."""
 
     def __init__(
-        self, engine: Engine, params: Any, prompts: Sequence[Prompt], group: int, pad: int
+        self, engine: Engine, params: Params, prompts: Sequence[Prompt], group: int, pad: int
     ) -> None:
         self.engine, self.params, self.prompts = engine, params, prompts
         self.group, self.pad = group, pad

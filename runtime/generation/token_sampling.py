@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jaxtyping import Bool, Float, Integer, Key
 
 from tunelang.dsl.vocabulary.training import Sampling
 
@@ -72,7 +73,13 @@ def slot_settings(sampling: Sampling, slots: int) -> SlotSettings:
     )
 
 
-def token_keys(seed: Array, step: Array, prompt: Array, sample: Array, position: Array) -> Array:
+def token_keys(
+    seed: Integer[Array, ""],
+    step: Integer[Array, ""],
+    prompt: Integer[Array, " slots"],
+    sample: Integer[Array, " slots"],
+    position: Integer[Array, " slots"],
+) -> Key[Array, " slots"]:
     """Make a random key for each slot, `[slots]`, from what is drawn and not from where.
 
     `seed` is the run's and `step` the training step, scalars; `prompt` (its index in the data),
@@ -89,7 +96,12 @@ def token_keys(seed: Array, step: Array, prompt: Array, sample: Array, position:
     return jax.vmap(one)(prompt, sample, position)
 
 
-def sample(logits: Array, keys: Array, settings: SlotSettings, seen: Array | None = None) -> Draw:
+def sample(
+    logits: Float[Array, "slots vocab"],
+    keys: Key[Array, " slots"],
+    settings: SlotSettings,
+    seen: Bool[Array, "slots vocab"] | None = None,
+) -> Draw:
     """Draw the next token of each slot.
 
     `logits` is `[slots, vocab]`, `keys` `[slots]` as from `token_keys`. `seen` is bool
@@ -105,7 +117,7 @@ def sample(logits: Array, keys: Array, settings: SlotSettings, seen: Array | Non
     greedy = settings.temperature == 0
 
     def draw() -> tuple[Array, Array]:
-        keep = kept(scaled, settings)
+        keep = filtered(scaled, settings)
         normaliser = jax.nn.logsumexp(scaled, -1, where=keep)
         return _draw(keys, jnp.where(keep, _mass(scaled), 0)), normaliser
 
@@ -123,8 +135,12 @@ def sample(logits: Array, keys: Array, settings: SlotSettings, seen: Array | Non
     )
 
 
-def token_log_probs(logits: Array, tokens: Array, temperature: Array) -> Array:
-    """Log-probabilities of tokens under the model's own distribution at a temperature, in nats.
+def token_log_probs(
+    logits: Float[Array, "*tokens vocab"],
+    tokens: Integer[Array, "*tokens"],
+    temperature: Float[Array, "*tokens"],
+) -> Float[Array, "*tokens"]:
+    """Return log-probabilities of tokens under the model's distribution at a temperature, in nats.
 
     `logits` is `[..., vocab]`, `tokens` and `temperature` `[...]`. At temperature 0, whose
     distribution says nothing about the model, those at temperature 1. Everything that is compared
@@ -134,8 +150,10 @@ def token_log_probs(logits: Array, tokens: Array, temperature: Array) -> Array:
     return _at(scaled, tokens) - jax.nn.logsumexp(scaled, -1)
 
 
-def scale(logits: Array, temperature: Array) -> Array:
-    """Logits `[..., vocab]` less their largest, divided by the temperature `[...]` (0 counts as 1).
+def scale(
+    logits: Float[Array, "*tokens vocab"], temperature: Float[Array, "*tokens"]
+) -> Float[Array, "*tokens vocab"]:
+    """Return logits `[..., vocab]` less their largest, over the temperature `[...]` (0 is 1).
 
     The largest is taken off first: 0 divided by any temperature is 0, however small it is.
     """
@@ -158,8 +176,10 @@ def _scaled_once(logits: Array, temperature: Array) -> Array:
     return scaled
 
 
-def kept(scaled: Array, settings: SlotSettings) -> Array:
-    """Which tokens the filters leave, bool `[slots, vocab]`.
+def filtered(
+    scaled: Float[Array, "slots vocab"], settings: SlotSettings
+) -> Bool[Array, "slots vocab"]:
+    """Return which tokens the filters keep, bool `[slots, vocab]`.
 
     `scaled` is `[slots, vocab]` as from `scale`.
 
@@ -248,7 +268,10 @@ def _upper_half(one: Array, other: Array) -> Array:
 
 
 def _penalised(logits: Array, seen: Array, penalty: Array) -> Array:
-    """CTRL's penalty (arXiv:1909.05858, section 4.1), which as written rewards negative logits."""
+    """Apply CTRL's penalty (arXiv:1909.05858, section 4.1) to logits of both signs.
+
+    As written there, it rewards negative ones.
+    """
     penalty = penalty[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
