@@ -14,7 +14,7 @@ from tunelang.runtime.generation import token_sampling
 from tunelang.runtime.generation.token_sampling import SlotSettings
 
 draw = jax.jit(token_sampling.sample)
-keep = jax.jit(token_sampling.kept)
+keep = jax.jit(token_sampling.filtered)
 
 
 def settings(slots: int = 1, **chosen) -> SlotSettings:
