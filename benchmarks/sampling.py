@@ -59,7 +59,7 @@ def main() -> None:
         scaled = token_sampling.scale(logits, nucleus.temperature)
         row = [
             milliseconds(by_sort, scaled, nucleus.top_p),
-            milliseconds(token_sampling.kept, scaled, nucleus),
+            milliseconds(token_sampling.filtered, scaled, nucleus),
         ]
         for case in CASES.values():
             row.append(

@@ -195,6 +195,6 @@ def test_bfloat16():
         ({"beams": 0}, "0 beams"),
     ],
 )
-def test_what_cannot_run_is_refused(given, message):
+def test_impossible_search_is_an_error(given, message):
     with pytest.raises(ValueError, match=message):
-        search(FAMILIES["llama"], None, **given)
+        search(FAMILIES["llama"], nnx.State({}), **given)
