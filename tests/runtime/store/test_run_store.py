@@ -24,7 +24,7 @@ from tunelang.runtime.store.atomic_files import (
     numbers,
     read_rows,
 )
-from tunelang.runtime.store.locks import Locked, holder, lock
+from tunelang.runtime.store.locks import Locked, lock, read_holder
 from tunelang.runtime.store.run_store import Store, root
 
 # Files.
@@ -147,7 +147,7 @@ def test_a_lock_refuses_waits_and_ends_with_its_process(tmp_path: Path) -> None:
 
     with lock(path, wait=30, on_wait=then_kill):
         assert len(told) == 1
-        found = holder(path)
+        found = read_holder(path)
         assert found is not None
         assert found.pid == os.getpid()
     process.communicate()
