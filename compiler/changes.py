@@ -1,4 +1,4 @@
-"""What made a stage stale: two fingerprints compared, in the words of the spec."""
+"""Comparison of two fingerprints: the changes that made a stage stale, in the words of the spec."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _merged(root: _Part) -> tuple[dict[str, str], dict[str, str]]:
 
 @dataclass
 class _Book:
-    """What was worked out so far."""
+    """Fingerprints computed so far."""
 
     graph: StageGraph
     contents: Contents
@@ -124,7 +124,7 @@ class _Book:
     """Declaration, and the digests read from the stages behind it -> its part."""
 
     def reading(self, nodes: tuple[str, ...], selection: Selection | None) -> _Part:
-        """What a reader of a stage sees: one node, or the winner of a selection."""
+        """Return what a reader of a stage gets: one node, or the winner of a selection."""
         if selection is None:
             return _Part(self.digests[nodes[0]], {}, {}, {})
         digests = sorted(self.digests[node] for node in nodes)
@@ -182,7 +182,7 @@ class _Writer:
     """The stages that were met, here or in a part."""
 
     def part(self) -> _Part:
-        """What was collected."""
+        """Return the collected components."""
         return _Part(_digest(self.components), self.components, self.words, self.parts)
 
     def stage(self, node: StageNode) -> None:

@@ -26,7 +26,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class State:
-    """What the store has of a node, and so what a run would do with it."""
+    """The state of a node in the store, which decides what a run does with it."""
 
     kind: Literal["up to date", "to run", "resume", "same", "left out"]
     """`same`: another node of the plan has the same fingerprint, and its result serves both."""
@@ -38,7 +38,7 @@ class State:
     node: str | None = None
     """The node that a `same` one is the same as."""
     changes: tuple[Change, ...] = ()
-    """What made it stale, against the most alike fingerprint of the last run that had the stage."""
+    """Differences from the most similar fingerprint of the last run that had the stage."""
 
     @property
     def runs(self) -> bool:
@@ -98,7 +98,7 @@ class Plan:
 
 
 def _fields(value: Any) -> Json:
-    """The fields of a dataclass by name, as they are."""
+    """Return the fields of a dataclass by name."""
     return {part.name: getattr(value, part.name) for part in fields(value) if part.init}
 
 

@@ -19,7 +19,7 @@ _COMPARED = 32
 
 
 class StoreView(Protocol):
-    """What planning asks of a store; each answer is about one moment."""
+    """The queries that planning makes of a store; each answer holds for one moment."""
 
     def finished(self, digest: str) -> bool:
         """Whether a stage with this fingerprint is done, with all that it wrote."""
@@ -45,7 +45,7 @@ def plan(
     until: Collection[str] = (),
     force: Collection[str] = (),
 ) -> Plan:
-    """The plan of a checked Program.
+    """Return the plan of a checked Program.
 
     `only`, `until` and `force` name stages or nodes. A forced node runs although it is up to date;
     what reads it does not, for its fingerprint stays the same.
@@ -56,13 +56,13 @@ def plan(
     chosen = {*graphs.only(graph, only), *graphs.until(graph, until)}
     if not only and not until:
         chosen = set(graph.nodes)
-    found = fingerprints(graph, contents)
-    wanted = {found[node].digest for node in chosen}
-    forced = {found[node].digest for node in graphs.only(graph, force)} & wanted
+    prints = fingerprints(graph, contents)
+    wanted = {prints[node].digest for node in chosen}
+    forced = {prints[node].digest for node in graphs.only(graph, force)} & wanted
     first: dict[str, str] = {}
     stages: list[StagePlan] = []
     for node in graph.nodes.values():
-        fingerprint = found[node.id]
+        fingerprint = prints[node.id]
         same = first.setdefault(fingerprint.digest, node.id)
         if same != node.id:
             state = State("same", node=same)
@@ -94,9 +94,9 @@ def plan(
         for name, declared in program.declarations.items()
         if declared.noun != "stage"
     }
-    made = Plan(program.run.name, _json(program.run), declarations, tuple(stages))
-    verify(made)
-    return made
+    plan = Plan(program.run.name, _json(program.run), declarations, tuple(stages))
+    verify(plan)
+    return plan
 
 
 def _state(store: StoreView, node: graphs.StageNode, new: Fingerprint, wanted: bool) -> State:
@@ -112,27 +112,29 @@ def _state(store: StoreView, node: graphs.StageNode, new: Fingerprint, wanted: b
     old = _most_alike(store.earlier(node.stage), node.id, new)
     if old is None:
         return State("to run", "first run")
-    told = changes(old, new)
-    return State("to run", "changed", changes=told) if told else State("to run", "first run")
+    differences = changes(old, new)
+    if not differences:
+        return State("to run", "first run")
+    return State("to run", "changed", changes=differences)
 
 
 def _most_alike(earlier: Mapping[str, Json], node: str, new: Fingerprint) -> Fingerprint | None:
-    """The same node in the earlier run; without one, the branch with the fewest differences."""
-    held = [earlier[node]] if node in earlier else list(earlier.values())[:_COMPARED]
-    if not held:
+    """Return the same node of the earlier run, or else the branch with the fewest differences."""
+    candidates = [earlier[node]] if node in earlier else list(earlier.values())[:_COMPARED]
+    if not candidates:
         return None
     items = new.components.items()
-    best = min(held, key=lambda old: len(old["components"].items() ^ items))
+    best = min(candidates, key=lambda old: len(old["components"].items() ^ items))
     return Fingerprint(best["digest"], dict(best["components"]), dict(best["words"]))
 
 
 def _json(value: object) -> Any:
-    """A value as JSON and nothing else, so that a plan that was loaded equals the one saved."""
+    """Convert a value to plain JSON."""
     return json.loads(json.dumps(plain(value), default=_parameter))
 
 
 def _parameter(value: object) -> str:
-    """Values that only parameters and named expressions have, in the words of the spec."""
+    """Convert values that only parameters and named expressions have to the words of the spec."""
     match value:
         case Word():
             return value.text

@@ -1,4 +1,4 @@
-"""What the local models that score completions take in a step."""
+"""Memory and seconds of the local models that score the completions of a step."""
 
 from __future__ import annotations
 

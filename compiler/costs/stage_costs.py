@@ -1,5 +1,4 @@
-"""What a step of each kind of stage consists of: the one place in the compiler that tells kinds
-apart.
+"""Costs of the kinds of stages: the one place in the compiler that tells kinds apart.
 
 A kind of stage is a subclass of `StageCost`, entered in `STAGE_COSTS` under its class of the
 vocabulary; a stage without an entry of its own has that of its nearest base.
@@ -56,7 +55,7 @@ class SeparateCritic:
 
 @dataclass(frozen=True)
 class StageCost(ABC):
-    """What a step of a training stage consists of; the defaults are those of supervised tuning."""
+    """The parts of a training stage's step; the defaults are those of supervised tuning."""
 
     stage: Training
 
@@ -376,6 +375,6 @@ STAGE_COSTS: dict[type[Training], type[StageCost]] = {
 
 
 def cost_of(stage: Training) -> StageCost:
-    """Return what a step of the stage consists of."""
+    """Return the cost of a stage's kind."""
     kind = next(kind for kind in type(stage).__mro__ if kind in STAGE_COSTS)
     return STAGE_COSTS[kind](stage)

@@ -27,7 +27,7 @@ from tunelang.compiler.models.parameter_counts import (
 _UPDATE_PASSES: dict[Remat, float] = {"none": 3.0, "dots": 3.2, "full": 4.0}
 """Forward passes that an update is worth."""
 _UPDATE_PASSES_CPU: dict[Remat, float] = {"none": 3.3, "dots": 3.2, "full": 3.4}
-"""The same on a CPU, where to keep an activation costs as much as to compute it (measured)."""
+"""The same for a CPU, where an activation costs as much to keep as to compute (measured)."""
 _MICRO_BATCH_OVERHEAD = 0.02
 """Share of an update's time that each further micro-batch adds."""
 _ARRAYS_IN_TRANSIT = 2

@@ -36,7 +36,7 @@ class Box:
     detail: str
     shape: Literal["model", "stage", "selection"]
     stage: str = ""
-    """Of which stage it is a branch or the selection."""
+    """The stage that it is a branch or the selection of."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Picture:
 
 
 def picture(graph: StageGraph) -> Picture:
-    """What there is to draw."""
+    """A drawing before it has a form: boxes and arrows."""
     boxes: dict[str, Box] = {}
     arrows: list[Arrow] = []
     last = {nodes[-1]: stage for stage, nodes in graph.by_stage.items()}

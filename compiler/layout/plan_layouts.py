@@ -43,7 +43,7 @@ class Shapes:
     architecture: Architecture
     """With the adapter that the stage trains."""
     dtype: str
-    """Of activations, as the spec writes it."""
+    """The dtype of activations, as the spec writes it."""
     teacher: Architecture | None = None
     judges: tuple[Judge, ...] = ()
 

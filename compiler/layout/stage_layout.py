@@ -9,14 +9,14 @@ from functools import cached_property
 from typing import Literal
 
 Remat = Literal["none", "dots", "full"]
-"""What the backward pass computes again: nothing, all but matrix products, everything."""
+"""Rematerialisation: the backward pass computes again nothing, all but matrix products, or all."""
 Kernel = Literal["xla", "cudnn", "splash"]
 """Kernels of attention."""
 
 CHUNK = 128
 """Tokens of a sequence whose logits are in memory at once."""
 OFFLOADS = ((), ("reference",), ("optimizer",), ("optimizer", "reference"))
-"""What may lie in the memory of the host, what costs the least time first."""
+"""Arrays that may lie in the memory of the host; the set that costs the least time first."""
 _SAMPLING, _SCORING, _LOSS, _BACKWARD, _UPDATE = range(5)
 """The phases of a step: completions are sampled; judges and an offloaded reference score them; the
 loss, the backward pass, and new parameters are computed."""
@@ -46,7 +46,7 @@ def resident_bytes(memory: Mapping[str, int]) -> int:
 
 
 def peak(memory: Mapping[str, int]) -> int:
-    """Return the most bytes in a device, from its parts: phases come in turn."""
+    """Return the most bytes in a device at any phase of a step, from the bytes of its parts."""
     totals = [0] * len(_ALWAYS)
     for name, size in memory.items():
         for phase in _PHASES[name]:
@@ -56,7 +56,7 @@ def peak(memory: Mapping[str, int]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class StageLayout:
-    """Where and in which parts a stage runs."""
+    """How a stage is divided over devices and micro-batches, with what a step takes."""
 
     mesh: dict[str, int]
     rows: int
@@ -67,7 +67,7 @@ class StageLayout:
     remat: Remat
     kernel: Kernel = "xla"
     offload: tuple[str, ...] = ()
-    """What lies in the memory of the host: the moments of the optimizer, the reference."""
+    """Arrays in the memory of the host: `optimizer` for its moments, `reference`."""
     slots: int | None
     """Completions that are sampled at once, over all devices; None without a rollout."""
     branches: int = 1
@@ -75,7 +75,7 @@ class StageLayout:
     memory: dict[str, int] = field(default_factory=dict)
     """Bytes in each device, by part."""
     flops: float = 0.0
-    """Of a step, over all devices: what has to be computed for all branches."""
+    """FLOPs of a step over all devices and branches, without what is computed again."""
     decode: dict[str, int] | None = None
     """Mesh of the rollout, over the same devices; None without a rollout."""
     times: dict[str, float] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class StageLayout:
 
     @property
     def bound(self) -> str:
-        """What takes longest in a step."""
+        """The cause that takes the longest in a step."""
         return max(self.times, key=self.times.__getitem__)
 
 

@@ -84,11 +84,11 @@ class Family:
     """A row of the table."""
 
     choices: Callable[[Config], Fields]
-    """What of the architecture is not as in Llama."""
+    """Returns the fields of the architecture that differ from Llama's."""
     tied: bool = False
     """Whether the head is the embedding where the configuration does not say."""
     names: Mapping[str, str] = field(default_factory=dict)
-    """What is not called as in Llama."""
+    """Names of tensors that differ from Llama's."""
 
 
 class UnknownFamilyError(Exception):

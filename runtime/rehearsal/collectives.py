@@ -1,4 +1,4 @@
-"""What devices exchange in a compiled program, read from its text."""
+"""The exchanges between devices in a compiled program, read from its text."""
 
 from __future__ import annotations
 
@@ -26,30 +26,29 @@ _CALL = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\
 
 
 class Collective(NamedTuple):
-    """An exchange in the text of a program."""
+    """A collective operation in the text of a program."""
 
     kind: str
     shape: tuple[int, ...]
-    """Of its largest array."""
+    """Shape of its largest array."""
     size: int
     """Bytes of its results in each device."""
     times: int
-    """How often it is made, as far as it is known how often loops turn."""
+    """Executions per call of the program; loops of unknown trip count count once."""
     loops: int
-    """How many loops it is in."""
+    """Loops that it is nested in."""
 
 
 def exchanged(text: str) -> dict[str, tuple[int, int]]:
-    """Count the collectives that a call of a program makes, and the bytes of their results in each
-    device, by kind.
-
-    Those in a loop count as often as it is known to turn.
+    """Count the collectives that a call of a program executes, and the bytes of their results in
+    each device, by kind.
     """
-    found: dict[str, tuple[int, int]] = {}
-    for each in collectives(text):
-        count, total = found.get(each.kind, (0, 0))
-        found[each.kind] = count + each.times, total + each.times * each.size
-    return found
+    totals: dict[str, tuple[int, int]] = {}
+    for collective in collectives(text):
+        count, size = totals.get(collective.kind, (0, 0))
+        count += collective.times
+        totals[collective.kind] = count, size + collective.times * collective.size
+    return totals
 
 
 def collectives(text: str) -> Iterator[Collective]:
@@ -64,8 +63,8 @@ def collectives(text: str) -> Iterator[Collective]:
 
 
 def operations(text: str) -> Iterator[tuple[str, int, int]]:
-    """Give the operations of a compiled program: as they are written, how often each is made as far
-    as it is known how often loops turn, and how many loops it is in.
+    """Give the operations of a compiled program: its line, its executions per call (loops of
+    unknown trip count count once), and the loops that it is nested in.
     """
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
     if entry is not None:
@@ -73,26 +72,25 @@ def operations(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def wasteful(text: str, architecture: Architecture, micro_batches: int) -> Iterator[str]:
-    """Say what a program gathers that it should not: the weights of all layers at once, logits, or
+    """Describe what a program gathers needlessly: the weights of all layers at once, logits, or
     the head in each turn of the loop over chunks.
     """
     a = architecture
-    found: dict[str, None] = {}
-    for each in collectives(text):
-        numbers = math.prod(each.shape)
-        if each.kind != "all-gather":
+    findings: dict[str, None] = {}
+    for gather in collectives(text):
+        if gather.kind != "all-gather":
             continue
-        if a.vocabulary in each.shape:
-            table = numbers == a.vocabulary * a.width
-            if table and each.loops > (micro_batches > 1):
-                found["the head is gathered in each turn of a loop"] = None
-            elif a.width not in each.shape and numbers > CHUNK * a.vocabulary:
-                found[f"logits are gathered whole: {list(each.shape)}"] = None
-        elif a.layers > 1 and each.shape[:1] == (a.layers,) and len(each.shape) > 2:
+        shape, numbers = gather.shape, math.prod(gather.shape)
+        if a.vocabulary in shape:
+            is_table = numbers == a.vocabulary * a.width
+            if is_table and gather.loops > (micro_batches > 1):
+                findings["the head is gathered in each turn of a loop"] = None
+            elif a.width not in shape and numbers > CHUNK * a.vocabulary:
+                findings[f"logits are gathered whole: {list(shape)}"] = None
+        elif a.layers > 1 and shape[:1] == (a.layers,) and len(shape) > 2:
             if numbers >= a.layers * a.width**2 // 8:
-                said = f"the weights of all layers are gathered at once: {list(each.shape)}"
-                found[said] = None
-    yield from found
+                findings[f"the weights of all layers are gathered at once: {list(shape)}"] = None
+    yield from findings
 
 
 def _walk(
@@ -106,20 +104,20 @@ def _walk(
         yield line, times, loops
         loop = _LOOP.search(line)
         if loop is not None:
-            turns = times * _turns(line, blocks)
-            yield from _walk(blocks, loop[1], turns, loops + 1, depth + 1)
+            times_in_loop = times * _trip_count(line, blocks)
+            yield from _walk(blocks, loop[1], times_in_loop, loops + 1, depth + 1)
             continue
         for called in _CALL.findall(line):
             yield from _walk(blocks, called, times, loops, depth + 1)
 
 
-def _turns(loop: str, blocks: dict[str, str]) -> int:
-    """Return how often a loop turns, 1 where that is not known. XLA says so for CPUs and GPUs; for
-    TPUs it is what the loop's condition compares with.
+def _trip_count(loop: str, blocks: dict[str, str]) -> int:
+    """Return the trip count of a loop, 1 where it is not known. XLA states it for CPUs and GPUs;
+    for TPUs it is the constant that the loop's condition compares with.
     """
-    said = _TRIPS.search(loop)
-    if said is not None:
-        return int(said[1])
+    stated = _TRIPS.search(loop)
+    if stated is not None:
+        return int(stated[1])
     condition = _CONDITION.search(loop)
     compared = "" if condition is None else blocks.get(condition[1], "")
     below = _BELOW.search(compared)

@@ -51,31 +51,31 @@ from tunelang.runtime.user_functions import bound
 STEP = ("train", "score", "reference", "prefill", "decode")
 """The programs of a step."""
 _NOT_COMPILED = ("from_", "data", "seed", "length", "reward")
-"""What branches may differ in and still have the same programs."""
+"""Attributes in which branches may differ and still have the same programs."""
 _FORMAT = "2"
-"""Of what is kept of a compilation."""
+"""Version of cached rehearsal results."""
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt")
-"""Packages of which another version may compile otherwise."""
+"""Packages whose version decides what is compiled."""
 _TRIES = 3
 """Layouts that are compiled to find one that fits."""
 
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What the compiler says of one program."""
+    """The compiler's report on one program."""
 
     name: str
-    """`train`, `score`, `prefill`, `decode`, `reference`; of an eval with its name in front."""
+    """`train`, `score`, `prefill`, `decode`, `reference`; with an eval's name before its own."""
     peak: int
-    """Bytes in a device while it runs, with what else the stage holds there."""
+    """Bytes in a device while it runs, with all else that the stage holds in it."""
     seconds: float
-    """Compiling took."""
+    """Seconds that compiling took."""
     exchanged: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Collective -> how many there are in a call, and their bytes in each device."""
     findings: tuple[str, ...] = ()
-    """What should not be."""
+    """Faults of the program, in words."""
     refused: str = ""
-    """Why the compiler would not: the program needs more memory than there is."""
+    """The compiler's words where the program needs more memory than there is."""
 
 
 def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
@@ -85,11 +85,11 @@ def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
     for the hardware is not installed, and `CustomError`.
     """
     stage, devices = prepared.graph.nodes[node].value, prepared.devices[node]
-    there = compilable(devices)
+    mesh_devices = compilable(devices)
     references = getattr(stage, "evals", ())
     evals = {each.name: prepared.program.declarations[each.name].value for each in references}
     if not isinstance(stage, Training):
-        layout = make_layout(fsdp=len(there), devices=there)
+        layout = make_layout(fsdp=len(mesh_devices), devices=mesh_devices)
         models = prepared.measured[node]
         for shapes in models:
             which = f"{shapes.architecture.width} × {shapes.architecture.layers} "
@@ -99,7 +99,7 @@ def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
         return
     stage = bound(stage, prepared.program.folder)
     planned, shapes = prepared.layout(node), prepared.shapes[node]
-    layout = make_layout(**planned.mesh, devices=there)
+    layout = make_layout(**planned.mesh, devices=mesh_devices)
     copied = tuple(unsplit(shapes.architecture, layout))
     stage_bytes = 0
     for program in kind_of(stage).abstract_programs(stage, shapes, planned, layout):
@@ -130,9 +130,9 @@ def identity(prepared: Prepared, node: str) -> tuple[object, ...]:
     if not isinstance(stage, Training):
         return (node,)
     unit = stage.model_copy(update={"optimizer": at_unit_rate(stage.optimizer)})
-    told = ((name, str(value)) for name, value in unit if name not in _NOT_COMPILED)
-    where = str(prepared.layout(node)), prepared.shapes[node], prepared.devices[node]
-    return type(stage), *told, *where
+    attributes = ((name, str(value)) for name, value in unit if name not in _NOT_COMPILED)
+    placement = str(prepared.layout(node)), prepared.shapes[node], prepared.devices[node]
+    return type(stage), *attributes, *placement
 
 
 def fits(prepared: Prepared, node: str, found: Rehearsed) -> bool:
@@ -141,8 +141,8 @@ def fits(prepared: Prepared, node: str, found: Rehearsed) -> bool:
 
 
 def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> Iterator[str]:
-    """Say what would make a stage fit of which a program does not: another layout, compiled as
-    well; or what `search.remedies` gives, by the estimate.
+    """Give what would make a stage fit of which a program does not: another layout, compiled as
+    well; or changes to the stage, by the estimate.
     """
     stage = prepared.graph.nodes[node].value
     if not isinstance(stage, Training) or found.name not in STEP:
@@ -165,9 +165,9 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
             break
         mesh = make_layout(**layout.mesh, devices=compilable(devices))
         programs = kind_of(stage).abstract_programs(stage, shapes, layout, mesh)
-        made = [_compiled(program, devices, cache) for program in programs]
-        worst = max(each.peak for each in made)
-        if all(not each.refused and each.peak <= devices.chip.memory for each in made):
+        reports = [_compiled(program, devices, cache) for program in programs]
+        worst = max(report.peak for report in reports)
+        if all(not r.refused and r.peak <= devices.chip.memory for r in reports):
             yield f"{_pinned(layout)}: {size_text(worst)}, as the compiler says"
             return
     for what, size in remedies_of(replace(query, devices=smaller)):
@@ -186,56 +186,58 @@ def _pinned(layout: StageLayout) -> str:
 def _compiled(program: AbstractProgram, devices: Devices, cache: Path) -> Rehearsed:
     lowered = program.lower()
     text = lowered.as_text()
-    by = [_FORMAT, str(OPTIONS)]
+    versions = [_FORMAT, str(OPTIONS)]
     for name in _COMPILERS:
         with suppress(PackageNotFoundError):
-            by.append(version(name))
-    key = "\n".join([str(devices), str(devices.shape), *by, text])
+            versions.append(version(name))
+    key = "\n".join([str(devices), str(devices.shape), *versions, text])
     path = cache / f"rehearsal-{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.json"
-    found = read_json(path) if path.exists() else None
-    if found is None:
-        found = asdict(measure(program, lowered))
+    cached = read_json(path) if path.exists() else None
+    if cached is None:
+        cached = asdict(measure(program, lowered))
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(path, found)
-    held = Rehearsed(
+        write_json(path, cached)
+    report = Rehearsed(
         **{
-            **found,
-            "findings": tuple(found["findings"]),
-            "exchanged": {name: tuple(each) for name, each in found["exchanged"].items()},
+            **cached,
+            "findings": tuple(cached["findings"]),
+            "exchanged": {kind: tuple(totals) for kind, totals in cached["exchanged"].items()},
         }
     )
-    return replace(held, name=program.name, peak=held.peak + program.resident_bytes)
+    return replace(report, name=program.name, peak=report.peak + program.resident_bytes)
 
 
 def measure(program: AbstractProgram, lowered: jax.stages.Lowered) -> Rehearsed:
-    """Compile a program and look at it."""
+    """Compile a program, and report its memory, its exchanges and its faults."""
     name, donated = program.name, program.donated
-    begun = time.monotonic()
+    start = time.monotonic()
     try:
         with warnings.catch_warnings():
-            # What was compiled for devices that are not here is not read from JAX's own cache.
+            # JAX's own cache cannot hold programs for devices that are not here.
             warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
-            done = lowered.compile()
+            compiled = lowered.compile()
     except Exception as error:
         refused = _refusal(str(error))
         if refused is None:
             raise
         needed, why = refused
-        return Rehearsed(name, needed, time.monotonic() - begun, refused=why)
-    seconds = time.monotonic() - begun
-    memory: Any = done.memory_analysis()
+        return Rehearsed(name, needed, time.monotonic() - start, refused=why)
+    seconds = time.monotonic() - start
+    memory: Any = compiled.memory_analysis()
     peak = int(getattr(memory, "peak_memory_in_bytes", 0) or 0)
     peak -= int(memory.host_argument_size_in_bytes)  # which compilers for TPUs count
     if peak <= 0 or program.offloaded:
         peak = int(memory.argument_size_in_bytes + memory.temp_size_in_bytes) - program.offloaded
     findings = []
-    kept = donated - int(memory.alias_size_in_bytes) - int(memory.host_alias_size_in_bytes)
-    if kept > max(2**20, donated // 50):
-        findings.append(f"{kept:,} bytes of state are not donated: they are there twice")
-    said = done.as_text() or ""
+    aliased = int(memory.alias_size_in_bytes) + int(memory.host_alias_size_in_bytes)
+    if donated - aliased > max(2**20, donated // 50):
+        findings.append(
+            f"{donated - aliased:,} bytes of state are not donated: they are there twice"
+        )
+    text = compiled.as_text() or ""
     if program.trained is not None:
-        findings += wasteful(said, program.trained, program.micro_batches)
-    return Rehearsed(name, peak, seconds, exchanged(said), tuple(findings))
+        findings += wasteful(text, program.trained, program.micro_batches)
+    return Rehearsed(name, peak, seconds, exchanged(text), tuple(findings))
 
 
 _NEEDED = re.compile(
@@ -251,17 +253,17 @@ def _refusal(text: str) -> tuple[int, str] | None:
     if "resource_exhausted" not in lower and "out of memory" not in lower:
         return None
     line = next((each for each in text.splitlines() if "memory" in each.lower()), text)
-    found = _NEEDED.search(line)
+    size = _NEEDED.search(line)
     needed = 0
-    if found is not None:
-        needed = int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " "))
+    if size is not None:
+        needed = int(float(size[1]) * 1024 ** " KMGT".index(size[2].upper() or " "))
     return needed, line.strip()[:200]
 
 
 def unsplit(architecture: Architecture, layout: Layout) -> Sequence[str]:
     """Name the axes of parameters that the mesh should split and does not divide."""
     config = StepConfig(layout=layout)
-    found: dict[str, None] = {}
+    findings: dict[str, None] = {}
     for node in jax.tree.leaves(abstract_params(architecture, config), is_leaf=is_variable):
         if not is_variable(node):
             continue
@@ -269,5 +271,5 @@ def unsplit(architecture: Architecture, layout: Layout) -> Sequence[str]:
             over = [x for x in layout.rules.get(name, ()) if layout.mesh.shape.get(x, 1) > 1]
             ways = math.prod(layout.mesh.shape[axis] for axis in over)
             if size % ways:
-                found[f"`{name}` of {size} is copied: {ways} do not divide it"] = None
-    return list(found)
+                findings[f"`{name}` of {size} is copied: {ways} do not divide it"] = None
+    return list(findings)

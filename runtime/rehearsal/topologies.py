@@ -27,7 +27,7 @@ _GPUS = {
     "h200": ((9, 0), 132, 233472, 52428800, 1.98),
     "b200": ((10, 0), 148, 233472, 132644864, 1.96),
 }
-"""What XLA's GPU compiler asks about a device (CUDA's device queries, NVIDIA's white papers)."""
+"""Facts of a device for XLA's GPU compiler (CUDA's device queries, NVIDIA's white papers)."""
 
 
 def compilable(devices: Devices) -> Sequence[Any]:
@@ -53,31 +53,31 @@ def _tpu(devices: Devices) -> Sequence[Any]:
     if devices.groups > 1:
         more["num_slices"] = devices.groups
     with _environment(_TPU_ENVIRONMENT):
-        found = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             f"{name}:{'x'.join(map(str, devices.shape))}",
             platform="tpu",
             chips_per_host_bounds=bounds,
             **more,
         )
-    return list(found.devices)
+    return list(topology.devices)
 
 
 def _gpu(devices: Devices) -> Sequence[Any]:
     needed = ("jax_cuda13_plugin", "nvidia", "nvidia.cudnn")
     if any(importlib.util.find_spec(name) is None for name in needed):
         raise MissingExtraError("cuda", "on")
-    each = devices.count // devices.groups
-    found = topologies.get_topology_desc(
+    group = devices.count // devices.groups
+    topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
         target_config=target(devices),
-        topology=f"1x{devices.groups}x{each}",
+        topology=f"1x{devices.groups}x{group}",
     )
-    return list(found.devices)
+    return list(topology.devices)
 
 
 def target(devices: Devices) -> str:
-    """Return what the compiler of XLA for CUDA has to know of a GPU that is not here."""
+    """Return the target configuration of a GPU, as text, for XLA's compiler for CUDA."""
     (major, minor), cores, shared, cache, clock = _GPUS[devices.chip.name]
     return f"""\
 gpu_device_info {{
