@@ -13,6 +13,7 @@ from tunelang.dsl.vocabulary.base import (
     Kind,
     Measure,
     ModelRef,
+    Reference,
     observe,
     placement,
     result,
@@ -56,8 +57,13 @@ class Stage(Kind):
 
     Raise the version with every change of results beyond rounding: of the loss, the data order, a
     reward that the stage calls. Presets of one class share it, so that `dapo` and a `grpo` with
-    the same attributes are one stage.
+    the same attributes are one stage. Where a class has no presets, the name is its word.
     """
+
+    @property
+    def models_run(self) -> tuple[Reference, ...]:
+        """The models that a stage runs as they are, without training them."""
+        return ()
 
 
 OFFLOADS = ("auto", "none", "optimizer", "reference", "both")
@@ -138,3 +144,8 @@ class Training(Stage):
         "offload = optimizer",
         "auto",
     )
+
+    @property
+    def teacher_reference(self) -> Reference | None:
+        """The model that this one imitates, if it does."""
+        return None

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from pydantic import SerializeAsAny
+from typing_extensions import override
 
 from tunelang.dsl.vocabulary import types
 from tunelang.dsl.vocabulary.base import (
@@ -12,6 +13,7 @@ from tunelang.dsl.vocabulary.base import (
     Measure,
     ModelRef,
     Positive,
+    Reference,
     Share,
     placement,
     result,
@@ -148,3 +150,8 @@ class Distill(Supervised):
         "rollout = sampling(max_tokens = 128)",
         Sampling.unvalidated(),
     )
+
+    @property
+    @override
+    def teacher_reference(self) -> Reference:
+        return self.teacher

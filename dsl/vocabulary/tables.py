@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from tunelang.dsl.vocabulary import data, models, optimizer_kinds, rewards, stages, training
+from tunelang.dsl.vocabulary import (
+    data,
+    models,
+    optimizer_kinds,
+    policy_stages,
+    preference_stages,
+    rewards,
+    stages,
+    supervised_stages,
+    training,
+    utility_stages,
+)
 from tunelang.dsl.vocabulary.base import Function, Kind, KindInfo, doc_of
-from tunelang.dsl.vocabulary.policy_stages import POLICIES, Policy, Ppo
-from tunelang.dsl.vocabulary.preference_stages import PREFERENCES, Kto, Preference, RewardModel
-from tunelang.dsl.vocabulary.supervised_stages import Distill, Pretrain, Sft
-from tunelang.dsl.vocabulary.utility_stages import Evaluate, Export, Merge, Sample
 
 NOUNS: dict[str, str] = {
     "param": "A value that `--set`, or an importing file, may override.",
@@ -29,19 +36,30 @@ EXPRESSION_NOUNS = ("param", "let", "data", "reward")
 """Nouns that may be declared as `noun name = expression`."""
 
 
-STAGES: dict[str, type[stages.Stage]] = {
-    "pretrain": Pretrain,
-    "sft": Sft,
-    "kto": Kto,
-    "reward_model": RewardModel,
-    "ppo": Ppo,
-    "distill": Distill,
-    "sample": Sample,
-    "merge": Merge,
-    "evaluate": Evaluate,
-    "export": Export,
+_STAGE_MODULES = (supervised_stages, preference_stages, policy_stages, utility_stages)
+
+
+def _stages() -> dict[str, type[stages.Stage]]:
+    """Return the stages that have a word of their own: the name of their semantics."""
+    return {
+        model.semantics[0]: model
+        for module in _STAGE_MODULES
+        for model in vars(module).values()
+        if isinstance(model, type)
+        and issubclass(model, stages.Stage)
+        and "semantics" in vars(model)
+        and model not in _PRESETS
+    }
+
+
+_PRESETS: dict[type[stages.Stage], dict[str, tuple[str, dict[str, object]]]] = {
+    preference_stages.Preference: preference_stages.PREFERENCES,
+    policy_stages.Policy: policy_stages.POLICIES,
 }
-"""Kind of stage -> its class. Presets of a class are in `PREFERENCES` and `POLICIES`."""
+"""Classes of stages that are written by the words of their presets only."""
+
+STAGES = _stages()
+"""Kind of stage -> its class, for all but presets."""
 
 
 def _kinds() -> dict[str, dict[str, KindInfo]]:
@@ -58,7 +76,7 @@ def _kinds() -> dict[str, dict[str, KindInfo]]:
         noun: {word: KindInfo(noun, word, model, doc_of(model)) for word, model in table.items()}
         for noun, table in tables.items()
     }
-    for model, rows in ((Preference, PREFERENCES), (Policy, POLICIES)):
+    for model, rows in _PRESETS.items():
         for word, (doc, presets) in rows.items():
             found["stage"][word] = KindInfo("stage", word, model, doc, tuple(presets.items()))
     return found

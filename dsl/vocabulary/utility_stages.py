@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from pydantic import SerializeAsAny
+from typing_extensions import override
 
 from tunelang.dsl.vocabulary import types
 from tunelang.dsl.vocabulary.base import (
@@ -60,6 +61,11 @@ class Sample(Stage):
     )
     on: HardwareRef = placement("The hardware of this stage.", "on = pod", None)
 
+    @property
+    @override
+    def models_run(self) -> tuple[Reference, ...]:
+        return (self.from_,)
+
 
 class Merge(Stage):
     """Merge the weights of models that have a common base into one model."""
@@ -85,6 +91,11 @@ class Merge(Stage):
     )
     on: HardwareRef = placement("The hardware of this stage.", "on = pod", None)
 
+    @property
+    @override
+    def models_run(self) -> tuple[Reference, ...]:
+        return (self.from_,)
+
 
 class Evaluate(Stage):
     """Run evals on several models and compare them."""
@@ -100,6 +111,11 @@ class Evaluate(Stage):
         "The evals to run.", "evals = [accuracy]"
     )
     on: HardwareRef = placement("The hardware of this stage.", "on = pod", None)
+
+    @property
+    @override
+    def models_run(self) -> tuple[Reference, ...]:
+        return self.models
 
 
 class Export(Stage):

@@ -1,4 +1,4 @@
-"""Preference losses: DPO and its relatives, KTO, and reward models.
+"""Preference losses: DPO and its relatives, and reward models.
 
 All arrays are float32 of one shape, an element for each pair or answer, and so are losses and
 metrics; the caller takes the means. Metrics carry no gradient. Where a pair does not exist an array
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from tunelang.dsl.vocabulary.preference_stages import Kto, Preference
+from tunelang.dsl.vocabulary.preference_stages import Preference
 from tunelang.runtime.user_functions import Custom
 
 Answers = Float[Array, "*answers"]
@@ -105,44 +105,6 @@ def pair_losses(stage: Preference, pairs: Pairs) -> tuple[Answers, dict[str, Arr
         drift = pairs.chosen - pairs.reference_chosen + pairs.rejected - pairs.reference_rejected
         metrics["drift"] = lax.stop_gradient(drift / 2)
     return loss, metrics
-
-
-def kto_losses(
-    stage: Kto,
-    log_prob: Answers,
-    reference: Answers,
-    desirable: Bool[Array, "*answers"],
-    kl: Float[Array, ""],
-) -> tuple[Answers, dict[str, Array]]:
-    """Compute the loss of each answer, and its reward.
-
-    The loss is `weight * (1 - sigmoid(s (r - beta kl)))` with `r = beta log(pi / pi_ref)`, `s` 1
-    for a desirable answer and -1 for another.
-
-    Args:
-      stage: `beta`, and the weights of desirable and other answers.
-      log_prob: Summed over the tokens of each answer, in nats, `[answers]`.
-      reference: The same by the reference; carries no gradient.
-      desirable: Whether an answer is good, `[answers]`.
-      kl: Divergence from the reference, in nats, at least 0; carries no gradient.
-
-    Returns:
-      Losses `[answers]`, and the metrics `chosen_reward` of the desirable answers and
-      `rejected_reward` of the others, each 0 on the rest: sums to divide by the number of either.
-
-    References:
-      KTO, arXiv:2402.01306, section 4.
-
-    """
-    reward = stage.beta * (log_prob - lax.stop_gradient(reference))
-    above = reward - stage.beta * lax.stop_gradient(kl)
-    weight = jnp.where(desirable, stage.desirable, stage.undesirable)
-    loss = weight * jax.nn.sigmoid(jnp.where(desirable, -above, above))
-    reward = lax.stop_gradient(reward)
-    return loss, {
-        "chosen_reward": jnp.where(desirable, reward, 0.0),
-        "rejected_reward": jnp.where(desirable, 0.0, reward),
-    }
 
 
 def bradley_terry(

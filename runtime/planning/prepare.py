@@ -28,9 +28,8 @@ from tunelang.dsl.program import Program
 from tunelang.dsl.rules.data_fields import common_roles
 from tunelang.dsl.vocabulary.models import HardwareKind
 from tunelang.dsl.vocabulary.policy_stages import Policy
-from tunelang.dsl.vocabulary.stages import Training
-from tunelang.dsl.vocabulary.supervised_stages import Distill
-from tunelang.dsl.vocabulary.utility_stages import Evaluate, Export, Merge, Sample
+from tunelang.dsl.vocabulary.stages import Stage, Training
+from tunelang.dsl.vocabulary.utility_stages import Export
 from tunelang.runtime.errors import StageFailed
 from tunelang.runtime.planning.declared_models import DTYPE_BYTES, DeclaredModels
 from tunelang.runtime.planning.estimate_steps import Extent, estimate_steps
@@ -158,7 +157,7 @@ def _queries(
                 architecture = models.with_adapters(stage.node, architecture)
             except (NoTargetError, ValueError) as error:
                 raise LayoutError(stage.stage, error) from error
-        teacher = value.teacher if isinstance(value, Distill) else None
+        teacher = value.teacher_reference
         yield (
             stage,
             LayoutQuery(
@@ -180,8 +179,8 @@ def _measured(
     """Give the other stages that are to run, and the models that they sample from or measure."""
     for stage in stages:
         value = graph.nodes[stage.node].value
-        if isinstance(value, Sample | Merge | Evaluate) and stage.state.runs:
-            references = value.models if isinstance(value, Evaluate) else (value.from_,)
+        references = value.models_run if isinstance(value, Stage) else ()
+        if references and stage.state.runs:
             shapes = (models.merged(stage.node, reference) for reference in references)
             yield stage.node, tuple(dict.fromkeys(shapes))
 

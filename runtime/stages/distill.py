@@ -50,6 +50,7 @@ from tunelang.runtime.stages.supervised import (
 from tunelang.runtime.stages.teacher_cache import (
     CHUNK,
     TeacherTokens,
+    TokenChoice,
     build_teacher_cache,
     likeliest_tokens,
     remove_teacher_cache,
@@ -196,9 +197,8 @@ class DistillObjective(Objective):
             if batch.extras is not None:
                 ids, log_probs = batch.extras.ids, batch.extras.log_probs
             else:
-                ids, log_probs = likeliest_tokens(
-                    forward.teacher_hidden, teacher, stage, common, layout
-                )
+                choice = _token_choice(stage, common)
+                ids, log_probs = likeliest_tokens(forward.teacher_hidden, teacher, choice, layout)
             return top_k_divergence(
                 forward.hidden, head, ids, log_probs, targets, counted, **settings
             )
@@ -279,9 +279,11 @@ class DistillKind(SupervisedKind[Distill]):
     ) -> BatchExtras | None:
         if data.auxiliary is None or data.auxiliary.live:
             return None
+        teacher = data.auxiliary.architecture
+        common = min(inputs.model.architecture.vocabulary, teacher.vocabulary)
         cache = build_teacher_cache(
-            stage, data.corpus, data.auxiliary.architecture, data.aux_params(),
-            inputs.model.architecture.vocabulary, data.config, inputs.folder,
+            _token_choice(stage, common), data.corpus, teacher, data.aux_params(), data.config,
+            inputs.folder,
         )  # fmt: skip
         return lambda _batch, items: cache.batch(items, data.table.length)
 
@@ -324,6 +326,11 @@ class DistillKind(SupervisedKind[Distill]):
             metrics, known,
         )  # fmt: skip
         return shares | {f"teacher/{name}": value for name, value in known.items()}
+
+
+def _token_choice(stage: Distill, vocabulary: int) -> TokenChoice:
+    assert stage.top_k is not None
+    return TokenChoice(min(stage.top_k, vocabulary), stage.temperature, vocabulary)
 
 
 def _teacher(stage: Distill, inputs: TrainingInputs) -> Model:

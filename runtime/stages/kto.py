@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array, lax
+from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from typing_extensions import override
 
@@ -22,7 +24,7 @@ from tunelang.runtime.objectives.answer_scores import (
     count_segments,
     reference_log_probs,
 )
-from tunelang.runtime.objectives.preference_losses import kto_losses
+from tunelang.runtime.objectives.preference_losses import Answers
 from tunelang.runtime.stages.abstract_programs import AbstractRows
 from tunelang.runtime.stages.base import TrainingInputs, register
 from tunelang.runtime.stages.preference import ComparedKind
@@ -149,6 +151,44 @@ class KtoKind(ComparedKind[Kto]):
     @override
     def abstract_extras(self, stage: Kto, rows: AbstractRows, segments: int, length: int) -> Any:
         return KtoExtras(abstract_segment_values(rows, segments), rows.batch(length))
+
+
+def kto_losses(
+    stage: Kto,
+    log_prob: Answers,
+    reference: Answers,
+    desirable: Bool[Array, "*answers"],
+    kl: Float[Array, ""],
+) -> tuple[Answers, dict[str, Array]]:
+    """Compute the loss of each answer, and its reward.
+
+    The loss is `weight * (1 - sigmoid(s (r - beta kl)))` with `r = beta log(pi / pi_ref)`, `s` 1
+    for a desirable answer and -1 for another.
+
+    Args:
+      stage: `beta`, and the weights of desirable and other answers.
+      log_prob: Summed over the tokens of each answer, in nats, `[answers]`.
+      reference: The same by the reference; carries no gradient.
+      desirable: Whether an answer is good, `[answers]`.
+      kl: Divergence from the reference, in nats, at least 0; carries no gradient.
+
+    Returns:
+      Losses `[answers]`, and the metrics `chosen_reward` of the desirable answers and
+      `rejected_reward` of the others, each 0 on the rest: sums to divide by the number of either.
+
+    References:
+      KTO, arXiv:2402.01306, section 4.
+
+    """
+    reward = stage.beta * (log_prob - lax.stop_gradient(reference))
+    above = reward - stage.beta * lax.stop_gradient(kl)
+    weight = jnp.where(desirable, stage.desirable, stage.undesirable)
+    loss = weight * jax.nn.sigmoid(jnp.where(desirable, -above, above))
+    reward = lax.stop_gradient(reward)
+    return loss, {
+        "chosen_reward": jnp.where(desirable, reward, 0.0),
+        "rejected_reward": jnp.where(desirable, 0.0, reward),
+    }
 
 
 def mismatch(batch: Batch, pad: int, pieces: int) -> Batch:

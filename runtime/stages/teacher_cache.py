@@ -12,7 +12,6 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from tunelang.compiler.models.architecture import Architecture
-from tunelang.dsl.vocabulary.supervised_stages import Distill
 from tunelang.runtime.evals.score_answers import epoch
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.parameters import Params, abstract_decoder
@@ -37,19 +36,29 @@ class TeacherTokens:
     """`[batch, length, k]` float32, in nats."""
 
 
+@dataclass(frozen=True)
+class TokenChoice:
+    """Which of the teacher's tokens are compared, and how they are scored."""
+
+    k: int
+    """The number of likeliest tokens."""
+    temperature: float
+    vocabulary: int
+    """Only the first so many tokens count: those that teacher and student have in common."""
+
+
 def likeliest_tokens(
-    hidden: jax.Array, teacher: Decoder, stage: Distill, vocabulary: int, layout: Layout
+    hidden: jax.Array, teacher: Decoder, choice: TokenChoice, layout: Layout
 ) -> tuple[jax.Array, jax.Array]:
     """Return ids and log-probabilities `[batch, length, k]` of the teacher's likeliest tokens.
 
-    `hidden` `[batch, length, width]` is the teacher's; only the first `vocabulary` tokens count.
+    `hidden` `[batch, length, width]` is the teacher's.
     """
-    assert stage.top_k is not None
     return top_k(
         hidden,
-        teacher.head_weight()[:vocabulary],
-        k=min(stage.top_k, vocabulary),
-        temperature=stage.temperature,
+        teacher.head_weight()[: choice.vocabulary],
+        k=choice.k,
+        temperature=choice.temperature,
         chunk=CHUNK,
         cap=teacher.architecture.logit_cap,
         layout=layout,
@@ -85,20 +94,17 @@ class TeacherCache:
 
 
 def build_teacher_cache(
-    stage: Distill,
+    choice: TokenChoice,
     corpus: Corpus,
     architecture: Architecture,
     params: Params,
-    vocabulary: int,
     config: StepConfig,
     folder: Path,
 ) -> TeacherCache:
     """Run the teacher over all items once; files that are complete are read again."""
-    assert stage.top_k is not None
-    common = min(vocabulary, architecture.vocabulary)
     lengths = np.concatenate([part.lengths for part in corpus.parts])
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    shape = int(offsets[-1]), min(stage.top_k, common)
+    shape = int(offsets[-1]), choice.k
     done = folder / "teacher.done"
     mode: Any = "r" if done.exists() else "w+"
     ids = np.memmap(folder / "teacher.ids", np.int32, mode, shape=shape)
@@ -110,7 +116,7 @@ def build_teacher_cache(
         def run_teacher(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
             decoder = nnx.merge(graph, params)
             hidden, _ = hidden_states(decoder, batch, None, config)
-            return likeliest_tokens(hidden, decoder, stage, common, config.layout)
+            return likeliest_tokens(hidden, decoder, choice, config.layout)
 
         program = jit(run_teacher, config.layout)
         batches, items = epoch(corpus, None, config.layout)

@@ -24,10 +24,10 @@ from tunelang.runtime.objectives.policy_gradient import Completions, objective
 from tunelang.runtime.objectives.preference_losses import (
     Pairs,
     bradley_terry,
-    kto_losses,
     log_odds,
     pair_losses,
 )
+from tunelang.runtime.stages.kto import kto_losses
 
 torch = pytest.importorskip("torch")
 trl = pytest.importorskip("trl", minversion="1.16")
