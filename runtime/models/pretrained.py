@@ -37,7 +37,7 @@ from tunelang.compiler.models.presets import PRESETS, PUBLISHED
 from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.models import Pretrained
-from tunelang.runtime.models import hub
+from tunelang.runtime import hub
 from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.models.quantization import quantized

@@ -17,7 +17,7 @@ from typing_extensions import override
 from tunelang.dsl.diagnostics.tune_error import FailureText, TuneError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary import models
-from tunelang.runtime.models import hub
+from tunelang.runtime import hub
 from tunelang.runtime.store.atomic_files import written_whole
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 from tunelang.runtime.tokenize.chat_templates import ChatTemplate, chat_template
