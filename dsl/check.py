@@ -80,9 +80,9 @@ class _Checker:
         """Evaluate all declarations, apply the rules, and return the Program."""
         declared: dict[str, Declared] = {}
         for symbol in in_order(list(self.symbols.values()), self.diagnostics):
-            found = self._declaration(symbol)
-            if found is not None:
-                declared[symbol.name] = found
+            declaration = self._declaration(symbol)
+            if declaration is not None:
+                declared[symbol.name] = declaration
         run = self._run()
         program = Program(declared, run, self.folder, self.origins)
         apply_rules(program, self.places, self.diagnostics, elsewhere)
@@ -114,10 +114,10 @@ class _Checker:
             symbol.module.broken.add(declaration.name.text)
             return None
         kind = declaration.kind.text if declaration.kind else None
-        held = None if branches or value is NONE_VALUE else value
+        stored = None if branches or value is NONE_VALUE else value
         damaged = declaration.block is not None and declaration.block.damaged
         return Declared(
-            symbol.noun, symbol.name, kind, held, declaration.doc, branches, symbol.span, damaged
+            symbol.noun, symbol.name, kind, stored, declaration.doc, branches, symbol.span, damaged
         )
 
     def _bound(self, symbol: Symbol) -> object:
@@ -179,9 +179,11 @@ class _Checker:
         """Evaluate `noun name : kind { ... }`; for a stage, return its branches too."""
         info = KINDS.get(symbol.noun, {}).get(kind.text)
         if info is None:
-            found = naming.unknown_kind(symbol.declaration, kind, KINDS)
-            self.diagnostics.add(found)
-            info = KINDS.get(symbol.noun, {}).get(found.fix[0].text) if found.fix else None
+            diagnostic = naming.unknown_kind(symbol.declaration, kind, KINDS)
+            self.diagnostics.add(diagnostic)
+            info = (
+                KINDS.get(symbol.noun, {}).get(diagnostic.fix[0].text) if diagnostic.fix else None
+            )
             block = nodes.Block(block.attributes, block.span, damaged=True)
         if info is None:
             for attribute in block.attributes:

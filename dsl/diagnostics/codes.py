@@ -52,7 +52,7 @@ class Code:
 @cache
 def _read() -> dict[str, Code]:
     text = resources.files("tunelang.dsl.diagnostics").joinpath("codes.md").read_text("utf-8")
-    found: dict[str, Code] = {}
+    entries: dict[str, Code] = {}
     for part in re.split(r"^# ", text, flags=re.MULTILINE)[1:]:
         name, _, body = part.partition("\n")
         prose, *blocks = re.split(r"^(Wrong|Right)(.*):\n", body, flags=re.MULTILINE)
@@ -62,14 +62,14 @@ def _read() -> dict[str, Code]:
             lines = [line.removeprefix("    ") for line in block.strip("\n").split("\n")]
             examples[label] = "\n".join(lines).strip("\n") + "\n"
             arguments += tuple(re.findall(r"--set '([^']*)'", extra))
-        found[name.strip()] = Code(
+        entries[name.strip()] = Code(
             name.strip(),
             prose.strip(),
             examples.get("Wrong", ""),
             examples.get("Right", ""),
             arguments,
         )
-    return found
+    return entries
 
 
 def codes() -> dict[str, Code]:

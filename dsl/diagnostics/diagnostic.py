@@ -60,8 +60,8 @@ class Diagnostics:
 
     def add(self, diagnostic: Diagnostic) -> None:
         """Record a diagnostic, unless the same code already stands at the same place."""
-        at = diagnostic.where.span
-        key = (diagnostic.code, at, diagnostic.title if at.start == at.end else "")
+        place = diagnostic.where.span
+        key = (diagnostic.code, place, diagnostic.title if place.start == place.end else "")
         if key not in self._seen and len(self._seen) >= MAX_DIAGNOSTICS:
             self.dropped += 1
         else:
@@ -74,8 +74,8 @@ class Diagnostics:
 
     def __iter__(self) -> Iterator[Diagnostic]:
         files: dict[str, int] = {}
-        for found in self._seen.values():
-            files.setdefault(found.where.span.source.name, len(files))
+        for diagnostic in self._seen.values():
+            files.setdefault(diagnostic.where.span.source.name, len(files))
         return iter(
             sorted(
                 self._seen.values(),

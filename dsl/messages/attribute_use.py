@@ -43,7 +43,7 @@ def unknown_attribute(
     value: Span,
     owner: Owner,
     known: Mapping[str, Attribute],
-    given: Collection[str],
+    written: Collection[str],
 ) -> Diagnostic:
     """A name that is not an attribute here: led over from another tool, misspelt, or elsewhere."""
     what = "argument" if owner.noun == "function" else "attribute"
@@ -51,7 +51,7 @@ def unknown_attribute(
     label = f"not an {what} of {owner.title}"
     near = misspelt(name, owner, list(known))
     if near is not None:
-        fix = (Edit(span, near),) if near not in given else ()
+        fix = (Edit(span, near),) if near not in written else ()
         return error(
             "unknown-attribute", title, span, label, help=f"did you mean `{near}`?", fix=fix
         )
@@ -65,16 +65,16 @@ def unknown_attribute(
             help=f"a condition compares: `{condition}`",
             fix=Edit(span.to(value), condition),
         )
-    found = _foreign(owner).get(name)
-    if found is not None:
-        line = found.line.format(
+    entry = _foreign(owner).get(name)
+    if entry is not None:
+        line = entry.line.format(
             value=value.text if len(value.text) < 60 else "...",
             batch=known["batch"].type.units[0] if "batch" in known else "sequences",  # type: ignore[attr-defined]
         )
-        help = f"{found.help}: `{line}`" if line else found.help
+        help = f"{entry.help}: `{line}`" if line else entry.help
         target = line.split(" =")[0]
-        whole = found.whole and target in known and target not in given and _plain(value.text)
-        fixes = (Edit(span.to(value), line),) if whole else ()
+        replaces = entry.whole and target in known and target not in written and _plain(value.text)
+        fixes = (Edit(span.to(value), line),) if replaces else ()
         return error("unknown-attribute", title, span, label, help=help, fix=fixes)
     elsewhere = _elsewhere(name, owner)
     if elsewhere is not None:
@@ -114,8 +114,8 @@ def _elsewhere(name: str, owner: Owner) -> str | None:
     """
     if owner.noun == "function":
         return None
-    own = KINDS.get(owner.noun, {}).get(owner.word)
-    for attribute in own.attributes.values() if own else ():
+    kind_info = KINDS.get(owner.noun, {}).get(owner.word)
+    for attribute in kind_info.attributes.values() if kind_info else ():
         if isinstance(attribute.type, types.Of):
             for word, function in FUNCTIONS.items():
                 if function.family == attribute.type.family and name in function.model_fields:

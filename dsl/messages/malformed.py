@@ -88,8 +88,10 @@ def other_quotes(span: Span) -> Diagnostic:
 
 def unknown_escape(span: Span, escape: str) -> Diagnostic:
     """An unknown letter behind a backslash in text."""
-    at = span.text.find(escape)
-    place = Span(span.source, span.start + max(at, 0), span.start + max(at, 0) + len(escape))
+    offset = span.text.find(escape)
+    place = Span(
+        span.source, span.start + max(offset, 0), span.start + max(offset, 0) + len(escape)
+    )
     return error(
         "unknown-escape",
         f"`{escape}` is not an escape",
@@ -138,8 +140,8 @@ def unknown_unit(span: Span, word: str) -> Diagnostic:
             help=f"write `{fixed}`" if word != "K" else "thousands are `k`, 1,024s are `Ki`",
             fix=Edit(span, fixed),
         )
-    at = span.text.rfind(word)
-    place = Span(span.source, span.start + at, span.end) if at >= 0 else span
+    offset = span.text.rfind(word)
+    place = Span(span.source, span.start + offset, span.end) if offset >= 0 else span
     near = nearest(word, [*SCALES, *UNITS])
     folded = {unit.lower(): unit for unit in [*BYTES, *SCALES]}.get(word.lower())
     near = folded or near

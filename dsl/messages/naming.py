@@ -78,8 +78,8 @@ def unknown_kind(
     """`stage s : stf`."""
     noun, word = item.noun.text, kind.text
     title = f"{quoted(word)} is not a kind of {noun}"
-    own = list(kinds.get(noun, {}))
-    if not own:
+    kinds_of_noun = list(kinds.get(noun, {}))
+    if not kinds_of_noun:
         return error(
             "unknown-kind",
             f"`{noun}` has no kinds",
@@ -93,10 +93,10 @@ def unknown_kind(
                 title,
                 kind.span,
                 f"a kind of {other}",
-                help=f"the kinds of {noun} are {listed(own)}",
+                help=f"the kinds of {noun} are {listed(kinds_of_noun)}",
             )
     meant = foreign.KINDS.get(word)
-    if meant in own:
+    if meant in kinds_of_noun:
         return error(
             "unknown-kind",
             title,
@@ -104,8 +104,13 @@ def unknown_kind(
             help=f"it is called `{meant}` here",
             fix=Edit(kind.span, meant),
         )
-    help = choose(word, own, "the kinds are") or f"the kinds of {noun} are {listed(own)}"
-    return error("unknown-kind", title, kind.span, help=help, fix=replace_fix(kind.span, word, own))
+    help = (
+        choose(word, kinds_of_noun, "the kinds are")
+        or f"the kinds of {noun} are {listed(kinds_of_noun)}"
+    )
+    return error(
+        "unknown-kind", title, kind.span, help=help, fix=replace_fix(kind.span, word, kinds_of_noun)
+    )
 
 
 def needs_kind(item: nodes.Declaration, kinds: Mapping[str, KindInfo]) -> Diagnostic:
@@ -157,8 +162,8 @@ def cycle(symbols: Sequence[NamedDeclaration], spans: Sequence[Span]) -> Diagnos
     else:
         title = f"{len(symbols)} declarations depend on each other"
     seconds = [
-        Label(span, f"`{names[at]}` uses `{names[(at + 1) % len(names)]}`")
-        for at, span in enumerate(spans[:6])
+        Label(span, f"`{names[index]}` uses `{names[(index + 1) % len(names)]}`")
+        for index, span in enumerate(spans[:6])
     ]
     shown = path if len(names) <= 8 else f"{' → '.join(names[:6])} → … → {names[0]}"
     return error(
@@ -214,10 +219,10 @@ def unreadable_import(span: Span, path: Path, problem: Exception) -> Diagnostic:
     """An imported file is not there or not text."""
     if isinstance(problem, FileNotFoundError):
         try:
-            beside = [p.name for p in path.parent.iterdir() if p.suffix == ".tune"]
+            neighbours = [p.name for p in path.parent.iterdir() if p.suffix == ".tune"]
         except OSError:
-            beside = []
-        near = nearest(path.name, beside)
+            neighbours = []
+        near = nearest(path.name, neighbours)
         written = Path(span.text.strip('"'))
         help = f"did you mean `{written.with_name(near)}`?" if near else None
         return error("missing-file", "the imported file does not exist", span, help=help)

@@ -29,35 +29,42 @@ def _seconds(used: Use) -> list[Label]:
 # Files.
 
 
-def missing_file(span: Span, name: str, path: Path, beside: Sequence[str]) -> Diagnostic:
+def missing_file(span: Span, name: str, path: Path, neighbours: Sequence[str]) -> Diagnostic:
     """A file that does not exist."""
     return error(
-        "missing-file", f"there is no file {quoted(name, 60)}", span, help=_near(name, path, beside)
+        "missing-file",
+        f"there is no file {quoted(name, 60)}",
+        span,
+        help=_near(name, path, neighbours),
     )
 
 
-def missing_folder(span: Span, name: str, path: Path, beside: Sequence[str]) -> Diagnostic:
+def missing_folder(span: Span, name: str, path: Path, neighbours: Sequence[str]) -> Diagnostic:
     """A model folder that does not exist."""
-    help = _near(name, path, beside) or "a model on the hub is `organisation/name`"
+    help = _near(name, path, neighbours) or "a model on the hub is `organisation/name`"
     return error("missing-file", f"there is no folder {quoted(name, 60)}", span, help=help)
 
 
-def _near(name: str, path: Path, beside: Sequence[str]) -> str | None:
+def _near(name: str, path: Path, neighbours: Sequence[str]) -> str | None:
     """The nearest name in the folder, or the first folder of the path that is not there."""
     if not path.parent.is_dir():
         missing = path.parent
         while missing.parent != missing and not missing.parent.is_dir():
             missing = missing.parent
-        near = nearest(missing.name, beside)
+        near = nearest(missing.name, neighbours)
         what = f"there is no folder `{missing.name}`"
         return f"{what}; did you mean `{near}`?" if near else what
-    near = nearest(path.name, beside)
+    near = nearest(path.name, neighbours)
     if near is None:
-        same = [other for other in beside if Path(other).stem == path.stem]
+        same = [other for other in neighbours if Path(other).stem == path.stem]
         near = same[0] if same else None
     if near is not None:
         return f"did you mean `{Path(name).with_name(near)}`?"
-    return f"the folder contains {listed(list(beside))}" if 0 < len(beside) <= SHORT_LIST else None
+    return (
+        f"the folder contains {listed(list(neighbours))}"
+        if 0 < len(neighbours) <= SHORT_LIST
+        else None
+    )
 
 
 def not_a_file(span: Span, name: str, path: Path) -> Diagnostic:
@@ -238,14 +245,14 @@ def unknown_parameter_field(
     )
 
 
-def unfilled_parameter(span: Span, name: str, parameter: str, given: list[str]) -> Diagnostic:
+def unfilled_parameter(span: Span, name: str, parameter: str, supplied: list[str]) -> Diagnostic:
     """A parameter of a function that it is not given."""
     return error(
         "python-function",
         f"no value for the parameter `{parameter}` of {quoted(name, 40)}",
         span,
-        notes=[f"there is {listed(given)}"] if given else [],
-        help="give it a default" if given else f"`settings = settings({parameter} = ...)`",
+        notes=[f"there is {listed(supplied)}"] if supplied else [],
+        help="give it a default" if supplied else f"`settings = settings({parameter} = ...)`",
     )
 
 

@@ -16,8 +16,8 @@ _OPERATORS = {"PLUS", "MINUS", "STAR", "SLASH", "COMPARE", "AND", "OR", "NOT", "
 
 def syntax_error(tokens: list[Lexeme], bad: object) -> Diagnostic:
     """A token that does not fit: the likeliest cause, else what stood there."""
-    at = next((i for i, token in enumerate(tokens) if token is bad), len(tokens))
-    return _Misfit(tokens, at).diagnose()
+    index = next((i for i, token in enumerate(tokens) if token is bad), len(tokens))
+    return _Misfit(tokens, index).diagnose()
 
 
 class _Misfit:
@@ -53,9 +53,9 @@ class _Misfit:
             self._keyword_as_name, self._open_expression,
             self._missing_equals, self._missing_comma, self._side_by_side, self._chained,
         ):  # fmt: skip
-            found = explain()
-            if found is not None:
-                return found
+            diagnostic = explain()
+            if diagnostic is not None:
+                return diagnostic
         return self._general()
 
     def _top_level(self) -> Diagnostic | None:

@@ -77,12 +77,12 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
     limit = max(1, len(word) // 3)
     lowered = word.lower()
     ranked = []
-    for at, name in enumerate(names):
+    for index, name in enumerate(names):
         if name == word:
             continue
         apart = distance(lowered, name.lower(), limit)
         if apart <= limit and apart < max(len(word), len(name)):
-            ranked.append((apart, at, name))
+            ranked.append((apart, index, name))
     if ranked:
         return min(ranked)[2]
     parts = sorted(lowered.replace("-", "_").split("_"))

@@ -65,9 +65,9 @@ def missing_unit(
 ) -> Diagnostic:
     """A bare number where the unit decides."""
     number = value.written or units.show(value.value)
-    whole = value.value == int(value.value)
+    is_whole = value.value == int(value.value)
     fitting = [
-        u for u in accepted if (whole or u == "epochs") and (u != "epochs" or value.value < 1000)
+        u for u in accepted if (is_whole or u == "epochs") and (u != "epochs" or value.value < 1000)
     ]
     choices = [f"{number} {unit}" if unit != "s" else f"{number}s" for unit in fitting]
     if share and 0 < value.value < 1:
@@ -250,8 +250,12 @@ def lone_brace(span: Span, brace: str) -> Diagnostic:
 def bad_field_name(span: Span, name: str) -> Diagnostic:
     """`{}`, `{a b}` or `{a[0].b}`."""
     field = f"{{{name}}}"
-    at = span.text.find(field)
-    place = Span(span.source, span.start + at, span.start + at + len(field)) if at >= 0 else span
+    offset = span.text.find(field)
+    place = (
+        Span(span.source, span.start + offset, span.start + offset + len(field))
+        if offset >= 0
+        else span
+    )
     shown = f"`{field}`" if len(name) < 40 else "this"
     dotted = re.sub(r"\[[\"']?(\w+)[\"']?\]", r".\1", name)
     if dotted != name:

@@ -71,7 +71,9 @@ def parse_expression(source: Source) -> tuple[nodes.Expr | None, list[Diagnostic
         end = len(source.text)
         state.diagnostics.append(malformed.no_value(Span(source, end, end)))
         return None, state.diagnostics
-    start = next((at for at, token in enumerate(lexed.tokens) if token.type == "EQUALS"), None)
+    start = next(
+        (index for index, token in enumerate(lexed.tokens) if token.type == "EQUALS"), None
+    )
     if start is None:  # `a==b`
         state.diagnostics.append(naming.bad_override(Span(source, 0, len(source.text))))
         return None, state.diagnostics
@@ -90,17 +92,17 @@ def _docs(comments: list[Comment], source: Source) -> dict[int, str]:
     return docs
 
 
-def _starts_item(tokens: list[Lexeme], at: int) -> bool:
+def _starts_item(tokens: list[Lexeme], index: int) -> bool:
     """Whether an item starts here: two names and `:` or `=`, an import, a run block."""
-    token = tokens[at]
-    if token.type != "NAME" or (at and tokens[at - 1].last_line == token.line):
+    token = tokens[index]
+    if token.type != "NAME" or (index and tokens[index - 1].last_line == token.line):
         return False
-    kinds = [t.type for t in tokens[at + 1 : at + 3] if t.line == token.line]
+    kinds = [t.type for t in tokens[index + 1 : index + 3] if t.line == token.line]
     if token.text == "import":
         return kinds[:1] == ["TEXT"]
     if token.text == "run":
         return kinds[:1] == ["LBRACE"]
-    named = kinds[:1] == ["NAME"] or (kinds and tokens[at + 1].text in KEYWORDS)
+    named = kinds[:1] == ["NAME"] or (kinds and tokens[index + 1].text in KEYWORDS)
     return bool(named) and kinds[1:] in (["COLON"], ["EQUALS"], ["LBRACE"])
 
 
@@ -111,23 +113,23 @@ def _chunks(tokens: list[Lexeme], state: _State) -> list[list[Lexeme]]:
     chunks: list[list[Lexeme]] = []
     stack: list[str] = []
     resume: tuple[list[Lexeme], list[str]] | None = None
-    for at, token in enumerate(tokens):
-        new_line = at > 0 and tokens[at - 1].last_line != token.line
+    for index, token in enumerate(tokens):
+        new_line = index > 0 and tokens[index - 1].last_line != token.line
         if new_line and not stack and resume is not None:  # a declaration inside a block is over
             current, stack = resume
             chunks.append(current)
             resume = None
         ended = not stack and token.type not in CLOSING_BRACKETS and token.type != "LBRACE"
-        if at and ended and tokens[at - 1].type in _CONTINUES:
+        if index and ended and tokens[index - 1].type in _CONTINUES:
             ended = False
-        starts = new_line and _starts_item(tokens, at)
+        starts = new_line and _starts_item(tokens, index)
         if starts and resume is None and stack == ["LBRACE"] and _inside(chunks[-1][0], token):
             resume = (chunks.pop(), stack)
             state.report(malformed.nested_declaration(token.span))
             chunks.append([])
             stack = []
         elif not chunks or (new_line and ended) or starts:
-            if not (chunks and _lacks_brace(chunks[-1], tokens, at)):
+            if not (chunks and _lacks_brace(chunks[-1], tokens, index)):
                 chunks.append([])
                 stack = []
             else:
@@ -163,10 +165,10 @@ def _inside(outer: Lexeme, token: Lexeme) -> bool:
     return _column(token) > _column(outer)
 
 
-def _lacks_brace(chunk: list[Lexeme], tokens: list[Lexeme], at: int) -> bool:
+def _lacks_brace(chunk: list[Lexeme], tokens: list[Lexeme], index: int) -> bool:
     """Whether `noun name : kind` is followed by attributes without a `{`."""
     head = [token.type for token in chunk] == ["NAME", "NAME", "COLON", "NAME"]
-    follows = [token.type for token in tokens[at : at + 2]]
+    follows = [token.type for token in tokens[index : index + 2]]
     return head and follows in (["NAME", "EQUALS"], ["NAME", "COLON"])
 
 
@@ -230,28 +232,28 @@ def _balance(chunk: list[Lexeme], state: _State) -> list[Lexeme]:
     def close_early(opener: int) -> None:
         line = chunk[opener].line
         first = next(token for token in chunk if token.line == line)
-        at = opener + 1
-        while at < len(chunk) and (chunk[at].line == line or _inside(first, chunk[at])):
-            if chunk[at].type == "RBRACE":
+        index = opener + 1
+        while index < len(chunk) and (chunk[index].line == line or _inside(first, chunk[index])):
+            if chunk[index].type == "RBRACE":
                 break
-            if chunk[at].line != chunk[at - 1].line and chunk[at].line != line:
-                line_start = chunk[at]  # lines that are indented more belong to the bracket
+            if chunk[index].line != chunk[index - 1].line and chunk[index].line != line:
+                line_start = chunk[index]  # lines that are indented more belong to the bracket
                 if not _inside(first, line_start):
                     break
-            at += 1
-        insert.setdefault(at, []).append(OPENING_BRACKETS[chunk[opener].type])
+            index += 1
+        insert.setdefault(index, []).append(OPENING_BRACKETS[chunk[opener].type])
         state.report(malformed.unclosed_bracket(chunk[opener].span))
 
-    for at, token in enumerate(chunk):
+    for index, token in enumerate(chunk):
         if token.type in OPENING_BRACKETS:
-            stack.append(at)
+            stack.append(index)
             if len(stack) > MAX_DEPTH // 2:
                 state.report(malformed.too_deep(token.span))
                 raise _Unreadable
         elif token.type in CLOSING_BRACKETS:
             opener = CLOSING_BRACKETS[token.type]
             if not any(chunk[i].type == opener for i in stack):
-                dropped.add(at)
+                dropped.add(index)
                 state.report(malformed.unopened_bracket(token.span))
                 continue
             while chunk[stack[-1]].type != opener:
@@ -259,22 +261,22 @@ def _balance(chunk: list[Lexeme], state: _State) -> list[Lexeme]:
             stack.pop()
     last = chunk[-1].span.text
     swallowed = last.startswith('"""') and (len(last) < 6 or not last.endswith('"""'))
-    for at in reversed(stack):
+    for index in reversed(stack):
         if swallowed:  # by text that is not closed, reported already
-            insert.setdefault(len(chunk), []).append(OPENING_BRACKETS[chunk[at].type])
-        elif chunk[at].type == "LBRACE":
+            insert.setdefault(len(chunk), []).append(OPENING_BRACKETS[chunk[index].type])
+        elif chunk[index].type == "LBRACE":
             insert.setdefault(len(chunk), []).append("RBRACE")
-            if chunk[at].text:  # else it was missing itself
-                state.report(malformed.unclosed_bracket(chunk[at].span))
+            if chunk[index].text:  # else it was missing itself
+                state.report(malformed.unclosed_bracket(chunk[index].span))
         else:
-            close_early(at)
+            close_early(index)
     if not insert and not dropped:
         return chunk
     out: list[Lexeme] = []
-    for at in range(len(chunk) + 1):
-        out.extend(_after(chunk[at - 1], kind) for kind in insert.get(at, ()))
-        if at < len(chunk) and at not in dropped:
-            out.append(chunk[at])
+    for index in range(len(chunk) + 1):
+        out.extend(_after(chunk[index - 1], kind) for kind in insert.get(index, ()))
+        if index < len(chunk) and index not in dropped:
+            out.append(chunk[index])
     return out
 
 
@@ -285,11 +287,11 @@ def _separate(tokens: list[Lexeme]) -> list[Lexeme]:
     """
     out: list[Lexeme] = []
     stack: list[str] = []
-    for at, token in enumerate(tokens):
+    for index, token in enumerate(tokens):
         in_block = stack[-1:] == ["LBRACE"]
-        if in_block and tokens[at - 1].last_line != token.line:
-            if tokens[at - 1].type not in _CONTINUES and tokens[at - 1].type != "LBRACE":
-                out.append(_after(tokens[at - 1], "SEP"))
+        if in_block and tokens[index - 1].last_line != token.line:
+            if tokens[index - 1].type not in _CONTINUES and tokens[index - 1].type != "LBRACE":
+                out.append(_after(tokens[index - 1], "SEP"))
         if token.type in OPENING_BRACKETS:
             stack.append(token.type)
         elif token.type in CLOSING_BRACKETS:
@@ -305,15 +307,15 @@ def _after(token: Lexeme, kind: str) -> Lexeme:
 
 def _without_attribute(tokens: list[Lexeme], bad: object) -> list[Lexeme]:
     """The tokens less the attribute in which `bad` stands; raises `_Unreadable` outside a block."""
-    where = next((at for at, token in enumerate(tokens) if token is bad), len(tokens) - 1)
-    block = next((at for at, token in enumerate(tokens) if token.type == "LBRACE"), where)
+    where = next((index for index, token in enumerate(tokens) if token is bad), len(tokens) - 1)
+    block = next((index for index, token in enumerate(tokens) if token.type == "LBRACE"), where)
     start, depth = block + 1, 0
-    for at in range(block + 1, len(tokens)):
-        kind = tokens[at].type
+    for index in range(block + 1, len(tokens)):
+        kind = tokens[index].type
         if depth == 0 and kind in ("SEP", "RBRACE"):
-            if at >= where and start < at:
-                return tokens[:start] + tokens[at:]
-            start = at + 1
+            if index >= where and start < index:
+                return tokens[:start] + tokens[index:]
+            start = index + 1
         depth += (kind in OPENING_BRACKETS) - (kind in CLOSING_BRACKETS)
     raise _Unreadable
 

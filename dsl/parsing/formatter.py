@@ -203,11 +203,11 @@ class _Printer:
         lost = []
         for comment in inside:
             words = tidy(comment.text)
-            at = next((i for i, line in enumerate(shown) if line.endswith(words)), None)
-            if at is None:
+            index = next((i for i, line in enumerate(shown) if line.endswith(words)), None)
+            if index is None:
                 lost.append(words)
             else:
-                shown[at] = shown[at].removesuffix(words)
+                shown[index] = shown[index].removesuffix(words)
         return lost
 
     def block(self, head: str, block: nodes.Block) -> str:
@@ -457,13 +457,13 @@ def _value(item: Any) -> nodes.Expr:
 
 def brackets(node: nodes.Expr) -> list[Span]:
     """The spans of all brackets inside an expression."""
-    found: list[Span] = []
+    pairs: list[Span] = []
     for part in nodes.walk(node):
         if isinstance(part, nodes.ListOf | nodes.Group):
-            found.append(part.span)
+            pairs.append(part.span)
         elif isinstance(part, nodes.Chain):
-            found += [link.span for link in part.links if isinstance(link, nodes.Call)]
-    return found
+            pairs += [link.span for link in part.links if isinstance(link, nodes.Call)]
+    return pairs
 
 
 def inner_brackets(call: nodes.Call) -> list[Span]:

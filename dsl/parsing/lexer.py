@@ -70,29 +70,29 @@ def lex(source: Source) -> Tokens:
     """
     out = Tokens()
     complain = out.diagnostics.append
-    text, line, at, end = source.text, 0, 0, len(source.text)
+    text, line, offset, end = source.text, 0, 0, len(source.text)
     stray_end = -1
-    while at < end:
-        match = _TOKEN.match(text, at)
+    while offset < end:
+        match = _TOKEN.match(text, offset)
         assert match is not None  # STRAY takes any character
         kind, stop = match.lastgroup or "", match.end()
         if kind == "PUNCTUATION" and match.group() == "/" and not _after_operand(out, line):
-            regex = _REGEX.match(text, at)
+            regex = _REGEX.match(text, offset)
             if regex is not None:
                 kind, stop = "REGEX", regex.end()
         if kind in ("SPACE", "NEWLINE"):
             line += kind == "NEWLINE"
-            at = stop
+            offset = stop
             continue
-        span = Span(source, at, stop)
+        span = Span(source, offset, stop)
         if kind == "COMMENT":
             alone = not out.tokens or out.tokens[-1].last_line != line
             out.comments.append(Comment(match.group().rstrip(), span, alone))
         elif kind == "OTHERCOMMENT":
             complain(malformed.other_comment(span))
-            line += len(_LINE_END.findall(text, at, stop))
+            line += len(_LINE_END.findall(text, offset, stop))
         elif kind == "STRAY":
-            if stray_end != at:
+            if stray_end != offset:
                 complain(malformed.stray_character(span))
             stray_end = stop
             meant = PUNCTUATION.get(LOOKALIKES.get(span.text, ""))
@@ -109,15 +109,15 @@ def lex(source: Source) -> Tokens:
         elif kind in _TEXTS:
             if kind == "OPENLONG":
                 stop = end
-            last_line = line + len(_LINE_END.findall(text, at, stop))
-            value = _text(kind, Span(source, at, stop), complain)
-            out.tokens.append(Lexeme("TEXT", Span(source, at, stop), line, last_line, value))
+            last_line = line + len(_LINE_END.findall(text, offset, stop))
+            value = _text(kind, Span(source, offset, stop), complain)
+            out.tokens.append(Lexeme("TEXT", Span(source, offset, stop), line, last_line, value))
             line = last_line
         else:
             word = match.group()
             kind = PUNCTUATION.get(word) or KEYWORDS.get(word) or kind
             out.tokens.append(Lexeme(kind, span, line))
-        at = stop
+        offset = stop
     return out
 
 

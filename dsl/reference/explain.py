@@ -199,11 +199,11 @@ def attribute(a: Attribute, full: bool = False) -> str:
         return f"- `{a.name}`: {a.type.describe()}{default}. {a.doc}"
     none = " (or `none`)" if a.optional else ""
     item = a.type.item if isinstance(a.type, types.ListOf) else a.type
-    own = [f"- a function is {item.signature()}"] if isinstance(item, types.Code) else []
+    own_lines = [f"- a function is {item.signature()}"] if isinstance(item, types.Code) else []
     lines = [
         a.doc, "", f"- type: {a.type.describe()}{none}",
         f"- default: `{literal(a.default, a.type)}`" if not a.required else "- required",
-        f"- a change of it {EFFECTS[a.effect]}", *own,
+        f"- a change of it {EFFECTS[a.effect]}", *own_lines,
         f"- example: `{a.example}`",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -241,13 +241,13 @@ def unit(name: str) -> list[str]:
 
 def _owners(word: str) -> list[tuple[str, dict[str, Attribute]]]:
     """Return the kinds, functions and methods with this name and their attributes."""
-    found: list[tuple[str, dict[str, Attribute]]] = [
+    owners: list[tuple[str, dict[str, Attribute]]] = [
         (word, table[word].attributes) for table in KINDS.values() if word in table
     ]
-    found += [(word, attributes(t[word])) for t in (FUNCTIONS, data.METHODS) if word in t]
+    owners += [(word, attributes(t[word])) for t in (FUNCTIONS, data.METHODS) if word in t]
     if word == "run":
-        found.append(("run", RUN.attributes))
-    return found
+        owners.append(("run", RUN.attributes))
+    return owners
 
 
 def _choice(word: str) -> list[str]:
@@ -276,17 +276,17 @@ def _words(want: types.Type) -> tuple[str, ...]:
 
 def _foreign(word: str) -> list[str]:
     """A word of another tool, and what leads from it to ours."""
-    found: list[str] = []
+    texts: list[str] = []
     for table in (*foreign.BY_NOUN.values(), foreign.FUNCTION):
         entry = table.get(word)
         if entry is not None:
             line = entry.line.format(value="...", batch="sequences")
-            found.append(entry.help + (f": `{line}`" if line else ""))
+            texts.append(entry.help + (f": `{line}`" if line else ""))
     if word in foreign.ADVICE:
-        found.append(foreign.ADVICE[word])
-    if not found:
+        texts.append(foreign.ADVICE[word])
+    if not texts:
         return []
-    lines = "".join(f"- {text}\n" for text in dict.fromkeys(found))
+    lines = "".join(f"- {text}\n" for text in dict.fromkeys(texts))
     return [f"# `{word}`\n\nA word of other tools. Here:\n\n{lines}"]
 
 

@@ -131,7 +131,7 @@ def _operator(operator: str, operands: tuple[Node, ...], outer: int) -> str:
     if len(operands) == 1:
         gap = " " if operator == "not" else ""
         return f"{operator}{gap}{expression(operands[0], 7)}"
-    parts = [expression(operand, level + (at > 0)) for at, operand in enumerate(operands)]
+    parts = [expression(operand, level + (index > 0)) for index, operand in enumerate(operands)]
     text = f" {operator} ".join(parts)
     return f"({text})" if outer > level else text
 
@@ -195,13 +195,13 @@ def _block(
 
 def _swept(stage: Declared | None) -> dict[str, list[str]]:
     """Path of an attribute -> the values that its `each` takes over the branches."""
-    found: dict[str, list[str]] = {}
+    values_of: dict[str, list[str]] = {}
     for branch in stage.branches if stage is not None else ():
         for path, text in branch.choices:
-            values = found.setdefault(path, [])
+            values = values_of.setdefault(path, [])
             if text not in values:
                 values.append(text)
-    return found
+    return values_of
 
 
 def _rows(

@@ -88,7 +88,7 @@ def _members(family: str) -> list[Json]:
 
 
 def _declarations() -> list[Json]:
-    found: list[Json] = []
+    declarations: list[Json] = []
     for noun, table in KINDS.items():
         for word in table:
             value = {"$ref": f"#/$defs/{noun}.{word}"}
@@ -97,13 +97,15 @@ def _declarations() -> list[Json]:
                 choices = {"type": "object", "additionalProperties": {"type": "string"}}
                 branch = _object({"choices": choices, "value": value}, ["choices", "value"])
                 branches = {"type": "array", "items": branch, "minItems": 1}
-                found.append(_object({**head, "branches": branches}, ["noun", "kind", "branches"]))
+                declarations.append(
+                    _object({**head, "branches": branches}, ["noun", "kind", "branches"])
+                )
             else:
-                found.append(_object({**head, "value": value}, ["noun", "kind", "value"]))
+                declarations.append(_object({**head, "value": value}, ["noun", "kind", "value"]))
     for noun, value in (("data", _ANY_DATA), ("reward", _ANY_REWARD), ("let", {}), ("param", {})):
         head = {"noun": {"const": noun}, "doc": {"type": "string"}}
-        found.append(_object({**head, "value": value}, ["noun", "value"]))
-    return found
+        declarations.append(_object({**head, "value": value}, ["noun", "value"]))
+    return declarations
 
 
 def _kind(info: KindInfo) -> Json:
@@ -121,8 +123,8 @@ def _function(word: str, model: type[Function]) -> Json:
         extra[variadic] = {"type": "object", "additionalProperties": values.get(word, {})}
     if word == "split":
         extra["part"] = {"type": "string"}
-    found = _attributes(known)
-    properties = {"is": {"const": word}, **extra, **found["properties"]}
+    schema_of_fields = _attributes(known)
+    properties = {"is": {"const": word}, **extra, **schema_of_fields["properties"]}
     return {"description": doc_of(model), **_object(properties, list(properties))}
 
 

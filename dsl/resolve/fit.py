@@ -238,9 +238,9 @@ def _pattern(value: object, want: types.Pattern, site: Site) -> object:
             warnings.simplefilter("ignore")  # on what future versions of Python may read otherwise
             re.compile(value.pattern, re.DOTALL)
     except (re.error, OverflowError, RecursionError) as error:
-        at = getattr(error, "pos", None)
+        position = getattr(error, "pos", None)
         what = getattr(error, "msg", "it is too large")
-        site.complain(wrong_values.bad_regex(value.node.span, at, what))
+        site.complain(wrong_values.bad_regex(value.node.span, position, what))
         return INVALID
     return value.pattern
 

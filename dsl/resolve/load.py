@@ -56,8 +56,8 @@ class _Loader:
         return Loaded(module, self.order, run)
 
     def _parse(self, source: Source) -> nodes.File:
-        tree, found = parse(source)
-        self.diagnostics.extend(found)
+        tree, syntax_errors = parse(source)
+        self.diagnostics.extend(syntax_errors)
         return tree
 
     def _module(self, path: Path, tree: nodes.File, prefix: str) -> Module:

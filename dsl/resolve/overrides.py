@@ -31,14 +31,14 @@ def apply(overrides: list[str], loaded: Loaded, diagnostics: Diagnostics) -> Non
         if not equals or not all(part.isidentifier() for part in path):
             diagnostics.add(naming.bad_override(Span(source, 0, len(text))))
             continue
-        value, found = parse_expression(source)
+        value, syntax_errors = parse_expression(source)
         target = Span(source, 0, len(left.rstrip()))
         wanted = _wanted(loaded, path)
         if _is_text(wanted) and not _reads_as_text(value, loaded.root):
             right = Span(source, len(left) + 1, len(text))
             diagnostics.add(naming.override_needs_quotes(right, left.strip()))
             continue
-        diagnostics.extend(found)
+        diagnostics.extend(syntax_errors)
         if value is None:
             continue
         problem = _Override(loaded, target, value).apply(path)
@@ -128,23 +128,23 @@ class _Override:
     ) -> nodes.Block | Diagnostic:
         """The block with the attribute at `path` replaced or added."""
         name = nodes.Name(path[0], self.target)
-        found = next((a for a in block.attributes if a.name.text == path[0]), None)
+        existing = next((a for a in block.attributes if a.name.text == path[0]), None)
         value: nodes.Expr | Diagnostic = self.value
         if len(path) > 1:
             known = self._known(symbol)
-            if found is None and path[0] not in known:
+            if existing is None and path[0] not in known:
                 return naming.unknown_override(self.target, path[0], "attribute", list(known))
             value = self._call(
-                found.value if found else self._default(symbol, path[0]), path[1:], symbol
+                existing.value if existing else self._default(symbol, path[0]), path[1:], symbol
             )
         if isinstance(value, Diagnostic):
             return value
-        if found is None:
+        if existing is None:
             added = nodes.Attribute(name, value, self.target)
             return replace(block, attributes=(*block.attributes, added))
-        changed = replace(found, value=value)
+        changed = replace(existing, value=value)
         return replace(
-            block, attributes=tuple(changed if a is found else a for a in block.attributes)
+            block, attributes=tuple(changed if a is existing else a for a in block.attributes)
         )
 
     def _call(
@@ -159,17 +159,17 @@ class _Override:
         if not isinstance(node, nodes.Chain) or not isinstance(node.links[-1], nodes.Call):
             return naming.override_needs_call(self.target, path[0])
         call = node.links[-1]
-        found = next((a for a in call.arguments if a.name and a.name.text == path[0]), None)
+        argument = next((a for a in call.arguments if a.name and a.name.text == path[0]), None)
         value: nodes.Expr | Diagnostic = self.value
         if len(path) > 1:
-            value = self._call(found.value if found else None, path[1:], symbol)
+            value = self._call(argument.value if argument else None, path[1:], symbol)
         if isinstance(value, Diagnostic):
             return value
         new = nodes.Argument(nodes.Name(path[0], self.target), value, self.target)
-        if found is None:
+        if argument is None:
             arguments = (*call.arguments, new)
         else:
-            arguments = tuple(new if a is found else a for a in call.arguments)
+            arguments = tuple(new if a is argument else a for a in call.arguments)
         return replace(node, links=(*node.links[:-1], replace(call, arguments=arguments)))
 
     def _known(self, symbol: Symbol | None) -> dict[str, Attribute]:

@@ -69,12 +69,12 @@ class Module:
         self.names[name] = symbol
         return symbol
 
-    def include(self, other: Module, at: Span, diagnostics: Diagnostics) -> None:
+    def include(self, other: Module, place: Span, diagnostics: Diagnostics) -> None:
         """Add the names of an import without a prefix."""
         for name, symbol in other.names.items():
             taken = self.names.setdefault(name, symbol)
             if taken is not symbol:
-                diagnostics.add(naming.name_taken_by_import(at, taken, symbol))
+                diagnostics.add(naming.name_taken_by_import(place, taken, symbol))
         self.broken |= other.broken
         self.anything = self.anything or other.anything
         for prefix, module in other.prefixes.items():
@@ -94,22 +94,22 @@ def references(symbol: Symbol) -> Iterator[tuple[Symbol, Span]]:
         pending = [argument.value]
     while pending:
         node = pending.pop()
-        found: Symbol | None = None
+        symbol_named: Symbol | None = None
         if isinstance(node, nodes.Name):
-            found = module.names.get(node.text)
+            symbol_named = module.names.get(node.text)
         elif isinstance(node, nodes.Chain) and isinstance(node.head, nodes.Name):
             first = node.links[0]
             if isinstance(first, nodes.Member):
                 other = module.prefixes.get(node.head.text)
                 if other is not None and node.head.text not in module.names:
-                    found = other.names.get(first.name.text)
+                    symbol_named = other.names.get(first.name.text)
                 else:
-                    found = module.names.get(node.head.text)
+                    symbol_named = module.names.get(node.head.text)
             pending += _arguments(node)
         else:
             pending += list(nodes.children(node))
-        if found is not None:
-            yield found, node.span
+        if symbol_named is not None:
+            yield symbol_named, node.span
 
 
 def _arguments(node: nodes.Chain) -> Iterator[nodes.Expr]:

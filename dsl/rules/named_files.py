@@ -47,14 +47,14 @@ def sample(path: Path, kind: str, separator: str = ",") -> Sample:
         return _parquet(path)
     with path.open("rb") as file:
         head = file.read(_FIRST_BYTES)
-        whole = len(head) < _FIRST_BYTES
+        complete = len(head) < _FIRST_BYTES
     try:
-        text = head.decode("utf-8-sig", errors="strict" if whole else "ignore")
+        text = head.decode("utf-8-sig", errors="strict" if complete else "ignore")
     except UnicodeDecodeError as error:
         line = head.count(b"\n", 0, error.start) + 1
         raise BadFile("it is not UTF-8 text", line) from None
     lines = text.splitlines()
-    if not whole:
+    if not complete:
         lines = lines[:-1]
     rows = _csv(lines, separator) if kind == "csv" else _jsonl(lines)
     if not rows:
@@ -74,8 +74,12 @@ def _jsonl(lines: list[str]) -> list[dict[str, object]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            whole = number == 1 and line.lstrip()[:1] in ("[", "{")
-            what = "it is one JSON document, not one object per line" if whole else "it is not JSON"
+            one_document = number == 1 and line.lstrip()[:1] in ("[", "{")
+            what = (
+                "it is one JSON document, not one object per line"
+                if one_document
+                else "it is not JSON"
+            )
             raise BadFile(what, number) from None
         if not isinstance(row, dict):
             raise BadFile("it is not a JSON object", number)
@@ -161,7 +165,7 @@ def python_functions(path: Path) -> dict[str, PythonFunction]:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError) as error:
         raise BadFile("it is not valid Python", getattr(error, "lineno", None)) from None
-    found: dict[str, PythonFunction] = {}
+    functions: dict[str, PythonFunction] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             positional = [*node.args.posonlyargs, *node.args.args]
@@ -172,10 +176,10 @@ def python_functions(path: Path) -> dict[str, PythonFunction]:
             inside = [n for part in node.body for n in ast.walk(part)]
             awaited = isinstance(node, ast.AsyncFunctionDef)
             awaited = awaited or any(isinstance(n, ast.Yield | ast.YieldFrom) for n in inside)
-            found[node.name] = PythonFunction(
+            functions[node.name] = PythonFunction(
                 tuple(parameters), node.args.kwarg is not None, node.lineno, awaited
             )
-    return found
+    return functions
 
 
 @cache
@@ -202,10 +206,10 @@ def procedural_tasks() -> dict[str, Path] | None:
     folder = _generators()
     if folder is None:
         return None
-    found: dict[str, Path] = {}
+    tasks: dict[str, Path] = {}
     for path in folder.rglob("*.py"):
-        found.update(dict.fromkeys(_registered(path.read_text("utf-8", errors="ignore")), path))
-    return found
+        tasks.update(dict.fromkeys(_registered(path.read_text("utf-8", errors="ignore")), path))
+    return tasks
 
 
 @cache

@@ -25,10 +25,10 @@ class Source:
         """Offset of the first character of each line."""
         starts = [0]
         find = self.text.find
-        at = find("\n")
-        while at >= 0:
-            starts.append(at + 1)
-            at = find("\n", at + 1)
+        offset = find("\n")
+        while offset >= 0:
+            starts.append(offset + 1)
+            offset = find("\n", offset + 1)
         return starts
 
     def position(self, offset: int) -> tuple[int, int]:

@@ -85,16 +85,16 @@ def parse(text: str) -> Quantity:
     number = Decimal(digits.replace("_", ""))
     if number and number.adjusted() > _MAX_EXPONENT:
         raise NumberTooLarge(text)
-    whole = "." not in digits and "e" not in digits.lower()
+    is_whole = "." not in digits and "e" not in digits.lower()
     dimension: str | None = None
     if suffix is not None:
         if suffix in SCALES:
             number *= SCALES[suffix]
-            whole = whole or number == number.to_integral_value()
+            is_whole = is_whole or number == number.to_integral_value()
         elif suffix in UNITS:
             dimension, factor = UNITS[suffix]
             number *= factor
-            whole = dimension == "bytes"
+            is_whole = dimension == "bytes"
         else:
             raise UnknownUnit(suffix)
     if word is not None:
@@ -102,13 +102,13 @@ def parse(text: str) -> Quantity:
             raise UnknownUnit(word)
         dimension, factor = UNITS[word]
         number *= factor
-        whole = dimension in COUNTED and number == number.to_integral_value()
-        whole = whole or dimension == "bytes"
+        is_whole = dimension in COUNTED and number == number.to_integral_value()
+        is_whole = is_whole or dimension == "bytes"
     if rate is not None:
         if rate not in RATES or dimension is not None:
             raise UnknownUnit(rate)
         dimension = f"per {rate}"
-    value = int(number) if whole else float(number)
+    value = int(number) if is_whole else float(number)
     return Quantity(value, dimension, tidy(text))
 
 

@@ -150,7 +150,7 @@ class Attribute:
 @cache
 def attributes(model: type[Node]) -> dict[str, Attribute]:
     """The attributes of a model by the name that a spec uses, in order of declaration."""
-    found: dict[str, Attribute] = {}
+    by_name: dict[str, Attribute] = {}
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra
         if not isinstance(extra, dict) or "effect" not in extra:
@@ -158,7 +158,7 @@ def attributes(model: type[Node]) -> dict[str, Attribute]:
         kind = next(item for item in field.metadata if isinstance(item, types.Type))
         required = field.default is PydanticUndefined
         word = field.alias or name
-        found[word] = Attribute(
+        by_name[word] = Attribute(
             name=word,
             type=kind,
             default=None if required else field.default,
@@ -169,7 +169,7 @@ def attributes(model: type[Node]) -> dict[str, Attribute]:
             effect=extra["effect"],  # type: ignore[arg-type]
             positional=bool(extra["positional"]),
         )
-    return found
+    return by_name
 
 
 @dataclass(frozen=True)

@@ -112,8 +112,8 @@ STAGE: dict[str, Foreign] = {
 """Attributes of a stage elsewhere."""
 
 MODEL: dict[str, Foreign] = {
-    "name": Foreign("the model is found by its `path`", "path = {value}", whole=True),
-    "model_name_or_path": Foreign("the model is found by its `path`", "path = {value}", whole=True),
+    "name": Foreign("a model is named by its `path`", "path = {value}", whole=True),
+    "model_name_or_path": Foreign("a model is named by its `path`", "path = {value}", whole=True),
     "max_position_embeddings": Foreign("the longest sequence is the `context`", "context = {value}", whole=True),
     "max_seq_length": Foreign("the longest sequence is the `context`", "context = {value}", whole=True),
     "torch_dtype": Foreign("the precision is the `dtype`", "dtype = bf16"),

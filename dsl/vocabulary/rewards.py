@@ -334,17 +334,17 @@ class Generate(EvalKind):
     @property
     def measures(self) -> dict[str, str]:
         """The metrics that this eval yields, with their documentation."""
-        found = dict(self.metrics)
+        measures = dict(self.metrics)
         if self.samples > 1:
-            found |= {
+            measures |= {
                 f"pass_at_{k}": f"chance that one of {k} completions scores 1 (arXiv:2107.03374)"
                 for k in self.ks
             }
-            found["majority"] = "share of prompts whose most common answer scores 1"
+            measures["majority"] = "share of prompts whose most common answer scores 1"
         if self.rank is not None:
-            found["best_of_n"] = "mean score of the completion that `rank` selects"
-        found |= {self.called(each): "mean of this reward" for each in self.also}
-        return found | {each.name: "the custom function's result" for each in self.measured}
+            measures["best_of_n"] = "mean score of the completion that `rank` selects"
+        measures |= {self.called(item): "mean of this reward" for item in self.also}
+        return measures | {item.name: "the custom function's result" for item in self.measured}
 
 
 class Perplexity(EvalKind):

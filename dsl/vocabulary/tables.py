@@ -72,14 +72,14 @@ def _kinds() -> dict[str, dict[str, KindInfo]]:
         "hardware": models.HARDWARE,
         "stage": STAGES,
     }
-    found = {
+    kinds = {
         noun: {word: KindInfo(noun, word, model, doc_of(model)) for word, model in table.items()}
         for noun, table in tables.items()
     }
     for model, rows in _PRESETS.items():
         for word, (doc, presets) in rows.items():
-            found["stage"][word] = KindInfo("stage", word, model, doc, tuple(presets.items()))
-    return found
+            kinds["stage"][word] = KindInfo("stage", word, model, doc, tuple(presets.items()))
+    return kinds
 
 
 KINDS = _kinds()
