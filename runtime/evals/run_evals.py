@@ -23,6 +23,7 @@ from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Episodes, Prompt, completion_texts
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
+from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.rewards import number_match
 from tunelang.runtime.rewards.reward_functions import Reward, Scores
 from tunelang.runtime.rewards.reward_parts import Row, function_of
@@ -36,22 +37,22 @@ from tunelang.runtime.user_functions import CustomError
 from tunelang.runtime.workers.worker_pool import Workers
 
 _SEED = 20_210_707
-"""Of all evaluations: the same prompts get the same draws at every step and in every stage."""
-
-Params = Any
+"""The seed of all evals: the same prompts get the same draws at every step and in every stage."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an eval found."""
+    """The results of an eval."""
 
     metrics: Mapping[str, float]
     """By the metric's own name, such as `score`."""
     shown: tuple[SampleRecord, ...] = ()
 
 
-def evaluate(resources: Resources, name: str, model: Model, params: Params, layout: Layout) -> Any:
-    """Run a declared eval; returns an `Evaluation`."""
+def evaluate(
+    resources: Resources, name: str, model: Model, params: Params, layout: Layout
+) -> Evaluation:
+    """Run a declared eval."""
     kind = resources.program.declarations[name].value
     match kind:
         case Generate():

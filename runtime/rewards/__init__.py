@@ -1,1 +1,10 @@
-"""Reward expressions and the functions they are made of."""
+"""Rewards of completions.
+
+- `reward_functions`: reward expressions, compiled to one function over a batch
+- `reward_parts`: the words of the language as functions over rows
+- `reward_rows`: from episodes to the rows that rewards read, and to records with scores
+- `number_match`: numbers in texts, compared exactly
+- `rubric`: scores by a judge, against criteria in plain words
+- `endpoint`: a judge behind an OpenAI-compatible chat API
+- `learned_scorer`: scores by a reward model
+"""

@@ -50,7 +50,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a batch was worth."""
+    """The rewards of a batch."""
 
     values: Values
     """`[rows]`, the reward; finite."""
@@ -99,7 +99,7 @@ class _Found:
 
 
 _Evaluate = Callable[[_Batch, Positions], _Found]
-"""What an expression is worth for some rows of a batch."""
+"""Gives the values of an expression for some rows of a batch."""
 
 _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "+": np.add,
@@ -189,13 +189,14 @@ class Reward:
         return evaluate if name is None else _logged(name, evaluate)
 
     def _reference(self, name: str) -> _Evaluate:
+        """Make the function of a declared reward once."""
         if name not in self._declared:
-            given = self._around.scorers.get(name)
-            self._declared[name] = (
-                self._compile(self._around.declared[name], name)
-                if given is None
-                else _logged(name, _leaf(given(), name, self._around.on_error.get(name, ON_ERROR)))
-            )
+            make_scorer = self._around.scorers.get(name)
+            if make_scorer is None:
+                self._declared[name] = self._compile(self._around.declared[name], name)
+            else:
+                stated = self._around.on_error.get(name, ON_ERROR)
+                self._declared[name] = _logged(name, _leaf(make_scorer(), name, stated))
         return self._declared[name]
 
     def _free_name(self, node: RewardExpression) -> str:
@@ -212,7 +213,7 @@ class Reward:
 
 
 def _logged(name: str, evaluate: _Evaluate) -> _Evaluate:
-    """Keep the values of a part in the batch; what was asked already is not asked again."""
+    """Keep the values of a part in the batch, so that each row is scored by it once."""
 
     def run(batch: _Batch, at: Positions) -> _Found:
         values = batch.parts.setdefault(name, np.full(len(batch.rows), math.nan))
@@ -253,9 +254,9 @@ def _leaf(score: Scorer, name: str, stated: float) -> _Evaluate:
 
 def _operation(operator: str, operands: Sequence[_Evaluate], name: str) -> _Evaluate:
     def run(batch: _Batch, at: Positions) -> _Found:
-        given = [operand(batch, at) for operand in operands]
+        values = [operand(batch, at) for operand in operands]
         with np.errstate(all="ignore"):
-            found = reduce(partial(_combined, operator), given)
+            found = reduce(partial(_combined, operator), values)
         why = "a division by zero" if operator == "/" else "the result is too large"
         for index in np.flatnonzero(~np.isfinite(found.values)):
             found.values[index] = batch.stand_in(name, int(at[index]), why, ON_ERROR)

@@ -3,6 +3,10 @@
 A thread cannot be stopped, and a regular expression or a parser in C does not even let other
 threads run; so whatever may take for ever runs in a process of its own, which is
 killed with all its children at the time-out and replaced at the next call.
+
+`pebble.ProcessPool` kills at a time-out too, but the worker alone and not what it started; and its
+workers are processes of `multiprocessing`, which fork the trainer or import its main module, where
+these are bare interpreters.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ _LOADING_SECONDS = 120.0  # importing torch from a cold network disk takes a min
 _SCRIPT = str(Path(__file__).with_name("worker_process.py"))
 
 Target = tuple[Any, ...]
-"""What a worker loads: a loader's name in `worker.LOADERS`, and its arguments."""
+"""A loader's name in `worker_process.LOADERS`, and its arguments."""
 Result = float | list[float] | str
 """The value of a call, or why there is none."""
 
