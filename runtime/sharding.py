@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -164,20 +165,21 @@ def logical_axes(variable: nnx.Variable[Any]) -> Axes:
     return axes
 
 
-def reshard_for_decoding(params: Any, layout: Layout | None) -> Any:
-    """Return parameters where a layout of sampling has them; as they are for one of training."""
+def reshard_for_decoding(params: PyTree, layout: Layout | None) -> PyTree:
+    """Copy parameters to a decode layout; a training layout leaves them where they are."""
     if layout is None or layout.rules is not DECODE_RULES:
         return params
     return jax.device_put(params, shardings(params, layout))
 
 
-def on_devices(params: Any) -> Any:
+def on_devices(params: PyTree) -> PyTree:
     """Return parameters that may lie in the memory of the host where programs read them."""
 
-    def one(array: Any) -> Any:
-        return jax.device_put(array, array.sharding.with_memory_kind("device"))
+    def move(array: jax.Array) -> jax.Array:
+        moved: jax.Array = jax.device_put(array, array.sharding.with_memory_kind("device"))
+        return moved
 
-    return jax.tree.map(one, params)
+    return jax.tree.map(move, params)
 
 
 def sampling(layout: Layout, data: int, tensor: int) -> Layout:
@@ -190,21 +192,23 @@ HOST = "pinned_host"
 """The kind of memory that what is offloaded lies in."""
 
 
-def shardings(tree: Any, layout: Layout, memory: str | None = None) -> Any:
+def shardings(tree: PyTree, layout: Layout, memory: str | None = None) -> PyTree:
     """Return the shardings of a tree of parameters, or of an optimizer's state made from them.
 
     Returns a tree of the same structure. Moments keep the axis names of their parameters, so they
     lie where these do, in a kind of `memory`; plain arrays (step counts) are whole on every device.
     """
 
-    def one(node: Any) -> Any:
+    def place(node: PyTree) -> PyTree:
         if is_variable(node):
             array = node.get_value()
             # Where a rule leaves a parameter to another one, its state has an empty node.
             if not hasattr(array, "shape"):
                 return node
-            place = layout.sharding(logical_axes(node), array.shape)
-            return node.replace(place if memory is None else place.with_memory_kind(memory))
+            sharding = layout.sharding(logical_axes(node), array.shape)
+            if memory is not None:
+                sharding = sharding.with_memory_kind(memory)
+            return node.replace(sharding)
         return NamedSharding(layout.mesh, PartitionSpec())
 
-    return jax.tree.map(one, tree, is_leaf=is_variable)
+    return jax.tree.map(place, tree, is_leaf=is_variable)

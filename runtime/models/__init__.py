@@ -1,1 +1,18 @@
-"""The decoder, its layers, and its weights in and out."""
+"""The decoder, its layers, and its weights in and out.
+
+- `attention`: causal attention, by XLA or by kernels, of sequences, shared prompts and caches.
+- `decode_step`: one token for each slot of the cache.
+- `decoder`: the network of every architecture.
+- `kv_cache`: keys and values of the tokens so far.
+- `layers`: projections, normalisation, attention heads, feed-forward, the block of them.
+- `loaded_model`: a declared model, opened.
+- `lora`: adapters.
+- `matmul`: matrix products with cheaper gradients on CPUs.
+- `moe`: mixtures of experts, and their load-balance loss.
+- `parameters`: parameters as trees: merged, split by what is trained, named by path.
+- `pretrained`: published checkpoints, read and written.
+- `primitives`: parameters with named axes, random weights, activations, dropout.
+- `quantization`: frozen matrices in four or eight bits.
+- `remat`: what a layer computes again in its backward pass.
+- `rope`: rotary position embeddings.
+"""

@@ -390,8 +390,9 @@ def prefixed_attention(
         return jnp.where(mask, logits.reshape(*shape, -1), _MASKED)
 
     places = jnp.arange(length)
-    inside = jnp.arange(before) < lengths[:, None, None]
-    near = visible(lengths[:, None] + places, jnp.arange(before), window) & inside
+    prompt_places = jnp.arange(before)[None]
+    inside = prompt_places[None] < lengths[:, None, None]
+    near = visible(lengths[:, None] + places[None], prompt_places, window) & inside
     far = product(
         rows.reshape(prompts, kv_heads, -1, head_dim),
         prefix_key.transpose(0, 2, 3, 1),
@@ -443,6 +444,6 @@ def cached_attention(
     )
     if cap is not None:
         logits = cap * jnp.tanh(logits / cap)
-    mask = visible(positions[:, None], jnp.arange(capacity), window)
+    mask = visible(positions[:, None], jnp.arange(capacity)[None], window)
     weights = jax.nn.softmax(jnp.where(mask[:, None], logits, _MASKED), axis=-1)
     return jnp.einsum("bkgs,bksh->bkgh", weights.astype(values.dtype), values).reshape(query.shape)

@@ -189,7 +189,7 @@ class Decoder(nnx.Module):
         """
         count, group, length = tokens.shape
         rows = tokens.reshape(count * group, length)
-        places = jnp.repeat(lengths, group)[:, None] + jnp.arange(length)
+        places = jnp.repeat(lengths, group)[:, None] + jnp.arange(length)[None]
         rotations = rope.rotations(self.architecture, places)
         prompt_places = jnp.arange(prompts.shape[1])[None]
         run_prompt = self._sequence_layer(

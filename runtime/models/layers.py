@@ -26,6 +26,7 @@ from tunelang.runtime.models.primitives import (
     ACTIVATIONS,
     DTYPES,
     Parameter,
+    add_leading_axes,
     dropout,
     normal,
     parameter,
@@ -90,7 +91,7 @@ class Linear(nnx.Module):
             if name == last:
                 break
             if adapter.magnitude is not None:
-                weight = weight * adapter.stretch(weight)
+                weight = weight * add_leading_axes(adapter.stretch(weight), weight.ndim)
         return weight
 
     def merge_adapters(self) -> None:
@@ -116,8 +117,11 @@ class Linear(nnx.Module):
         for name, adapter in self.adapters.items():
             y = y + adapter(x, keys, place)
             if adapter.magnitude is not None:
-                y = y * adapter.stretch(self.merged_weight(name)).astype(y.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+                stretch = adapter.stretch(self.merged_weight(name)).astype(y.dtype)
+                y = y * add_leading_axes(stretch, y.ndim)
+        if self.bias is None:
+            return y
+        return y + add_leading_axes(self.bias[...].astype(x.dtype), y.ndim)
 
 
 def _converted_product(x: jax.Array, weight: jax.Array, contracted: int) -> jax.Array:
@@ -154,8 +158,8 @@ class Norm(nnx.Module):
             if self.centred:
                 y = y - jnp.mean(y, axis=axes, keepdims=True)
             y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + self.epsilon)
-            y = y * (scale + self.offset)
-            return (y if bias is None else y + bias).astype(x.dtype)
+            y = y * add_leading_axes(scale + self.offset, y.ndim)
+            return (y if bias is None else y + add_leading_axes(bias, y.ndim)).astype(x.dtype)
 
         bias = None if self.bias is None else self.bias[...]
         return recompute_in_backward(normalised, x, self.scale[...], bias)
@@ -245,7 +249,7 @@ class Block(nnx.Module):
         attend: Attend,
         keys: jax.Array | None,
         layout: Layout | None = None,
-    ) -> tuple[jax.Array, Any, Any]:
+    ) -> tuple[jax.Array, Any, tuple[jax.Array, jax.Array] | None]:
         """`[batch, length, width]` to the same; what `attend` returns beside its result; what the
         load-balance loss reads, where there are experts.
 
@@ -256,13 +260,13 @@ class Block(nnx.Module):
         y = y if self.attention_out_norm is None else self.attention_out_norm(y)
         x = x + dropout(y, keys, self.dropout, 0)
         y = x if self.mlp_norm is None else self.mlp_norm(x)
-        routed: Any = None
+        routing: tuple[jax.Array, jax.Array] | None = None
         if isinstance(self.mlp, FeedForward):
             y = self.mlp(y, keys)
         else:
-            y, routed = self.mlp(y, layout)
+            y, routing = self.mlp(y, layout)
         y = y if self.mlp_out_norm is None else self.mlp_out_norm(y)
-        return x + dropout(y, keys, self.dropout, 1), extra, routed
+        return x + dropout(y, keys, self.dropout, 1), extra, routing
 
     @property
     def linears(self) -> list[Linear]:

@@ -82,5 +82,5 @@ def with_updates(table: Parameter, adapters: nnx.Dict[LowRank]) -> jax.Array:
     """Return a table with the updates of its adapters."""
     weight: jax.Array = table[...]
     for adapter in adapters.values():
-        weight = weight + adapter.update()
+        weight = weight.astype(jnp.float32) + adapter.update()
     return weight

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneErro
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.models import Pretrained
 from tunelang.runtime import hub
-from tunelang.runtime.models.parameters import abstract_decoder
+from tunelang.runtime.models.parameters import Params, abstract_decoder
 from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.models.quantization import quantized
 from tunelang.runtime.sharding import Layout, logical_axes
@@ -205,7 +205,7 @@ def load(
     layout: Layout,
     storage: Storage = "f32",
     dtype: DTypeLike = jnp.float32,
-) -> Any:
+) -> Params:
     """Return the decoder's parameters as `storage` keeps them, each where the layout has it.
 
     `dtype` is that of activations. Raises `BadWeightsError`, which names every tensor that is
@@ -232,7 +232,7 @@ def load(
     )
 
 
-def kept(params: Any, layout: Layout, storage: Storage, dtype: DTypeLike) -> Any:
+def kept(params: Params, layout: Layout, storage: Storage, dtype: DTypeLike) -> Params:
     """Return float32 parameters as `storage` keeps them; they are used up."""
     if storage == "f32":
         return params
@@ -250,7 +250,7 @@ def kept(params: Any, layout: Layout, storage: Storage, dtype: DTypeLike) -> Any
     return nnx.from_flat_state(found)
 
 
-def tensors(params: Any, config: Config) -> Iterator[tuple[str, NDArray[Any]]]:
+def tensors(params: Params, config: Config) -> Iterator[tuple[str, NDArray[Any]]]:
     """Give the tensors of parameters one by one, as the family of a configuration stores them."""
     flat = {tuple(map(str, path)): value for path, value in nnx.to_flat_state(params)}
 
@@ -264,14 +264,14 @@ def tensors(params: Any, config: Config) -> Iterator[tuple[str, NDArray[Any]]]:
             yield name, parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def tensor_shapes(params: Any, config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensor_shapes(params: Params, config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Give name and shape of what `tensors` gives, in the same order."""
     for leaves in _fused(_leaves(params, config)):
         for _, name in leaves[0].tensors():
             yield name, leaves[0].stored
 
 
-def adapter_tensors(params: Any, config: Config) -> Iterator[tuple[str, str, NDArray[Any]]]:
+def adapter_tensors(params: Params, config: Config) -> Iterator[tuple[str, str, NDArray[Any]]]:
     """Give an adapter as PEFT stores it: the name of a module, of its part, and the tensor.
 
     Raises `ValueError` for a matrix that the family stores within another one.
@@ -302,7 +302,7 @@ def adapter_tensors(params: Any, config: Config) -> Iterator[tuple[str, str, NDA
                 yield module.format(layer), "lora_B.weight", rows
 
 
-def _leaves(state: Any, config: Config) -> list[_Leaf]:
+def _leaves(state: Params, config: Config) -> list[_Leaf]:
     flat = {tuple(map(str, path)): value for path, value in nnx.to_flat_state(state)}
     names = names_of(family_of(config))
     order = {path: at for at, path in enumerate(names)}
@@ -403,7 +403,7 @@ def _problems(
     return [f"{what}: {_some(names)}" for what, names in found_problems if names]
 
 
-def _by_file(files: Mapping[str, Path], wanted: Mapping[str, Any]) -> dict[Path, list[str]]:
+def _by_file(files: Mapping[str, Path], wanted: Iterable[str]) -> dict[Path, list[str]]:
     found: dict[Path, list[str]] = {}
     for name in wanted:
         if name in files:

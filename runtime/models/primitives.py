@@ -31,6 +31,11 @@ def parameter(value: jax.Array, *axes: str | None, kind: type[Parameter] = nnx.P
     return kind(value, out_sharding=axes, eager_sharding=False)
 
 
+def add_leading_axes(array: jax.Array, dimensions: int) -> jax.Array:
+    """Return an array with axes of size 1 in front, so that it broadcasts from the last axis on."""
+    return array.reshape((1,) * (dimensions - array.ndim) + array.shape)
+
+
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], deviation: float) -> jax.Array:
     """Draw normal float32 numbers with this standard deviation."""
     return deviation * jax.random.normal(rngs.params(), shape, jnp.float32)

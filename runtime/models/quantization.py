@@ -49,7 +49,7 @@ def quantized(weight: jax.Array, inputs: int, storage: str) -> tuple[jax.Array, 
 def dequantized(codes: jax.Array, scales: jax.Array, inputs: int, dtype: DTypeLike) -> jax.Array:
     """Return the matrix that `quantized` made codes of."""
     if codes.dtype == jnp.int8:
-        return (codes * scales).astype(dtype)
+        return (codes.astype(scales.dtype) * scales).astype(dtype)
     # Whole tiles, along an axis that is not the last: nothing changes its place in memory, and an
     # axis that is split over devices stays split.
     pairs = _in_tiles(codes, scales, inputs - 1)

@@ -48,7 +48,7 @@ def _llama3(unscaled: NDArray[np.float64], scaling: Llama3Scaling) -> NDArray[np
 
 def rotation(positions: jax.Array, radians: NDArray[np.float32]) -> Rotation:
     """Return the rotation of tokens at `positions` `[batch or 1, length]`, for `frequencies`."""
-    angles = positions[..., None, None].astype(jnp.float32) * radians
+    angles = positions[..., None, None].astype(jnp.float32) * radians[None, None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 

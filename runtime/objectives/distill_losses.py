@@ -2,8 +2,8 @@
 
 Logits of either model, `[batch, length, vocab]`, never exist as a whole: one scan goes over chunks
 of the sequence for both. The teacher of a chunk is a hidden state and a head, or the
-log-probabilities of its `k` likeliest tokens, stored ahead. As in `losses`, the gradient is
-computed beside the loss, and each part of the batch has its own copy of the heads.
+log-probabilities of its `k` likeliest tokens, stored ahead. As in `cross_entropy`, the gradient
+is computed with the loss, and each part of the batch has its own copy of the heads.
 
 Sums are returned, which the caller divides. Only the student gets gradients. What lies outside a
 mask, or where weights are 0, counts nothing even where it is not a number.
@@ -19,12 +19,43 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Float32, Int
 
 from tunelang.runtime.sharding import Layout
-from tunelang.runtime.training.cross_entropy import Split, chunk_logits, pick, with_head
+from tunelang.runtime.training.cross_entropy import (
+    LogitInputs,
+    Split,
+    chunk_logits,
+    pick,
+    with_head,
+)
 
 Kind = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+
+
+class TopK(NamedTuple):
+    """A teacher's `k` likeliest tokens, likeliest first."""
+
+    ids: Int[Array, "batch length k"]
+    log_probs: Float[Array, "batch length k"]
+    """Of the whole vocabulary, in nats, of the logits over the temperature."""
+
+
+class Divergence(NamedTuple):
+    """What a student is trained to make small: `(1 - hard) T² D + hard (-log p(target))`."""
+
+    kind: Kind
+    """With the teacher's `p` and the student's `q`, softmax of the logits over `T`, `D` is
+    `KL(p || q)` (`forward_kl`), `KL(q || p)` (`reverse_kl`), or `beta KL(p || m) + (1 - beta)
+    KL(q || m)` where `m = beta p + (1 - beta) q` (`jensen_shannon`)."""
+    beta: float = 0.5
+    """Above 0 and below 1."""
+    temperature: float = 1.0
+    """`T`, of both models' logits in `D`; `-log p(target)` is at temperature 1."""
+    hard: float = 0.0
+    """Share of the cross entropy with the targets."""
 
 
 class Parts(NamedTuple):
@@ -38,113 +69,85 @@ class Parts(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    kind: Kind
-    beta: float
-    temperature: float
-    hard: float
+    loss: Divergence
     student_cap: float | None
     teacher_cap: float | None
 
 
 def divergence(
-    student_hidden: jax.Array,
-    student_head: jax.Array,
-    teacher_hidden: jax.Array,
-    teacher_head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    student: LogitInputs,
+    teacher: LogitInputs | TopK,
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    loss: Divergence,
     *,
-    kind: Kind,
-    beta: float,
-    temperature: float,
-    hard: float,
     chunk: int,
-    student_cap: float | None = None,
-    teacher_cap: float | None = None,
     layout: Layout | None = None,
-) -> tuple[jax.Array, Parts]:
-    """Return the weighted sum of `(1 - hard) T² D + hard (-log p(target))`, and its parts.
-
-    Hidden states `[batch, length, width]` and heads `[vocab, width]`, of one vocabulary, each model
-    with its width; `targets` `[batch, length]` int32, `weights` `[batch, length]` float32. `chunk`
-    is in tokens of a sequence; the caps bound the logits, as in `losses.cross_entropy`.
-
-    With the teacher's `p` and the student's `q`, softmax of the logits over the temperature `T`,
-    `D` is KL(p || q) as `forward_kl`, KL(q || p) as `reverse_kl`, and as `jensen_shannon`
-    `beta KL(p || m) + (1 - beta) KL(q || m)` where `m = beta p + (1 - beta) q` and `beta` is above
-    0 and below 1 (GKD, arXiv:2306.13649, equation 1). `T²` keeps the size of the divergence's
-    gradient beside the hard loss's, which is at temperature 1 (arXiv:1503.02531, section 2); TRL
-    leaves it out: its loss is `parts.divergence`.
+) -> tuple[Float32[Array, ""], Parts]:
+    """Compute the weighted sum of a divergence from a teacher, and its parts.
 
     Differentiable once, in the student's hidden states and head; the teacher and the weights get
     no gradient.
+
+    Args:
+      student: Hidden states `[batch, length, width]` and head `[vocab, width]`.
+      teacher: The same with a width of its own; or its likeliest tokens at this temperature,
+        `[batch, length, k]`. `D` is then between distributions over these tokens and one outcome
+        more for all others, so it is at most the divergence over the whole vocabulary, and equal to
+        it where `k` is `vocab`; the teacher's mass on the rest is at least float32's epsilon.
+      targets: Of the cross entropy, `[batch, length]`.
+      weights: Of each token, `[batch, length]`; 0 where nothing counts.
+      loss: The divergence, its temperature, the share of the cross entropy.
+      chunk: Tokens of a sequence whose logits are in memory at once.
+      layout: Where the arrays lie.
+
+    Returns:
+      The sum, and its parts without gradients.
+
+    References:
+      GKD, arXiv:2306.13649, equation 1 (`jensen_shannon`). Hinton et al., arXiv:1503.02531, section
+      2: `T²` keeps the size of the divergence's gradient next to the cross entropy's. TRL leaves it
+      out: its loss is `parts.divergence`.
+
     """
-    split = Split.of(student_hidden.shape, chunk, layout)
-    teacher, teacher_copies = with_head(teacher_hidden, teacher_head, split, layout)
+    split = Split.of(student.hidden.shape, chunk, layout)
+    known: tuple[jax.Array, ...]
+    if isinstance(teacher, TopK):
+        log_probs = teacher.log_probs.astype(jnp.float32)
+        known, teacher_copies, teacher_cap = (split(teacher.ids), split(log_probs)), None, None
+    else:
+        states, teacher_copies = with_head(teacher.hidden, teacher.head, split, layout)
+        known, teacher_cap = (states,), teacher.cap
     return _chunked(
-        _Settings(kind, beta, temperature, hard, student_cap, teacher_cap),
-        *with_head(student_hidden, student_head, split, layout),
-        (teacher,), teacher_copies,
-        split(targets), split(weights.astype(jnp.float32)),
-    )  # fmt: skip
-
-
-def top_k_divergence(
-    student_hidden: jax.Array,
-    student_head: jax.Array,
-    teacher_ids: jax.Array,
-    teacher_log_probs: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    *,
-    kind: Kind,
-    beta: float,
-    temperature: float,
-    hard: float,
-    chunk: int,
-    student_cap: float | None = None,
-    layout: Layout | None = None,
-) -> tuple[jax.Array, Parts]:
-    """`divergence` from a teacher of which the likeliest tokens are known, and the rest as one.
-
-    `teacher_ids` int32 and `teacher_log_probs`, both `[batch, length, k]`, are of `top_k` at this
-    temperature. `D` is between distributions over these tokens and one outcome more for all others,
-    so it is at most the divergence over the whole vocabulary, and equal to it where `k` is `vocab`.
-    The teacher's mass on the rest is at least float32's epsilon.
-    """
-    split = Split.of(student_hidden.shape, chunk, layout)
-    return _chunked(
-        _Settings(kind, beta, temperature, hard, student_cap, None),
-        *with_head(student_hidden, student_head, split, layout),
-        (split(teacher_ids), split(teacher_log_probs.astype(jnp.float32))), None,
+        _Settings(loss, student.cap, teacher_cap),
+        *with_head(student.hidden, student.head, split, layout),
+        known, teacher_copies,
         split(targets), split(weights.astype(jnp.float32)),
     )  # fmt: skip
 
 
 def top_k(
-    hidden: jax.Array,
-    head: jax.Array,
-    *,
-    k: int,
-    temperature: float,
-    chunk: int,
-    cap: float | None = None,
-    layout: Layout | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The `k` likeliest tokens, int32, and their log-probabilities, float32; `[batch, length, k]`.
+    model: LogitInputs, *, k: int, temperature: float, chunk: int, layout: Layout | None = None
+) -> TopK:
+    """Return the `k` likeliest tokens of a model at each token, without gradients.
 
-    Likeliest first; log-probabilities are of the whole vocabulary, in nats, of the logits over the
-    temperature. Arguments as of `divergence`. Without gradients.
+    Args:
+      model: Hidden states `[batch, length, width]` and head `[vocab, width]`.
+      k: How many tokens, at most `vocab`.
+      temperature: The logits are divided by it, after the cap.
+      chunk: Tokens of a sequence whose logits are in memory at once.
+      layout: Where the arrays lie.
+
     """
-    split = Split.of(hidden.shape, chunk, layout)
-    states, copies = with_head(*jax.lax.stop_gradient((hidden, head)), split, layout)
+    split = Split.of(model.hidden.shape, chunk, layout)
+    states, copies = with_head(*jax.lax.stop_gradient((model.hidden, model.head)), split, layout)
 
     def body(_: None, hidden: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        logits = chunk_logits(hidden, copies, cap) / temperature
+        logits = chunk_logits(hidden, copies, model.cap) / temperature
         return None, _likeliest(jax.nn.log_softmax(logits), k, layout)
 
     _, (log_probs, ids) = jax.lax.scan(body, None, states)
-    return split.join(ids), split.join(log_probs)
+    return TopK(split.join(ids), split.join(log_probs))
 
 
 def _likeliest(log_probs: jax.Array, k: int, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
@@ -170,10 +173,11 @@ def _outcomes(
     settings: _Settings,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of student and teacher, of each token or of the `k` and the rest."""
-    logits = logits / settings.temperature
+    logits = logits / settings.loss.temperature
     if teacher_copies is not None:
         known = (
-            chunk_logits(teacher[0], teacher_copies, settings.teacher_cap) / settings.temperature
+            chunk_logits(teacher[0], teacher_copies, settings.teacher_cap)
+            / settings.loss.temperature
         )
         return jax.nn.log_softmax(logits), jax.nn.log_softmax(known)
     ids, log_probs = teacher
@@ -201,11 +205,11 @@ def _among(ids: jax.Array, logits: jax.Array) -> jax.Array:
 
 def _divergence(student: jax.Array, teacher: jax.Array, settings: _Settings) -> jax.Array:
     """Divergence of log-probabilities over the last axis, in nats."""
-    if settings.kind == "forward_kl":
+    if settings.loss.kind == "forward_kl":
         return _kl(teacher, student)
-    if settings.kind == "reverse_kl":
+    if settings.loss.kind == "reverse_kl":
         return _kl(student, teacher)
-    beta = settings.beta
+    beta = settings.loss.beta
     mixture = jnp.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
     return beta * _kl(teacher, mixture) + (1.0 - beta) * _kl(student, mixture)
 
@@ -230,11 +234,12 @@ def _losses(
 
 
 def _total(parts: Parts, settings: _Settings) -> jax.Array:
-    soft, hard = (jnp.sum(each) for each in parts)
-    return (1.0 - settings.hard) * settings.temperature**2 * soft + settings.hard * hard
+    soft, hard = (jnp.sum(part) for part in parts)
+    share, temperature = settings.loss.hard, settings.loss.temperature
+    return (1.0 - share) * temperature**2 * soft + share * hard
 
 
-Found = tuple[jax.Array, Parts]
+Loss = tuple[jax.Array, Parts]
 Residuals = tuple[jax.Array, jax.Array]
 
 
@@ -248,7 +253,7 @@ def _chunked(
     teacher_copies: jax.Array | None,
     targets: jax.Array,
     weights: jax.Array,
-) -> Found:
+) -> Loss:
     # The compiler drops the gradients, which nothing reads.
     return _forward(settings, hidden, copies, teacher, teacher_copies, targets, weights)[0]
 
@@ -261,7 +266,7 @@ def _forward(
     teacher_copies: jax.Array | None,
     targets: jax.Array,
     weights: jax.Array,
-) -> tuple[Found, Residuals]:
+) -> tuple[Loss, Residuals]:
     """Return the loss with its parts, and its gradients for a cotangent of 1."""
     cap = settings.student_cap
 
@@ -269,10 +274,11 @@ def _forward(
         sums, head_gradient = carry
         (hidden, teacher), targets, weights = chunk
         hidden, teacher = jax.tree.map(
-            lambda array: jnp.where(weights[..., None] != 0, array, 0), (hidden, teacher)
+            lambda array: jnp.where(weights[..., None] != 0, array, jnp.zeros((), array.dtype)),
+            (hidden, teacher),
         )
         logits = chunk_logits(hidden, copies, cap)
-        gradient, found = jax.grad(_losses, has_aux=True)(
+        gradient, parts = jax.grad(_losses, has_aux=True)(
             logits, teacher, teacher_copies, targets, weights, settings
         )
         if cap is not None:
@@ -282,7 +288,7 @@ def _forward(
             "pbcv,pbcd->pvd", gradient, hidden, preferred_element_type=jnp.float32
         )
         hidden_gradient = jnp.einsum("pbcv,pvd->pbcd", gradient, copies)
-        return (jax.tree.map(jnp.add, sums, found), head_gradient), hidden_gradient
+        return (jax.tree.map(jnp.add, sums, parts), head_gradient), hidden_gradient
 
     zeros = jnp.zeros(copies.shape[0], jnp.float32)
     (sums, head_gradient), hidden_gradient = jax.lax.scan(
@@ -290,15 +296,18 @@ def _forward(
         (Parts(zeros, zeros), jnp.zeros_like(copies, dtype=jnp.float32)),
         ((hidden, teacher), targets, weights),
     )
-    found = _total(sums, settings), jax.tree.map(jnp.sum, sums)
-    return found, (hidden_gradient, head_gradient.astype(copies.dtype))
+    loss = _total(sums, settings), jax.tree.map(jnp.sum, sums)
+    return loss, (hidden_gradient, head_gradient.astype(copies.dtype))
 
 
 def _backward(
-    settings: _Settings, residuals: Residuals, cotangents: Found
+    settings: _Settings, residuals: Residuals, cotangents: Loss
 ) -> tuple[jax.Array, jax.Array, None, None, None, None]:
     del settings
-    hidden, head = ((gradient * cotangents[0]).astype(gradient.dtype) for gradient in residuals)
+    loss = cotangents[0]
+    hidden, head = (
+        (gradient.astype(loss.dtype) * loss).astype(gradient.dtype) for gradient in residuals
+    )
     return hidden, head, None, None, None, None
 
 
@@ -306,35 +315,51 @@ _chunked.defvjp(_forward, _backward)
 
 
 def layer_map(
-    student_layers: int, teacher_layers: int, given: Sequence[int] | None = None
+    student_layers: int, teacher_layers: int, chosen: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """Return the teacher's layer, from 0, for each of the student's: the given, or uniform ones.
+    """Return the teacher's layer, from 0, for each of the student's: the chosen, or uniform ones.
 
     Uniform: layer `i` of `n`, from 1, learns from `i N / n`, rounded up, of `N`; the last from the
-    last (TinyBERT, arXiv:1909.10351, section 4.1). Raises `ValueError` where those given are not
-    one for each layer of the student, or not among the teacher's.
+    last.
+
+    Raises:
+      ValueError: Where those chosen are not one for each layer of the student, or not among the
+        teacher's.
+
+    References:
+      TinyBERT, arXiv:1909.10351, section 4.1. For numbers that do not divide the paper says
+      nothing.
+
     """
-    if given is None:
+    if chosen is None:
         return tuple(
             -(-i * teacher_layers // student_layers) - 1 for i in range(1, student_layers + 1)
         )
-    if len(given) != student_layers or not all(0 <= layer < teacher_layers for layer in given):
-        raise ValueError(f"{given} for {student_layers} of {teacher_layers} layers")
-    return tuple(given)
+    if len(chosen) != student_layers or not all(0 <= layer < teacher_layers for layer in chosen):
+        raise ValueError(f"{chosen} for {student_layers} of {teacher_layers} layers")
+    return tuple(chosen)
 
 
 def attention_transfer(
-    student_maps: jax.Array,
-    teacher_maps: jax.Array,
-    mask: jax.Array,
+    student_maps: Float[Array, "layers batch heads queries keys"],
+    teacher_maps: Float[Array, "layers batch teacher_heads queries keys"],
+    mask: Bool[Array, "batch queries keys"],
     *,
     distance: Literal["squared", "kl"],
-) -> jax.Array:
-    """Distance between maps of attention that are averaged over their heads, a scalar sum.
+) -> Float32[Array, ""]:
+    """Sum the distance between maps of attention that are averaged over their heads.
 
-    Maps `[layers, batch, heads, queries, keys]` of probabilities, each model with its heads; the
-    mask `[batch, queries, keys]` is true where a query may see a key. `squared` is summed over
-    layers and pairs of the mask; `kl`, KL(teacher || student) in nats, over layers and queries.
+    Args:
+      student_maps: Probabilities, `[layers, batch, heads, queries, keys]`.
+      teacher_maps: The same with the teacher's heads; carries no gradient.
+      mask: True where a query may attend to a key, `[batch, queries, keys]`.
+      distance: `squared`, summed over layers and pairs of the mask; `kl`, KL(teacher || student)
+        in nats, over layers and queries.
+
+    References:
+      TinyBERT, arXiv:1909.10351, equation 7. Differs: maps are averaged over heads, so that both
+      models may have their own number, and are probabilities, not logits.
+
     """
     shown = mask[None, :, None]
     student, teacher = (
@@ -349,30 +374,41 @@ def attention_transfer(
 
 
 def feature_transfer(
-    student_hidden: jax.Array,
-    teacher_hidden: jax.Array,
-    projection: jax.Array,
-    mask: jax.Array,
+    student_hidden: Float[Array, "batch length width"],
+    teacher_hidden: Float[Array, "batch length teacher_width"],
+    projection: Float[Array, "width teacher_width"],
+    mask: Bool[Array, "batch length"],
     *,
     pooling: Literal["token", "mean", "last"],
     distance: Literal["squared", "cosine"],
-) -> jax.Array:
-    """Distance between the student's features, projected, and the teacher's, a scalar sum.
+) -> Float32[Array, ""]:
+    """Sum the distance between the student's features, projected, and the teacher's.
 
-    Features `[batch, length, width]`, `projection` `[student_width, teacher_width]`, `mask`
-    `[batch, length]` bool. The distance is the mean over the width of squared differences, or 1
-    less the cosine. It is summed over the tokens of the mask; or over sequences that have any,
-    after their `mean` or `last` feature was taken.
+    Args:
+      student_hidden: Features `[batch, length, width]`.
+      teacher_hidden: Features `[batch, length, teacher_width]`; carries no gradient.
+      projection: Of the student's features, `[width, teacher_width]`.
+      mask: True on the tokens that count, `[batch, length]`.
+      pooling: `token`, summed over the tokens of the mask; `mean` or `last`, over sequences that
+        have any, of their mean or last feature.
+      distance: `squared`, the mean over the width of squared differences; `cosine`, 1 less the
+        cosine.
+
+    References:
+      TinyBERT, arXiv:1909.10351, equation 8 (`token`, `squared`).
+
     """
     student, teacher = (
         jnp.where(mask[..., None], hidden, 0)
         for hidden in (student_hidden, jax.lax.stop_gradient(teacher_hidden))
     )
     if pooling != "token":
-        share = mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+        counts = mask.astype(jnp.float32)
+        share = counts / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1)
         if pooling == "last":
-            last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1, keepdims=True)
-            share = mask & (jnp.arange(mask.shape[1]) == last)
+            places = jnp.arange(mask.shape[1])[None]
+            last = jnp.max(jnp.where(mask, places, 0), axis=1, keepdims=True)
+            share = mask & (places == last)
         student, teacher = (
             jnp.einsum("bl,bld->bd", share.astype(jnp.float32), hidden.astype(jnp.float32))
             for hidden in (student, teacher)
@@ -383,10 +419,10 @@ def feature_transfer(
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     if distance == "squared":
-        each = jnp.mean(jnp.square(student - teacher), axis=-1)
+        distances = jnp.mean(jnp.square(student - teacher), axis=-1)
     else:
-        each = 1.0 - jnp.sum(_unit(student) * _unit(teacher.astype(jnp.float32)), axis=-1)
-    return jnp.sum(jnp.where(mask, each, 0.0))
+        distances = 1.0 - jnp.sum(_unit(student) * _unit(teacher.astype(jnp.float32)), axis=-1)
+    return jnp.sum(jnp.where(mask, distances, 0.0))
 
 
 def _unit(vectors: jax.Array) -> jax.Array:

@@ -50,8 +50,8 @@ from tunelang.runtime.user_functions import Custom
 MISMATCH_BOUNDS = {"mismatch_error": 1.05, "mismatch_kl": 5e-4}
 """Bounds of a healthy run on two metrics: NeMo-RL's probability error and PRIME-RL's divergence."""
 
-Tokens = Float[Array, "sequences length"]
-Mask = Bool[Array, "sequences length"]
+Tokens = Float[Array, "*sequences length"]
+Mask = Bool[Array, "*sequences length"]
 Scalar = Float[Array, ""]
 
 # exp(20) is 5e8: far outside every clip, and squares and sums of it are finite in float32.
@@ -184,8 +184,8 @@ def advantages(rewards: Num[Array, "prompts group"], how: str | Custom) -> Advan
 
 
 def penalised(
-    rewards: Float[Array, " sequences"], kl: KlTerm, old: Tokens, reference: Tokens, mask: Mask
-) -> Float[Array, " sequences"]:
+    rewards: Float[Array, "*sequences"], kl: KlTerm, old: Tokens, reference: Tokens, mask: Mask
+) -> Float[Array, "*sequences"]:
     """Subtract the divergence from the reference, summed over each completion, from its reward.
 
     This is `kl = k1(..., at = reward)`: `r - beta log(pi(y|x) / pi_ref(y|x))`.
@@ -349,7 +349,7 @@ def ratios(log_ratio: Tokens, mask: Mask, how: str) -> Tokens:
     """
     if how == "token":
         return jnp.exp(_bounded(log_ratio))
-    lengths = jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    lengths = jnp.maximum(mask.sum(-1, keepdims=True, dtype=log_ratio.dtype), 1)
     mean = _where(mask, log_ratio).sum(-1, keepdims=True) / lengths
     sequence = jnp.broadcast_to(jnp.exp(_bounded(mean)), log_ratio.shape)
     if how == "sequence":
@@ -458,7 +458,9 @@ def _k3(log_ratio: Tokens) -> Tokens:
 def _token_weights(policy: Policy | PolicySettings, mask: Mask) -> Tokens:
     if policy.aggregate != "sequence_mean":
         return jnp.ones(mask.shape, jnp.float32)
-    return jnp.broadcast_to(1.0 / jnp.maximum(mask.sum(-1, keepdims=True), 1), mask.shape)
+    return jnp.broadcast_to(
+        1.0 / jnp.maximum(mask.sum(-1, keepdims=True, dtype=jnp.float32), 1.0), mask.shape
+    )
 
 
 def _bounded(log_ratio: Array) -> Array:
@@ -467,7 +469,7 @@ def _bounded(log_ratio: Array) -> Array:
 
 def _where(mask: Array, values: Array) -> Array:
     # `where` and not a product: what stands outside the mask may be NaN, and so may its gradient.
-    return jnp.where(mask, values, 0)
+    return jnp.where(mask, values, jnp.zeros((), values.dtype))
 
 
 def _require(policy: Policy | PolicySettings, batch: Completions) -> None:

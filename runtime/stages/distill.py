@@ -31,11 +31,14 @@ from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import OBJECTIVE_PARAMS, Params, abstract_decoder
 from tunelang.runtime.models.primitives import parameter
 from tunelang.runtime.objectives.distill_losses import (
+    Divergence,
+    Kind,
+    Parts,
+    TopK,
     attention_transfer,
     divergence,
     feature_transfer,
     layer_map,
-    top_k_divergence,
 )
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.stages.abstract_programs import AbstractRows
@@ -55,6 +58,7 @@ from tunelang.runtime.stages.teacher_cache import (
     likeliest_tokens,
     remove_teacher_cache,
 )
+from tunelang.runtime.training.cross_entropy import LogitInputs
 from tunelang.runtime.training.objective import (
     Batch,
     Models,
@@ -176,36 +180,31 @@ class DistillObjective(Objective):
 
     def _divergence(
         self, models: Models, teacher: Any, batch: Batch, forward: _Forward
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, Parts]:
         """Return the sum over the trained tokens, and its parts."""
         stage, layout = self.stage, models.config.layout
         targets, counted = shift_targets(batch)
         kind = stage.divergence
-        settings: dict[str, Any] = {
-            "kind": kind.word,
-            "beta": kind.share if isinstance(kind, JensenShannon) else 0.5,
-            "temperature": stage.temperature,
-            "hard": stage.hard,
-            "chunk": CHUNK,
-            "student_cap": models.decoder.architecture.logit_cap,
-            "layout": layout,
-        }
+        word: Kind = kind.word  # type: ignore[assignment]
+        beta = kind.share if isinstance(kind, JensenShannon) else 0.5
+        minimized = Divergence(word, beta, stage.temperature, stage.hard)
         # Tables may be padded to different sizes; the tokens are the same.
         common = min(self.student.vocabulary, self.teacher.vocabulary)
-        head = models.decoder.head_weight()[:common]
-        if batch.extras is not None or stage.top_k is not None:
-            if batch.extras is not None:
-                ids, log_probs = batch.extras.ids, batch.extras.log_probs
-            else:
-                choice = _token_choice(stage, common)
-                ids, log_probs = likeliest_tokens(forward.teacher_hidden, teacher, choice, layout)
-            return top_k_divergence(
-                forward.hidden, head, ids, log_probs, targets, counted, **settings
-            )
+        distribution: LogitInputs | TopK
+        if batch.extras is not None:
+            distribution = TopK(batch.extras.ids, batch.extras.log_probs)
+        elif stage.top_k is not None:
+            choice = _token_choice(stage, common)
+            distribution = likeliest_tokens(forward.teacher_hidden, teacher, choice, layout)
+        else:
+            head = teacher.head_weight()[:common]
+            distribution = LogitInputs(forward.teacher_hidden, head, self.teacher.logit_cap)
+        decoder = models.decoder
+        head = decoder.head_weight()[:common]
+        inputs = LogitInputs(forward.hidden, head, decoder.architecture.logit_cap)
         return divergence(
-            forward.hidden, head, forward.teacher_hidden, teacher.head_weight()[:common],
-            targets, counted, teacher_cap=self.teacher.logit_cap, **settings,
-        )  # fmt: skip
+            inputs, distribution, targets, counted, minimized, chunk=CHUNK, layout=layout
+        )
 
     def _attention_loss(self, batch: Batch, forward: _Forward) -> jax.Array:
         """Return the sum over tokens and the student's layers."""

@@ -11,7 +11,7 @@ from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.training import Dare, Ties
 from tunelang.dsl.vocabulary.utility_stages import Merge
-from tunelang.runtime.models.weight_merging import merged
+from tunelang.runtime.loading.weight_merging import merge_weights
 from tunelang.runtime.stages.base import Summary, TaskContext, TaskKind, register
 
 
@@ -52,7 +52,7 @@ class MergeKind(TaskKind[Merge]):
             base = context.load(stage.base or start).params
         context.doing("merging")
         parameters = [first.params, *(other.params for other in others)]
-        params = merged(stage.method, parameters, base, context.seed(stage.seed))
+        params = merge_weights(stage.method, parameters, base, context.seed(stage.seed))
         evals, metrics = context.measure(stage.evals, replace(first, params=params), {})
         context.save(params)
         return {

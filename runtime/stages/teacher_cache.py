@@ -15,9 +15,10 @@ from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.evals.score_answers import epoch
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.parameters import Params, abstract_decoder
-from tunelang.runtime.objectives.distill_losses import top_k
+from tunelang.runtime.objectives.distill_losses import TopK, top_k
 from tunelang.runtime.sharding import Layout, jit
 from tunelang.runtime.tokenize.token_cache import Corpus
+from tunelang.runtime.training.cross_entropy import LogitInputs
 from tunelang.runtime.training.objective import AnyArray, Batch, hidden_states
 from tunelang.runtime.training.step_config import StepConfig
 
@@ -49,18 +50,18 @@ class TokenChoice:
 
 def likeliest_tokens(
     hidden: jax.Array, teacher: Decoder, choice: TokenChoice, layout: Layout
-) -> tuple[jax.Array, jax.Array]:
-    """Return ids and log-probabilities `[batch, length, k]` of the teacher's likeliest tokens.
+) -> TopK:
+    """Return the teacher's likeliest tokens at each token of a batch.
 
     `hidden` `[batch, length, width]` is the teacher's.
     """
     return top_k(
-        hidden,
-        teacher.head_weight()[: choice.vocabulary],
+        LogitInputs(
+            hidden, teacher.head_weight()[: choice.vocabulary], teacher.architecture.logit_cap
+        ),
         k=choice.k,
         temperature=choice.temperature,
         chunk=CHUNK,
-        cap=teacher.architecture.logit_cap,
         layout=layout,
     )
 

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from tunelang.runtime.training.step_config import StepConfig
 
+Accumulated = tuple[jax.Array, PyTree, PyTree]
+"""A loss, its further output, and its gradient."""
+
 
 def accumulate(
-    loss: Callable[[Any, Any], tuple[jax.Array, Any]],
-    params: Any,
-    batch: Any,
+    loss: Callable[[PyTree, PyTree], tuple[jax.Array, PyTree]],
+    params: PyTree,
+    batch: PyTree,
     config: StepConfig,
-    add: Callable[[Any, Any], Any] = lambda *_: None,
-    counts: Callable[[Any], jax.Array] | None = None,
-) -> tuple[jax.Array, Any, Any]:
-    """Add up over the micro-batches a loss, what it gives beside by `add`, and its gradient.
+    add: Callable[[PyTree, PyTree], PyTree] = lambda *_: None,
+    counts: Callable[[PyTree], jax.Array] | None = None,
+) -> Accumulated:
+    """Add up a loss and its gradient over micro-batches, and its further output by `add`.
 
     Every array of the batch is `[rows, ...]`. Micro-batches of which `counts` is false have neither
     loss nor gradient; behind the last of the others they are skipped.
     """
 
-    def differentiated(part: Any) -> tuple[jax.Array, Any, Any]:
+    def differentiate(part: PyTree) -> Accumulated:
         value, pull, extra = jax.vjp(lambda params: loss(params, part), params, has_aux=True)
         # No part of the backward pass starts before the loss is known, such as copies of frozen
         # weights: 55.1 -> 39.2 GiB of LoRA of llama-3.1-70b on 8 of 7x (2026-11, "Backward pass
@@ -35,12 +38,12 @@ def accumulate(
         return value, extra, gradient
 
     if config.micro_batches == 1:
-        return differentiated(batch)
+        return differentiate(batch)
 
-    def added(carry: tuple[jax.Array, Any, Any], part: Any) -> tuple[jax.Array, Any, Any]:
-        value, extra, gradient = differentiated(part)
-        total, extras, gradients = carry
-        return total + value, add(extras, extra), jax.tree.map(jnp.add, gradients, gradient)
+    def add_part(total: Accumulated, part: PyTree) -> Accumulated:
+        value, extra, gradient = differentiate(part)
+        values, extras, gradients = total
+        return values + value, add(extras, extra), jax.tree.map(jnp.add, gradients, gradient)
 
     parts = jax.tree.map(lambda array: micro_batches(array, config), batch)
     first = jax.tree.map(lambda array: array[0], parts)
@@ -48,15 +51,15 @@ def accumulate(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), extras)
     start = (jnp.zeros((), jnp.float32), zeros, jax.tree.map(jnp.zeros_like, params))
     if counts is None:
-        return jax.lax.scan(lambda carry, part: (added(carry, part), None), start, parts)[0]
+        return jax.lax.scan(lambda total, part: (add_part(total, part), None), start, parts)[0]
 
-    def nth(at: Any, carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
-        return added(carry, jax.tree.map(lambda array: array[at], parts))
+    def add_nth(index: jax.Array, total: Accumulated) -> Accumulated:
+        return add_part(total, jax.tree.map(lambda array: array[index], parts))
 
     count = jnp.arange(1, config.micro_batches + 1)
     last = jnp.max(jnp.where(jax.vmap(counts)(parts), count, 0))
-    found: tuple[jax.Array, Any, Any] = jax.lax.fori_loop(0, last, nth, start)
-    return found
+    total: Accumulated = jax.lax.fori_loop(0, last, add_nth, start)
+    return total
 
 
 def micro_batches(array: jax.Array, config: StepConfig) -> jax.Array:

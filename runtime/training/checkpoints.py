@@ -17,11 +17,12 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 from typing_extensions import override
 
 from tunelang.dsl.diagnostics.tune_error import FailureText
 from tunelang.dsl.messages import run_failures
-from tunelang.runtime.models.parameters import arrays_by_path, with_arrays
+from tunelang.runtime.models.parameters import Params, arrays_by_path, with_arrays
 from tunelang.runtime.store.atomic_files import StoreError, read_json, write_json
 from tunelang.runtime.store.run_store import StageFolder
 
@@ -51,7 +52,7 @@ class Checkpoints:
         for left in folder.checkpoints.glob(f"*{_TEMPORARY}*"):
             shutil.rmtree(left, ignore_errors=True)
 
-    def save(self, step: int, params: Any, state: Any = None, progress: Any = None) -> None:
+    def save(self, step: int, params: Params, state: PyTree = None, progress: Any = None) -> None:
         """Write a checkpoint behind the caller's back; the arrays may be used up at once.
 
         Only the last two stay. Raises `CheckpointError`, also for the one before.
@@ -72,7 +73,7 @@ class Checkpoints:
                 _note_sizes(self.folder.checkpoints / str(step))
         self._remove(self.folder.steps()[:-2])
 
-    def finish(self, step: int, params: Any) -> None:
+    def finish(self, step: int, params: Params) -> None:
         """Write the model of the last step, without what only training on needs; then all others
         go. Raises `CheckpointError`.
         """
@@ -87,7 +88,7 @@ class Checkpoints:
             if step not in self.keep:
                 self.folder.remove_checkpoint(step)
 
-    def restore(self, step: int, params: Any, state: Any) -> tuple[Any, Any, Any]:
+    def restore(self, step: int, params: Params, state: PyTree) -> tuple[Params, PyTree, Any]:
         """Return parameters, state and progress; the trees say shapes and places.
 
         Raises `CheckpointError`.
@@ -112,7 +113,7 @@ class Checkpoints:
         self._writer.close()
 
 
-def load_params(path: Path, params: Any) -> Any:
+def load_params(path: Path, params: Params) -> Params:
     """Return the parameters of a checkpoint; the tree says shapes and places.
 
     Raises `CheckpointError`.
@@ -149,7 +150,7 @@ def _check_sizes(path: Path) -> None:
             raise CheckpointError("read", path, f"it is damaged: {name} {held}")
 
 
-def _shaped(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
+def _shaped(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
     return {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         for name, leaf in arrays_by_path(tree).items()

@@ -11,32 +11,53 @@ where the copy was made, is exchanged once, after the scan.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Float32, Int
 
 from tunelang.runtime.sharding import Layout, constrain
 from tunelang.runtime.user_functions import Custom
 
 
+class LogitInputs(NamedTuple):
+    """What the logits of a model are computed from, a chunk at a time."""
+
+    hidden: Float[Array, "batch length width"]
+    head: Float[Array, "vocab width"]
+    cap: float | None = None
+    """Bounds the logits, `cap * tanh(logits / cap)`."""
+
+
 def cross_entropy(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    hidden: Float[Array, "batch length width"],
+    head: Float[Array, "vocab width"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
     *,
     chunk: int,
     cap: float | None = None,
     layout: Layout | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Return the weighted sum of `-log p(target)`, in nats, and the sum of the weights.
 
-    `hidden` `[batch, length, width]`, `head` `[vocab, width]`, `targets` `[batch, length]` int32,
-    `weights` `[batch, length]` float32. `chunk` is in tokens of a sequence. `cap` bounds the
-    logits, `cap * tanh(logits / cap)`. Differentiable once, in all but the targets: the gradient
-    is computed beside the loss, so that the logits are computed once and not again in the backward
-    pass (Liger Kernel, arXiv:2410.10989, section 3.2).
+    Differentiable once, in all but the targets. The gradient is computed with the loss, so that the
+    logits are computed once and not again in the backward pass.
+
+    Args:
+      hidden: Hidden states `[batch, length, width]`.
+      head: `[vocab, width]`.
+      targets: `[batch, length]`.
+      weights: Of each token, `[batch, length]`.
+      chunk: Tokens of a sequence whose logits are in memory at once.
+      cap: Bounds the logits, `cap * tanh(logits / cap)`.
+      layout: Where the arrays lie.
+
+    References:
+      Liger Kernel, arXiv:2410.10989, section 3.2.
+
     """
     split = Split.of(hidden.shape, chunk, layout)
     total = _chunked_cross_entropy(
@@ -47,20 +68,20 @@ def cross_entropy(
 
 
 def custom_loss(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    hidden: Float[Array, "batch length width"],
+    head: Float[Array, "vocab width"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
     function: Custom,
     *,
     chunk: int,
     cap: float | None = None,
     layout: Layout | None = None,
-) -> jax.Array:
-    """Return the weighted sum of what a function of `logits` `[..., vocab]` and `targets` `[...]`
-    gives for each token.
+) -> Float[Array, ""]:
+    """Return the weighted sum of the losses of tokens by a user's function.
 
-    Arguments as of `cross_entropy`. The backward pass computes each chunk's logits again.
+    The function maps `logits` `[..., vocab]` and `targets` `[...]` to losses `[...]`. Arguments as
+    of `cross_entropy`. The backward pass computes each chunk's logits again.
     """
     split = Split.of(hidden.shape, chunk, layout)
     parts, copies = with_head(hidden, head, split, layout)
@@ -83,16 +104,16 @@ def custom_loss(
 
 
 def token_logprobs(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
+    hidden: Float[Array, "batch length width"],
+    head: Float[Array, "vocab width"],
+    targets: Int[Array, "batch length"],
     *,
     chunk: int,
     cap: float | None = None,
     temperature: float = 1.0,
     layout: Layout | None = None,
-) -> jax.Array:
-    """`log p(target)` of each token, in nats, `[batch, length]` float32.
+) -> Float32[Array, "batch length"]:
+    """Return `log p(target)` of each token, in nats.
 
     Arguments as of `cross_entropy`; the logits are divided by `temperature`, which is above 0,
     after the cap. The backward pass computes each chunk's logits again.
@@ -101,19 +122,21 @@ def token_logprobs(
 
 
 def token_scores(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
+    hidden: Float[Array, "batch length width"],
+    head: Float[Array, "vocab width"],
+    targets: Int[Array, "batch length"],
     *,
     chunk: int,
     cap: float | None = None,
     temperature: float = 1.0,
     layout: Layout | None = None,
     flows: bool = True,
-) -> tuple[jax.Array, jax.Array]:
-    """`token_logprobs`, and the entropy of the whole distribution at each token, in nats; both
-    `[batch, length]` float32. `flows` says whether the entropy has a gradient, which would be
-    computed even where nothing reads it.
+) -> tuple[Float32[Array, "batch length"], Float32[Array, "batch length"]]:
+    """Return what `token_logprobs` does, and the entropy of the whole distribution at each token,
+    in nats.
+
+    `flows` says whether the entropy has a gradient, which would be computed even where nothing
+    reads it.
     """
     how: Literal["flows", "measured"] = "flows" if flows else "measured"
     log_probs, entropy = _scores(hidden, head, targets, chunk, cap, temperature, layout, how)
@@ -241,8 +264,14 @@ def chunk_logits(hidden: jax.Array, copies: jax.Array, cap: float | None) -> jax
 
 def pick(values: jax.Array, targets: jax.Array) -> jax.Array:
     """`values[..., target]`, by comparison: it fuses and it shards, which a gather does not."""
-    chosen = jnp.arange(values.shape[-1]) == targets[..., None]
-    return jnp.sum(jnp.where(chosen, values, 0.0), axis=-1)
+    return jnp.sum(jnp.where(_is_target(values, targets), values, 0.0), axis=-1)
+
+
+def _is_target(values: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return whether each of `values` `[..., vocab]` is the target's, bool."""
+    return (
+        jax.lax.broadcasted_iota(targets.dtype, values.shape, values.ndim - 1) == targets[..., None]
+    )
 
 
 # Logits are computed once, not again in the backward pass: three products with the head instead of
@@ -286,8 +315,8 @@ def _forward(
         logits = chunk_logits(hidden, copies, cap)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         losses = normaliser - pick(logits, targets)
-        chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
-        gradient = (jnp.exp(logits - normaliser[..., None]) - chosen) * weights[..., None]
+        target = _is_target(logits, targets).astype(logits.dtype)
+        gradient = (jnp.exp(logits - normaliser[..., None]) - target) * weights[..., None]
         if cap is not None:
             gradient = gradient * (1.0 - jnp.square(logits / cap))
         gradient = gradient.astype(hidden.dtype)
@@ -313,8 +342,8 @@ def _backward(
     del cap
     hidden_gradient, head_gradient, losses = residuals
     return (
-        (hidden_gradient * cotangent).astype(hidden_gradient.dtype),
-        (head_gradient * cotangent).astype(head_gradient.dtype),
+        (hidden_gradient.astype(cotangent.dtype) * cotangent).astype(hidden_gradient.dtype),
+        (head_gradient.astype(cotangent.dtype) * cotangent).astype(head_gradient.dtype),
         None,
         losses * cotangent,
     )

@@ -8,12 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import PyTree
 from typing_extensions import override
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.moe import balance_loss
-from tunelang.runtime.models.parameters import abstract_decoder
+from tunelang.runtime.models.parameters import Params, abstract_decoder
 from tunelang.runtime.sharding import jit
 from tunelang.runtime.training.cross_entropy import cross_entropy, custom_loss
 from tunelang.runtime.training.step_config import StepConfig
@@ -38,7 +39,7 @@ class Batch:
     padding. None: each sequence is one example, padded at its end."""
     positions: AnyArray = None
     """int32: the position of the token in its example. None: its position in the sequence."""
-    extras: Any = None
+    extras: PyTree = None
     """Arrays that only the objective reads: a tree of `[batch, ...]`."""
 
 
@@ -48,9 +49,9 @@ class Models:
 
     decoder: Decoder
     """The trained model."""
-    extra: nnx.State[Any, Any]
+    extra: Params
     """The objective's own trained parameters."""
-    aux_params: Any
+    aux_params: PyTree
     """Parameters of a second model that is not trained: a reference or a teacher."""
     config: StepConfig
 
@@ -59,7 +60,7 @@ class Models:
 class Objective(Protocol):
     """A loss that is a sum over the micro-batches of a batch."""
 
-    def initial_params(self) -> nnx.State[Any, Any]:
+    def initial_params(self) -> Params:
         """Return the objective's own trained parameters, initialised; below `OBJECTIVE_PARAMS`."""
         return nnx.State({})
 
@@ -167,10 +168,12 @@ def loss_program(architecture: Architecture, config: StepConfig) -> jax.stages.W
     """Return the jitted `(params, batch) -> (loss, tokens)`: sums over `[steps, batch, length]`."""
     graph, _ = abstract_decoder(architecture, config.dtype)
 
-    def total(params: Any, batches: Batch) -> tuple[jax.Array, jax.Array]:
-        def body(carry: tuple[jax.Array, jax.Array], batch: Batch) -> tuple[Any, None]:
+    def total(params: Params, batches: Batch) -> tuple[jax.Array, jax.Array]:
+        def body(
+            sums: tuple[jax.Array, jax.Array], batch: Batch
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
             loss = summed_loss(nnx.merge(graph, params), batch, None, config, balanced=False)
-            return (carry[0] + loss, carry[1] + jnp.sum(shift_targets(batch)[1])), None
+            return (sums[0] + loss, sums[1] + jnp.sum(shift_targets(batch)[1])), None
 
         zero = jnp.zeros((), jnp.float32)
         sums, _ = jax.lax.scan(body, (zero, zero), batches)

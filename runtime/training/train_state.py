@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,16 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.models.decoder import Decoder
-from tunelang.runtime.models.parameters import merge_params, split_objective_params, split_trainable
+from tunelang.runtime.models.parameters import (
+    Params,
+    merge_params,
+    split_objective_params,
+    split_trainable,
+)
 from tunelang.runtime.sharding import HOST, shardings
 from tunelang.runtime.training.step_config import StepConfig
 
@@ -27,31 +33,31 @@ class TrainState:
     names of their axes.
     """
 
-    params: nnx.State[Any, Any]
+    params: Params
     """What is trained."""
-    optimizer: Any
+    optimizer: PyTree
     step: jax.Array
     """int32 scalar: how many steps were made."""
     scale: jax.Array
     """float32 scalar: factor of every update. An optimizer built for a learning rate of 1 and
     scaled by the peak rate serves all branches of a sweep over rates with one program."""
-    frozen: nnx.State[Any, Any] = field(default_factory=lambda: nnx.State({}))
+    frozen: Params = field(default_factory=lambda: nnx.State({}))
     """The decoder's other parameters, where an adapter is trained."""
-    aux_params: Any = None
+    aux_params: PyTree = None
     """Parameters of other models that the objective reads: a reference, a teacher; or what is
     frozen of the critic."""
     critic: TrainState | None = None
     """Of the values, beside a policy; without what is frozen."""
 
     @property
-    def moments(self) -> Any:
+    def moments(self) -> PyTree:
         """What a checkpoint has to hold beside the parameters."""
         if self.critic is None:
             return self.optimizer
         critic = {"params": self.critic.params, "optimizer": self.critic.optimizer}
         return {"optimizer": self.optimizer, "critic": critic}
 
-    def restored(self, params: Any, moments: Any, step: int) -> TrainState:
+    def restored(self, params: Params, moments: PyTree, step: int) -> TrainState:
         """Return the state that had these parameters and `moments` after so many updates."""
         critic = self.critic
         if critic is not None:
@@ -61,12 +67,12 @@ class TrainState:
         return replace(self, params=params, optimizer=moments, step=count, critic=critic)
 
     @property
-    def trained_params(self) -> nnx.State[Any, Any]:
+    def trained_params(self) -> Params:
         """What was trained of the decoder."""
         return split_objective_params(self.params)[0]
 
     @property
-    def decoder_params(self) -> nnx.State[Any, Any]:
+    def decoder_params(self) -> Params:
         """All parameters of the decoder."""
         return merge_params(self.trained_params, self.frozen)
 
@@ -74,8 +80,8 @@ class TrainState:
 class ReadOnlyState(NamedTuple):
     """What a step reads and leaves alone."""
 
-    frozen: Any
-    aux_params: Any
+    frozen: Params
+    aux_params: PyTree
 
 
 def split_state(state: TrainState) -> tuple[TrainState, ReadOnlyState]:
@@ -88,7 +94,7 @@ def abstract_state(
     architecture: Architecture,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
-    extra: Callable[[], Any] = lambda: nnx.State({}),
+    extra: Callable[[], Params] = lambda: nnx.State({}),
 ) -> TrainState:
     """Return the state as shapes and shardings, which `train_step(...).lower` takes for arrays."""
     state = jax.eval_shape(lambda: _fresh(architecture, optimizer, config, 0, extra()))
@@ -117,7 +123,7 @@ def random_state(
 
 def initial_state(
     architecture: Architecture,
-    params: nnx.State[Any, Any],
+    params: Params,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
     scale: float = 1.0,
@@ -146,22 +152,22 @@ def stack_state(state: TrainState, branches: int) -> TrainState:
     return replace(stacked, frozen=read_only.frozen, aux_params=read_only.aux_params)
 
 
-def stack_branches(tree: Any, count: int) -> Any:
+def stack_branches(tree: PyTree, count: int) -> PyTree:
     """Return the shapes and shardings of so many trees of arrays with one leading axis."""
 
-    def one(leaf: Any) -> Any:
+    def stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         place = NamedSharding(leaf.sharding.mesh, PartitionSpec(None, *leaf.sharding.spec))
         return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=place)
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(stack, tree)
 
 
 def _fresh(
     architecture: Architecture,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
-    seed: Any,
-    extra: Any = nnx.State({}),  # noqa: B008 - it is empty and stays so
+    seed: int | jax.Array,
+    extra: Params = nnx.State({}),  # noqa: B008 - it is empty and stays so
 ) -> TrainState:
     decoder = Decoder(architecture, nnx.Rngs(jax.random.key(seed)), config.dtype)
     decoder.set_magnitudes()
@@ -171,7 +177,7 @@ def _fresh(
     return TrainState(params, optimizer.init(params), zero, one, frozen)
 
 
-def state_shardings(state: TrainState, config: StepConfig) -> Any:
+def state_shardings(state: TrainState, config: StepConfig) -> TrainState:
     """Return the shardings of a state, arranged as it is."""
     layout = config.layout
     return replace(

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.models.parameters import (
+    Params,
     abstract_decoder,
     merge_params,
     split_objective_params,
@@ -70,12 +71,12 @@ class StateProgram:
     jitted: jax.stages.Wrapped
     """`(what changes, what does not, batch) -> (what changes, metrics)`; both parts are states."""
 
-    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+    def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, PyTree]:
         """Run it."""
         changed, metrics = self.jitted(*split_state(state), batch)
         return replace(changed, frozen=state.frozen, aux_params=state.aux_params), metrics
 
-    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batch: PyTree) -> jax.stages.Lowered:
         """Lower it for shapes and shardings."""
         return self.jitted.lower(*split_state(state), batch)
 
@@ -112,7 +113,7 @@ def train_step(
             key = jax.random.fold_in(jax.random.key(config.seed), state.step)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
 
-        def models(params: Any) -> Models:
+        def models(params: Params) -> Models:
             own, extra = split_objective_params(params)
             decoder = nnx.merge(graph, merge_params(own, kept.frozen))
             return Models(decoder, extra, kept.aux_params, config)
@@ -120,7 +121,9 @@ def train_step(
         tokens = jnp.sum(shift_targets(batch)[1])
         normalizers = objective.normalizers(models(jax.lax.stop_gradient(state.params)), batch)
 
-        def loss(params: Any, part: tuple[Batch, jax.Array | None]) -> tuple[jax.Array, Any]:
+        def loss(
+            params: Params, part: tuple[Batch, jax.Array | None]
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
             return objective.loss(models(params), *part, normalizers)
 
         value, more, gradient = accumulate(
@@ -159,7 +162,7 @@ def train_step(
 
 def apply_gradient(
     state: TrainState,
-    gradient: Any,
+    gradient: Params,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
 ) -> tuple[TrainState, jax.Array, jax.Array]:

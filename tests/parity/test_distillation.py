@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunelang.runtime.objectives.distill_losses import divergence
+from tunelang.runtime.objectives.distill_losses import Divergence, divergence
+from tunelang.runtime.training.cross_entropy import LogitInputs
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("trl")
@@ -43,8 +44,8 @@ def test_divergence_is_trls(kind, beta, temperature):
 
     def ours(hidden, head):
         return divergence(
-            hidden, head, *map(jnp.float32, arrays[2:]), jnp.int32(labels),
-            jnp.float32(labels != -100), kind=kind, beta=beta, temperature=temperature, hard=0.0,
+            LogitInputs(hidden, head), LogitInputs(*map(jnp.float32, arrays[2:])),
+            jnp.int32(labels), jnp.float32(labels != -100), Divergence(kind, beta, temperature),
             chunk=3,
         )  # fmt: skip
 

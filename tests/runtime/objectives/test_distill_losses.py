@@ -9,20 +9,41 @@ import pytest
 
 from tests.runtime.training.test_cross_entropy import loop_bodies
 from tunelang.runtime.objectives.distill_losses import (
+    Divergence,
+    TopK,
     attention_transfer,
     divergence,
     feature_transfer,
     layer_map,
     top_k,
-    top_k_divergence,
 )
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.training.cross_entropy import cross_entropy
+from tunelang.runtime.training.cross_entropy import LogitInputs, cross_entropy
 
 BATCH, LENGTH, WIDTH, TEACHER_WIDTH, VOCAB = 8, 10, 6, 4, 24
 KINDS = ["forward_kl", "reverse_kl", "jensen_shannon"]
 PAIRS = [("forward_kl", 5), ("reverse_kl", None), ("jensen_shannon", 5)]
 PLAIN = {"beta": 0.3, "temperature": 1.0, "hard": 0.0, "chunk": 4}
+
+
+def divergence_of(
+    hidden,
+    head,
+    *arrays,
+    stored=False,
+    chunk,
+    layout=None,
+    student_cap=None,
+    teacher_cap=None,
+    **settings,
+):
+    """`divergence` of arrays: two of the teacher, or its `stored` tokens; targets and weights."""
+    *teacher, targets, weights = arrays
+    teacher = TopK(*teacher) if stored else LogitInputs(*teacher, teacher_cap)
+    student = LogitInputs(hidden, head, student_cap)
+    return divergence(
+        student, teacher, targets, weights, Divergence(**settings), chunk=chunk, layout=layout
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +108,14 @@ def chunked(given, *, k=None, layout=None, teacher_cap=None, **settings):
 
     def loss(hidden, head):
         if k is None:
-            return divergence(
+            return divergence_of(
                 hidden, head, teacher_hidden, teacher_head, targets, weights,
                 teacher_cap=teacher_cap, layout=layout, **settings,
             )  # fmt: skip
-        ids, log_probs = top_k(
-            teacher_hidden, teacher_head, k=k, temperature=settings["temperature"],
-            chunk=3, cap=teacher_cap, layout=layout,
-        )  # fmt: skip
-        return top_k_divergence(
-            hidden, head, ids, log_probs, targets, weights, layout=layout, **settings
+        teacher = LogitInputs(teacher_hidden, teacher_head, teacher_cap)
+        stored = top_k(teacher, k=k, temperature=settings["temperature"], chunk=3, layout=layout)
+        return divergence_of(
+            hidden, head, *stored, targets, weights, stored=True, layout=layout, **settings
         )
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*given[:2])
@@ -137,10 +156,10 @@ def test_without_gradients_the_loss_is_the_same(given, k):
     hidden, head, *teacher, targets, weights = given
     settings = {**PLAIN, "kind": "jensen_shannon"}
     if k is None:
-        found = divergence(*given, **settings)
+        found = divergence_of(*given, **settings)
     else:
-        stored = top_k(*teacher, k=k, temperature=1.0, chunk=4)
-        found = top_k_divergence(hidden, head, *stored, targets, weights, **settings)
+        stored = top_k(LogitInputs(*teacher), k=k, temperature=1.0, chunk=4)
+        found = divergence_of(hidden, head, *stored, targets, weights, stored=True, **settings)
     close(found, chunked(given, k=k, **settings)[0], 1e-6)
 
 
@@ -208,7 +227,7 @@ def test_top_k_equals_whole(given, mesh):
     layout = make_layout(**mesh) if mesh else None
     found = jax.jit(
         lambda hidden, head: top_k(
-            hidden, head, k=5, temperature=0.7, chunk=4, cap=2.0, layout=layout
+            LogitInputs(hidden, head, 2.0), k=5, temperature=0.7, chunk=4, layout=layout
         )
     )(hidden, head)
     logp = jax.nn.log_softmax(whole_logits(hidden, head, 2.0) / 0.7)
@@ -230,8 +249,8 @@ def test_no_program_holds_whole_logits(stored):
         shapes[2] = jax.ShapeDtypeStruct((batch, length, k), jnp.int32)
 
     def loss(*arrays):
-        of = top_k_divergence if stored else divergence
-        return of(*arrays, kind="jensen_shannon", **{**PLAIN, "hard": 0.3, "chunk": chunk})[0]
+        settings = {**PLAIN, "hard": 0.3, "chunk": chunk}
+        return divergence_of(*arrays, kind="jensen_shannon", stored=stored, **settings)[0]
 
     logits = 4 * batch * length * vocab
     programs = [
@@ -243,21 +262,21 @@ def test_no_program_holds_whole_logits(stored):
     assert products == ([1, 3] if stored else [2, 4])
 
 
-@pytest.mark.parametrize("of", [divergence, top_k_divergence, top_k])
+@pytest.mark.parametrize("of", ["divergence", "stored teacher", "top_k"])
 def test_no_device_talks_to_another_inside_the_scan(given, of):
     layout = make_layout(fsdp=8)
-    settings = {**PLAIN, "kind": "forward_kl", "layout": layout}
+    settings = {**PLAIN, "kind": "forward_kl", "layout": layout, "stored": of == "stored teacher"}
     hidden, head, teacher_hidden, teacher_head, *flat = given
     head, teacher_head = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % 8))) for a in (head, teacher_head))
     hidden, teacher_hidden = (
         jnp.pad(a, ((0, 0), (0, 0), (0, -a.shape[2] % 8))) for a in (hidden, teacher_hidden)
     )
-    if of is top_k:
+    if of == "top_k":
         given, settings = (hidden, head), {"k": 5, "temperature": 1.0, "chunk": 4, "layout": layout}
-    elif of is divergence:
+    elif of == "divergence":
         given = (hidden, head, teacher_hidden, teacher_head, *flat)
     else:
-        stored = top_k(teacher_hidden, teacher_head, k=5, temperature=1.0, chunk=4)
+        stored = top_k(LogitInputs(teacher_hidden, teacher_head), k=5, temperature=1.0, chunk=4)
         given = (hidden, head, *stored, *flat)
 
     def place(array):
@@ -265,12 +284,14 @@ def test_no_device_talks_to_another_inside_the_scan(given, of):
         return layout.sharding(axes[: array.ndim], array.shape)
 
     def found(*arrays):
-        return of(*arrays, **settings)
+        if of == "top_k":
+            return top_k(LogitInputs(*arrays), **settings)
+        return divergence_of(*arrays, **settings)
 
     places = tuple(map(place, given))
     program = jax.jit(
-        found if of is top_k else jax.grad(found, argnums=(0, 1), has_aux=True),
-        in_shardings=places, out_shardings=None if of is top_k else (places[:2], None),
+        found if of == "top_k" else jax.grad(found, argnums=(0, 1), has_aux=True),
+        in_shardings=places, out_shardings=None if of == "top_k" else (places[:2], None),
     ).lower(*given).compile().as_text()  # fmt: skip
     talk = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     assert re.search(talk, program)
@@ -283,10 +304,10 @@ def test_layer_map():
     assert layer_map(4, 12) == (2, 5, 8, 11)
     assert layer_map(3, 4) == (1, 2, 3)
     assert layer_map(3, 2) == (0, 1, 1)
-    assert layer_map(2, 12, given=[0, 11]) == (0, 11)
+    assert layer_map(2, 12, chosen=[0, 11]) == (0, 11)
     for wrong in ([0], [0, 12], [-1, 3]):
         with pytest.raises(ValueError, match="of 12 layers"):
-            layer_map(2, 12, given=wrong)
+            layer_map(2, 12, chosen=wrong)
 
 
 @pytest.mark.parametrize("distance", ["squared", "kl"])
@@ -309,7 +330,10 @@ def test_attention_transfer_equals_numpy(distance):
         each, slope = t * np.log(ratio), -ratio
 
     found, gradient = jax.value_and_grad(attention_transfer)(
-        student, jnp.where(mask[None, :, None], teacher, jnp.nan), mask, distance=distance
+        student,
+        jnp.where(mask[None, :, None], teacher, jnp.nan),
+        jnp.asarray(mask),
+        distance=distance,
     )
     np.testing.assert_allclose(found, each[:, mask].sum(), rtol=1e-5)
     expected = np.where(mask[None, :, None], slope[:, :, None] / 4, 0)
@@ -344,7 +368,7 @@ def test_feature_transfer_equals_a_loop(given, pooling, distance):
 
     def found(student, projection):
         return feature_transfer(
-            student, teacher, projection, mask, pooling=pooling, distance=distance
+            student, teacher, projection, jnp.asarray(mask), pooling=pooling, distance=distance
         )
 
     both = {"argnums": (0, 1)}

@@ -9,8 +9,8 @@ import pytest
 
 from tests.runtime.architectures import FAMILIES
 from tunelang.dsl.vocabulary.training import Dare, Linear, Slerp, Ties
+from tunelang.runtime.loading.weight_merging import merge_weights
 from tunelang.runtime.models.parameters import abstract_decoder, arrays_by_path
-from tunelang.runtime.models.weight_merging import merged
 from tunelang.runtime.sharding import make_layout, shardings
 
 METHODS = {
@@ -62,7 +62,7 @@ def by(combine, *models) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("weights", [None, (2.0, 1.0, -0.5)])
 def test_linear(weights):
-    found = merged(Linear.unvalidated(weights=weights), [ONE, OTHER, THIRD], None, 0)
+    found = merge_weights(Linear.unvalidated(weights=weights), [ONE, OTHER, THIRD], None, 0)
     same(found, by(lambda *all: np.average(all, 0, weights), ONE, OTHER, THIRD))
 
 
@@ -74,13 +74,13 @@ def arc(one, other, share=0.3):
 
 
 def test_slerp():
-    same(merged(METHODS["slerp"], [ONE, OTHER], None, 0), by(arc, ONE, OTHER))
+    same(merge_weights(METHODS["slerp"], [ONE, OTHER], None, 0), by(arc, ONE, OTHER))
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.0, -3.0])
 def test_slerp_without_an_arc_is_linear(factor):
     other = jax.tree.map(lambda leaf: factor * leaf, ONE)
-    found = merged(METHODS["slerp"], [ONE, other], None, 0)
+    found = merge_weights(METHODS["slerp"], [ONE, other], None, 0)
     same(found, by(lambda one: (0.7 + 0.3 * factor) * one, ONE))
 
 
@@ -102,7 +102,7 @@ def ties(base, *models, density, weights, scale):
 @pytest.mark.parametrize("weights", [None, (1.0, 0.5, -2.0)])
 def test_ties(density, weights):
     method = Ties.unvalidated(density=density, weights=weights, scale=0.7)
-    found = merged(method, [ONE, OTHER, THIRD], BASE, 0)
+    found = merge_weights(method, [ONE, OTHER, THIRD], BASE, 0)
     given = {"density": density, "weights": weights or (1, 1, 1), "scale": 0.7}
     same(found, by(lambda *all: ties(*all, **given), BASE, ONE, OTHER, THIRD))
 
@@ -110,19 +110,21 @@ def test_ties(density, weights):
 def test_ties_keeps_equal_magnitudes():
     base = {"norm": jnp.zeros(6)}
     model = {"norm": jnp.asarray([1.0, -3.0, 2.0, 0.5, -2.0, 0.0])}
-    found = merged(Ties.unvalidated(density=0.34), [model], base, 0)
+    found = merge_weights(Ties.unvalidated(density=0.34), [model], base, 0)
     np.testing.assert_array_equal(found["norm"], [0, -3, 2, 0, -2, 0])
 
 
 def test_a_model_of_weight_0_has_no_vote():
-    two = merged(Ties.unvalidated(), [ONE, OTHER], BASE, 0)
-    three = merged(Ties.unvalidated(weights=(1.0, 0.0, 1.0)), [ONE, THIRD, OTHER], BASE, 0)
+    two = merge_weights(Ties.unvalidated(), [ONE, OTHER], BASE, 0)
+    three = merge_weights(Ties.unvalidated(weights=(1.0, 0.0, 1.0)), [ONE, THIRD, OTHER], BASE, 0)
     same(three, apart(two))
 
 
 @pytest.mark.parametrize("weights", [None, (1.0, 0.5, -2.0)])
 def test_dare_that_drops_nothing(weights):
-    found = merged(Dare.unvalidated(density=1.0, weights=weights), [ONE, OTHER, THIRD], BASE, 0)
+    found = merge_weights(
+        Dare.unvalidated(density=1.0, weights=weights), [ONE, OTHER, THIRD], BASE, 0
+    )
     factors = weights or (1 / 3,) * 3
 
     def combine(base, *all):
@@ -135,7 +137,7 @@ def test_dare_drops_at_random():
     base = {"blocks": {"a": jnp.zeros((2, 300, 100))}, "b": jnp.zeros((300, 100))}
     models = [jax.tree.map(lambda leaf, at=at: leaf + at, base) for at in (1.0, 100.0)]
     method = Dare.unvalidated(density=0.2, weights=(1.0, 1.0))
-    found = merged(method, models, base, 3)
+    found = merge_weights(method, models, base, 3)
     # Each entry tells what was kept of both models: 5 of the first, 500 of the second.
     kept = [value % 500 == 5 for value in apart(found).values()]
     kept += [value >= 500 for value in apart(found).values()]
@@ -145,8 +147,8 @@ def test_dare_drops_at_random():
         assert mask.mean() == pytest.approx(0.2, abs=0.012)
         for other in kept[:at]:
             assert (mask & other).mean() == pytest.approx(0.04, abs=0.006)
-    assert np.array_equal(found["b"], merged(method, models, base, 3)["b"])
-    assert not np.array_equal(found["b"], merged(method, models, base, 4)["b"])
+    assert np.array_equal(found["b"], merge_weights(method, models, base, 3)["b"])
+    assert not np.array_equal(found["b"], merge_weights(method, models, base, 4)["b"])
 
 
 @pytest.mark.parity
@@ -168,13 +170,13 @@ def test_peft(density):
 
     models = [ONE, OTHER, THIRD]
     chosen = tuple(weights.tolist())
-    found = merged(Ties.unvalidated(density=density), models, BASE, 0)
+    found = merge_weights(Ties.unvalidated(density=density), models, BASE, 0)
     plain = by(lambda *all: combine(theirs.ties, *all, weights=torch.ones(3)), BASE, *models)
     same(found, plain)
-    found = merged(Ties.unvalidated(density=density, weights=chosen), models, BASE, 0)
+    found = merge_weights(Ties.unvalidated(density=density, weights=chosen), models, BASE, 0)
     same(found, by(lambda *all: combine(elected, *all), BASE, *models))
     if density == 1:
-        found = merged(Dare.unvalidated(density=density, weights=chosen), models, BASE, 0)
+        found = merge_weights(Dare.unvalidated(density=density, weights=chosen), models, BASE, 0)
         same(found, by(lambda *all: combine(theirs.dare_linear, *all), BASE, *models))
 
 
@@ -189,23 +191,23 @@ def test_peft(density):
     ids=lambda method: method.word,
 )
 def test_a_model_with_itself_is_itself(method):
-    same(merged(method, [ONE, ONE], BASE, 0), apart(ONE), tolerance=1e-6)
+    same(merge_weights(method, [ONE, ONE], BASE, 0), apart(ONE), tolerance=1e-6)
 
 
 @pytest.mark.parametrize(
     "method", [Linear.unvalidated(weights=(1.0, 0.0)), Slerp.unvalidated(share=0.0)]
 )
 def test_all_of_the_first(method):
-    same(merged(method, [ONE, OTHER], None, 0), apart(ONE), tolerance=1e-6)
+    same(merge_weights(method, [ONE, OTHER], None, 0), apart(ONE), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_dtype_is_that_of_the_first_model(method):
     models = [tree(1, jnp.bfloat16), OTHER]
-    found = merged(method, models, BASE, 0)
+    found = merge_weights(method, models, BASE, 0)
     assert {leaf.dtype for leaf in arrays_by_path(found).values()} == {jnp.dtype(jnp.bfloat16)}
     in_float32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), models[0])
-    same(found, apart(merged(method, [in_float32, OTHER], BASE, 0)), tolerance=2**-8)
+    same(found, apart(merge_weights(method, [in_float32, OTHER], BASE, 0)), tolerance=2**-8)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -214,9 +216,9 @@ def test_the_mesh_does_not_matter(method):
     axes = {"blocks": {"weight": (None, "embed", "heads", None)}, "embedding": ("vocab", "embed")}
     places = jax.tree.map(lambda leaf, names: layout.sharding(names, leaf.shape), BASE, axes)
     one, other, base = (jax.device_put(model, places) for model in (ONE, OTHER, BASE))
-    found = merged(method, [one, other], base, 5)
+    found = merge_weights(method, [one, other], base, 5)
     assert jax.tree.map(lambda leaf: leaf.sharding, found) == places
-    same(found, apart(merged(method, [ONE, OTHER], BASE, 5)), tolerance=1e-6)
+    same(found, apart(merge_weights(method, [ONE, OTHER], BASE, 5)), tolerance=1e-6)
 
 
 def test_a_decoder():
@@ -229,7 +231,7 @@ def test_a_decoder():
         )
 
     models = [filled(1.0), filled(4.0)]
-    found = merged(Linear.unvalidated(weights=(2.0, 1.0)), models, None, 0)
+    found = merge_weights(Linear.unvalidated(weights=(2.0, 1.0)), models, None, 0)
     assert jax.tree.structure(found) == jax.tree.structure(models[0])
     for name, leaf in arrays_by_path(found).items():
         assert leaf.sharding == arrays_by_path(models[0])[name].sharding, name
@@ -248,7 +250,7 @@ def test_a_decoder():
 )
 def test_errors(method, count, message):
     with pytest.raises(ValueError, match=message):
-        merged(method, [ONE, OTHER, THIRD][:count], None, 0)
+        merge_weights(method, [ONE, OTHER, THIRD][:count], None, 0)
 
 
 @pytest.mark.parametrize(
@@ -261,4 +263,4 @@ def test_errors(method, count, message):
 )
 def test_models_that_do_not_match(other, message):
     with pytest.raises(ValueError, match=message):
-        merged(Linear.unvalidated(), [{"norm": jnp.ones(8)}, other], None, 0)
+        merge_weights(Linear.unvalidated(), [{"norm": jnp.ones(8)}, other], None, 0)

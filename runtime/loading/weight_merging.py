@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jaxtyping import PyTree
 
 from tunelang.dsl.vocabulary.training import Dare, Linear, Merging, Slerp, Ties
 from tunelang.runtime.models.parameters import arrays_by_path, with_arrays
@@ -26,7 +26,9 @@ _STACKED = "blocks."
 Arrays = Mapping[str, Array]
 
 
-def merged(method: Merging, models: Sequence[Any], base: Any | None, seed: int) -> Any:
+def merge_weights(
+    method: Merging, models: Sequence[PyTree], base: PyTree | None, seed: int
+) -> PyTree:
     """Return the parameters that `method` makes of those of several models.
 
     `models` and `base` are trees of floating-point arrays with the same paths and shapes; `base` is
@@ -42,7 +44,7 @@ def merged(method: Merging, models: Sequence[Any], base: Any | None, seed: int) 
     for tree in trees if origin is None else [*trees, origin]:
         _match(trees[0], tree)
     found = {}
-    for at, (name, first) in enumerate(trees[0].items()):
+    for index, (name, first) in enumerate(trees[0].items()):
         program = jax.jit(_parameter, static_argnums=(0, 1), out_shardings=first.sharding)
         found[name] = program(
             method,
@@ -50,12 +52,12 @@ def merged(method: Merging, models: Sequence[Any], base: Any | None, seed: int) 
             [tree[name] for tree in trees],
             None if origin is None else origin[name],
             np.uint32(seed % 2**32),
-            at,
+            index,
         )
     return with_arrays(models[0], found)
 
 
-def _require(method: Merging, count: int, base: Any | None) -> None:
+def _require(method: Merging, count: int, base: PyTree | None) -> None:
     weights = getattr(method, "weights", None)
     if weights is not None and len(weights) != count:
         raise ValueError(f"{len(weights)} weights for {count} models")
@@ -80,9 +82,14 @@ def _match(first: Arrays, other: Arrays) -> None:
 
 
 def _parameter(
-    method: Merging, stacked: bool, models: list[Array], base: Array | None, seed: Any, at: Any
+    method: Merging,
+    stacked: bool,
+    models: list[Array],
+    base: Array | None,
+    seed: Array,
+    index: Array,
 ) -> Array:
-    key = jax.random.fold_in(jax.random.key(seed), at)
+    key = jax.random.fold_in(jax.random.key(seed), index)
     merge = partial(_tensor, method)
     if stacked:
         merge, key = jax.vmap(merge), jax.random.split(key, models[0].shape[0])
