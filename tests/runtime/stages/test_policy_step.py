@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -201,8 +202,9 @@ def test_scores_are_those_of_the_step():
     hidden = rng.standard_normal((2, 7, 8)).astype(np.float32)
     head = rng.standard_normal((11, 8)).astype(np.float32)
     targets = rng.integers(0, 11, (2, 7))
-    plain = token_logprobs(hidden, head, targets, chunk=3)
-    both, entropy = token_scores(hidden, head, targets, chunk=3)
+    arrays = [jnp.asarray(array) for array in (hidden, head, targets)]
+    plain = token_logprobs(*arrays, chunk=3)
+    both, entropy = token_scores(*arrays, chunk=3)
     np.testing.assert_array_equal(plain, both)
     logits = np.float64(hidden) @ np.float64(head).T
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
