@@ -38,10 +38,10 @@ from rollout import skewed
 from tunix_side import Found, Given, Meter, examples_of, random_batches, report, reward_of
 
 from tunelang.compiler.layout.layout_query import LayoutQuery
-from tunelang.compiler.layout.layout_search import best_layout
 from tunelang.compiler.layout.stage_layout import CHUNK
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import parameter_count
+from tunelang.compiler.search.layout_search import best_layout
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
 from tunelang.dsl.vocabulary.policy_stages import Policy

@@ -18,7 +18,7 @@ from collections import Counter
 
 from plan_accuracy import architecture, devices, numbered, planned
 
-from tunelang.compiler.layout.plan_layouts import Shapes
+from tunelang.compiler.search.plan_layouts import Shapes
 from tunelang.runtime import sharding
 from tunelang.runtime.rehearsal.collectives import exchanged, operations
 from tunelang.runtime.rehearsal.topologies import compilable

@@ -27,16 +27,16 @@ from tunelang.compiler.costs.step_costs import estimate_step
 from tunelang.compiler.layout.hardware import CHIPS, Devices
 from tunelang.compiler.layout.kernels import attention_kernel
 from tunelang.compiler.layout.layout_query import DoesNotFitError, LayoutQuery, NoLayoutError
-from tunelang.compiler.layout.layout_search import (
-    MARGIN,
-    best_layout,
-    rank_layouts,
-)
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.compiler.models.presets import PRESETS
+from tunelang.compiler.search.layout_search import (
+    MARGIN,
+    best_layout,
+    rank_layouts,
+)
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
 from tunelang.dsl.vocabulary.supervised_stages import Sft
@@ -284,7 +284,7 @@ def points(count: int) -> Iterator[Point]:
 def compiled(point: Point) -> dict[str, Any]:
     """Return the compiler's memory figures for a point's training program."""
     # Compilers are needed here only: a report reads what is known.
-    from tunelang.compiler.layout.plan_layouts import Shapes
+    from tunelang.compiler.search.plan_layouts import Shapes
     from tunelang.runtime.rehearsal.rehearse import measure
     from tunelang.runtime.rehearsal.topologies import compilable
     from tunelang.runtime.sharding import make_layout

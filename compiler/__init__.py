@@ -7,7 +7,8 @@
 - `stage_states`: what a run would do with each node, by what the store holds.
 - `plan`: the plan as plain data.
 - `models`: architectures and their counts.
-- `layout`: meshes, micro-batches and memory of each stage.
-- `costs`: estimates of a step's memory and time.
+- `layout`: layouts and devices as data.
+- `costs`: estimates of the memory and the time of a step in a layout.
+- `search`: the search for the best layout of each stage.
 - `drawing`: drawings of the graph.
 """

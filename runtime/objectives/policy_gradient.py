@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Num
 
-from tunelang.compiler.layout.sweep_fusion import at_unit_rate
+from tunelang.compiler.search.sweep_fusion import at_unit_rate
 from tunelang.dsl.vocabulary.base import Function
 from tunelang.dsl.vocabulary.optimizer_kinds import Optimizer
 from tunelang.dsl.vocabulary.policy_stages import Policy

@@ -15,9 +15,9 @@ import jax
 from typing_extensions import override
 
 from tunelang.compiler.graph import StageNode
-from tunelang.compiler.layout.sweep_fusion import Sweep
 from tunelang.compiler.models.architecture import plain
 from tunelang.compiler.plan import Plan, StagePlan, missing_inputs
+from tunelang.compiler.search.sweep_fusion import Sweep
 from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.base import Reference

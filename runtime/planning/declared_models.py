@@ -8,10 +8,10 @@ from pathlib import Path
 from tunelang.compiler import graph as graphs
 from tunelang.compiler.graph import StageGraph
 from tunelang.compiler.layout.layout_query import Judge
-from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.compiler.models.adapters import adapted, storage_of
 from tunelang.compiler.models.architecture import Architecture, from_transformer
 from tunelang.compiler.models.presets import PRESETS
+from tunelang.compiler.search.plan_layouts import Shapes
 from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Reference

@@ -12,17 +12,17 @@ from tunelang.compiler.file_digests import Contents
 from tunelang.compiler.graph import StageGraph
 from tunelang.compiler.layout.hardware import Devices
 from tunelang.compiler.layout.layout_query import DoesNotFitError, LayoutQuery
-from tunelang.compiler.layout.plan_layouts import (
+from tunelang.compiler.layout.stage_layout import StageLayout
+from tunelang.compiler.models.adapters import NoTargetError
+from tunelang.compiler.plan import Plan, StagePlan, State
+from tunelang.compiler.search.plan_layouts import (
     LayoutError,
     Shapes,
     lay_out_stages,
     report_layout,
 )
-from tunelang.compiler.layout.remedies import remedies
-from tunelang.compiler.layout.stage_layout import StageLayout
-from tunelang.compiler.layout.sweep_fusion import Sweep
-from tunelang.compiler.models.adapters import NoTargetError
-from tunelang.compiler.plan import Plan, StagePlan, State
+from tunelang.compiler.search.remedies import remedies
+from tunelang.compiler.search.sweep_fusion import Sweep
 from tunelang.compiler.stage_states import plan as plan_stages
 from tunelang.dsl.program import Program
 from tunelang.dsl.rules.data_fields import common_roles

@@ -22,12 +22,12 @@ import jax
 
 from tunelang.compiler.layout.hardware import Devices
 from tunelang.compiler.layout.layout_query import DoesNotFitError
-from tunelang.compiler.layout.layout_search import best_layout, unpinned
-from tunelang.compiler.layout.plan_layouts import Shapes
-from tunelang.compiler.layout.remedies import remedies as remedies_of
 from tunelang.compiler.layout.stage_layout import StageLayout, shards_of
-from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.search.layout_search import best_layout, unpinned
+from tunelang.compiler.search.plan_layouts import Shapes
+from tunelang.compiler.search.remedies import remedies as remedies_of
+from tunelang.compiler.search.sweep_fusion import at_unit_rate
 from tunelang.dsl.messages.human_units import size_text
 from tunelang.dsl.vocabulary.rewards import EvalKind
 from tunelang.dsl.vocabulary.stages import Training

@@ -21,9 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tunelang.compiler.costs.judge_costs import VERDICT_SLOTS, VERDICT_TOKENS
 from tunelang.compiler.costs.rollout_costs import MOST_SLOTS
 from tunelang.compiler.layout.layout_query import Judge
-from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
 from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.search.plan_layouts import Shapes
 from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity
 from tunelang.dsl.vocabulary.stages import Training
 from tunelang.dsl.vocabulary.training import Sampling

@@ -21,8 +21,8 @@ import optax
 from typing_extensions import override
 
 from tunelang.compiler.graph import StageNode
-from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.compiler.layout.stage_layout import StageLayout
+from tunelang.compiler.search.plan_layouts import Shapes
 from tunelang.dsl.diagnostics.tune_error import WRONG_SPEC, FailureText, SpecPlace, TuneError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.base import Reference

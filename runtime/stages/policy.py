@@ -15,9 +15,9 @@ from jax import ShapeDtypeStruct
 from typing_extensions import override
 
 from tunelang.compiler.costs.stage_costs import cost_of
-from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
 from tunelang.compiler.models.architecture import Architecture, plain
+from tunelang.compiler.search.plan_layouts import Shapes
 from tunelang.dsl.vocabulary.policy_stages import Policy
 from tunelang.dsl.vocabulary.stages import Stage
 from tunelang.runtime.data.feistel import derive

@@ -15,9 +15,9 @@ from jax import ShapeDtypeStruct
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import forward_flops, train_flops
+from tunelang.compiler.search.sweep_fusion import at_unit_rate
 from tunelang.dsl.vocabulary.policy_stages import Ppo
 from tunelang.dsl.vocabulary.training import Continued
 from tunelang.dsl.vocabulary.training import Critic as Settings

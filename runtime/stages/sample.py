@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from tunelang.compiler.layout.plan_layouts import Shapes
+from tunelang.compiler.search.plan_layouts import Shapes
 from tunelang.dsl.vocabulary.rewards import RewardConstant
 from tunelang.dsl.vocabulary.utility_stages import Sample
 from tunelang.runtime.data.examples import Example

@@ -14,11 +14,11 @@ import optax
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.compiler.layout.stage_layout import CHUNK, StageLayout
-from tunelang.compiler.layout.sweep_fusion import at_unit_rate
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import train_flops
+from tunelang.compiler.search.plan_layouts import Shapes
+from tunelang.compiler.search.sweep_fusion import at_unit_rate
 from tunelang.dsl.vocabulary.optimizer_kinds import Optimizer
 from tunelang.dsl.vocabulary.supervised_stages import Likelihood, Supervised
 from tunelang.runtime.data.feistel import derive

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.compiler.layout.queries import LLAMA, lay_out, policy
 from tunelang.compiler.layout.hardware import CHIPS, Devices
-from tunelang.compiler.layout.layout_search import MARGIN
+from tunelang.compiler.search.layout_search import MARGIN
 
 
 def test_policy_has_slots_and_a_cache(folder: Path) -> None:

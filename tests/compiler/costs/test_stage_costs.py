@@ -10,9 +10,9 @@ from tunelang.compiler.costs.exchanges import Times
 from tunelang.compiler.costs.stage_costs import cost_of
 from tunelang.compiler.layout.hardware import CHIPS, Devices
 from tunelang.compiler.layout.layout_query import LayoutQuery
-from tunelang.compiler.layout.layout_search import best_layout
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.presets import PRESETS
+from tunelang.compiler.search.layout_search import best_layout
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Optimizer
 from tunelang.dsl.vocabulary.preference_stages import Kto, Preference

@@ -11,10 +11,10 @@ from tunelang.compiler.layout.hardware import Devices
 from tunelang.compiler.layout.layout_query import (
     LayoutQuery,
 )
-from tunelang.compiler.layout.layout_search import rank_layouts
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.presets import PRESETS
+from tunelang.compiler.search.layout_search import rank_layouts
 from tunelang.dsl.vocabulary.stages import Training
 
 LLAMA = replace(PRESETS["llama-3.1-8b"], context=4096)

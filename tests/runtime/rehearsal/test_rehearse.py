@@ -15,12 +15,12 @@ import pytest
 from tests.pipeline import tiny
 from tunelang.compiler.layout.hardware import CHIPS, Devices, declared
 from tunelang.compiler.layout.layout_query import DoesNotFitError, Judge, LayoutQuery
-from tunelang.compiler.layout.layout_search import best_layout
-from tunelang.compiler.layout.plan_layouts import Shapes
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.parameter_counts import parameter_count
+from tunelang.compiler.search.layout_search import best_layout
+from tunelang.compiler.search.plan_layouts import Shapes
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW

@@ -12,8 +12,8 @@ from tunelang.compiler.layout.hardware import CHIPS, Devices
 from tunelang.compiler.layout.layout_query import (
     DoesNotFitError,
 )
-from tunelang.compiler.layout.layout_search import MARGIN
-from tunelang.compiler.layout.remedies import remedies
+from tunelang.compiler.search.layout_search import MARGIN
+from tunelang.compiler.search.remedies import remedies
 
 
 def test_remedies_are_the_smallest_changes_that_fit(folder: Path) -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from tunelang.compiler.costs.stage_costs import cost_of
 from tunelang.compiler.layout.layout_query import DoesNotFitError, LayoutQuery, NoLayoutError
-from tunelang.compiler.layout.layout_search import SHORTEST, best_layout, pins, unpinned
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Storage
+from tunelang.compiler.search.layout_search import SHORTEST, best_layout, pins, unpinned
 from tunelang.dsl.vocabulary.training import Lora
 
 _FACTORS = (2, 4, 8, 16)

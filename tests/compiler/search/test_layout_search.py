@@ -16,12 +16,12 @@ from tunelang.compiler.layout.layout_query import (
     DoesNotFitError,
     NoLayoutError,
 )
-from tunelang.compiler.layout.layout_search import MARGIN, rank_layouts
 from tunelang.compiler.layout.stage_layout import shards_of
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Mixture
 from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.compiler.models.presets import PRESETS
+from tunelang.compiler.search.layout_search import MARGIN, rank_layouts
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW
 from tunelang.dsl.vocabulary.policy_stages import Policy

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from tunelang.compiler.costs.stage_costs import cost_of
 from tunelang.compiler.layout.layout_query import DoesNotFitError, LayoutQuery, NoLayoutError
-from tunelang.compiler.layout.layout_search import layout_key, rank_layouts
 from tunelang.compiler.layout.stage_layout import StageLayout
 from tunelang.compiler.plan import StagePlan
+from tunelang.compiler.search.layout_search import layout_key, rank_layouts
 from tunelang.dsl.vocabulary.optimizer_kinds import Muon, Optimizer
 
 WORTH = 0.95

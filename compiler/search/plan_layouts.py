@@ -12,7 +12,10 @@ from tunelang.compiler.layout.layout_query import (
     LayoutQuery,
     NoLayoutError,
 )
-from tunelang.compiler.layout.layout_search import (
+from tunelang.compiler.layout.stage_layout import StageLayout, as_json
+from tunelang.compiler.models.architecture import Architecture
+from tunelang.compiler.plan import Json, StagePlan
+from tunelang.compiler.search.layout_search import (
     REPORTED_LAYOUTS,
     best_layout,
     layout_key,
@@ -20,11 +23,8 @@ from tunelang.compiler.layout.layout_search import (
     rank_layouts,
     unpinned,
 )
-from tunelang.compiler.layout.meshes import refuse_idle_devices
-from tunelang.compiler.layout.stage_layout import StageLayout, as_json
-from tunelang.compiler.layout.sweep_fusion import Branch, Sweep, fuse_sweeps
-from tunelang.compiler.models.architecture import Architecture
-from tunelang.compiler.plan import Json, StagePlan
+from tunelang.compiler.search.meshes import refuse_idle_devices
+from tunelang.compiler.search.sweep_fusion import Branch, Sweep, fuse_sweeps
 
 
 class LayoutError(Exception):

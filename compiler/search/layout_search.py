@@ -13,8 +13,8 @@ from tunelang.compiler.costs.stage_costs import StageCost, cost_of
 from tunelang.compiler.costs.step_costs import estimate_step
 from tunelang.compiler.layout.kernels import SPLASH_BLOCK, attention_kernel
 from tunelang.compiler.layout.layout_query import DoesNotFitError, LayoutQuery, NoLayoutError
-from tunelang.compiler.layout.meshes import legal_meshes, mesh_of
 from tunelang.compiler.layout.stage_layout import OFFLOADS, Kernel, Remat, StageLayout, shards_of
+from tunelang.compiler.search.meshes import legal_meshes, mesh_of
 from tunelang.dsl.vocabulary.stages import Training
 
 MARGIN = 0.9
