@@ -22,7 +22,7 @@ from tunelang.compiler.search.plan_layouts import Shapes
 from tunelang.runtime import sharding
 from tunelang.runtime.rehearsal.collectives import exchanged, operations
 from tunelang.runtime.rehearsal.topologies import compilable
-from tunelang.runtime.stages.base import kind_of
+from tunelang.runtime.stages.stage_kinds import kind_of
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d{1,14})"')
 _LOOP = re.compile(r"= \((.*)\) while\(")

@@ -288,7 +288,7 @@ def compiled(point: Point) -> dict[str, Any]:
     from tunelang.runtime.rehearsal.rehearse import measure
     from tunelang.runtime.rehearsal.topologies import compilable
     from tunelang.runtime.sharding import make_layout
-    from tunelang.runtime.stages.base import kind_of
+    from tunelang.runtime.stages.stage_kinds import kind_of
 
     stage, layout = planned(point)
     mesh = make_layout(**point.mesh, devices=compilable(devices(point)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -90,3 +91,56 @@ def test_modules_do_not_import_each_other_in_circles(layer: str) -> None:
 @pytest.mark.parametrize("layer", ["dsl", "compiler"])
 def test_sub_packages_do_not_import_each_other_in_circles(layer: str) -> None:
     assert circles(layer, 2) == []
+
+
+def runtime_order() -> list[list[str]]:
+    """Packages and modules of the runtime from the bottom up, as ARCHITECTURE.md lists them."""
+    text = (ROOT / "ARCHITECTURE.md").read_text("utf-8")
+    table = text[text.index("From the bottom up") : text.index("## Where to add what")]
+    rows = (line.split("|")[1] for line in table.splitlines() if line.startswith("| `runtime/"))
+    return [re.findall(r"`runtime/(\w+)", row) for row in rows]
+
+
+def test_sub_packages_of_the_runtime_import_downwards_only() -> None:
+    level = {name: number for number, row in enumerate(runtime_order()) for name in row}
+    for name, path in modules().items():
+        if name.startswith("runtime.") and name != "runtime.__main__":
+            package = name.split(".")[1]
+            for target in imports_of(path):
+                if target.startswith("runtime.") and target.split(".")[1] != package:
+                    assert level[target.split(".")[1]] < level[package], f"{name} imports {target}"
+
+
+SUFFIXES = ("", "s", "es", "d", "ed", "r", "er", "or", "ing", "ion", "ation", "al", "ment")
+
+
+def stems(name: str) -> set[str]:
+    """The name without each suffix, and without a last `e`: `sample` and `sampling` share one."""
+    cut = {name.removesuffix(suffix) for suffix in SUFFIXES}
+    return {stem.rstrip("e") for stem in cut if len(stem) > 2}
+
+
+def test_no_two_modules_differ_by_a_suffix_only() -> None:
+    seen: dict[str, str] = {}
+    for name in modules():
+        if (ROOT / Path(*name.split("."))).is_dir() or name.endswith("__main__"):
+            continue
+        for stem in stems(name.rpartition(".")[2]):
+            assert seen.setdefault(stem, name) == name, f"{name} and {seen[stem]}"
+
+
+@pytest.mark.parametrize("package", [n for n, p in modules().items() if p.name == "__init__.py"])
+def test_a_package_is_small_and_says_what_it_holds(package: str) -> None:
+    path = modules()[package]
+    names = [p.stem for p in path.parent.glob("*.py") if not p.stem.startswith("__")]
+    assert len(names) <= 16
+    contents = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+    assert [name for name in names if f"- `{name}`: " not in contents] == []
+
+
+def test_no_function_is_longer_than_80_lines() -> None:
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 80, f"{path.name}: {node.name} has {length} lines"

@@ -1,16 +1,16 @@
 """The commands of `tune`, and how they print things.
 
-check_specs   `tune check`
-format_specs  `tune fmt`
-explain_word  `tune explain`
-draw_graph    `tune graph`
-make_plan     `tune plan`; plan_text puts a plan into lines
-run           `tune run`; progress shows it
-show          `tune show`
-completions   `tune generate`
-generate      opens the model of a stage for `tune generate`, `tune chat` and `tune export`
-preview       `tune check --render`
-diagnose      turns an error into a diagnostic
-terminal      input, output and exit codes that the commands share
-options       options that the commands share
+- `check_specs`: `tune check`.
+- `format_specs`: `tune fmt`.
+- `explain_word`: `tune explain`.
+- `draw_graph`: `tune graph`.
+- `make_plan`: `tune plan`; plan_text puts a plan into lines.
+- `run`: `tune run`; progress shows it.
+- `show`: `tune show`.
+- `completions`: `tune generate`.
+- `generate`: opens the model of a stage for `tune generate`, `tune chat` and `tune export`.
+- `preview`: `tune check --render`.
+- `diagnose`: turns an error into a diagnostic.
+- `terminal`: input, output and exit codes that the commands share.
+- `options`: options that the commands share.
 """

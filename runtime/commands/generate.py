@@ -16,12 +16,12 @@ from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.dsl.vocabulary.utility_stages import Export
 from tunelang.runtime.data.examples import Example, Message
 from tunelang.runtime.generation.episodes import completion_texts
-from tunelang.runtime.generation.generator import TextGenerator
+from tunelang.runtime.generation.text_generator import TextGenerator
 from tunelang.runtime.loading.initial_weights import Origin, load_generator
 from tunelang.runtime.loading.model_export import export_model
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
-from tunelang.runtime.pipeline.runner import compile_cache
+from tunelang.runtime.pipeline.execute_plan import compile_cache
 from tunelang.runtime.pipeline.weight_sources import WeightSources
 from tunelang.runtime.planning.prepare import prepare
 from tunelang.runtime.rewards.reward_functions import Reward

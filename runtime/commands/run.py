@@ -11,7 +11,7 @@ from tunelang.runtime.commands import plan_text
 from tunelang.runtime.commands.progress import Progress
 from tunelang.runtime.commands.show import table
 from tunelang.runtime.errors import Interrupted
-from tunelang.runtime.pipeline.runner import execute, refuse_missing_inputs
+from tunelang.runtime.pipeline.execute_plan import execute, refuse_missing_inputs
 from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.store.run_store import Store
 

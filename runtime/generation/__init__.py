@@ -8,5 +8,5 @@
 - `slot_queue`: hands free slots to the next episodes
 - `stop_strings`: ends episodes by their text
 - `beam_search`: the completions of highest score
-- `generator`: completions, chat turns and verdicts of one loaded model
+- `text_generator`: completions, chat turns and verdicts of one loaded model
 """

@@ -20,7 +20,7 @@ from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture, plain
 from tunelang.dsl.vocabulary.training import Adapter, Continued, Lora
 from tunelang.runtime.generation.engine_sizes import sampling_layout_over
-from tunelang.runtime.generation.generator import TextGenerator
+from tunelang.runtime.generation.text_generator import TextGenerator
 from tunelang.runtime.models import pretrained
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.loaded_model import Model

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tunelang.compiler.layout.stage_layout import StageLayout
-from tunelang.runtime.stages.base import TrainingInputs
+from tunelang.runtime.stages.stage_kinds import TrainingInputs
 from tunelang.runtime.stages.supervised import SupervisedTrainer
 from tunelang.runtime.training.metrics import SampleRecord
 from tunelang.runtime.training.train_state import TrainState, split_state, stack_branches

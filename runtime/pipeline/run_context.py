@@ -19,7 +19,7 @@ from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.pipeline.weight_sources import WeightSources
 from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.sharding import Layout
-from tunelang.runtime.stages.base import Summary
+from tunelang.runtime.stages.stage_kinds import Summary
 from tunelang.runtime.store.locks import Holder
 from tunelang.runtime.store.run_store import Store
 from tunelang.runtime.training.training_loop import Reporter

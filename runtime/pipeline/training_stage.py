@@ -21,7 +21,7 @@ from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.pipeline.fused_sweep import BranchTrainer, FusedSweep, FusedTrainer
 from tunelang.runtime.pipeline.run_context import RunContext
 from tunelang.runtime.sharding import Layout, make_layout
-from tunelang.runtime.stages.base import Summary, TrainingInputs, TrainingKind, kind_of
+from tunelang.runtime.stages.stage_kinds import Summary, TrainingInputs, TrainingKind, kind_of
 from tunelang.runtime.stages.supervised import SupervisedTrainer
 from tunelang.runtime.store.run_store import StageFolder
 from tunelang.runtime.training.checkpoints import Checkpoints, load_params

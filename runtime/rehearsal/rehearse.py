@@ -43,7 +43,7 @@ from tunelang.runtime.stages.abstract_programs import (
     eval_programs,
     stage_eval_programs,
 )
-from tunelang.runtime.stages.base import TaskKind, kind_of
+from tunelang.runtime.stages.stage_kinds import TaskKind, kind_of
 from tunelang.runtime.store.atomic_files import read_json, write_json
 from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.user_functions import bound

@@ -42,7 +42,7 @@ from tunelang.runtime.objectives.distill_losses import (
 )
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.stages.abstract_programs import AbstractRows
-from tunelang.runtime.stages.base import TrainingInputs, register
+from tunelang.runtime.stages.stage_kinds import TrainingInputs, register
 from tunelang.runtime.stages.supervised import (
     Auxiliary,
     BatchExtras,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing_extensions import override
 
 from tunelang.dsl.vocabulary.utility_stages import Evaluate
-from tunelang.runtime.stages.base import Summary, TaskContext, TaskKind, register
+from tunelang.runtime.stages.stage_kinds import Summary, TaskContext, TaskKind, register
 
 
 @register

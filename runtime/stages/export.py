@@ -7,7 +7,7 @@ from typing_extensions import override
 from tunelang.dsl.vocabulary.utility_stages import Export
 from tunelang.runtime.loading.model_export import export_model
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.stages.base import Summary, TaskContext, TaskKind, register
+from tunelang.runtime.stages.stage_kinds import Summary, TaskContext, TaskKind, register
 
 
 @register

@@ -12,7 +12,7 @@ from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.training import Dare, Ties
 from tunelang.dsl.vocabulary.utility_stages import Merge
 from tunelang.runtime.loading.weight_merging import merge_weights
-from tunelang.runtime.stages.base import Summary, TaskContext, TaskKind, register
+from tunelang.runtime.stages.stage_kinds import Summary, TaskContext, TaskKind, register
 
 
 @dataclass(eq=False)

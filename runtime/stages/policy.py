@@ -40,7 +40,6 @@ from tunelang.runtime.stages.abstract_programs import (
     step_config,
     train_program,
 )
-from tunelang.runtime.stages.base import TrainingInputs, TrainingKind, register
 from tunelang.runtime.stages.policy_step import (
     Learner,
     PolicyBatch,
@@ -49,6 +48,7 @@ from tunelang.runtime.stages.policy_step import (
     score_program,
 )
 from tunelang.runtime.stages.policy_trainer import AdvantageEstimator, PolicyTrainer
+from tunelang.runtime.stages.stage_kinds import TrainingInputs, TrainingKind, register
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.training.train_state import TrainState, abstract_state, initial_state

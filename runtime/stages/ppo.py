@@ -27,9 +27,9 @@ from tunelang.runtime.objectives import gae, policy_gradient
 from tunelang.runtime.rewards.reward_functions import Scores
 from tunelang.runtime.sharding import Layout, shardings
 from tunelang.runtime.stages.abstract_programs import SCHEDULE_STEPS
-from tunelang.runtime.stages.base import TrainingInputs, register
 from tunelang.runtime.stages.policy import CriticSetup, PolicyKind
 from tunelang.runtime.stages.policy_step import Learner, PolicyBatch, ScoreProgram
+from tunelang.runtime.stages.stage_kinds import TrainingInputs, register
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.training.train_state import TrainState, abstract_state

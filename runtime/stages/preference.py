@@ -31,7 +31,7 @@ from tunelang.runtime.stages.abstract_programs import (
     AbstractRows,
     abstract_params,
 )
-from tunelang.runtime.stages.base import TrainingInputs, register
+from tunelang.runtime.stages.stage_kinds import TrainingInputs, register
 from tunelang.runtime.stages.supervised import (
     Auxiliary,
     BatchExtras,

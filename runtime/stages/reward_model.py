@@ -23,7 +23,7 @@ from tunelang.runtime.objectives.answer_scores import (
 )
 from tunelang.runtime.objectives.preference_losses import bradley_terry
 from tunelang.runtime.stages.abstract_programs import AbstractRows
-from tunelang.runtime.stages.base import TrainingInputs, register
+from tunelang.runtime.stages.stage_kinds import TrainingInputs, register
 from tunelang.runtime.stages.supervised import (
     BatchExtras,
     ObjectiveSetup,

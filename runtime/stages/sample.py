@@ -34,7 +34,13 @@ from tunelang.runtime.stages.abstract_programs import (
     abstract_params,
     sampling_programs,
 )
-from tunelang.runtime.stages.base import LoadedWeights, Summary, TaskContext, TaskKind, register
+from tunelang.runtime.stages.stage_kinds import (
+    LoadedWeights,
+    Summary,
+    TaskContext,
+    TaskKind,
+    register,
+)
 from tunelang.runtime.store.atomic_files import RowWriter, keep_rows, read_rows, written_whole
 from tunelang.runtime.training.step_config import StepConfig
 

@@ -33,7 +33,7 @@ from tunelang.runtime.stages.abstract_programs import (
     step_config,
     train_program,
 )
-from tunelang.runtime.stages.base import TrainingInputs, TrainingKind, register
+from tunelang.runtime.stages.stage_kinds import TrainingInputs, TrainingKind, register
 from tunelang.runtime.tokenize import packing
 from tunelang.runtime.tokenize.token_cache import Corpus, Valued, tokenise, unvalued
 from tunelang.runtime.training.metrics import SampleRecord

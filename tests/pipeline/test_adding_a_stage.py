@@ -16,18 +16,18 @@ from tests.pipeline import tiny
 from tunelang.dsl.vocabulary import supervised_stages, tables
 from tunelang.dsl.vocabulary.base import KindInfo, NonNegative, doc_of
 from tunelang.runtime.rehearsal.rehearse import rehearse
-from tunelang.runtime.stages import base
+from tunelang.runtime.stages import stage_kinds
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-stage.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 VOCABULARY, RUNTIME = (text for language, text in BLOCKS if language == "python")
-(SPEC,) = (text for language, text in BLOCKS if language == "tune")
+(SPEC,) = (text for language, text in BLOCKS if language == "text")
 
 
 @pytest.fixture(scope="module")
 def kind() -> Iterator[None]:
     """The page's two files, entered where the packages would find them."""
-    base.kind_of(tables.KINDS["stage"]["sft"].model.unvalidated())  # imports the other kinds
+    stage_kinds.kind_of(tables.KINDS["stage"]["sft"].model.unvalidated())  # imports the other kinds
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervised_stages, "NonNegative", NonNegative, raising=False)
         exec(VOCABULARY, vars(supervised_stages))
@@ -39,7 +39,7 @@ def kind() -> Iterator[None]:
         patch.setitem(sys.modules, module.__name__, module)
         exec(compile(RUNTIME, "focal.py", "exec"), vars(module))
         yield
-        base._KINDS.pop(model)
+        stage_kinds._KINDS.pop(model)
         del supervised_stages.Focal
 
 
@@ -56,7 +56,7 @@ def spec(kind: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_new_kind_is_found_by_its_word(kind: None) -> None:
     assert tables.KINDS["stage"]["focal"].model is supervised_stages.Focal
-    assert type(base.kind_of(supervised_stages.Focal.unvalidated())).__name__ == "FocalKind"
+    assert type(stage_kinds.kind_of(supervised_stages.Focal.unvalidated())).__name__ == "FocalKind"
 
 
 def test_the_new_kind_is_planned_and_rehearsed(spec: Path, tmp_path: Path) -> None:

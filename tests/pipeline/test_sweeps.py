@@ -10,7 +10,7 @@ import pytest
 
 from tests.pipeline import tiny
 from tunelang.runtime.errors import Interrupted, StageFailed
-from tunelang.runtime.pipeline.runner import execute
+from tunelang.runtime.pipeline.execute_plan import execute
 from tunelang.runtime.store.run_store import Store
 from tunelang.runtime.training import training_loop
 from tunelang.runtime.training.training_loop import DivergedError

@@ -16,7 +16,7 @@ from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.check import check_file
 from tunelang.dsl.diagnostics import render
 from tunelang.runtime.data.row_errors import BadRows
-from tunelang.runtime.pipeline.runner import execute
+from tunelang.runtime.pipeline.execute_plan import execute
 from tunelang.runtime.planning.prepare import Prepared, prepare
 from tunelang.runtime.store.locks import Holder
 from tunelang.runtime.store.run_store import Store

@@ -35,7 +35,7 @@ from tunelang.runtime.rehearsal.rehearse import Rehearsed, measure, rehearse, re
 from tunelang.runtime.rehearsal.topologies import compilable
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.stages.abstract_programs import AbstractProgram
-from tunelang.runtime.stages.base import kind_of
+from tunelang.runtime.stages.stage_kinds import kind_of
 
 SMALL = Architecture(
     vocabulary=128, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=64, context=64

@@ -31,7 +31,7 @@ from tunelang.runtime.pipeline.training_stage import TrainingRun
 from tunelang.runtime.pipeline.weight_sources import MissingInputError
 from tunelang.runtime.planning.prepare import Prepared
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.stages.base import LoadedWeights, Summary, TaskKind, kind_of
+from tunelang.runtime.stages.stage_kinds import LoadedWeights, Summary, TaskKind, kind_of
 from tunelang.runtime.store.export_manifest import export_folder
 from tunelang.runtime.store.locks import Holder
 from tunelang.runtime.store.run_store import StageFolder, Store
