@@ -4,8 +4,10 @@
 - `format_specs`: `tune fmt`.
 - `explain_word`: `tune explain`.
 - `draw_graph`: `tune graph`.
-- `make_plan`: `tune plan`; plan_text puts a plan into lines.
-- `run`: `tune run`; progress shows it.
+- `make_plan`: `tune plan`.
+- `plan_text`: a plan as text.
+- `run`: `tune run`.
+- `progress`: the live display of a run.
 - `show`: `tune show`.
 - `completions`: `tune generate`.
 - `generate`: opens the model of a stage for `tune generate`, `tune chat` and `tune export`.
