@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 
 from tunelang.compiler.models.families import architecture_of
 from tunelang.compiler.models.parameter_counts import parameter_count
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.loading import pretrained
+from tunelang.runtime.models.model_folder import read_config
 from tunelang.runtime.sharding import make_layout
 
 MIB = 2**20
@@ -76,7 +77,7 @@ def resident(what: str) -> float:
 
 def read(folder: Path) -> None:
     """Read the checkpoint; print the time and the memory that it took."""
-    architecture = architecture_of(pretrained.configuration(folder))
+    architecture = architecture_of(read_config(folder))
     layout = make_layout()
     before, start = resident("VmRSS"), time.perf_counter()
     params = pretrained.load(folder, architecture, layout)

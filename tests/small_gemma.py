@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from tunelang.compiler.models.families import architecture_of
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.loading.stored_tensors import tensors
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.tokenize.chat_templates import NAMED
 
@@ -54,7 +54,7 @@ def write(folder: Path, texts: Iterable[str], vocabulary: int = 512, **sizes: An
     config |= {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     _, params = nnx.split(Decoder(architecture_of(config), nnx.Rngs(0)))
-    save_file(dict(pretrained.tensors(params, config)), folder / "model.safetensors")
+    save_file(dict(tensors(params, config)), folder / "model.safetensors")
 
 
 if __name__ == "__main__":

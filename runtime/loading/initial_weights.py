@@ -21,7 +21,7 @@ from tunelang.compiler.models.architecture import Architecture, plain
 from tunelang.dsl.vocabulary.training import Adapter, Continued, Lora
 from tunelang.runtime.generation.engine_sizes import sampling_layout_over
 from tunelang.runtime.generation.text_generator import TextGenerator
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.loading import pretrained
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import abstract_decoder, merge_params, split_trainable
@@ -156,7 +156,7 @@ def _loaded(origin: Origin, architecture: Architecture, model: Model, layout: La
         base = pretrained.load(model.folder, plain_base, layout, storage, model.dtype)
     else:
         shapes = _shaped(abstract_decoder(plain_base, model.dtype)[1], layout)
-        base = pretrained.kept(load_params(origin.path, shapes), layout, storage, model.dtype)
+        base = pretrained.convert(load_params(origin.path, shapes), layout, storage, model.dtype)
     if architecture.scores:
         base = _headless(base)
     parts = [base]

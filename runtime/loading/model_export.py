@@ -23,8 +23,9 @@ from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneErro
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.training import Dora, Lora
 from tunelang.dsl.vocabulary.utility_stages import Export
+from tunelang.runtime.loading import stored_tensors
 from tunelang.runtime.loading.initial_weights import Origin, loaded, shaped_adapter
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.models import model_folder
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.store.atomic_files import read_json, told, write_json, written_whole
@@ -155,10 +156,10 @@ def _model(folder: Folder, origin: Origin, kind: Export, model: Model, layout: L
     dtype = DTYPES[kind.dtype]
 
     def tensors() -> Iterator[tuple[str, NDArray[Any]]]:
-        for name, array in pretrained.tensors(params, config):
+        for name, array in stored_tensors.tensors(params, config):
             yield name, array.astype(dtype)
 
-    shapes = [_Tensor(name, shape) for name, shape in pretrained.tensor_shapes(params, config)]
+    shapes = [_Tensor(name, shape) for name, shape in stored_tensors.tensor_shapes(params, config)]
     _write_tensors(folder, tensors(), shapes, np.dtype(dtype).itemsize, kind.shard)
     folder.put_json("config.json", config)
     _write_tokenizer(folder, model)
@@ -203,7 +204,7 @@ def _write_tensors(
 def _config(model: Model, dtype: str) -> dict[str, Any]:
     """Return the `config.json` of a model: its own, or one of a family that describes it."""
     a = model.architecture
-    found = dict(pretrained.configuration(model.folder) if model.folder else config_of(a))
+    found = dict(model_folder.read_config(model.folder) if model.folder else config_of(a))
     tokenizer = model.renderer.tokenizer
     found |= {"vocab_size": a.vocabulary, "dtype": _TORCH[dtype]}
     found.pop("torch_dtype", None)
@@ -244,11 +245,11 @@ def _adapter(folder: Folder, origin: Origin, model: Model, layout: Layout) -> No
         raise NotApartError(f"it has {len(loras)} adapters on top of each other")
     ((lora, path),) = origin.adapters
     params = load_params(path, shaped_adapter(lora, model, layout))
-    config = pretrained.configuration(model.folder)
+    config = model_folder.read_config(model.folder)
     held: dict[str, NDArray[Any]] = {}
     modules: dict[str, None] = {}
     try:
-        for module, part, array in pretrained.adapter_tensors(params, config):
+        for module, part, array in stored_tensors.adapter_tensors(params, config):
             if model.architecture.tied and part.startswith("lora_embedding"):
                 raise NotApartError("its embedding is the head too, which PEFT leaves as it was")
             held[f"{_PREFIX}{module}.{part}"] = np.ascontiguousarray(array, np.float32)

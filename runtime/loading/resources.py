@@ -28,7 +28,7 @@ from tunelang.runtime.data.stream import Library, Stream
 from tunelang.runtime.errors import NotBuiltError
 from tunelang.runtime.generation.engine_sizes import prompt_room, sampling_layout_over
 from tunelang.runtime.loading.initial_weights import Origin, load_generator, loaded
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.models import model_folder
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.rewards.endpoint import EndpointJudge
@@ -95,7 +95,7 @@ class Resources:
         kind = self.program.declarations[model].value
         if kind.tokenizer is not None:
             return self.renderer(kind.tokenizer.name)
-        folder = pretrained.folder_of(kind, self.program.folder)
+        folder = model_folder.find_folder(kind, self.program.folder)
         own = models.HuggingFace.model_construct(path=str(folder), chat=None, special=())
         return self.cached(
             ("renderer of", kind.path),
@@ -109,9 +109,9 @@ class Resources:
         """
         kind, renderer = self.program.declarations[name].value, self.renderer_of(name)
         if isinstance(kind, models.Pretrained):
-            folder = pretrained.folder_of(kind, self.program.folder)
-            architecture = pretrained.resized(
-                pretrained.architecture(kind, folder), renderer.tokenizer.size
+            folder = model_folder.find_folder(kind, self.program.folder)
+            architecture = model_folder.with_vocabulary(
+                model_folder.read_architecture(kind, folder), renderer.tokenizer.size
             )
             return Model(name, architecture, renderer, DTYPES[kind.dtype], storage_of(kind), folder)
         architecture = from_transformer(kind, renderer.tokenizer.size, PRESETS)

@@ -1,4 +1,4 @@
-"""The decoder, its layers, and its weights in and out.
+"""The decoder, its layers, and its parameters.
 
 - `attention`: causal attention, by XLA or by kernels, of sequences, shared prompts and caches.
 - `decode_step`: one token for each slot of the cache.
@@ -8,9 +8,9 @@
 - `loaded_model`: a declared model, opened.
 - `lora`: adapters.
 - `matmul`: matrix products with cheaper gradients on CPUs.
+- `model_folder`: folders of published models, and the architectures that they describe.
 - `moe`: mixtures of experts, and their load-balance loss.
 - `parameters`: parameters as trees: merged, split by what is trained, named by path.
-- `pretrained`: published checkpoints, read and written.
 - `primitives`: parameters with named axes, random weights, activations, dropout.
 - `quantization`: frozen matrices in four or eight bits.
 - `remat`: what a layer computes again in its backward pass.

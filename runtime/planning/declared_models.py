@@ -16,7 +16,7 @@ from tunelang.dsl.program import Program
 from tunelang.dsl.vocabulary import models
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.rewards import Learned, LocalJudge, Rubric
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.models import model_folder
 from tunelang.runtime.tokenize.open_tokenizer import open_renderer
 
 DTYPE_BYTES = {"f32": 4, "bf16": 2}
@@ -82,8 +82,8 @@ class DeclaredModels:
         kind = self._program.declarations[name].value
         vocabulary = 0 if kind.tokenizer is None else self._vocabulary(kind.tokenizer.name)
         if isinstance(kind, models.Pretrained):
-            planned = pretrained.planned(kind, self._program.folder)
-            return pretrained.resized(planned, vocabulary)
+            planned = model_folder.plan_architecture(kind, self._program.folder)
+            return model_folder.with_vocabulary(planned, vocabulary)
         return from_transformer(kind, vocabulary, PRESETS)
 
     def _vocabulary(self, name: str) -> int:

@@ -18,7 +18,9 @@ from tests.parity.test_trl import preference, trainer
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.families import architecture_of
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Optimizer, Sgd
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.loading import pretrained
+from tunelang.runtime.loading.stored_tensors import tensors
+from tunelang.runtime.models.model_folder import read_config
 from tunelang.runtime.objectives.answer_scores import segment_program
 from tunelang.runtime.sharding import make_layout, shardings
 from tunelang.runtime.stages.preference import PairObjective
@@ -110,7 +112,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
         for parameter in reference.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     reference.save_pretrained(folders[1])
-    config = pretrained.configuration(folders[0])
+    config = read_config(folders[0])
     architecture = architecture_of(config)
     policy, other = (
         jax.device_get(pretrained.load(folder, architecture, make_layout())) for folder in folders
@@ -211,7 +213,7 @@ def test_steps_are_trls(name, both, steps, taught):
         np.testing.assert_allclose(
             found.more[ours], expected[ours], rtol=1e-5, atol=1e-4, err_msg=ours
         )
-    after = dict(pretrained.tensors(jax.device_get(state.params), both.config))
+    after = dict(tensors(jax.device_get(state.params), both.config))
     assert after.keys() == updated.keys()
     for tensor, array in after.items():
         np.testing.assert_allclose(array, updated[tensor], rtol=0, atol=1e-5, err_msg=tensor)

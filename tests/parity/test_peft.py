@@ -18,10 +18,11 @@ from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.families import architecture_of
 from tunelang.dsl.vocabulary.training import Dora, Lora
 from tunelang.dsl.vocabulary.utility_stages import Export
-from tunelang.runtime.loading import initial_weights
+from tunelang.runtime.loading import initial_weights, pretrained
 from tunelang.runtime.loading import model_export as exporting
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.loading.stored_tensors import adapter_tensors
 from tunelang.runtime.models.loaded_model import Model
+from tunelang.runtime.models.model_folder import read_config
 from tunelang.runtime.models.parameters import abstract_decoder, merge_params, split_trainable
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.tokenize.chat_renderer import Renderer
@@ -48,7 +49,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     case, lora = ADAPTERS[name]
     base, out = tmp_path / "base", tmp_path / "adapter"
     tokens, _ = saved(case, base)
-    config = pretrained.configuration(base)
+    config = read_config(base)
     plain = architecture_of(config)
     architecture = adapted(plain, (lora,), "f32")
     layout = make_layout()
@@ -92,7 +93,7 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     }  # fmt: skip
     found = {
         f"base_model.model.{module}.{part}".replace(".weight", ""): array
-        for module, part, array in pretrained.adapter_tensors(gradient, config)
+        for module, part, array in adapter_tensors(gradient, config)
     }
     assert found.keys() == expected.keys()
     for key, array in found.items():

@@ -14,10 +14,12 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from tunelang.compiler.models.families import architecture_of
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.loading import pretrained
+from tunelang.runtime.loading.stored_tensors import tensors
 from tunelang.runtime.models.decode_step import decode_step, decode_weights
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.kv_cache import empty_cache, insert
+from tunelang.runtime.models.model_folder import read_config
 from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.objective import Batch, summed_loss
@@ -154,7 +156,7 @@ def made(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_weights(case: str, tmp_path: Path) -> None:
     tokens, expected = saved(case, tmp_path)
-    config = pretrained.configuration(tmp_path)
+    config = read_config(tmp_path)
     architecture = architecture_of(config)
     params = pretrained.load(tmp_path, architecture, make_layout())
     graph, _ = abstract_decoder(architecture, jnp.float32)
@@ -165,7 +167,7 @@ def test_logits_and_weights(case: str, tmp_path: Path) -> None:
     back = tmp_path / "back"
     back.mkdir()
     (back / "config.json").write_text(json.dumps(config))
-    save_file(dict(pretrained.tensors(params, config)), back / "model.safetensors")
+    save_file(dict(tensors(params, config)), back / "model.safetensors")
     again = transformers.AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager")
     with torch.no_grad():
         logits = again.float()(input_ids=torch.tensor(tokens)).logits.numpy()
@@ -174,7 +176,7 @@ def test_logits_and_weights(case: str, tmp_path: Path) -> None:
 
 def opened(folder: Path, dtype: Any = jnp.float32) -> tuple[Decoder, Any, Any]:
     """The decoder of a folder, its graph and its parameters."""
-    architecture = architecture_of(pretrained.configuration(folder))
+    architecture = architecture_of(read_config(folder))
     params = pretrained.load(folder, architecture, make_layout())
     graph, _ = abstract_decoder(architecture, dtype)
     return nnx.merge(graph, params), graph, params
@@ -248,7 +250,7 @@ def test_gradients(case: str, tmp_path: Path) -> None:
         return summed_loss(decoder, batch, None, config, balanced=False) / count
 
     gradient = jax.jit(jax.grad(loss))(params)
-    found = dict(pretrained.tensors(gradient, pretrained.configuration(tmp_path)))
+    found = dict(tensors(gradient, read_config(tmp_path)))
     for name, array in found.items():
         if name not in expected:  # experts lie together in the model, and apart in its file
             head, expert, tail = name.partition(".experts.")[0], *name.split(".")[-3:-1]

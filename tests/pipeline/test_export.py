@@ -17,8 +17,10 @@ from tokenizers import Tokenizer
 
 from tests.pipeline import tiny
 from tests.pipeline.test_pretrained import workspace
+from tunelang.compiler.models.families import architecture_of
 from tunelang.runtime.commands.generate import open_generator
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.loading import pretrained
+from tunelang.runtime.models.model_folder import read_config
 from tunelang.runtime.models.parameters import abstract_decoder
 from tunelang.runtime.sharding import make_layout
 
@@ -63,8 +65,8 @@ def logits_of(spec: Path, stage: str, tokens: np.ndarray) -> np.ndarray:
 def test_a_folder_is_read_again(exported: Path) -> None:
     out = exported.parent / "out"
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
-    config = pretrained.configuration(out)
-    architecture = pretrained.architecture_of(config)
+    config = read_config(out)
+    architecture = architecture_of(config)
     params = pretrained.load(out, architecture, make_layout())
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     graph, _ = abstract_decoder(architecture, jnp.float32)

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.pipeline import tiny
 from tunelang.compiler.models.families import architecture_of
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.loading.stored_tensors import tensors
 from tunelang.runtime.models.decoder import Decoder
 
 SPEC = """\
@@ -91,7 +91,7 @@ def workspace(tmp_path: Path) -> Path:
     config = {**CONFIG, "vocab_size": tokenizer.get_vocab_size()}
     (small / "config.json").write_text(json.dumps(config))
     _, params = nnx.split(Decoder(architecture_of(config), nnx.Rngs(0)))
-    save_file(dict(pretrained.tensors(params, config)), small / "model.safetensors")
+    save_file(dict(tensors(params, config)), small / "model.safetensors")
     path = tmp_path / "pretrained.tune"
     path.write_text(SPEC)
     return path

@@ -15,8 +15,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from tunelang.compiler.models.families import BadConfigError, UnknownFamilyError, architecture_of
-from tunelang.runtime.models import pretrained
+from tunelang.runtime.loading import pretrained
+from tunelang.runtime.loading.stored_tensors import tensors
 from tunelang.runtime.models.decoder import Decoder
+from tunelang.runtime.models.model_folder import BadWeightsError, read_config
 from tunelang.runtime.sharding import make_layout, shardings
 
 CONFIG: dict[str, Any] = {
@@ -35,7 +37,7 @@ def params() -> Any:
 @pytest.fixture
 def folder(tmp_path: Path, params: Any) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    save_file(dict(pretrained.tensors(params, CONFIG)), tmp_path / ONE)
+    save_file(dict(tensors(params, CONFIG)), tmp_path / ONE)
     return tmp_path
 
 
@@ -69,7 +71,7 @@ def test_several_files_in_bfloat16(folder: Path, params: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     same(read(folder), jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), params))
     (folder / "two.safetensors").unlink()
-    with pytest.raises(pretrained.BadWeightsError) as caught:
+    with pytest.raises(BadWeightsError) as caught:
         read(folder)
     assert caught.value.problems == ("`two.safetensors`: no such file",)
 
@@ -81,7 +83,7 @@ def test_every_tensor_at_fault_is_named(folder: Path) -> None:
     tensors["vision.patch.weight"] = np.zeros(3, np.float32)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
     save_file(tensors, folder / ONE)
-    with pytest.raises(pretrained.BadWeightsError) as caught:
+    with pytest.raises(BadWeightsError) as caught:
         read(folder)
     assert caught.value.problems == (
         "missing: model.norm.weight",
@@ -98,7 +100,7 @@ def test_a_damaged_file(folder: Path, content: bytes | None, problem: str) -> No
     (folder / ONE).unlink()
     if content is not None:
         (folder / ONE).write_bytes(content)
-    with pytest.raises(pretrained.BadWeightsError) as caught:
+    with pytest.raises(BadWeightsError) as caught:
         read(folder)
     assert problem in caught.value.problems[0]
 
@@ -123,8 +125,8 @@ def test_a_configuration_that_cannot_be_used(
 
 
 def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(pretrained.BadWeightsError, match="no such file"):
-        pretrained.configuration(tmp_path)
+    with pytest.raises(BadWeightsError, match="no such file"):
+        read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(pretrained.BadWeightsError, match="not an object"):
-        pretrained.configuration(tmp_path)
+    with pytest.raises(BadWeightsError, match="not an object"):
+        read_config(tmp_path)
