@@ -18,7 +18,8 @@ from tunelang.dsl.program import Branch, Declared, Origin, Program
 from tunelang.dsl.references import reachable
 from tunelang.dsl.resolve import overrides
 from tunelang.dsl.resolve.binding import Entry, Place, bind
-from tunelang.dsl.resolve.expressions import NONE_VALUE, Evaluator, each_nodes
+from tunelang.dsl.resolve.each_calls import each_nodes
+from tunelang.dsl.resolve.expressions import NONE_VALUE, Evaluator
 from tunelang.dsl.resolve.fit import fit
 from tunelang.dsl.resolve.load import Loaded, load, read
 from tunelang.dsl.resolve.scope import Module, Symbol, in_order

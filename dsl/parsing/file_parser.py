@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from lark.exceptions import UnexpectedToken
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
-from tunelang.dsl.messages import malformed, naming, unexpected_tokens
+from tunelang.dsl.messages import imports_and_overrides, malformed, unexpected_tokens
 from tunelang.dsl.parsing.item_parser import parse_item
 from tunelang.dsl.parsing.lexer import lex
 from tunelang.dsl.syntax import nodes
@@ -75,7 +75,9 @@ def parse_expression(source: Source) -> tuple[nodes.Expr | None, list[Diagnostic
         (index for index, token in enumerate(lexed.tokens) if token.type == "EQUALS"), None
     )
     if start is None:  # `a==b`
-        state.diagnostics.append(naming.bad_override(Span(source, 0, len(source.text))))
+        state.diagnostics.append(
+            imports_and_overrides.bad_override(Span(source, 0, len(source.text)))
+        )
         return None, state.diagnostics
     noun = Lexeme("NAME", Span(source, 0, 0), 0)
     item = _read_item([noun, noun, *lexed.tokens[start:]], state)

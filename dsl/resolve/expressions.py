@@ -9,11 +9,12 @@ from functools import cache
 from pathlib import Path
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
-from tunelang.dsl.messages import naming, wrong_values
+from tunelang.dsl.messages import imports_and_overrides, naming, wrong_values
 from tunelang.dsl.messages.attribute_use import Owner
 from tunelang.dsl.program import Origin
 from tunelang.dsl.resolve import operators
 from tunelang.dsl.resolve.binding import Place, bind, bind_call, entries, mark_used, record_place
+from tunelang.dsl.resolve.each_calls import each_call, is_each
 from tunelang.dsl.resolve.fit import Site, fit
 from tunelang.dsl.resolve.scope import Module, Symbol
 from tunelang.dsl.syntax import nodes
@@ -90,7 +91,7 @@ class Evaluator:
                 test = self.value(node.test, types.Flag())
                 both = [self.value(side, want, attribute) for side in (node.then, node.otherwise)]
                 return INVALID if test is INVALID or INVALID in both else both[0 if test else 1]
-            case nodes.Chain() if _is_each(node):
+            case nodes.Chain() if is_each(node):
                 return self._each(node, want, attribute)
             case nodes.ListOf() if isinstance(want, types.ListOf):
                 items = tuple(self.value(item, want.item, attribute) for item in node.items)
@@ -240,7 +241,7 @@ class Evaluator:
                 if not module.excuses(member.name.text):
                     names = list(module.names)
                     self.complain(
-                        naming.unknown_in_import(
+                        imports_and_overrides.unknown_in_import(
                             member.name.span, head.text, member.name.text, names
                         )
                     )
@@ -337,7 +338,7 @@ class Evaluator:
     # Forms.
 
     def _each(self, node: nodes.Chain, want: types.Type, attribute: Attribute | None) -> object:
-        call = _each_call(node)
+        call = each_call(node)
         if self.choice is None:
             self.complain(wrong_values.each_outside(node.span))
             return INVALID
@@ -416,22 +417,8 @@ class _NoneValue:
 NONE_VALUE = _NoneValue()
 
 
-def _each_call(node: nodes.Chain) -> nodes.Call:
-    call = node.links[0]
-    assert isinstance(call, nodes.Call)
-    return call
-
-
-def _is_each(node: nodes.Chain) -> bool:
-    return (
-        isinstance(node.head, nodes.Name)
-        and node.head.text == "each"
-        and isinstance(node.links[0], nodes.Call)
-    )
-
-
 def _names_list(node: nodes.Expr, module: Module) -> bool:
-    """Whether an expression is the name of a list, and so is not one item of a list."""
+    """Return whether an expression is the name of a list, and so is no item of one."""
     if isinstance(node, nodes.Name):
         symbol = module.names.get(node.text)
         return symbol is not None and isinstance(symbol.value, tuple)
@@ -442,15 +429,3 @@ def _names_list(node: nodes.Expr, module: Module) -> bool:
             symbol = other.names.get(link.name.text)
             return symbol is not None and isinstance(symbol.value, tuple)
     return False
-
-
-def each_nodes(expressions: list[nodes.Expr]) -> list[tuple[nodes.Chain, list[nodes.Expr]]]:
-    """Return the `each(...)` calls inside expressions with their values, in the order of the
-    text.
-    """
-    return [
-        (node, [argument.value for argument in _each_call(node).arguments])
-        for expression in expressions
-        for node in nodes.walk(expression)
-        if isinstance(node, nodes.Chain) and _is_each(node)
-    ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostics
-from tunelang.dsl.messages import naming
+from tunelang.dsl.messages import imports_and_overrides, naming
 from tunelang.dsl.parsing.file_parser import parse
 from tunelang.dsl.resolve.scope import Module
 from tunelang.dsl.syntax import nodes
@@ -72,7 +72,7 @@ class _Loader:
                     self.diagnostics.add(naming.unknown_noun(item, list(NOUNS), KINDS))
                     module.broken.add(item.name.text)
             elif isinstance(item, nodes.Run) and len(self.stack) > 1:
-                self.diagnostics.add(naming.run_in_import(item.span))
+                self.diagnostics.add(imports_and_overrides.run_in_import(item.span))
         for item in tree.items:
             if isinstance(item, nodes.Import):
                 self._import(module, item)
@@ -92,7 +92,9 @@ class _Loader:
         if resolved in [entry for entry, _ in self.stack]:
             start = [entry for entry, _ in self.stack].index(resolved)
             cycle = [name for _, name in self.stack[start:]]
-            self.diagnostics.add(naming.import_cycle(item.path.span, [*cycle, cycle[0]]))
+            self.diagnostics.add(
+                imports_and_overrides.import_cycle(item.path.span, [*cycle, cycle[0]])
+            )
             return
         tree = self.files.get(resolved)
         if tree is None:
@@ -118,7 +120,7 @@ class _Loader:
             module.prefixes[item.prefix.text] = imported
 
     def _unreadable(self, module: Module, item: nodes.Import, path: Path, error: Exception) -> None:
-        self.diagnostics.add(naming.unreadable_import(item.path.span, path, error))
+        self.diagnostics.add(imports_and_overrides.unreadable_import(item.path.span, path, error))
         if item.prefix is None:
             module.anything = True
 
@@ -128,10 +130,14 @@ class _Loader:
         ]
         for argument in item.arguments:
             if argument.name is None:
-                self.diagnostics.add(naming.nameless_parameter(argument.span, params))
+                self.diagnostics.add(
+                    imports_and_overrides.nameless_parameter(argument.span, params)
+                )
             elif argument.name.text not in params:
                 self.diagnostics.add(
-                    naming.unknown_parameter(argument.name.span, argument.name.text, params)
+                    imports_and_overrides.unknown_parameter(
+                        argument.name.span, argument.name.text, params
+                    )
                 )
             else:
                 imported.arguments[argument.name.text] = (argument, module)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic, Diagnostics
-from tunelang.dsl.messages import naming
+from tunelang.dsl.messages import imports_and_overrides
 from tunelang.dsl.parsing.file_parser import parse_expression
 from tunelang.dsl.resolve.load import Loaded
 from tunelang.dsl.resolve.scope import Module, Symbol
@@ -29,14 +29,14 @@ def apply(overrides: list[str], loaded: Loaded, diagnostics: Diagnostics) -> Non
         left, equals, _ = text.partition("=")
         path = [part.strip() for part in left.split(".")]
         if not equals or not all(part.isidentifier() for part in path):
-            diagnostics.add(naming.bad_override(Span(source, 0, len(text))))
+            diagnostics.add(imports_and_overrides.bad_override(Span(source, 0, len(text))))
             continue
         value, syntax_errors = parse_expression(source)
         target = Span(source, 0, len(left.rstrip()))
         wanted = _wanted(loaded, path)
         if _is_text(wanted) and not _reads_as_text(value, loaded.root):
             right = Span(source, len(left) + 1, len(text))
-            diagnostics.add(naming.override_needs_quotes(right, left.strip()))
+            diagnostics.add(imports_and_overrides.override_needs_quotes(right, left.strip()))
             continue
         diagnostics.extend(syntax_errors)
         if value is None:
@@ -90,7 +90,9 @@ class _Override:
             if symbol is not None and symbol.noun == path[0]:
                 return self._into(symbol, rest)
             names = [s.name for s in self.loaded.root.names.values() if s.noun == path[0]]
-            return naming.unknown_override(self.target, ".".join(path), path[0], names)
+            return imports_and_overrides.unknown_override(
+                self.target, ".".join(path), path[0], names
+            )
         symbol, rest = self._find(self.loaded.root, path)
         if symbol is not None and symbol.noun == "param" and not rest:
             symbol.module.arguments.pop(symbol.declaration.name.text, None)
@@ -98,9 +100,9 @@ class _Override:
             symbol.used = True
             return None
         if symbol is not None:
-            return naming.override_needs_noun(self.target, symbol, rest)
+            return imports_and_overrides.override_needs_noun(self.target, symbol, rest)
         names = [n for n, s in self.loaded.root.names.items() if s.noun == "param"]
-        return naming.unknown_override(self.target, ".".join(path), "param", names)
+        return imports_and_overrides.unknown_override(self.target, ".".join(path), "param", names)
 
     def _find(self, module: Module, path: list[str]) -> tuple[Symbol | None, list[str]]:
         """The symbol that a path starts with, and the rest of the path."""
@@ -112,11 +114,11 @@ class _Override:
         declaration = symbol.declaration
         if not path:
             if declaration.value is None:
-                return naming.override_needs_attribute(self.target, symbol)
+                return imports_and_overrides.override_needs_attribute(self.target, symbol)
             symbol.declaration = replace(declaration, value=self.value)
             return None
         if declaration.block is None:
-            return naming.override_of_expression(self.target, symbol)
+            return imports_and_overrides.override_of_expression(self.target, symbol)
         block = self._block(declaration.block, path, symbol)
         if not isinstance(block, nodes.Block):
             return block
@@ -133,7 +135,9 @@ class _Override:
         if len(path) > 1:
             known = self._known(symbol)
             if existing is None and path[0] not in known:
-                return naming.unknown_override(self.target, path[0], "attribute", list(known))
+                return imports_and_overrides.unknown_override(
+                    self.target, path[0], "attribute", list(known)
+                )
             value = self._call(
                 existing.value if existing else self._default(symbol, path[0]), path[1:], symbol
             )
@@ -157,7 +161,7 @@ class _Override:
                 target.used = True
                 node = target.declaration.value
         if not isinstance(node, nodes.Chain) or not isinstance(node.links[-1], nodes.Call):
-            return naming.override_needs_call(self.target, path[0])
+            return imports_and_overrides.override_needs_call(self.target, path[0])
         call = node.links[-1]
         argument = next((a for a in call.arguments if a.name and a.name.text == path[0]), None)
         value: nodes.Expr | Diagnostic = self.value

@@ -1,7 +1,7 @@
 """Rules for a resolved Program: values against each other, and against files outside the spec.
 
 - `apply_rules`: the entry; calls all others.
-- `book`: the state that the rules share.
+- `rule_context`: the state that the rules share.
 - `model_rules`: models and hardware.
 - `file_rules`: files and folders of models and tokenizers.
 - `data_rules`: data files, fields and templates.

@@ -7,7 +7,6 @@ from tunelang.dsl.messages import naming
 from tunelang.dsl.program import Declared, Program
 from tunelang.dsl.resolve.binding import Place
 from tunelang.dsl.resolve.scope import Module
-from tunelang.dsl.rules.book import Book
 from tunelang.dsl.rules.contradictions import check_contradictions
 from tunelang.dsl.rules.data_rules import check_expression, check_source
 from tunelang.dsl.rules.file_rules import check_files
@@ -15,6 +14,7 @@ from tunelang.dsl.rules.function_rules import check_custom_functions, check_rewa
 from tunelang.dsl.rules.model_rules import check_topology, check_transformer
 from tunelang.dsl.rules.reward_inputs import check_reward_inputs
 from tunelang.dsl.rules.reward_rules import check_generate, check_policy
+from tunelang.dsl.rules.rule_context import RuleContext
 from tunelang.dsl.rules.stage_rules import (
     check_measurable,
     check_outputs,
@@ -33,64 +33,64 @@ def apply_rules(
 
     With `elsewhere` it is checked for other hardware than its own.
     """
-    book = Book(program, places, diagnostics, elsewhere)
+    context = RuleContext(program, places, diagnostics, elsewhere)
     declarations = program.declarations.values()
     for declared in declarations:  # first: later rules need the fields of the data
         if isinstance(declared.value, data.DataKind):
-            check_source(book, declared, declared.value)
+            check_source(context, declared, declared.value)
     for declared in declarations:
-        _check_outside(book, declared)
+        _check_outside(context, declared)
     for declared in program.of("reward"):
-        check_reward_functions(book, declared)
+        check_reward_functions(context, declared)
     for declared in declarations:
-        _check_values(book, declared)
-    check_outputs(book)
-    check_winners(book)
+        _check_values(context, declared)
+    check_outputs(context)
+    check_winners(context)
 
 
-def _check_outside(book: Book, declared: Declared) -> None:
+def _check_outside(context: RuleContext, declared: Declared) -> None:
     """Check what a declaration reads outside the spec: files, fields of data, functions."""
-    check_files(book, declared)
+    check_files(context, declared)
     if isinstance(declared.value, DataExpression):
-        check_expression(book, declared, declared.value)
+        check_expression(context, declared, declared.value)
     for value in declared.values:
         if isinstance(value, Kind):
-            check_custom_functions(book, declared, value)
+            check_custom_functions(context, declared, value)
         if isinstance(value, rewards.EvalKind | stages.Training | utility_stages.Sample):
-            check_expression(book, declared, value.data)
+            check_expression(context, declared, value.data)
         match value:
             case rewards.Generate():
-                check_reward_inputs(book, declared, "score", value.score, value.data)
+                check_reward_inputs(context, declared, "score", value.score, value.data)
             case policy_stages.Policy():
-                check_reward_inputs(book, declared, "reward", value.reward, value.data)
+                check_reward_inputs(context, declared, "reward", value.reward, value.data)
             case utility_stages.Sample():
                 for attribute in ("score", "keep"):
                     reward = getattr(value, attribute)
                     if reward is not None:
-                        check_reward_inputs(book, declared, attribute, reward, value.data)
+                        check_reward_inputs(context, declared, attribute, reward, value.data)
 
 
-def _check_values(book: Book, declared: Declared) -> None:
+def _check_values(context: RuleContext, declared: Declared) -> None:
     """Check the values of a declaration against each other."""
     for value in declared.values:
         match value:
             case models.Transformer():
-                check_transformer(book, declared, value)
+                check_transformer(context, declared, value)
             case models.Tpu():
-                check_topology(book, declared, value)
+                check_topology(context, declared, value)
             case rewards.Generate():
-                check_generate(book, declared, value)
+                check_generate(context, declared, value)
             case stages.Training():
-                check_training(book, declared, value)
+                check_training(context, declared, value)
                 if isinstance(value, policy_stages.Policy):
-                    check_policy(book, declared, value)
+                    check_policy(context, declared, value)
             case utility_stages.Evaluate():
                 for reference in value.models:
-                    check_measurable(book, declared, reference, value.evals)
-        check_contradictions(book, declared, value)
-    check_yields(book, declared)
+                    check_measurable(context, declared, reference, value.evals)
+        check_contradictions(context, declared, value)
+    check_yields(context, declared)
     if declared.noun == "stage":
-        check_sweep(book, declared)
+        check_sweep(context, declared)
 
 
 def warn_of_unused(root: Module, diagnostics: Diagnostics) -> None:

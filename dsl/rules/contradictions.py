@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from tunelang.dsl.diagnostics.diagnostic import Diagnostic
-from tunelang.dsl.messages import exclusions
+from tunelang.dsl.messages import attribute_conflicts
 from tunelang.dsl.program import Declared
-from tunelang.dsl.rules.book import Book
+from tunelang.dsl.rules.rule_context import RuleContext
 from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary import (
     policy_stages,
@@ -38,7 +38,7 @@ POLICY = (
     Contradiction[policy_stages.Policy](
         path="loss",
         applies=lambda stage: stage.loss is not None and stage.clip is not None,
-        message=exclusions.custom_loss_with_clip,
+        message=attribute_conflicts.custom_loss_with_clip,
     ),
 )
 
@@ -46,12 +46,12 @@ DISTILL = (
     Contradiction[supervised_stages.Distill](
         path="teacher_log_probs",
         applies=lambda stage: stage.teacher_log_probs == "ahead" and stage.top_k is None,
-        message=exclusions.every_log_prob_stored,
+        message=attribute_conflicts.every_log_prob_stored,
     ),
     Contradiction[supervised_stages.Distill](
         path="teacher_log_probs",
         applies=lambda stage: stage.teacher_log_probs == "ahead" and stage.on_policy > 0,
-        message=exclusions.stored_before_sampling,
+        message=attribute_conflicts.stored_before_sampling,
     ),
     Contradiction[supervised_stages.Distill](
         path="teacher_log_probs",
@@ -59,17 +59,17 @@ DISTILL = (
             stage.teacher_log_probs == "ahead"
             and (stage.attention is not None or stage.features is not None)
         ),
-        message=exclusions.hidden_states_stored,
+        message=attribute_conflicts.hidden_states_stored,
     ),
     Contradiction[supervised_stages.Distill](
         path="on_policy",
         applies=lambda stage: stage.packing and stage.on_policy > 0,
-        message=exclusions.packed_examples,
+        message=attribute_conflicts.packed_examples,
     ),
     Contradiction[supervised_stages.Distill](
         path="features",
         applies=lambda stage: stage.packing and not stage.on_policy and _pools_features(stage),
-        message=exclusions.packed_examples,
+        message=attribute_conflicts.packed_examples,
     ),
 )
 
@@ -82,12 +82,12 @@ PREFERENCE = (
     Contradiction[preference_stages.Preference](
         path="label_smoothing",
         applies=lambda stage: stage.label_smoothing > 0 and stage.loss not in ("sigmoid", "robust"),
-        message=exclusions.unread_label_smoothing,
+        message=attribute_conflicts.unread_label_smoothing,
     ),
     Contradiction[preference_stages.Preference](
         path="label_smoothing",
         applies=lambda stage: stage.label_smoothing >= 0.5,
-        message=exclusions.mostly_wrong_labels,
+        message=attribute_conflicts.mostly_wrong_labels,
     ),
 )
 
@@ -97,12 +97,12 @@ PPO = (
         applies=lambda stage: (
             stage.kl_target is not None and (stage.kl is None or stage.kl.at != "reward")
         ),
-        message=exclusions.kl_target_without_penalty,
+        message=attribute_conflicts.kl_target_without_penalty,
     ),
     Contradiction[policy_stages.Ppo](
         path="value_model",
         applies=lambda stage: stage.value_model is not None and stage.critic.trunk == "shared",
-        message=exclusions.value_model_with_shared_trunk,
+        message=attribute_conflicts.value_model_with_shared_trunk,
     ),
 )
 
@@ -110,12 +110,12 @@ MERGE = (
     Contradiction[utility_stages.Merge](
         path="method",
         applies=lambda stage: _weight_count(stage) not in (None, 1 + len(stage.others)),
-        message=exclusions.weights_for_models,
+        message=attribute_conflicts.weights_for_models,
     ),
     Contradiction[utility_stages.Merge](
         path="method",
         applies=lambda stage: isinstance(stage.method, training.Slerp) and len(stage.others) != 1,
-        message=exclusions.slerp_of_models,
+        message=attribute_conflicts.slerp_of_models,
     ),
 )
 
@@ -131,17 +131,17 @@ GENERATE = (
         applies=lambda value: (
             value.beams is not None and bool(value.temperature or value.top_k or value.top_p)
         ),
-        message=exclusions.sampling_with_beams,
+        message=attribute_conflicts.sampling_with_beams,
     ),
     Contradiction[rewards.Generate](
         path="samples",
         applies=lambda value: value.beams is not None and value.samples > value.beams,
-        message=exclusions.more_samples_than_beams,
+        message=attribute_conflicts.more_samples_than_beams,
     ),
     Contradiction[rewards.Generate](
         path="rank",
         applies=lambda value: value.rank is not None and value.samples < 2,
-        message=exclusions.ranking_of_one,
+        message=attribute_conflicts.ranking_of_one,
     ),
 )
 
@@ -156,10 +156,10 @@ CONTRADICTIONS: dict[type[Kind], tuple[Contradiction[Any], ...]] = {
 """Kind, subclasses included -> its contradictions."""
 
 
-def check_contradictions(book: Book, declared: Declared, value: object) -> None:
+def check_contradictions(context: RuleContext, declared: Declared, value: object) -> None:
     """Report each contradiction of a declaration's value."""
     for kind, table in CONTRADICTIONS.items():
         if isinstance(value, kind):
             for row in table:
                 if row.applies(value):
-                    book.report(row.message(book.span(declared, row.path), value))
+                    context.report(row.message(context.span(declared, row.path), value))

@@ -4,54 +4,66 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tunelang.dsl.messages import conflicts
+from tunelang.dsl.messages import declaration_conflicts
 from tunelang.dsl.program import Declared, Program
-from tunelang.dsl.rules.book import Book
+from tunelang.dsl.rules.rule_context import RuleContext
 from tunelang.dsl.syntax.source import Span
 from tunelang.dsl.vocabulary import data, policy_stages, rewards, stages
 from tunelang.dsl.vocabulary.base import Node, RewardExpression, TextExpression
 
 
-def check_policy(book: Book, declared: Declared, stage: policy_stages.Policy) -> None:
+def check_policy(context: RuleContext, declared: Declared, stage: policy_stages.Policy) -> None:
     """Check a policy optimisation: its group, rollout, reference and reward."""
     rollout = stage.rollout
     if stage.group < 2 and (stage.advantage != "gae" or stage.refill):
-        book.report(conflicts.group_too_small(book.span(declared, "group"), declared))
+        context.report(
+            declaration_conflicts.group_too_small(context.span(declared, "group"), declared)
+        )
     if rollout.temperature == 0:
-        book.report(conflicts.greedy(book.span(declared, "rollout.temperature"), declared))
+        context.report(
+            declaration_conflicts.greedy(context.span(declared, "rollout.temperature"), declared)
+        )
     if stage.reference is not None and stage.kl is None:
-        book.report(conflicts.reference_without_kl(book.span(declared, "reference")))
-    limit = book.span(declared, "rollout.max_tokens")
-    check_context(book, stage, rollout.max_tokens, rollout.max_prompt or 0, limit)
-    parts = list(_reward_parts(stage.reward, book.program))
+        context.report(
+            declaration_conflicts.reference_without_kl(context.span(declared, "reference"))
+        )
+    limit = context.span(declared, "rollout.max_tokens")
+    check_context(context, stage, rollout.max_tokens, rollout.max_prompt or 0, limit)
+    parts = list(_reward_parts(stage.reward, context.program))
     for part in parts:
         if isinstance(part, rewards.Overlong) and part.buffer > rollout.max_tokens:
-            span = book.argument(part, "buffer", book.span(declared, "reward"))
-            book.report(conflicts.overlong_buffer(span, part.buffer, rollout.max_tokens, limit))
+            span = context.argument(part, "buffer", context.span(declared, "reward"))
+            context.report(
+                declaration_conflicts.overlong_buffer(span, part.buffer, rollout.max_tokens, limit)
+            )
     if not any(_depends_on_completion(part) for part in parts):
-        book.report(conflicts.constant_reward(book.span(declared, "reward")))
+        context.report(declaration_conflicts.constant_reward(context.span(declared, "reward")))
 
 
-def check_generate(book: Book, declared: Declared, value: rewards.Generate) -> None:
+def check_generate(context: RuleContext, declared: Declared, value: rewards.Generate) -> None:
     """Check that several samples of a prompt can differ."""
     if value.samples > 1 and value.temperature == 0 and value.beams is None:
-        span = book.span(declared, "samples")
-        book.report(conflicts.greedy_samples(span, value.samples))
+        span = context.span(declared, "samples")
+        context.report(declaration_conflicts.greedy_samples(span, value.samples))
 
 
 def check_context(
-    book: Book, stage: stages.Training, completion: int, prompt: int, span: Span
+    context: RuleContext, stage: stages.Training, completion: int, prompt: int, span: Span
 ) -> None:
     """Check that prompt and completion, in tokens, fit into the model's context."""
-    model = book.base_model(stage.from_)
+    model = context.base_model(stage.from_)
     if model is None:
         return
-    owner = book.model_owner(model)
+    owner = context.model_owner(model)
     name = owner.name if owner is not None else ""
-    context = getattr(model, "context", None) or book.contexts.get(name)
-    if context is not None and completion + max(prompt, 1) > context:
-        context_span = book.span(owner, "context") if owner else None
-        book.report(conflicts.beyond_context(span, completion, prompt, context, name, context_span))
+    context_length = getattr(model, "context", None) or context.context_lengths.get(name)
+    if context_length is not None and completion + max(prompt, 1) > context_length:
+        context_span = context.span(owner, "context") if owner else None
+        context.report(
+            declaration_conflicts.beyond_context(
+                span, completion, prompt, context_length, name, context_span
+            )
+        )
 
 
 def _depends_on_completion(part: Node) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from tunelang.dsl.messages import conflicts
+from tunelang.dsl.messages import declaration_conflicts
 from tunelang.dsl.program import Declared
 from tunelang.dsl.references import references_in
-from tunelang.dsl.rules.book import Book
 from tunelang.dsl.rules.model_rules import device_count
 from tunelang.dsl.rules.reward_rules import check_context
+from tunelang.dsl.rules.rule_context import RuleContext
 from tunelang.dsl.rules.sweep_rules import inherits_branches
 from tunelang.dsl.vocabulary import (
     data,
@@ -22,79 +22,91 @@ from tunelang.dsl.vocabulary import (
 from tunelang.dsl.vocabulary.base import DataExpression, Kind, Reference
 
 
-def check_training(book: Book, declared: Declared, stage: stages.Training) -> None:
+def check_training(context: RuleContext, declared: Declared, stage: stages.Training) -> None:
     """Check a stage that updates weights."""
-    _check_start(book, declared, stage)
-    _check_warmup(book, declared, stage)
-    _check_eval_spacing(book, declared, stage)
-    _check_batch(book, declared, stage)
-    _check_mesh_size(book, declared, stage)
-    _check_roles(book, declared, stage)
-    _check_eval_data(book, declared, stage)
+    _check_start(context, declared, stage)
+    _check_warmup(context, declared, stage)
+    _check_eval_spacing(context, declared, stage)
+    _check_batch(context, declared, stage)
+    _check_mesh_size(context, declared, stage)
+    _check_roles(context, declared, stage)
+    _check_eval_data(context, declared, stage)
     itself = Reference.unvalidated(noun="stage", name=declared.name)
-    check_measurable(book, declared, itself, stage.evals)
+    check_measurable(context, declared, itself, stage.evals)
 
 
-def _check_start(book: Book, declared: Declared, stage: stages.Training) -> None:
-    start = book.declared(stage.from_.name)
+def _check_start(context: RuleContext, declared: Declared, stage: stages.Training) -> None:
+    start = context.declared(stage.from_.name)
     if start is None or (start.branches and start.branches[0].value.yields != "model"):
         return
-    model, span = start.value, book.span(declared, "from")
+    model, span = start.value, context.span(declared, "from")
     if isinstance(model, models.Pretrained) and model.weights and stage.adapter is None:
-        book.report(conflicts.quantized_without_adapter(span, declared, model.weights))
+        context.report(
+            declaration_conflicts.quantized_without_adapter(span, declared, model.weights)
+        )
     if isinstance(model, models.Transformer) and isinstance(stage.adapter, training.Lora):
-        book.report(conflicts.adapter_of_random(span, start))
+        context.report(declaration_conflicts.adapter_of_random(span, start))
     if isinstance(stage.adapter, training.Continued):
         if any(getattr(value, "adapter", None) is None for value in start.values):
-            book.report(conflicts.nothing_to_continue(book.span(declared, "adapter"), start))
+            context.report(
+                declaration_conflicts.nothing_to_continue(context.span(declared, "adapter"), start)
+            )
 
 
-def check_yields(book: Book, declared: Declared) -> None:
+def check_yields(context: RuleContext, declared: Declared) -> None:
     """Check that each stage that a declaration refers to yields what is used there."""
     reported: set[tuple[str, str]] = set()
     for value in declared.values:
         for path, reference in references_in(value, ""):
-            stage = book.declared(reference.name)
+            stage = context.declared(reference.name)
             if stage is None or stage.noun != "stage" or not stage.branches:
                 continue
             path = path.removeprefix(".")
             wanted = value.reads.get(path, ("model",)) if isinstance(value, Kind) else ("model",)
             if stage.branches[0].value.yields not in wanted and (path, stage.name) not in reported:
                 reported.add((path, stage.name))
-                book.report(conflicts.yields_other(book.span(declared, path), stage, wanted))
+                context.report(
+                    declaration_conflicts.yields_other(context.span(declared, path), stage, wanted)
+                )
 
 
 def check_measurable(
-    book: Book, declared: Declared, model: Reference, evals: tuple[Reference, ...]
+    context: RuleContext, declared: Declared, model: Reference, evals: tuple[Reference, ...]
 ) -> None:
     """Check that a reward model, which answers nothing, is measured by `preference` evals only."""
-    measured = book.declared(model.name)
+    measured = context.declared(model.name)
     if measured is None or not measured.branches:
         return
     if measured.branches[0].value.yields != "scores":
         return
     for reference in evals:
-        eval_ = book.declared(reference.name)
+        eval_ = context.declared(reference.name)
         if eval_ is not None and not isinstance(eval_.value, rewards.Preference):
-            span = book.span(declared, "evals")
-            book.report(conflicts.eval_of_reward_model(span, model.name, reference.name))
+            span = context.span(declared, "evals")
+            context.report(
+                declaration_conflicts.eval_of_reward_model(span, model.name, reference.name)
+            )
 
 
-def _check_warmup(book: Book, declared: Declared, stage: stages.Training) -> None:
+def _check_warmup(context: RuleContext, declared: Declared, stage: stages.Training) -> None:
     warmup, length = stage.optimizer.warmup, stage.length
     if warmup.unit == length.unit and warmup.value > length.value:
-        span = book.span(declared, "optimizer.warmup")
-        length_span = book.span(declared, "length")
-        book.report(conflicts.warmup_too_long(span, warmup, length, length_span))
+        span = context.span(declared, "optimizer.warmup")
+        length_span = context.span(declared, "length")
+        context.report(declaration_conflicts.warmup_too_long(span, warmup, length, length_span))
 
 
-def _check_eval_spacing(book: Book, declared: Declared, stage: stages.Training) -> None:
+def _check_eval_spacing(context: RuleContext, declared: Declared, stage: stages.Training) -> None:
     """Check that the stage is long enough for the first evaluation between start and end."""
     if stage.length.unit == "steps" and (stage.eval_every or 0) > stage.length.value:
-        book.report(conflicts.never_evaluated(book.span(declared, "eval_every"), stage.length))
+        context.report(
+            declaration_conflicts.never_evaluated(
+                context.span(declared, "eval_every"), stage.length
+            )
+        )
 
 
-def _check_batch(book: Book, declared: Declared, stage: stages.Training) -> None:
+def _check_batch(context: RuleContext, declared: Declared, stage: stages.Training) -> None:
     """Check that the batch divides over the micro-batch and mesh that the stage pins."""
     group, formula = 1, ""
     if isinstance(stage, policy_stages.Policy):
@@ -102,8 +114,10 @@ def _check_batch(book: Book, declared: Declared, stage: stages.Training) -> None
         sequences = stage.batch * group
         formula = f"{stage.batch} prompts × group {group}"
         if sequences % stage.minibatches:
-            span = book.span(declared, "minibatches")
-            book.report(conflicts.minibatches(span, stage.batch, group, stage.minibatches))
+            span = context.span(declared, "minibatches")
+            context.report(
+                declaration_conflicts.minibatches(span, stage.batch, group, stage.minibatches)
+            )
     elif isinstance(stage, supervised_stages.Supervised) and stage.batch.unit == "sequences":
         sequences = int(stage.batch.value)
         formula = f"{sequences}"
@@ -119,21 +133,27 @@ def _check_batch(book: Book, declared: Declared, stage: stages.Training) -> None
         parts.append(("micro-batch", stage.micro_batch))
     step = _replicas(mesh) * (stage.micro_batch or 1)
     if sequences % step:
-        pinned = book.span(declared, "micro_batch" if stage.micro_batch else "mesh")
-        span = book.span(declared, "batch")
-        book.report(
-            conflicts.batch_does_not_divide(span, sequences, formula, parts, step, group, pinned)
+        pinned = context.span(declared, "micro_batch" if stage.micro_batch else "mesh")
+        span = context.span(declared, "batch")
+        context.report(
+            declaration_conflicts.batch_does_not_divide(
+                span, sequences, formula, parts, step, group, pinned
+            )
         )
 
 
-def _check_mesh_size(book: Book, declared: Declared, stage: stages.Training) -> None:
+def _check_mesh_size(context: RuleContext, declared: Declared, stage: stages.Training) -> None:
     """Check a pinned mesh against the size of the stage's own hardware."""
     mesh = stage.mesh
-    devices = None if book.elsewhere else device_count(book, stage.on or book.program.run.on)
+    devices = (
+        None if context.elsewhere else device_count(context, stage.on or context.program.run.on)
+    )
     if mesh is not None and devices is not None:
         size = _replicas(mesh) * mesh.tensor * mesh.expert * mesh.context
         if size != devices[0]:
-            book.report(conflicts.mesh_size(book.span(declared, "mesh"), size, *devices))
+            context.report(
+                declaration_conflicts.mesh_size(context.span(declared, "mesh"), size, *devices)
+            )
 
 
 def _replicas(mesh: training.Axes | None) -> int:
@@ -141,33 +161,37 @@ def _replicas(mesh: training.Axes | None) -> int:
     return mesh.data * mesh.fsdp if mesh is not None else 1
 
 
-def _check_roles(book: Book, declared: Declared, stage: stages.Training) -> None:
+def _check_roles(context: RuleContext, declared: Declared, stage: stages.Training) -> None:
     """Check that the data has the roles that the kind of stage trains on."""
-    for rows in book.source_rows(stage.data):
-        source = book.declared(rows.source)
+    for rows in context.source_rows(stage.data):
+        source = context.declared(rows.source)
         assert source is not None
         if not source.damaged and not any(rows.roles.issuperset(need) for need in stage.needs):
-            span = book.span(declared, "data")
-            book.report(conflicts.missing_role(span, declared, source, rows.roles, stage.needs))
+            span = context.span(declared, "data")
+            context.report(
+                declaration_conflicts.missing_role(span, declared, source, rows.roles, stage.needs)
+            )
 
 
-def _check_eval_data(book: Book, declared: Declared, stage: stages.Training) -> None:
+def _check_eval_data(context: RuleContext, declared: Declared, stage: stages.Training) -> None:
     """Check that the evals do not measure on rows that the stage trains on."""
     for reference in stage.evals:
-        eval_ = book.declared(reference.name)
+        eval_ = context.declared(reference.name)
         if eval_ is None:
             continue
         if isinstance(eval_.value, rewards.Generate):
-            span = book.span(eval_, "max_tokens")
-            check_context(book, stage, eval_.value.max_tokens, 0, span)
-        shared = _selected_rows(book, stage.data) & _selected_rows(book, eval_.value.data)
+            span = context.span(eval_, "max_tokens")
+            check_context(context, stage, eval_.value.max_tokens, 0, span)
+        shared = _selected_rows(context, stage.data) & _selected_rows(context, eval_.value.data)
         if shared:
             file = min(shared)[0]
-            book.report(conflicts.trains_on_eval(book.span(declared, "data"), eval_, file))
+            context.report(
+                declaration_conflicts.trains_on_eval(context.span(declared, "data"), eval_, file)
+            )
 
 
 def _selected_rows(
-    book: Book, expression: DataExpression, selection: str = ""
+    context: RuleContext, expression: DataExpression, selection: str = ""
 ) -> set[tuple[str, str]]:
     """Return the files that an expression reads, each with the selection of rows from it.
 
@@ -175,35 +199,39 @@ def _selected_rows(
     """
     match expression:
         case data.DataRef():
-            declared = book.declared(expression.name)
+            declared = context.declared(expression.name)
             value = declared.value if declared is not None else None
             if isinstance(value, DataExpression):
-                return _selected_rows(book, value, selection)
+                return _selected_rows(context, value, selection)
             return {(path, selection) for path in getattr(value, "path", ())}
         case data.Mixture():
-            parts = (_selected_rows(book, part, selection) for part in expression.parts)
+            parts = (_selected_rows(context, part, selection) for part in expression.parts)
             return set().union(*parts)
         case data.Weighted():
-            return _selected_rows(book, expression.of, selection)
+            return _selected_rows(context, expression.of, selection)
         case data.Take() | data.Skip() | data.Where() | data.Split():
             step = expression.model_copy(update={"of": None})
-            return _selected_rows(book, expression.of, f"{selection}{step!r}")
+            return _selected_rows(context, expression.of, f"{selection}{step!r}")
         case data.DataMethod():
-            return _selected_rows(book, expression.of, selection)
+            return _selected_rows(context, expression.of, selection)
     return set()
 
 
-def check_outputs(book: Book) -> None:
+def check_outputs(context: RuleContext) -> None:
     """Check that no two stages, and no two branches of one, write into the same folder."""
     writers: dict[str, Declared] = {}
-    for declared in book.program.of("stage"):
+    for declared in context.program.of("stage"):
         for branch in declared.branches:
             if isinstance(branch.value, utility_stages.Export):
                 path = branch.value.path.rstrip("/")
-                if inherits_branches(book, declared) and not declared.fans_out:
-                    span = book.span(declared, "from")
-                    book.report(conflicts.every_branch(span, branch.value.path))
+                if inherits_branches(context, declared) and not declared.fans_out:
+                    span = context.span(declared, "from")
+                    context.report(declaration_conflicts.every_branch(span, branch.value.path))
                 if path in writers:
-                    other = book.span(writers[path], "path")
-                    book.report(conflicts.same_output(book.span(declared, "path"), path, other))
+                    other = context.span(writers[path], "path")
+                    context.report(
+                        declaration_conflicts.same_output(
+                            context.span(declared, "path"), path, other
+                        )
+                    )
                 writers[path] = declared

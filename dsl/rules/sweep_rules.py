@@ -2,72 +2,75 @@
 
 from __future__ import annotations
 
-from tunelang.dsl.messages import conflicts
+from tunelang.dsl.messages import declaration_conflicts
 from tunelang.dsl.program import Declared
 from tunelang.dsl.references import references_in
-from tunelang.dsl.rules.book import Book
 from tunelang.dsl.rules.data_fields import declared_names
+from tunelang.dsl.rules.rule_context import RuleContext
 from tunelang.dsl.vocabulary import policy_stages, stages, training
 
 
-def check_sweep(book: Book, declared: Declared) -> None:
+def check_sweep(context: RuleContext, declared: Declared) -> None:
     """Check the `keep` of a stage: it needs branches, and a metric that the stage measures."""
     for branch in declared.branches:
         stage = branch.value
         keep = getattr(stage, "keep", None)
         if not isinstance(keep, training.Winner) or declared.damaged:
             return
-        if not declared.fans_out and not inherits_branches(book, declared):
-            book.report(conflicts.keep_without_each(book.span(declared, "keep")))
+        if not declared.fans_out and not inherits_branches(context, declared):
+            context.report(declaration_conflicts.keep_without_each(context.span(declared, "keep")))
         if isinstance(keep, training.Best | training.Lowest) and isinstance(stage, stages.Training):
-            _check_metric(book, declared, stage, keep)
+            _check_metric(context, declared, stage, keep)
 
 
 def _check_metric(
-    book: Book, declared: Declared, stage: stages.Training, keep: training.Best | training.Lowest
+    context: RuleContext,
+    declared: Declared,
+    stage: stages.Training,
+    keep: training.Best | training.Lowest,
 ) -> None:
-    span = book.argument(keep, "metric", book.span(declared, "keep"))
+    span = context.argument(keep, "metric", context.span(declared, "keep"))
     known = list(stage.metrics)
     for reference in stage.evals:
-        eval_ = book.declared(reference.name)
+        eval_ = context.declared(reference.name)
         if eval_ is None:
             return
         known += [eval_.name, *(f"{eval_.name}.{metric}" for metric in eval_.value.measures)]
     if isinstance(stage, policy_stages.Policy):
-        known += [f"{name}.reward" for name in sorted(declared_names(stage.data, book.program))]
+        known += [f"{name}.reward" for name in sorted(declared_names(stage.data, context.program))]
     if keep.metric in known:
         return
-    head = book.declared(keep.metric) or book.declared(keep.metric.rpartition(".")[0])
+    head = context.declared(keep.metric) or context.declared(keep.metric.rpartition(".")[0])
     if head is not None and head.noun == "eval" and head.name not in [r.name for r in stage.evals]:
-        has_evals = f"{declared.noun}.{declared.name}.evals" in book.program.origins
-        evals_span = book.span(declared, "evals") if has_evals else None
-        book.report(conflicts.metric_not_measured(span, head, declared, evals_span))
+        has_evals = f"{declared.noun}.{declared.name}.evals" in context.program.origins
+        evals_span = context.span(declared, "evals") if has_evals else None
+        context.report(declaration_conflicts.metric_not_measured(span, head, declared, evals_span))
     else:
-        book.report(conflicts.unknown_metric(span, keep.metric, declared, known))
+        context.report(declaration_conflicts.unknown_metric(span, keep.metric, declared, known))
 
 
-def inherits_branches(book: Book, declared: Declared) -> bool:
+def inherits_branches(context: RuleContext, declared: Declared) -> bool:
     """Whether a stage fans out because a stage that it uses keeps all of its branches."""
     for branch in declared.branches:
         for _, reference in references_in(branch.value, ""):
-            used = book.declared(reference.name)
+            used = context.declared(reference.name)
             if used is None or used.noun != "stage" or used.name == declared.name:
                 continue
             keeps_all = isinstance(getattr(used.branches[0].value, "keep", None), training.All)
-            if keeps_all and (used.fans_out or inherits_branches(book, used)):
+            if keeps_all and (used.fans_out or inherits_branches(context, used)):
                 return True
     return False
 
 
-def check_winners(book: Book) -> None:
+def check_winners(context: RuleContext) -> None:
     """Check that each stage that fans out, and is used as one model, names its winner."""
-    for declared in book.program.declarations.values():
+    for declared in context.program.declarations.values():
         for value in declared.values:
             for path, reference in references_in(value, ""):
-                used = book.declared(reference.name)
+                used = context.declared(reference.name)
                 if used is None or used.noun != "stage" or not used.branches:
                     continue
                 keep = getattr(used.branches[0].value, "keep", None)
-                if keep is None and (used.fans_out or inherits_branches(book, used)):
-                    span = book.span(declared, path.removeprefix("."))
-                    book.report(conflicts.no_winner(span, used, book.span(used)))
+                if keep is None and (used.fans_out or inherits_branches(context, used)):
+                    span = context.span(declared, path.removeprefix("."))
+                    context.report(declaration_conflicts.no_winner(span, used, context.span(used)))

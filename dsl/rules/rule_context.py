@@ -17,7 +17,7 @@ from tunelang.dsl.vocabulary.raw_values import template_fields
 
 
 @dataclass
-class Book:
+class RuleContext:
     """A Program under check. The rules read it, and report to it."""
 
     program: Program
@@ -27,7 +27,7 @@ class Book:
     elsewhere: bool
     """Whether the spec is checked for other hardware than its own."""
     fields: Fields = field(default_factory=dict)
-    contexts: dict[str, int] = field(default_factory=dict)
+    context_lengths: dict[str, int] = field(default_factory=dict)
     """Model -> its context in tokens, from its configuration file."""
     base_models: dict[str, Kind | None] = field(default_factory=dict)
     """Model or stage -> the model at the start of its chain; filled on demand."""

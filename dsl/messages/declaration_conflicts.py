@@ -1,4 +1,4 @@
-"""Messages about stages and models: values that do not go together."""
+"""Messages about stages, models, data and rewards that do not go together."""
 
 from __future__ import annotations
 
