@@ -64,7 +64,10 @@ def main() -> None:
         for case in CASES.values():
             row.append(
                 milliseconds(
-                    token_sampling.sample, logits, keys, token_sampling.slot_settings(case, SLOTS)
+                    token_sampling.sample_tokens,
+                    logits,
+                    keys,
+                    token_sampling.slot_settings(case, SLOTS),
                 )
             )
         print(f"{vocab:>10}  {row[0]:>14.2f}  {row[1]:>10.2f}", end="")

@@ -56,10 +56,10 @@ class Custom:
         """
         try:
             value = self.function(
-                **worker_process.taken(worker_process.parameters(self.function), given)
+                **worker_process.select_arguments(worker_process.parameters(self.function), given)
             )
         except Exception as error:
-            raise CustomError(self.reference, worker_process.explain(error)) from error
+            raise CustomError(self.reference, worker_process.describe_error(error)) from error
         found = jnp.shape(value)
         if found != shape:
             raise CustomError(self.reference, f"it returned the shape {found}, not {shape}")
@@ -104,7 +104,7 @@ def made_rows(kind: PythonData, folder: Path, cache: Path) -> Path:
                         raise TypeError(f"a row has to be a dict, and one is {row!r:.80}")
                     file.write(json.dumps(row, default=_plain) + "\n")
             except Exception as error:
-                raise CustomError(kind.function, worker_process.explain(error)) from error
+                raise CustomError(kind.function, worker_process.describe_error(error)) from error
     return path
 
 
@@ -123,4 +123,4 @@ def _loaded(reference: str, folder: Path) -> Custom:
     try:
         return Custom(reference, worker_process.load_function(path, name))
     except Exception as error:
-        raise CustomError(reference, worker_process.explain(error)) from error
+        raise CustomError(reference, worker_process.describe_error(error)) from error

@@ -24,7 +24,7 @@ from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.pipeline.execute_plan import compile_cache
 from tunelang.runtime.pipeline.weight_sources import WeightSources
 from tunelang.runtime.planning.prepare import prepare
-from tunelang.runtime.rewards.reward_functions import Reward
+from tunelang.runtime.rewards.reward_functions import CompiledReward
 from tunelang.runtime.rewards.reward_rows import reward_rows
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.store.run_store import Store
@@ -51,7 +51,7 @@ def open_generator(program: Program, store: Store, stage: str) -> TextGenerator:
 
 def open_ranked(
     program: Program, store: Store, stage: str, by: str | None, max_tokens: int
-) -> tuple[TextGenerator, Reward | None]:
+) -> tuple[TextGenerator, CompiledReward | None]:
     """`open_generator`, with a declared reward for completions of at most `max_tokens`, where `by`
     names one.
 
@@ -61,7 +61,9 @@ def open_ranked(
     generator = load_generator(origin, model, resources.devices)
     if by is None:
         return generator, None
-    return generator, Reward(RewardRef.unvalidated(name=by), resources.surroundings(max_tokens))
+    return generator, CompiledReward(
+        RewardRef.unvalidated(name=by), resources.reward_context(max_tokens)
+    )
 
 
 def write(
@@ -95,7 +97,7 @@ def best_of(
     raw: bool,
     *,
     returned: int = 1,
-    reward: Reward | None = None,
+    reward: CompiledReward | None = None,
 ) -> Iterator[str]:
     """Give of `samples` completions of each prompt the `returned` best.
 

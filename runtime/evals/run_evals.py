@@ -25,8 +25,8 @@ from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.rewards import number_match
-from tunelang.runtime.rewards.reward_functions import Reward, Scores
-from tunelang.runtime.rewards.reward_parts import Row, function_of
+from tunelang.runtime.rewards.reward_functions import CompiledReward, Scores
+from tunelang.runtime.rewards.reward_parts import CompletionRow, function_of
 from tunelang.runtime.rewards.reward_rows import reward_rows, sample_records
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.tokenize.token_cache import Corpus, tokenise
@@ -41,7 +41,7 @@ _SEED = 20_210_707
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalResult:
     """The results of an eval."""
 
     metrics: Mapping[str, float]
@@ -51,7 +51,7 @@ class Evaluation:
 
 def evaluate(
     resources: Resources, name: str, model: Model, params: Params, layout: Layout
-) -> Evaluation:
+) -> EvalResult:
     """Run a declared eval."""
     kind = resources.program.declarations[name].value
     match kind:
@@ -64,7 +64,7 @@ def evaluate(
     raise TypeError(f"not an eval: {type(kind).__name__}")
 
 
-def named(reference: Reference, evaluation: Evaluation) -> dict[str, float]:
+def qualified_metrics(reference: Reference, evaluation: EvalResult) -> dict[str, float]:
     """Return the metrics under the names that a spec uses: `accuracy.score`."""
     return {f"{reference.name}.{name}": value for name, value in evaluation.metrics.items()}
 
@@ -109,14 +109,14 @@ def _sampling(kind: Generate) -> Sampling:
 
 def _generate(
     resources: Resources, name: str, kind: Generate, model: Model, params: Params, layout: Layout
-) -> Evaluation:
+) -> EvalResult:
     prompts = _prompts(resources, name, kind, model)
     episodes = _episodes(resources, kind, model, params, layout, prompts)
     texts = completion_texts(model.renderer, episodes)
     rewards = [kind.score, *kind.also, *([] if kind.rank is None else [kind.rank])]
-    around = resources.surroundings(kind.max_tokens)
+    around = resources.reward_context(kind.max_tokens)
     opened = resources.cached(
-        ("eval rewards", name), lambda: [Reward(each, around) for each in rewards]
+        ("eval rewards", name), lambda: [CompiledReward(each, around) for each in rewards]
     )
     rows = reward_rows(model.renderer, prompts.examples, episodes, texts)
     scores, *others = [reward.score(rows) for reward in opened]
@@ -144,11 +144,11 @@ def _generate(
     if len(by_source) > 1:
         metrics |= {f"score/{source}": value for source, value in by_source.items()}
     records = list(sample_records(prompts.examples, episodes, texts, scores))
-    return Evaluation(metrics, tuple(records[: kind.show * kind.samples : kind.samples]))
+    return EvalResult(metrics, tuple(records[: kind.show * kind.samples : kind.samples]))
 
 
 def _measured(
-    resources: Resources, kind: Generate, rows: Sequence[Row], scores: Scores
+    resources: Resources, kind: Generate, rows: Sequence[CompletionRow], scores: Scores
 ) -> dict[str, float]:
     """Call the user's own metrics with a list of each field that all rows have."""
     found: dict[str, float] = {}
@@ -213,7 +213,7 @@ def _by_source(examples: Sequence[Example], groups: np.ndarray[Any, Any]) -> dic
 
 def _perplexity(
     resources: Resources, name: str, kind: Perplexity, model: Model, params: Params, layout: Layout
-) -> Evaluation:
+) -> EvalResult:
     a = model.architecture
     config = StepConfig(layout=layout, dtype=model.dtype)
     loss = resources.cached(("loss", a, str(model.dtype), layout), lambda: loss_program(a, config))
@@ -223,7 +223,7 @@ def _perplexity(
     )
     total, tokens = jax.device_get(loss(params, batches))
     mean = float(total / tokens)
-    return Evaluation({"loss": mean, "perplexity": float(np.exp(np.float64(mean)))})
+    return EvalResult({"loss": mean, "perplexity": float(np.exp(np.float64(mean)))})
 
 
 def _corpus(
@@ -244,7 +244,7 @@ def _corpus(
 
 def _preference(
     resources: Resources, name: str, kind: Preference, model: Model, params: Params, layout: Layout
-) -> Evaluation:
+) -> EvalResult:
     corpus = resources.cached(
         ("eval pairs", name, model.renderer.digest, model.architecture.context),
         lambda: _corpus(resources, kind, model, ("chosen", "rejected")),
@@ -255,4 +255,4 @@ def _preference(
         values = values / np.maximum(found.tokens, 1)
     margins = (values[:, 0] - values[:, 1])[found.tokens[:, 0] > 0]
     accuracy = float(np.mean((1 + np.sign(margins)) / 2))
-    return Evaluation({"accuracy": accuracy, "margin": float(margins.mean())})
+    return EvalResult({"accuracy": accuracy, "margin": float(margins.mean())})

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.generation.engine import ProgramInput, copies_weights
 from tunelang.runtime.generation.episodes import Episodes, Floats, Ints, Prompt, Work
-from tunelang.runtime.generation.slot_queue import SHORTEST, power_of_two
+from tunelang.runtime.generation.slot_queue import MIN_PADDED_TOKENS, power_of_two
 from tunelang.runtime.models.decode_step import DecodeWeights, decode_step, decode_weights
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.kv_cache import KEYS, VALUES, Cache, empty_cache, insert
@@ -58,7 +58,7 @@ class Paths:
     the penalty once the path is finished; `-inf` where there is no path."""
 
 
-class Request(NamedTuple):
+class SearchRequest(NamedTuple):
     """The arguments of a search, as arrays: to change a value compiles nothing."""
 
     stop_ids: ProgramInput
@@ -78,7 +78,7 @@ class Search:
     beams: int
     capacity: int
     """Tokens of a slot: prompt and completion."""
-    run: Callable[[Params, ProgramInput, ProgramInput, Request], tuple[Paths, Array]]
+    run: Callable[[Params, ProgramInput, ProgramInput, SearchRequest], tuple[Paths, Array]]
     """`(params, tokens [prompts, length], lengths [prompts], request) -> paths, steps`. A length of
     0 is a row without a prompt."""
     layout: Layout | None = None
@@ -133,7 +133,9 @@ def make_search(
     graph, _ = abstract_decoder(architecture, dtype)
     copied = copies_weights(architecture, dtype, layout)
 
-    def run(params: Params, tokens: Array, lengths: Array, request: Request) -> tuple[Paths, Array]:
+    def run(
+        params: Params, tokens: Array, lengths: Array, request: SearchRequest
+    ) -> tuple[Paths, Array]:
         decoder: Decoder = nnx.merge(graph, params)
         if copied and architecture.adapters:
             decoder = decoder.merge_adapters()
@@ -194,7 +196,7 @@ def beam_search(
             f"a prompt of {max(lengths)} tokens and a completion of {max_tokens}"
             f" for a slot of {search.capacity}"
         )
-    request = Request(
+    request = SearchRequest(
         np.array(stop_ids, np.int32), np.int32(max_tokens), np.float32(length_penalty)
     )
     params = reshard_for_decoding(params, search.layout)
@@ -230,7 +232,7 @@ def _padded(prompts: Sequence[Prompt], search: Search, pad: int) -> tuple[Ints, 
     """Return the tokens of prompts, `[search.prompts, length]`, and their lengths."""
     lengths = np.zeros(search.prompts, np.int32)
     lengths[: len(prompts)] = [len(prompt.tokens) for prompt in prompts]
-    length = min(max(SHORTEST, power_of_two(int(lengths.max()))), search.capacity)
+    length = min(max(MIN_PADDED_TOKENS, power_of_two(int(lengths.max()))), search.capacity)
     tokens = np.full((search.prompts, length), pad, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt.tokens)] = prompt.tokens
@@ -249,7 +251,11 @@ def _no_paths(prompts: int, paths: int, capacity: int) -> Paths:
 
 
 def _step(
-    decoder: Decoder, weights: DecodeWeights, state: _State, request: Request, layout: Layout | None
+    decoder: Decoder,
+    weights: DecodeWeights,
+    state: _State,
+    request: SearchRequest,
+    layout: Layout | None,
 ) -> _State:
     """Extend the beams of every prompt by a token."""
     prompts, beams = state.beams.scores.shape

@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from tunelang.compiler.models.architecture import Architecture
-from tunelang.runtime.generation.token_sampling import SlotSettings, sample, token_keys
+from tunelang.runtime.generation.token_sampling import SlotSettings, sample_tokens, token_keys
 from tunelang.runtime.models.decode_step import DecodeWeights, decode_step, decode_weights
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.kv_cache import KEYS, VALUES, Cache, empty_cache, insert
@@ -41,7 +41,7 @@ ProgramInput = Array | NDArray[Any] | np.generic
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Written:
+class Completions:
     """What was drawn, a row for each completion, with rows to spare at the end."""
 
     tokens: Array
@@ -75,7 +75,7 @@ class Slots:
     """`[slots]` int32: which of the prompt's group, for its random keys."""
     drawn: Array
     """`[slots]` int32: tokens of its completion so far."""
-    written: Written
+    completions: Completions
 
 
 class Prefilled(NamedTuple):
@@ -99,7 +99,7 @@ class Admission(NamedTuple):
     sample: ProgramInput
 
 
-class Request(NamedTuple):
+class DecodeRequest(NamedTuple):
     """The arguments of `decode`, all as arrays: to change any of them compiles nothing."""
 
     settings: SlotSettings
@@ -130,7 +130,7 @@ class Engine:
     """`(params, tokens [prompts, length], lengths [prompts]) -> prefilled`."""
     admit: Callable[[Slots, Prefilled, Admission], Slots]
     """The slots that go in are used up."""
-    decode: Callable[[Params, Slots, ProgramInput, Request], tuple[Slots, Array]]
+    decode: Callable[[Params, Slots, ProgramInput, DecodeRequest], tuple[Slots, Array]]
     """`(params, slots, keep, request) -> slots, steps`. Slots that `keep` `[slots]` leaves out end
     before the first step. The slots that go in are used up."""
     layout: Layout | None = None
@@ -178,7 +178,9 @@ def make_engine(
     def admit(state: Slots, prompts: Prefilled, admission: Admission) -> Slots:
         return _placed(layout, _admit(state, prompts, admission))
 
-    def decode(params: Params, state: Slots, keep: Array, request: Request) -> tuple[Slots, Array]:
+    def decode(
+        params: Params, state: Slots, keep: Array, request: DecodeRequest
+    ) -> tuple[Slots, Array]:
         decoder: Decoder = nnx.merge(graph, params)
         if copied and architecture.adapters:
             decoder = decoder.merge_adapters()
@@ -206,7 +208,7 @@ def copies_weights(architecture: Architecture, dtype: DTypeLike, layout: Layout 
 
 
 def _decode_loop(
-    decoder: Decoder, state: Slots, request: Request, layout: Layout | None, copied: bool
+    decoder: Decoder, state: Slots, request: DecodeRequest, layout: Layout | None, copied: bool
 ) -> tuple[Slots, Array]:
     """Step until enough slots are free, or as often as is allowed; returns also the steps."""
     graph, params = nnx.split(decoder)
@@ -248,7 +250,7 @@ def _empty(
         prompt=zeros(slots),
         sample=zeros(slots),
         drawn=zeros(slots),
-        written=Written(
+        completions=Completions(
             tokens=zeros(rows, max_tokens),
             log_probs=zeros(rows, max_tokens, dtype=jnp.float32),
             lengths=zeros(rows),
@@ -278,7 +280,7 @@ def _admit(state: Slots, prompts: Prefilled, admission: Admission) -> Slots:
         prompt=put(state.prompt, admission.prompt),
         sample=put(state.sample, admission.sample),
         drawn=put(state.drawn, 0),
-        written=state.written,
+        completions=state.completions,
     )
 
 
@@ -292,23 +294,29 @@ def _occurring(prompts: Prefilled, vocab: int) -> Array:
 
 
 def _step(
-    decoder: Decoder, weights: DecodeWeights, state: Slots, request: Request, layout: Layout | None
+    decoder: Decoder,
+    weights: DecodeWeights,
+    state: Slots,
+    request: DecodeRequest,
+    layout: Layout | None,
 ) -> Slots:
     """Draw one token in every slot, write it down where the slot is active, and run it."""
-    written = state.written
+    completions = state.completions
     seed, step = jnp.asarray(request.seed), jnp.asarray(request.step)
     keys = token_keys(seed, step, state.prompt, state.sample, state.drawn)
-    draw = sample(decoder.logits(state.hidden, weights.head), keys, request.settings, state.seen)
+    draw = sample_tokens(
+        decoder.logits(state.hidden, weights.head), keys, request.settings, state.seen
+    )
     stopped = jnp.any(draw.token[:, None] == request.stop_ids, axis=-1)
     drawn = state.drawn + state.active
-    active = state.active & ~stopped & (drawn < written.tokens.shape[1])
+    active = state.active & ~stopped & (drawn < completions.tokens.shape[1])
     # A slot that is not active writes to a row that is not there.
-    row = jnp.where(state.active, state.completion, written.tokens.shape[0])
-    written = Written(
-        tokens=written.tokens.at[row, state.drawn].set(draw.token, mode="drop"),
-        log_probs=written.log_probs.at[row, state.drawn].set(draw.plain_log_prob, mode="drop"),
-        lengths=written.lengths.at[row].set(drawn, mode="drop"),
-        stopped=written.stopped.at[row].set(stopped, mode="drop"),
+    row = jnp.where(state.active, state.completion, completions.tokens.shape[0])
+    completions = Completions(
+        tokens=completions.tokens.at[row, state.drawn].set(draw.token, mode="drop"),
+        log_probs=completions.log_probs.at[row, state.drawn].set(draw.plain_log_prob, mode="drop"),
+        lengths=completions.lengths.at[row].set(drawn, mode="drop"),
+        stopped=completions.stopped.at[row].set(stopped, mode="drop"),
     )
     seen = state.seen
     if seen is not None:
@@ -317,7 +325,13 @@ def _step(
     # A slot that is done stands still, or it would run over its end while it waits.
     cache = replace(cache, lengths=jnp.where(active, cache.lengths, state.cache.lengths))
     return replace(
-        state, cache=cache, hidden=hidden, seen=seen, active=active, drawn=drawn, written=written
+        state,
+        cache=cache,
+        hidden=hidden,
+        seen=seen,
+        active=active,
+        drawn=drawn,
+        completions=completions,
     )
 
 
@@ -367,5 +381,5 @@ def _each_placed(place: Callable[[Any, Axes], Any], state: Slots) -> Slots:
         prompt=whole(state.prompt),
         sample=whole(state.sample),
         drawn=whole(state.drawn),
-        written=jax.tree.map(whole, state.written),
+        completions=jax.tree.map(whole, state.completions),
     )

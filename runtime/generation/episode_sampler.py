@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.generation.engine import Engine, Request, Slots, make_engine
+from tunelang.runtime.generation.engine import DecodeRequest, Engine, Slots, make_engine
 from tunelang.runtime.generation.engine_sizes import sampling_layout, slot_capacity
 from tunelang.runtime.generation.episodes import Episodes, Prompt, Work
 from tunelang.runtime.generation.slot_queue import SlotQueue, power_of_two
@@ -102,7 +102,7 @@ class Sampler:
         while queue.waiting or active.any():
             state, active = queue.fill(state, active)
             waiting = len(queue.waiting)
-            request = Request(
+            request = DecodeRequest(
                 settings,
                 stops,
                 np.uint32(seed % 2**32),
@@ -136,17 +136,17 @@ class Sampler:
     ) -> Episodes:
         """Fetch what was written, and cut off what lies behind a stop string."""
         count = len(prompts) * group
-        written = jax.device_get(state.written)
-        lengths, stopped = written.lengths[:count].copy(), written.stopped[:count].copy()
+        completions = jax.device_get(state.completions)
+        lengths, stopped = completions.lengths[:count].copy(), completions.stopped[:count].copy()
         for episode, end in ends.items():
             lengths[episode], stopped[episode] = end, True
-        mask = np.arange(written.tokens.shape[1]) < lengths[:, None]
+        mask = np.arange(completions.tokens.shape[1]) < lengths[:, None]
         return Episodes(
             prompts=tuple(tuple(prompt.tokens) for prompt in prompts),
             group=group,
-            tokens=np.where(mask, written.tokens[:count], np.int32(self.pad)),
+            tokens=np.where(mask, completions.tokens[:count], np.int32(self.pad)),
             lengths=lengths,
-            log_probs=np.where(mask, written.log_probs[:count], np.float32(0)),
+            log_probs=np.where(mask, completions.log_probs[:count], np.float32(0)),
             mask=mask,
             truncated=~stopped,
             pad=self.pad,

@@ -15,7 +15,7 @@ Ints = NDArray[np.int32]
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
-MODEL = "assistant"
+ASSISTANT = "assistant"
 """The author of what the model sampled."""
 
 
@@ -35,7 +35,7 @@ class Turn:
     """Consecutive tokens of an episode that have one author."""
 
     author: str
-    """A role of the conversation: `MODEL` for what the model sampled."""
+    """A role of the conversation: `ASSISTANT` for what the model sampled."""
     tokens: list[int]
     log_probs: Floats
     """`[tokens]`, see `Episodes.log_probs`."""
@@ -101,7 +101,7 @@ class Episodes:
             raise IndexError(row)
         span = slice(int(self.lengths[row]))
         turn = Turn(
-            MODEL,
+            ASSISTANT,
             self.tokens[row, span].tolist(),
             self.log_probs[row, span],
             self.mask[row, span],

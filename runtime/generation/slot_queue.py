@@ -20,7 +20,7 @@ PREFILL = 8
 """Prompts per prefill call; fewer than this many are prefilled one at a time."""
 ADMIT = 8
 """Slots that one call of `admit` fills at most: its copies are this large."""
-SHORTEST = 16
+MIN_PADDED_TOKENS = 16
 """The least length that prompts are padded to, in tokens."""
 
 
@@ -61,7 +61,7 @@ class SlotQueue:
         """Run prompts, those of one padded length together."""
         buckets: dict[int, list[int]] = {}
         for prompt in needed:
-            size = max(SHORTEST, power_of_two(len(self.prompts[prompt].tokens)))
+            size = max(MIN_PADDED_TOKENS, power_of_two(len(self.prompts[prompt].tokens)))
             buckets.setdefault(min(size, self.engine.capacity), []).append(prompt)
         for length, members in buckets.items():
             together = len(members) // PREFILL * PREFILL

@@ -32,7 +32,7 @@ class StopStrings:
         """Return which slots that `ran` hold an episode that a string ended, `[slots]`."""
         tokens, lengths = (
             np.asarray(array[episode_of_slot])
-            for array in (state.written.tokens, state.written.lengths)
+            for array in (state.completions.tokens, state.completions.lengths)
         )
         ended = np.zeros(len(episode_of_slot), np.bool_)
         for slot in np.flatnonzero(ran).tolist():

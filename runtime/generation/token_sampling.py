@@ -96,7 +96,7 @@ def token_keys(
     return jax.vmap(one)(prompt, sample, position)
 
 
-def sample(
+def sample_tokens(
     logits: Float[Array, "slots vocab"],
     keys: Key[Array, " slots"],
     settings: SlotSettings,

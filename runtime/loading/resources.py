@@ -33,7 +33,7 @@ from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.rewards.endpoint import EndpointJudge
 from tunelang.runtime.rewards.learned_scorer import learned_scorer
-from tunelang.runtime.rewards.reward_parts import Scorer, Surroundings
+from tunelang.runtime.rewards.reward_parts import RewardContext, Scorer
 from tunelang.runtime.rewards.rubric import Ask, rubric_scorer
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 from tunelang.runtime.tokenize.open_tokenizer import open_renderer
@@ -167,7 +167,7 @@ class Resources:
         stream = self.stream(expression, seed=seed, renderer=renderer, shuffled=shuffled)
         return self.library.within(stream, measure, room), longest
 
-    def surroundings(self, max_tokens: int) -> Surroundings:
+    def reward_context(self, max_tokens: int) -> RewardContext:
         """Return what the rewards of the program may refer to."""
         declared = {
             each.name: each.value
@@ -184,7 +184,7 @@ class Resources:
             for each in self.program.of("reward")
             if isinstance(each.value, RewardKind)
         }
-        return Surroundings(
+        return RewardContext(
             declared=declared,
             scorers={name: partial(self._scorer, name, kind) for name, kind in own.items()},
             on_error={name: kind.on_error for name, kind in own.items()},

@@ -13,7 +13,7 @@ from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.runtime.data.feistel import derive
 from tunelang.runtime.data.row_errors import BadRows
-from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named
+from tunelang.runtime.evals.run_evals import EvalResult, evaluate, qualified_metrics
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.pipeline.weight_sources import WeightSources
@@ -92,7 +92,7 @@ class RunContext:
                 digests[digest] = dict(evaluation.metrics)
             else:
                 digests[digest] = dict(known[digest])
-            found |= named(reference, Evaluation(digests[digest]))
+            found |= qualified_metrics(reference, EvalResult(digests[digest]))
         return digests, found
 
     def tell_bad_rows(self) -> None:

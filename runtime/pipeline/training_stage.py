@@ -14,7 +14,7 @@ from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.references import references_in
 from tunelang.dsl.vocabulary.stages import Training
 from tunelang.runtime.data.feistel import derive
-from tunelang.runtime.evals.run_evals import Evaluation, evaluate, named
+from tunelang.runtime.evals.run_evals import EvalResult, evaluate, qualified_metrics
 from tunelang.runtime.loading.initial_weights import Origin, initial_params
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import Params
@@ -209,12 +209,12 @@ class TrainingRun:
         for reference in self.stage.evals:
             digest = self.planned.fingerprint.components[f"eval {reference.name}"]
             if step == 0 and digest in self.evals:
-                metrics |= named(reference, Evaluation(self.evals[digest]))
+                metrics |= qualified_metrics(reference, EvalResult(self.evals[digest]))
                 continue
             context.reporter.doing(f"evaluating {reference.name}")
             evaluation = evaluate(context.resources, reference.name, model, params, layout)
             self.evals[digest] = dict(evaluation.metrics)
-            metrics |= named(reference, evaluation)
+            metrics |= qualified_metrics(reference, evaluation)
             for record in evaluation.shown:
                 recorder.sample(step, {"eval": reference.name, **record.row()})
         context.tell_bad_rows()

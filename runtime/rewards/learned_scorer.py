@@ -11,7 +11,7 @@ from tunelang.compiler.layout.stage_layout import CHUNK
 from tunelang.runtime.data.examples import Example, conversation
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.objectives.answer_scores import shared_segment_program
-from tunelang.runtime.rewards.reward_parts import Row, Scorer
+from tunelang.runtime.rewards.reward_parts import CompletionRow, Scorer
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.tokenize.chat_renderer import EmptyMaskError, Renderer
 from tunelang.runtime.tokenize.chat_templates import ChatError
@@ -31,7 +31,7 @@ def learned_scorer(model: Model, params: Any, layout: Layout) -> Scorer:
     config = StepConfig(layout=layout, dtype=model.dtype, chunk=CHUNK)
     program = shared_segment_program(a, config, 1)
 
-    def score(rows: Sequence[Row]) -> Sequence[Result]:
+    def score(rows: Sequence[CompletionRow]) -> Sequence[Result]:
         results: list[Result] = [""] * len(rows)
         sequences: dict[int, Sequence[int]] = {}  # row -> its tokens
         for index, row in enumerate(rows):
@@ -81,7 +81,7 @@ def _tokens(renderer: Renderer, example: Example) -> Sequence[int] | str:
         return str(error)
 
 
-def _conversation(row: Row) -> Example:
+def _conversation(row: CompletionRow) -> Example:
     """Return the conversation that a completion ends."""
     fields = row.fields
     messages = fields.get("messages")

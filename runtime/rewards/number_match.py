@@ -36,14 +36,14 @@ _NUMBER = re.compile(
 )
 
 
-class Number(NamedTuple):
+class ParsedNumber(NamedTuple):
     """A number and whether it was written as a percentage, in which case 50% is 1/2."""
 
     value: Fraction
     percent: bool
 
 
-def last_number(text: str) -> Number | None:
+def last_number(text: str) -> ParsedNumber | None:
     r"""Read the last number in a text; None where there is none.
 
     Reads signs, thousands separators (commas, thin spaces, LaTeX's `{,}`), currency signs,
@@ -57,11 +57,11 @@ def last_number(text: str) -> Number | None:
             negative = "-" in _ascii((match["sign"] or "") + (match["inner"] or ""))
             percent = match["percent"] is not None
             value = -value if negative else value
-            return Number(value / 100 if percent else value, percent)
+            return ParsedNumber(value / 100 if percent else value, percent)
     return None
 
 
-def equal(answer: Number, target: Number, tolerance: float) -> bool:
+def equal(answer: ParsedNumber, target: ParsedNumber, tolerance: float) -> bool:
     """Whether two numbers are the same within a difference relative to the target.
 
     Where just one of them is a percentage it may also stand for its face value: `60%` answers

@@ -27,7 +27,13 @@ from tunelang.dsl.vocabulary.rewards import (
     RewardOperator,
     RewardRef,
 )
-from tunelang.runtime.rewards.reward_parts import Pools, Row, Scorer, Surroundings, scorer
+from tunelang.runtime.rewards.reward_parts import (
+    CompletionRow,
+    Pools,
+    RewardContext,
+    Scorer,
+    scorer,
+)
 
 Values = NDArray[np.float64]
 Positions = NDArray[np.intp]
@@ -77,7 +83,7 @@ class Scores:
 class _Batch:
     """A batch while it is scored."""
 
-    rows: Sequence[Row]
+    rows: Sequence[CompletionRow]
     parts: dict[str, Values]
     credit: dict[str, Values]
     """Part -> `[rows, tokens]`, for parts that give each token its own."""
@@ -115,7 +121,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-class Reward:
+class CompiledReward:
     """A compiled reward; as a context manager it ends its processes when left.
 
     Making one raises `LoadError` (`workers.py`) for a Python function or a generator that cannot be
@@ -123,7 +129,7 @@ class Reward:
     among the surroundings.
     """
 
-    def __init__(self, expression: RewardExpression, around: Surroundings) -> None:
+    def __init__(self, expression: RewardExpression, around: RewardContext) -> None:
         self._around = around
         self._pools = Pools(around.workers)
         self._declared: dict[str, _Evaluate] = {}
@@ -146,13 +152,13 @@ class Reward:
     ) -> None:
         self.close()
 
-    def score(self, rows: Sequence[Row]) -> Scores:
+    def score(self, rows: Sequence[CompletionRow]) -> Scores:
         """Score each completion. Raises for nothing that a completion brings about."""
         batch = _Batch(rows, {}, {}, [])
         found = self._evaluate(batch, np.arange(len(rows)))
         return Scores(found.values, batch.parts, tuple(batch.events), found.credit)
 
-    def submit(self, rows: Sequence[Row]) -> Future[Scores]:
+    def submit(self, rows: Sequence[CompletionRow]) -> Future[Scores]:
         """`score` in a thread, so that the host scores while the devices sample. What a model on
         the devices scores is scored at once: programs over several devices that two threads launch
         may come to them in different orders, and wait for each other.

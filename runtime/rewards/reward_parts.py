@@ -34,7 +34,7 @@ TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
-class Row:
+class CompletionRow:
     """A completion with what a reward may ask about it."""
 
     fields: Mapping[str, Any]
@@ -47,12 +47,12 @@ class Row:
     """The texts of those tokens, which join to the completion."""
 
 
-Scorer = Callable[[Sequence[Row]], Sequence[Result]]
+Scorer = Callable[[Sequence[CompletionRow]], Sequence[Result]]
 """For each row its value, or those of its tokens, or why it has none."""
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RewardContext:
     """What a reward refers to outside itself."""
 
     declared: Mapping[str, RewardExpression] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class Pools:
             pool.close()
 
 
-def scorer(leaf: RewardExpression, around: Surroundings, pools: Pools) -> Scorer:
+def scorer(leaf: RewardExpression, around: RewardContext, pools: Pools) -> Scorer:
     """Make the scorer of one part.
 
     Raises `LoadError` for a Python function or a generator that cannot be loaded, `ValueError` for
@@ -129,8 +129,8 @@ def overlong(tokens: int, max_tokens: int, buffer: int) -> float:
     return max(-1.0, min(0.0, (max_tokens - buffer - tokens) / buffer))
 
 
-def _each(one: Callable[[Row], Result]) -> Scorer:
-    def score(row: Row) -> Result:
+def _each(one: Callable[[CompletionRow], Result]) -> Scorer:
+    def score(row: CompletionRow) -> Result:
         try:
             return one(row)
         except (MissingFieldError, WrongTypeError) as error:
@@ -139,7 +139,7 @@ def _each(one: Callable[[Row], Result]) -> Scorer:
     return lambda rows: [score(row) for row in rows]
 
 
-def _numeric_match(leaf: NumericMatch, row: Row) -> Result:
+def _numeric_match(leaf: NumericMatch, row: CompletionRow) -> Result:
     target = number_match.last_number(render(leaf.target, row.fields))
     if target is None:
         return "there is no number in the target"
@@ -147,24 +147,24 @@ def _numeric_match(leaf: NumericMatch, row: Row) -> Result:
     return float(answer is not None and number_match.equal(answer, target, leaf.tolerance))
 
 
-def _exact(leaf: Exact, row: Row) -> Result:
+def _exact(leaf: Exact, row: CompletionRow) -> Result:
     text, target = (_text(each, row, leaf.ignore_case) for each in (leaf.text, leaf.target))
     return float(text.strip() == target.strip())
 
 
-def _contains(leaf: Contains, row: Row) -> Result:
+def _contains(leaf: Contains, row: CompletionRow) -> Result:
     text, part = (_text(each, row, leaf.ignore_case) for each in (leaf.text, leaf.part))
     # Every text contains the empty one: a reward for nothing.
     return float(part in text) if part else "the text to look for is empty"
 
 
-def _text(template: TextExpression, row: Row, ignore_case: bool) -> str:
+def _text(template: TextExpression, row: CompletionRow, ignore_case: bool) -> str:
     text = render(template, row.fields)
     return text.casefold() if ignore_case else text
 
 
 def _matches(leaf: Matches, pools: Pools) -> Scorer:
-    def arguments(row: Row) -> Mapping[str, Any]:
+    def arguments(row: CompletionRow) -> Mapping[str, Any]:
         return {"text": render(leaf.text, row.fields)}
 
     return lambda rows: _call(pools.get(("pattern", leaf.pattern), TIMEOUT), rows, arguments)
@@ -175,7 +175,7 @@ def _python(leaf: Python, folder: Path, pools: Pools) -> Scorer:
     # A function that cannot be loaded is an error now, not at the first batch.
     asked = PIECES in pool.start()[0]
 
-    def arguments(row: Row) -> Mapping[str, Any]:
+    def arguments(row: CompletionRow) -> Mapping[str, Any]:
         return {**row.fields, PIECES: row.pieces()} if asked else row.fields
 
     return lambda rows: _call(pool, rows, arguments)
@@ -192,11 +192,11 @@ def _verified(leaf: Verified, generators: Mapping[str, Procedural], pools: Pools
     for pool in verifiers.values():
         pool.start()
 
-    def arguments(row: Row) -> Mapping[str, Any]:
+    def arguments(row: CompletionRow) -> Mapping[str, Any]:
         entry = {name: lookup(name, row.fields) for name in ("question", "answer", "metadata")}
         return {**entry, "text": render(leaf.text, row.fields)}
 
-    def score(rows: Sequence[Row]) -> Sequence[Result]:
+    def score(rows: Sequence[CompletionRow]) -> Sequence[Result]:
         results: list[Result] = [f"`{row.source}` is not procedural data" for row in rows]
         for source, pool in verifiers.items():
             at = [index for index, row in enumerate(rows) if row.source == source]
@@ -215,7 +215,9 @@ def _generator(data: Procedural) -> Target:
 
 
 def _call(
-    pool: Workers, rows: Sequence[Row], arguments: Callable[[Row], Mapping[str, Any]]
+    pool: Workers,
+    rows: Sequence[CompletionRow],
+    arguments: Callable[[CompletionRow], Mapping[str, Any]],
 ) -> Sequence[Result]:
     """Ask a pool about each row; one without arguments is not sent."""
     results: list[Result] = [""] * len(rows)

@@ -8,7 +8,7 @@ from functools import partial
 from tunelang.runtime.data.examples import Example
 from tunelang.runtime.generation.episodes import Episodes, token_texts
 from tunelang.runtime.rewards.reward_functions import Scores
-from tunelang.runtime.rewards.reward_parts import Row
+from tunelang.runtime.rewards.reward_parts import CompletionRow
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 from tunelang.runtime.training.metrics import SampleRecord
 
@@ -17,7 +17,7 @@ _ROLES = ("prompt", "response", "target", "system")
 
 def reward_rows(
     renderer: Renderer, examples: Sequence[Example], episodes: Episodes, texts: Sequence[str]
-) -> list[Row]:
+) -> list[CompletionRow]:
     """Return what a reward reads of each episode: episode `i` belongs to example `i // group`."""
     rows = []
     for index, (episode, text) in enumerate(zip(episodes, texts, strict=True)):
@@ -32,7 +32,9 @@ def reward_rows(
         fields = {**example.fields, **roles, "completion": text}
         tokens = episode.tokens
         rows.append(
-            Row(fields, example.source, len(tokens), partial(token_texts, renderer, tokens))
+            CompletionRow(
+                fields, example.source, len(tokens), partial(token_texts, renderer, tokens)
+            )
         )
     return rows
 

@@ -19,7 +19,7 @@ from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.rewards import Rubric
 from tunelang.runtime.data.row_errors import MissingFieldError, WrongTypeError
 from tunelang.runtime.data.text_templates import render
-from tunelang.runtime.rewards.reward_parts import Row, Scorer
+from tunelang.runtime.rewards.reward_parts import CompletionRow, Scorer
 from tunelang.runtime.workers.worker_pool import Result
 
 HIGHEST = 10.0
@@ -72,7 +72,7 @@ def rubric_scorer(kind: Rubric, ask: Ask, name: str) -> Scorer:
     The scorer raises `JudgeDownError` where the judge answers nothing at all.
     """
 
-    def score(rows: Sequence[Row]) -> Sequence[Result]:
+    def score(rows: Sequence[CompletionRow]) -> Sequence[Result]:
         results: list[Result] = [""] * len(rows)
         rows_of_request: dict[str, list[int]] = {}
         for index, row in enumerate(rows):
@@ -93,7 +93,7 @@ def rubric_scorer(kind: Rubric, ask: Ask, name: str) -> Scorer:
     return score
 
 
-def request(kind: Rubric, row: Row) -> str:
+def request(kind: Rubric, row: CompletionRow) -> str:
     """Return the request that asks the judge for the scores of a completion.
 
     Raises `MissingFieldError` and `WrongTypeError`.

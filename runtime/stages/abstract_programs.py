@@ -28,7 +28,7 @@ from tunelang.dsl.vocabulary.rewards import EvalKind, Generate, Perplexity
 from tunelang.dsl.vocabulary.stages import Training
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.generation import beam_search
-from tunelang.runtime.generation.engine import Request, abstract_slots, make_engine
+from tunelang.runtime.generation.engine import DecodeRequest, abstract_slots, make_engine
 from tunelang.runtime.generation.engine_sizes import sampling_layout, slot_count
 from tunelang.runtime.generation.slot_queue import PREFILL
 from tunelang.runtime.generation.token_sampling import slot_settings
@@ -243,12 +243,12 @@ def rollout_programs(
         resident_bytes + slot_bytes,
     )
 
-    def request() -> Request:
+    def request() -> DecodeRequest:
         settings = jax.tree.map(
             lambda value: array(*jnp.shape(value), dtype=jnp.asarray(value).dtype),
             slot_settings(sampling, slots),
         )
-        return Request(settings, array(4), array(dtype=jnp.uint32), array(), array(), array())
+        return DecodeRequest(settings, array(4), array(dtype=jnp.uint32), array(), array(), array())
 
     yield AbstractProgram(
         prefix + "decode",
@@ -308,7 +308,7 @@ def _search_program(
     )
     array: Any = partial(ShapeDtypeStruct, sharding=NamedSharding(layout.mesh, PartitionSpec()))
     rows = array((prompts, request.prompt), jnp.int32), array((prompts,), jnp.int32)
-    settings = beam_search.Request(
+    settings = beam_search.SearchRequest(
         array((4,), jnp.int32), array((), jnp.int32), array((), jnp.float32)
     )
     return AbstractProgram(

@@ -26,7 +26,7 @@ from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.objectives.policy_gradient import PolicySettings
-from tunelang.runtime.rewards.reward_functions import Reward
+from tunelang.runtime.rewards.reward_functions import CompiledReward
 from tunelang.runtime.sharding import HOST, Layout, sampling, shardings
 from tunelang.runtime.stages.abstract_programs import (
     SCHEDULE_STEPS,
@@ -150,7 +150,7 @@ class PolicyKind(TrainingKind[PolicyStage]):
                 model, decode_layout(planned, layout) or layout, stage.rollout,
                 slots=planned.slots, longest=longest,
             ),
-            reward=Reward(stage.reward, resources.surroundings(stage.rollout.max_tokens)),
+            reward=CompiledReward(stage.reward, resources.reward_context(stage.rollout.max_tokens)),
             config=config,
             step_program=step_program,
             score=score_with(a),

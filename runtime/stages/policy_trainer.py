@@ -24,7 +24,7 @@ from tunelang.runtime.generation.episodes import Episodes, Prompt, completion_te
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.objectives import policy_gradient
-from tunelang.runtime.rewards.reward_functions import Reward, Scores
+from tunelang.runtime.rewards.reward_functions import CompiledReward, Scores
 from tunelang.runtime.rewards.reward_rows import reward_rows, sample_records
 from tunelang.runtime.sharding import Layout, on_devices
 from tunelang.runtime.stages.policy_step import (
@@ -104,7 +104,7 @@ class PolicyTrainer:
     marks: frozenset[int]
     stream: Stream
     sampler: Sampler
-    reward: Reward
+    reward: CompiledReward
     config: StepConfig
     step_program: StateProgram
     score: ScoreProgram

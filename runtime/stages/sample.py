@@ -25,7 +25,7 @@ from tunelang.runtime.generation.engine_sizes import prompt_room, slot_count
 from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Prompt, completion_texts
 from tunelang.runtime.models.primitives import DTYPES
-from tunelang.runtime.rewards.reward_functions import Reward
+from tunelang.runtime.rewards.reward_functions import CompiledReward
 from tunelang.runtime.rewards.reward_rows import reward_rows
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.stages.abstract_programs import (
@@ -94,10 +94,10 @@ def _sample_chunks(stage: Sample, context: TaskContext, weights: LoadedWeights) 
     chunks = -(-len(prompts) // chunk_size)
     tries = context.folder / TRIES
     done = _complete_chunks(tries)
-    surroundings = context.resources.surroundings(sampling.max_tokens)
+    reward_context = context.resources.reward_context(sampling.max_tokens)
     with (
-        Reward(stage.score or RewardConstant(value=0.0), surroundings) as score,
-        Reward(stage.keep or RewardConstant(value=1.0), surroundings) as keep,
+        CompiledReward(stage.score or RewardConstant(value=0.0), reward_context) as score,
+        CompiledReward(stage.keep or RewardConstant(value=1.0), reward_context) as keep,
         closing(RowWriter(tries)) as writer,
     ):
         for chunk in range(done, chunks):

@@ -30,7 +30,7 @@ from typing_extensions import override
 
 from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
 from tunelang.dsl.messages import run_failures
-from tunelang.runtime.workers.worker_process import Parameters, taken
+from tunelang.runtime.workers.worker_process import Parameters, select_arguments
 
 _LOADING_SECONDS = 120.0  # importing torch from a cold network disk takes a minute
 _SCRIPT = str(Path(__file__).with_name("worker_process.py"))
@@ -94,7 +94,7 @@ class _Worker:
             if required and name not in fields:
                 return f"it asks for `{name}`, which is not a field of the row", True
         try:
-            self.connection.send(taken(self.parameters, fields))
+            self.connection.send(select_arguments(self.parameters, fields))
         except (OSError, EOFError):
             return f"the process ended{self._exit()}", False
         except Exception as error:  # whatever pickling a field raises

@@ -77,7 +77,7 @@ def parameters(function: Callable[..., Any]) -> Parameters:
     return named, any(each.kind is each.VAR_KEYWORD for each in found)
 
 
-def taken(parameters: Parameters, given: Mapping[str, Any]) -> dict[str, Any]:
+def select_arguments(parameters: Parameters, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return of what there is what a function takes."""
     named, others = parameters
     return {name: value for name, value in given.items() if others or name in named}
@@ -104,7 +104,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def explain(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Say in a line what was raised."""
     # Messages of our own need no type; others say little without it.
     if type(error) is ValueError and str(error).startswith("it returned"):
@@ -138,7 +138,7 @@ def serve(connection: Connection) -> None:
         function = LOADERS[kind](*arguments)
         connection.send(("loaded", parameters(function)))
     except BaseException as error:
-        connection.send(("failed", explain(error)))
+        connection.send(("failed", describe_error(error)))
         return
     while True:
         request = requests.get()
@@ -147,7 +147,7 @@ def serve(connection: Connection) -> None:
                 raise request
             reply: tuple[str, Any] = ("value", call(function, request))
         except BaseException as error:  # SystemExit too: `exit()` ends that call alone
-            reply = ("error", explain(error))
+            reply = ("error", describe_error(error))
         connection.send(reply)
 
 

@@ -12,7 +12,7 @@ from tests.pipeline import tiny
 from tests.pipeline.test_run import tune
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.commands.generate import UnscoredError, best_of, open_ranked
-from tunelang.runtime.rewards.reward_parts import Row
+from tunelang.runtime.rewards.reward_parts import CompletionRow
 
 REWARDS = """
 reward plain = 1 - contains("{completion}", "e") - contains("{prompt}", "7")
@@ -64,7 +64,7 @@ def test_learned_reward_that_no_stage_reads_chooses_the_best_samples(spec: Path)
     with reward:
         found = list(best_of(generator, PROMPTS, SAMPLING, 4, 0, True, returned=4, reward=reward))
         rows = [
-            Row({"prompt": PROMPTS[index // 4], "completion": text}, "", 6)
+            CompletionRow({"prompt": PROMPTS[index // 4], "completion": text}, "", 6)
             for index, text in enumerate(found)
         ]
         scores = reward.score(rows)

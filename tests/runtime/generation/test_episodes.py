@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tunelang.runtime.generation.episodes import MODEL, Episodes, Work
+from tunelang.runtime.generation.episodes import ASSISTANT, Episodes, Work
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_rows_of_a_group_share_its_prompt(episodes):
 
 def test_turn_has_no_padding(episodes):
     (turn,) = episodes[3].turns
-    assert turn.author == MODEL
+    assert turn.author == ASSISTANT
     assert turn.mask.tolist() == [True, True]
     assert turn.log_probs.tolist() == [-1.0, -1.0]
 

@@ -13,7 +13,7 @@ from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.generation import token_sampling
 from tunelang.runtime.generation.token_sampling import SlotSettings
 
-draw = jax.jit(token_sampling.sample)
+draw = jax.jit(token_sampling.sample_tokens)
 keep = jax.jit(token_sampling.filtered)
 
 
@@ -278,7 +278,7 @@ def test_the_likeliest_of_logits_that_the_same_program_caps(asked):
         logits = 1.5 * jnp.tanh(hidden @ head / 1.5)
         keys = jax.random.split(jax.random.key(0), slots)
         seen = jnp.ones((slots, vocab), bool)
-        return logits, token_sampling.sample(
+        return logits, token_sampling.sample_tokens(
             logits, keys, token_sampling.slot_settings(asked, slots), seen
         )
 

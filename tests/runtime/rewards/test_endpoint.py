@@ -15,7 +15,7 @@ import pytest
 from tunelang.dsl.vocabulary.rewards import Criterion, Endpoint, Rubric
 from tunelang.runtime.rewards import endpoint as endpoint_module
 from tunelang.runtime.rewards.endpoint import EndpointJudge
-from tunelang.runtime.rewards.reward_parts import Row
+from tunelang.runtime.rewards.reward_parts import CompletionRow
 from tunelang.runtime.rewards.rubric import JudgeDownError, rubric_scorer
 from tunelang.runtime.workers.worker_pool import LoadError
 
@@ -90,8 +90,8 @@ def make(stand_in: StandIn, cache: Path | None = None, **settings: Any) -> tuple
     return rubric_scorer(kind, judge, "taste"), judge
 
 
-def row(completion: str, **fields: Any) -> Row:
-    return Row({"completion": completion, **fields}, "data", len(completion))
+def row(completion: str, **fields: Any) -> CompletionRow:
+    return CompletionRow({"completion": completion, **fields}, "data", len(completion))
 
 
 def test_score_is_the_weighted_mean_of_the_criteria(stand_in: StandIn) -> None:

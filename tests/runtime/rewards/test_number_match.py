@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 
-from tunelang.runtime.rewards.number_match import Number, equal, last_number
+from tunelang.runtime.rewards.number_match import ParsedNumber, equal, last_number
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_no_number(text):
 )
 def test_equality(answer, target, tolerance, same):
     one, other = last_number(answer), last_number(target)
-    assert isinstance(one, Number)
-    assert isinstance(other, Number)
+    assert isinstance(one, ParsedNumber)
+    assert isinstance(other, ParsedNumber)
     assert equal(one, other, tolerance) is same
 
 

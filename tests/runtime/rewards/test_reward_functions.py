@@ -31,20 +31,20 @@ from tunelang.dsl.vocabulary.rewards import (
     Verified,
 )
 from tunelang.runtime.rewards import reward_parts
-from tunelang.runtime.rewards.reward_functions import Reward, Scores
-from tunelang.runtime.rewards.reward_parts import Row, Surroundings, overlong
+from tunelang.runtime.rewards.reward_functions import CompiledReward, Scores
+from tunelang.runtime.rewards.reward_parts import CompletionRow, RewardContext, overlong
 from tunelang.runtime.workers.worker_pool import LoadError
 
 
 def row(
     completion: str, target: str = "42", *, source: str = "math", tokens: int = 5, **more
-) -> Row:
+) -> CompletionRow:
     fields = {"completion": completion, "target": target, **more}
-    return Row(fields, source, tokens, lambda: list(completion))
+    return CompletionRow(fields, source, tokens, lambda: list(completion))
 
 
-def score(expression: RewardExpression, *rows: Row, **around) -> Scores:
-    with Reward(expression, Surroundings(**{"workers": 1, **around})) as reward:
+def score(expression: RewardExpression, *rows: CompletionRow, **around) -> Scores:
+    with CompiledReward(expression, RewardContext(**{"workers": 1, **around})) as reward:
         return reward.score(rows)
 
 
@@ -117,7 +117,7 @@ def test_verified_asks_the_generator_itself():
     entries = [dataset[0], dataset[1]]
     answers = [entries[0]["answer"], "no idea"]
     rows = [
-        Row({**entry, "completion": f"<answer>{answer}</answer>"}, "logic", 9)
+        CompletionRow({**entry, "completion": f"<answer>{answer}</answer>"}, "logic", 9)
         for entry, answer in zip(entries, answers, strict=True)
     ]
     text = Between(start="<answer>", end="</answer>", text=TemplateText(text="{completion}"))
@@ -376,10 +376,10 @@ def test_processes_end_with_the_trainer(folder):
     script = """
         import os, time
         from tunelang.dsl.vocabulary.custom import Python
-        from tunelang.runtime.rewards.reward_functions import Reward
-        from tunelang.runtime.rewards.reward_parts import Row, Surroundings
-        reward = Reward(Python(reference="mine.py:moody"), Surroundings(workers=1))
-        reward.submit([Row({"completion": "child"}, "math", 5)])
+        from tunelang.runtime.rewards.reward_functions import CompiledReward
+        from tunelang.runtime.rewards.reward_parts import CompletionRow, RewardContext
+        reward = CompiledReward(Python(reference="mine.py:moody"), RewardContext(workers=1))
+        reward.submit([CompletionRow({"completion": "child"}, "math", 5)])
         while not (os.path.exists("pid") and open("pid").read()):
             time.sleep(0.05)
         os._exit(9)
@@ -428,7 +428,7 @@ def test_a_function_that_cannot_be_loaded_is_an_error_at_once(reference, why, fo
 
 def test_scoring_runs_beside_the_caller(folder):
     moody = python("moody", timeout=30.0)
-    with Reward(moody, Surroundings(folder=folder, workers=2)) as reward:
+    with CompiledReward(moody, RewardContext(folder=folder, workers=2)) as reward:
         first = reward.submit([row("ab"), row("abc")])
         second = reward.submit([row("a")])
         assert first.result(20).values.tolist() == [2, 3]
@@ -443,16 +443,16 @@ def test_what_a_model_on_the_devices_scores_is_scored_in_the_callers_thread(here
     """Two threads that launch programs over several devices may end up waiting for each other."""
     threads = []
 
-    def judge(rows: Sequence[Row]) -> list[float]:
+    def judge(rows: Sequence[CompletionRow]) -> list[float]:
         threads.append(threading.current_thread())
         return [1.0] * len(rows)
 
-    around = Surroundings(
+    around = RewardContext(
         scorers={"taste": lambda: judge},
         on_devices=frozenset({"taste" if here else "other"}),
         workers=1,
     )
-    with Reward(RewardRef(name="taste"), around) as reward:
+    with CompiledReward(RewardRef(name="taste"), around) as reward:
         scores = reward.submit([row("a"), row("b")]).result()
     assert scores.values.tolist() == [1.0, 1.0]
     assert (threads == [threading.current_thread()]) is here

@@ -8,7 +8,7 @@ import pytest
 
 from tunelang.dsl.vocabulary.data import TemplateText
 from tunelang.dsl.vocabulary.rewards import Criterion, Rubric
-from tunelang.runtime.rewards.reward_parts import Row
+from tunelang.runtime.rewards.reward_parts import CompletionRow
 from tunelang.runtime.rewards.rubric import request, rubric_scorer, verdict
 
 CRITERIA = (Criterion(text="Short", weight=3.0), Criterion(text="Kind"))
@@ -38,9 +38,9 @@ def test_instructions_of_the_spec_replace_the_stock_text() -> None:
         instructions=TemplateText.unvalidated(text="Look at {completion} by {criteria}"),
         on_error=0.0,
     )
-    row = Row({"completion": "this"}, "data", 4)
+    row = CompletionRow({"completion": "this"}, "data", 4)
     assert request(kind, row).startswith("Look at this by 1. Short\n2. Kind\n")
     scorer = rubric_scorer(kind, lambda requests: ["[10, 10]"] * len(requests), "x")
-    scored, unscored = scorer([row, Row({}, "d", 1)])
+    scored, unscored = scorer([row, CompletionRow({}, "d", 1)])
     assert scored == 1.0
     assert isinstance(unscored, str)
