@@ -65,7 +65,7 @@ from tunelang.runtime.stages.policy_step import (
     score_program,
 )
 from tunelang.runtime.tokenize import packing
-from tunelang.runtime.tokenize.token_cache import Corpus, Items, Piece
+from tunelang.runtime.tokenize.token_cache import Corpus, Items, SegmentTokens
 from tunelang.runtime.training.objective import Batch
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
@@ -240,7 +240,7 @@ def real_lengths(given: Given) -> Found:
     """Train on examples of natural lengths, packed into sequences as long as the longest one."""
     meter, trainer, steps = Meter(), Trainer(given), given["steps"]
     ids, trained, offsets = examples_of(given)
-    items = Items((Piece(ids, trained, np.stack([offsets[:-1], offsets[1:]], 1)),))
+    items = Items((SegmentTokens(ids, trained, np.stack([offsets[:-1], offsets[1:]], 1)),))
     order = Order((len(items.spans),), (1.0,), seed=0)
     corpus = Corpus((items,), order, given["length"], 0, BadRows())
     length = Measure(value=float(1 + steps * given["windows"]), unit="steps")

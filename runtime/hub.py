@@ -1,4 +1,4 @@
-"""Folders of published models: beside the spec, in the hub's cache, or fetched into it."""
+"""Finds folders of published models: local ones, in the hub's cache, or fetched into it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from huggingface_hub.errors import (
 
 CONFIG = "config.json"
 DESCRIBING = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Files that say what a model and its tokenizer are."""
+"""Patterns of the files that describe a model and its tokenizer, without weights."""
 EVERYTHING = (*DESCRIBING, "*.safetensors")
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class NoModelError(Exception):
-    """There is no folder for a path: the `path`, `why`, and what would help, `fix`."""
+    """No folder exists for a model: its `path`, `why` not, and a `fix`."""
 
     def __init__(self, path: str, why: str, fix: str) -> None:
         super().__init__(path, why, fix)
@@ -33,26 +33,26 @@ class NoModelError(Exception):
 
 
 def folder_of(
-    path: str, beside: Path, revision: str | None = None, patterns: tuple[str, ...] = EVERYTHING
+    path: str, base: Path, revision: str | None = None, patterns: tuple[str, ...] = EVERYTHING
 ) -> Path:
-    """Return the folder for a path relative to `beside`, or for an id on the hub.
+    """Return the folder for a path relative to `base`, or for an id on the hub.
 
-    Of what is on the hub, files with names like the `patterns` are fetched unless they are in the
-    cache. Raises `NoModelError`.
+    From the hub, files that match the `patterns` are fetched unless they are in the cache. Raises
+    `NoModelError`.
     """
-    local = beside / Path(path).expanduser()
+    local = base / Path(path).expanduser()
     if local.is_dir():
         return local
     if not _ID.fullmatch(path):
         raise NoModelError(path, "there is no such folder", "a folder, or an id such as `org/name`")
     names = list(patterns)
     try:
-        found = Path(
+        snapshot = Path(
             snapshot_download(path, revision=revision, allow_patterns=names, local_files_only=True)
         )
-        # What holds the configuration alone was left by a plan.
-        if patterns is DESCRIBING or any(found.glob("*.safetensors")):
-            return found
+        # A snapshot with the configuration alone was fetched by a plan.
+        if patterns is DESCRIBING or any(snapshot.glob("*.safetensors")):
+            return snapshot
     except (LocalEntryNotFoundError, HFValidationError, OSError):
         pass
     try:
@@ -72,12 +72,12 @@ def folder_of(
         ) from None
 
 
-def cached_config(path: str, beside: Path, revision: str | None = None) -> Path | None:
-    """Return the folder that holds a model's configuration, if it is here already."""
-    local = beside / Path(path).expanduser()
+def cached_config(path: str, base: Path, revision: str | None = None) -> Path | None:
+    """Return the folder of a model's configuration if it is on this machine; fetches nothing."""
+    local = base / Path(path).expanduser()
     if local.is_dir():
         return local
     if not _ID.fullmatch(path):
         return None
-    found = try_to_load_from_cache(path, CONFIG, revision=revision)
-    return Path(found).parent if isinstance(found, str | os.PathLike) else None
+    config = try_to_load_from_cache(path, CONFIG, revision=revision)
+    return Path(config).parent if isinstance(config, str | os.PathLike) else None

@@ -1,5 +1,5 @@
-"""Functions of the user's own that become a part of compiled programs: losses, advantages,
-schedules; and those that make rows.
+"""Loads functions of the user: those compiled into programs (losses, advantages, schedules), and
+those that make rows of data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tunelang.dsl.vocabulary import types
 from tunelang.dsl.vocabulary.base import Function, Node, RewardExpression, attributes
 from tunelang.dsl.vocabulary.custom import Python
 from tunelang.dsl.vocabulary.data import PythonData
-from tunelang.runtime.store.atomic_files import written_whole
+from tunelang.runtime.store.atomic_files import replacing
 from tunelang.runtime.workers import worker_process
 
 _Node = TypeVar("_Node", bound=Node)
@@ -28,7 +28,7 @@ _Node = TypeVar("_Node", bound=Node)
 
 @dataclass(eq=False)
 class CustomError(TuneError):
-    """A function cannot be loaded, failed, or returned the wrong thing: its `reference`, `why`."""
+    """The function at `reference` cannot be loaded, raised, or returned something else; `why`."""
 
     code = "python-function"
     reference: str
@@ -45,24 +45,27 @@ class CustomError(TuneError):
 
 @dataclass(frozen=True)
 class Custom:
-    """A function that stands in an attribute, in place of `Python`."""
+    """A loaded function, which replaces the `Python` of a stage's attribute."""
 
     reference: str
     function: Callable[..., Any]
 
-    def __call__(self, shape: tuple[int, ...], **given: Any) -> Any:
-        """Call it with what its parameters name. Raises `CustomError` where the result has not the
-        shape, and where the function raises.
+    def __call__(self, shape: tuple[int, ...], **arguments: Any) -> Any:
+        """Call the function with those of `arguments` that its parameters name.
+
+        Raises `CustomError` if the function raises or its result has another shape.
         """
         try:
             value = self.function(
-                **worker_process.select_arguments(worker_process.parameters(self.function), given)
+                **worker_process.select_arguments(
+                    worker_process.parameters(self.function), arguments
+                )
             )
         except Exception as error:
             raise CustomError(self.reference, worker_process.describe_error(error)) from error
-        found = jnp.shape(value)
-        if found != shape:
-            raise CustomError(self.reference, f"it returned the shape {found}, not {shape}")
+        actual = jnp.shape(value)
+        if actual != shape:
+            raise CustomError(self.reference, f"it returned the shape {actual}, not {shape}")
         return value
 
 
@@ -86,9 +89,11 @@ def bound(node: _Node, folder: Path) -> _Node:
     return node.model_copy(update=changed) if changed else node
 
 
-def made_rows(kind: PythonData, folder: Path, cache: Path) -> Path:
-    """Return the file of the rows that a function makes, one JSON object a line; made once for the
-    function's file and its settings. Raises `CustomError`, and `OSError`.
+def make_rows(kind: PythonData, folder: Path, cache: Path) -> Path:
+    """Write the rows that a function makes to a file, one JSON object a line, and return its path.
+
+    The file is cached by the content of the function's file and the settings. Raises `CustomError`
+    and `OSError`.
     """
     source = _path(kind.function, folder)
     settings = {} if kind.settings is None else dict(kind.settings.values)
@@ -97,7 +102,7 @@ def made_rows(kind: PythonData, folder: Path, cache: Path) -> Path:
     path = cache / f"rows-{digest}.jsonl"
     if not path.exists():
         rows = _loaded(kind.function, folder).function
-        with written_whole(path) as whole, whole.open("w") as file:
+        with replacing(path) as temporary, temporary.open("w") as file:
             try:
                 for row in rows(**settings):
                     if not isinstance(row, dict):

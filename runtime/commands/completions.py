@@ -84,8 +84,8 @@ class GenerateOptions:
 def completions(
     program: Program, store: Store, stage: str, prompts: Sequence[str], options: GenerateOptions
 ) -> Iterator[str]:
-    """Give completions by the model that a stage yielded; without prompts, of the lines of standard
-    input. Raises what `open_ranked` raises.
+    """Yield completions of prompts by the model of a stage; without prompts, of the lines of
+    standard input. Raises what `open_ranked` raises.
     """
     generator, reward = open_ranked(program, store, stage, options.by, options.max_tokens)
     prompts = prompts or [line.rstrip("\n") for line in sys.stdin]

@@ -14,7 +14,7 @@ from tunelang.runtime.errors import StageFailed
 
 
 def diagnose(error: Exception, program: Program) -> tuple[Diagnostic, int]:
-    """Return what to show for an error, and the exit code of the command."""
+    """Return the diagnostic of an error, and the exit code of the command."""
     stage = ""
     while isinstance(error, StageFailed) and isinstance(error.__cause__, Exception):
         stage, error = error.stage, error.__cause__
@@ -33,7 +33,7 @@ def diagnose(error: Exception, program: Program) -> tuple[Diagnostic, int]:
 
 
 def find(program: Program, place: SpecPlace, stage: str) -> Span:
-    """Return the characters of a place; of one that is not in the spec, the stage's name."""
+    """Return the span of a place in the spec; without one, that of the stage's name."""
     if place.attribute:
         for name in (f"stage.{stage}.{place.attribute}", f"run.{place.attribute}"):
             if name in program.origins:

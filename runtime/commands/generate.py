@@ -1,4 +1,4 @@
-"""`tune generate`, `tune chat`, `tune export`: the model that a stage yielded, in use."""
+"""Opens the model that a stage yielded for `tune generate`, `tune chat` and `tune export`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tunelang.runtime.store.run_store import Store
 
 
 class UnscoredError(CommandError):
-    """A reward has a value for no completion; `why` is what its part `part` lacks."""
+    """A reward scored no completion; its part `part` failed, `why` says how."""
 
     def __init__(self, part: str, why: str) -> None:
         super().__init__(run_failures.unscored(part, why))
@@ -40,9 +40,9 @@ class UnscoredError(CommandError):
 
 
 def open_generator(program: Program, store: Store, stage: str) -> TextGenerator:
-    """Open what a stage yielded, or, of a stage that is not done, its last checkpoint.
+    """Open the model that a stage yielded, or the last checkpoint of a stage that is not done.
 
-    Of a sweep the first branch that is done is taken, unless `stage` names one. Raises
+    From a sweep, the first branch that is done is taken unless `stage` names one. Raises
     `UnknownStage`, `MissingInputError` and `StoreError`.
     """
     origin, model, resources = _opened(program, store, stage)
@@ -52,10 +52,9 @@ def open_generator(program: Program, store: Store, stage: str) -> TextGenerator:
 def open_ranked(
     program: Program, store: Store, stage: str, by: str | None, max_tokens: int
 ) -> tuple[TextGenerator, CompiledReward | None]:
-    """`open_generator`, with a declared reward for completions of at most `max_tokens`, where `by`
-    names one.
+    """Open the model of a stage, and the declared reward `by` for its completions.
 
-    Raises also what `Reward` raises.
+    Completions have at most `max_tokens`. Raises what `open_generator` and `CompiledReward` raise.
     """
     origin, model, resources = _opened(program, store, stage)
     generator = load_generator(origin, model, resources.devices)
@@ -69,7 +68,7 @@ def open_ranked(
 def write(
     program: Program, store: Store, stage: str, folder: Path, apart: bool, dtype: str
 ) -> list[str]:
-    """Write what a stage yielded to a folder; returns the names of the files.
+    """Export the model of a stage to a folder; returns the names of the files.
 
     Raises what `open_generator` and `export` raise.
     """
@@ -99,10 +98,10 @@ def best_of(
     returned: int = 1,
     reward: CompiledReward | None = None,
 ) -> Iterator[str]:
-    """Give of `samples` completions of each prompt the `returned` best.
+    """Yield the `returned` best of `samples` completions of each prompt.
 
-    Best by the reward, which is given the prompt and the completion, or without one by the mean
-    log-probability of a token, at the temperature. Raises `UnscoredError`.
+    They are ranked by the reward, which sees the prompt and the completion, or without a reward by
+    the mean log-probability of a token, at the temperature. Raises `UnscoredError`.
     """
     renderer = generator.model.renderer
     episodes = generator.sample(prompts, sampling, samples, seed, raw)
@@ -120,17 +119,17 @@ def best_of(
 
 
 def chat(generator: TextGenerator, sampling: Sampling) -> None:
-    """Take turns with the user until an empty line or the end of the input."""
+    """Chat with the user until an empty line or the end of the input."""
     messages: list[Message] = []
     while True:
         try:
-            asked = input("> ").strip()
+            prompt = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if not asked:
+        if not prompt:
             return
-        messages.append(Message("user", asked))
+        messages.append(Message("user", prompt))
         answer = generator.answer(messages, sampling, len(messages))
         messages.append(Message("assistant", answer))
         print(answer.strip())

@@ -1,4 +1,4 @@
-"""`tune plan`: the plan as text or JSON, and with `--compile` what the compiler says of it."""
+"""`tune plan`: prints the plan as text or JSON, and with `--compile` the compiler's report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan as text for a terminal: one line a stage, and with `-v` all there is to say."""
+"""Renders a plan for a terminal: one line a stage; with `-v`, all details."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ def show(prepared: Prepared, *, verbose: bool = False, width: int = 100) -> str:
     column = min(max((len(stage.node) for stage in plan.stages), default=0), width // 3)
     for stage in plan.stages:
         name = stage.node if len(stage.node) <= column else stage.node[: column - 1] + "…"
-        first, *rest = _wrapped([describe(stage.state), *_facts(stage)], width - column - 2)
+        first, *continued = _wrapped([describe(stage.state), *_facts(stage)], width - column - 2)
         lines.append(f"{name:<{column}}  {first}")
-        lines += [f"{'':<{column}}  {line}" for line in rest]
+        lines += [f"{'':<{column}}  {line}" for line in continued]
         if verbose:
             lines += [f"{'':<{column}}  {line}" for line in _details(stage, width - column - 2)]
     lines += ["", _summary(prepared)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def rehearsed(prepared: Prepared, node: str, found: Rehearsed, width: int) -> str:
-    """Return what the compiler says of a program of a stage."""
+def rehearsed(prepared: Prepared, node: str, report: Rehearsed, width: int) -> str:
+    """Return the compiler's report on a program of a stage, as text."""
     chip = prepared.devices[node].chip
-    facts = [f"{size_text(found.peak)} of {size_text(chip.memory)} in a device"]
-    if found.refused:
-        facts = [f"does not fit: {found.refused}"]
-    elif found.peak > chip.memory:
+    facts = [f"{size_text(report.peak)} of {size_text(chip.memory)} in a device"]
+    if report.refused:
+        facts = [f"does not fit: {report.refused}"]
+    elif report.peak > chip.memory:
         facts[0] += ": does not fit"
     facts += [
-        f"{count} {kind} of {size_text(size)}" for kind, (count, size) in found.exchanged.items()
+        f"{count} {kind} of {size_text(size)}" for kind, (count, size) in report.exchanged.items()
     ]
-    facts.append(f"compiled in {duration(found.seconds)}")
-    facts += found.findings
-    whole = f"{node} {found.name}  {', '.join(facts)}"
-    return textwrap.fill(whole, width, subsequent_indent="    ", break_on_hyphens=False) + "\n"
+    facts.append(f"compiled in {duration(report.seconds)}")
+    facts += report.findings
+    line = f"{node} {report.name}  {', '.join(facts)}"
+    return textwrap.fill(line, width, subsequent_indent="    ", break_on_hyphens=False) + "\n"
 
 
 def _summary(prepared: Prepared) -> str:
@@ -71,7 +71,7 @@ def _summary(prepared: Prepared) -> str:
 
 
 def _facts(stage: StagePlan) -> Iterator[str]:
-    """What fits behind the state: mesh, micro-batches, remat, memory, cost."""
+    """Yield the facts to print after the state: mesh, micro-batches, remat, memory, cost."""
     if stage.layout is None or stage.memory is None or stage.cost is None:
         return
     yield _mesh(stage.layout["mesh"]) or "1 device"
@@ -92,13 +92,13 @@ def _facts(stage: StagePlan) -> Iterator[str]:
         yield f"rollout {rollout / stage.cost['seconds']:.0%} of the time"
     if stage.cost["stage_seconds"] is not None:
         count = stage.cost["steps"]
-        made = f"{count} step{'s' if count != 1 else ''}"
+        steps = f"{count} step{'s' if count != 1 else ''}"
         about = "" if stage.cost["exact"] else "about "
-        yield f"{about}{made}, about {duration(stage.cost['stage_seconds'])}"
+        yield f"{about}{steps}, about {duration(stage.cost['stage_seconds'])}"
 
 
 def _details(stage: StagePlan, width: int) -> Iterator[str]:
-    """What `-v` adds."""
+    """Yield the lines that `-v` adds."""
     yield f"fingerprint {stage.digest}"
     for read in stage.inputs:
         chosen = f", {read.selection}" if read.selection else ""
@@ -116,8 +116,8 @@ def _details(stage: StagePlan, width: int) -> Iterator[str]:
 
 
 def _reasons(layout: Json, cost: Json) -> Iterator[str]:
-    """Why the layout was chosen: what a step spends its time on, and what came next."""
-    longest = sorted(cost["times"].items(), key=lambda each: -each[1])
+    """Yield lines on why the layout was chosen: the time of a step by cause, other layouts."""
+    longest = sorted(cost["times"].items(), key=lambda item: -item[1])
     spent = [f"{name} {duration(seconds)}" for name, seconds in longest]
     several = f" of {layout['branches']} branches" if layout["branches"] > 1 else ""
     yield f"a step{several} of {duration(cost['seconds'])}, bound by {', '.join(spent)}"
@@ -137,7 +137,7 @@ def _reasons(layout: Json, cost: Json) -> Iterator[str]:
 
 
 def _sweep(sweep: Json, fused: bool) -> str:
-    """Say what training branches in one program takes against one after another."""
+    """Compare training branches in one program with one after another."""
     if sweep["share"] is None:
         why = sweep["why"] or "one program of all does not fit"
         return f"{sweep['branches']} branches one after another: {why}"
@@ -159,7 +159,7 @@ def _mesh(mesh: dict[str, int]) -> str:
 
 
 def _wrapped(parts: list[str], width: int) -> list[str]:
-    """Facts with commas between them, in lines; later ones are indented."""
+    """Join facts with commas, and break them into lines; later lines are indented."""
     words = ", ".join(parts).split(" ")
     lines = [""]
     for word in words:

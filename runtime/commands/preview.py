@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from typing import Any
 
 from pydantic import BaseModel
 from rich.text import Text
@@ -22,7 +21,7 @@ from tunelang.runtime.tokenize.chat_renderer import Renderer
 TRAINED = "bold green"
 _MARKS = "⟦", "⟧"
 _MOST = 600
-"""Tokens of an example that are shown: three quarters from its beginning, the rest from its end."""
+"""Tokens shown of an example: three quarters from its beginning, the others from its end."""
 
 
 class UnreadDataError(CommandError):
@@ -33,7 +32,7 @@ class UnreadDataError(CommandError):
 
 
 def rendered(program: Program, store: Store, data: str, count: int, marks: bool) -> Iterator[Text]:
-    """Give some examples of declared data, as the first stage that reads it sees them.
+    """Yield some examples of declared data, as the first stage that reads it sees them.
 
     Trained tokens have the style `TRAINED`, and with `marks` stand in brackets too. Where the model
     answers itself (a policy's data, that of an evaluation), the prompt is shown. Raises
@@ -68,14 +67,14 @@ def rendered(program: Program, store: Store, data: str, count: int, marks: bool)
 
 
 def _text(renderer: Renderer, pairs: list[tuple[int, bool]], marks: bool) -> Text:
-    found, begun = Text(), False
+    line, begun = Text(), False
     for trained, run in groupby(pairs, key=lambda pair: pair[1]):
         text = renderer.tokenizer.decode([id for id, _ in run], continues=begun)
         begun = True
         if trained and marks:
             text = _MARKS[0] + text + _MARKS[1]
-        found.append(text, style=TRAINED if trained else "dim")
-    return found
+        line.append(text, style=TRAINED if trained else "dim")
+    return line
 
 
 def _reader(program: Program, data: str) -> tuple[str, str, bool]:
@@ -83,7 +82,7 @@ def _reader(program: Program, data: str) -> tuple[str, str, bool]:
     that the stage begins with; and whether it reads prompts only.
     """
     graph = build(program)
-    found: tuple[str, str, bool] | None = None
+    reader: tuple[str, str, bool] | None = None
     known: dict[str, None] = {}
     for node in graph.nodes.values():
         known |= dict.fromkeys(name for noun, name in node.uses if noun == "data")
@@ -91,15 +90,15 @@ def _reader(program: Program, data: str) -> tuple[str, str, bool]:
             continue
         trained = data in _names(program, getattr(node.value, "data", None))
         prompts = not trained or isinstance(node.value, Policy)
-        if found is None or (found[2] and not prompts):
-            found = node.stage, models_of(graph, node.id)[0], prompts
-    if found is None:
+        if reader is None or (reader[2] and not prompts):
+            reader = node.stage, models_of(graph, node.id)[0], prompts
+    if reader is None:
         raise UnreadDataError(data, tuple(known))
-    return found
+    return reader
 
 
-def _names(program: Program, value: Any) -> Iterator[str]:
-    """Give the declared data that an expression reads, also by way of other declarations."""
+def _names(program: Program, value: object) -> Iterator[str]:
+    """Yield the names of the data that an expression reads, also through other declarations."""
     if isinstance(value, DataRef):
         yield value.name
         yield from _names(program, program.declarations[value.name].value)
@@ -107,5 +106,5 @@ def _names(program: Program, value: Any) -> Iterator[str]:
         for field in type(value).model_fields:
             yield from _names(program, getattr(value, field))
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _names(program, each)
+        for item in value:
+            yield from _names(program, item)

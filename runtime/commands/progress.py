@@ -1,4 +1,4 @@
-"""How a run shows itself: one live line on a screen, now and then a line in a pipe."""
+"""Shows the progress of a run: one live line on a terminal, a line now and then in a pipe."""
 
 from __future__ import annotations
 
@@ -6,40 +6,43 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from typing_extensions import override
 
 from tunelang.compiler.graph import Input
 from tunelang.compiler.plan import StagePlan
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.messages.human_units import count_text, duration, number
 from tunelang.runtime.data.row_errors import BadRows
+from tunelang.runtime.pipeline.run_context import RunReporter
+from tunelang.runtime.stages.stage_kinds import Summary
 from tunelang.runtime.store.locks import Holder
 
 _PIPE_SECONDS = 10.0
-"""Time between lines where the output is no terminal."""
+"""Seconds between lines if the output is no terminal."""
 _SHOWN = ("loss", "reward", "kl", "entropy", "length")
 _BAR = 20
 
 
 @dataclass
 class _Shown:
-    """What was shown of a stage."""
+    """Lines shown of a stage so far."""
 
     node: str
     first: tuple[int, float] | None = None
-    """The first step, and when it was made."""
-    told: float = field(default_factory=time.monotonic)
-    """When the last line was."""
+    """The first step, and its time."""
+    printed: float = field(default_factory=time.monotonic)
+    """Time of the last line."""
     evals: dict[str, float] = field(default_factory=dict)
 
 
-class Progress:
-    """See `execute.RunReporter`; as a context manager it holds the live line."""
+class Progress(RunReporter):
+    """Reports a run on a terminal; the context manager shows the live line."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, markup=False)
@@ -64,21 +67,21 @@ class Progress:
 
     # What happens.
 
+    @override
     def stage(self, planned: StagePlan, steps: int | None) -> None:
-        """See `execute.RunReporter`."""
         del steps
         self._now = self._began[planned.node] = _Shown(planned.node)
 
+    @override
     def turn(self, planned: StagePlan) -> None:
-        """See `execute.RunReporter`."""
         self._now = self._began[planned.node]
 
+    @override
     def doing(self, what: str) -> None:
-        """See `loop.Reporter`."""
         self._line(what)
 
+    @override
     def step(self, step: int, steps: int, values: Mapping[str, float]) -> None:
-        """See `loop.Reporter`."""
         now = time.monotonic()
         shown = self._now
         if shown.first is None:
@@ -89,17 +92,17 @@ class Progress:
             left = f"{duration((now - since) / (step - first) * (steps - step))} left"
         text = f"{step}/{steps}  {_values(values)}"
         if self._live is None:
-            if now - shown.told < _PIPE_SECONDS and step < steps:
+            if now - shown.printed < _PIPE_SECONDS and step < steps:
                 return
-            shown.told = now
+            shown.printed = now
             self.console.print(f"{shown.node}  {text}  {left}".rstrip(), soft_wrap=True)
             return
         done = round(_BAR * step / max(steps, 1))
         bar = "━" * done + "╌" * (_BAR - done)
         self._line(f"{bar} {text}  {left}")
 
+    @override
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
-        """See `loop.Reporter`."""
         first: dict[str, tuple[str, float]] = {}
         for name, value in values.items():
             first.setdefault(name.split(".")[0], (name, value))
@@ -109,28 +112,28 @@ class Progress:
             self._say(f"{self._now.node}  step {step}: {name} {number(value)}{change}")
             self._now.evals[name] = value
 
-    def finished(self, planned: StagePlan, summary: Mapping[str, Any], again: bool) -> None:
-        """See `execute.RunReporter`."""
+    @override
+    def finished(self, planned: StagePlan, summary: Summary, again: bool) -> None:
         if again:
             self._say(f"{planned.node}  up to date")
             return
         took = duration(summary["seconds"])
-        self._say(f"{planned.node}  {_made(summary)} in {took}")
+        self._say(f"{planned.node}  {_outcome(summary)} in {took}")
         if "table" in summary:
-            self.console.print(_beside(summary["table"]))
+            self.console.print(_compare_models(summary["table"]))
 
+    @override
     def selected(self, read: Input, node: str, value: float) -> None:
-        """See `execute.RunReporter`."""
         self._say(f"{read.stage}  {read.selection}: the winner is {node}, {number(value)}")
 
+    @override
     def bad_rows(self, rows: BadRows) -> None:
-        """See `execute.RunReporter`."""
         self._say(run_failures.dropped_rows(rows.total))
         for shown in rows.shown:
             self._say(f"  {shown.source}, {shown.row}: {shown.cause}")
 
+    @override
     def waiting(self, planned: StagePlan, holder: Holder | None) -> None:
-        """See `execute.RunReporter`."""
         self._say(f"{planned.node}  waiting for {holder or 'another process'}, which works on it")
 
     # How it is shown.
@@ -151,8 +154,8 @@ class Progress:
         self._live.update(table)
 
 
-def _made(summary: Mapping[str, Any]) -> str:
-    """Say what a stage yielded."""
+def _outcome(summary: Summary) -> str:
+    """Describe the result of a stage."""
     metrics = summary["metrics"]
     if "path" in summary:
         return f"written to {summary['path']}"
@@ -167,23 +170,23 @@ def _made(summary: Mapping[str, Any]) -> str:
 _UNSHOWN = ("_low", "_high", ".length", ".truncated")
 
 
-def _beside(found: Mapping[str, Mapping[str, float]]) -> Table:
-    """Show several models side by side, scores with half of their 95% confidence interval."""
-    names = dict.fromkeys(name for values in found.values() for name in values)
+def _compare_models(scores: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return a table of several models; scores have half of their 95% confidence interval."""
+    names = dict.fromkeys(name for values in scores.values() for name in values)
     shown = [name for name in names if not name.endswith(_UNSHOWN)]
 
     def cell(model: str, name: str) -> str:
-        values = found[model]
+        values = scores[model]
         low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
         text = number(values[name]) if name in values else ""
         return text if low is None or high is None else f"{text} ±{number((high - low) / 2)}"
 
-    rows = [["", *found], *([name, *(cell(each, name) for each in found)] for name in shown)]
-    if len(shown) < len(found):  # as few columns as there can be
+    rows = [["", *scores], *([name, *(cell(model, name) for model in scores)] for name in shown)]
+    if len(shown) < len(scores):  # as few columns as there can be
         rows = [list(row) for row in zip(*rows, strict=True)]
     table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for at, head in enumerate(rows[0]):
-        table.add_column(head, justify="right" if at else "left", no_wrap=not at)
+    for index, head in enumerate(rows[0]):
+        table.add_column(head, justify="right" if index else "left", no_wrap=not index)
     for row in rows[1:]:
         table.add_row(*row)
     return table

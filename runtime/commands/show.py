@@ -1,4 +1,4 @@
-"""`tune show`: what the stages of a spec yielded, as the store has it."""
+"""`tune show`: prints the results of stages that are in the store."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def show(program: Program, store: Store, stage: str | None, samples: int, width:
 
 
 def table(graph: StageGraph, store: Store, width: int) -> str:
-    """Return the stages against the evaluations: before and after each."""
+    """Return a table of stages by evaluations, each before and after the stage."""
     digests = _digests(graph, store)
     rows: list[tuple[str, str, str, dict[str, str]]] = []
     names: dict[str, None] = {}
@@ -51,8 +51,8 @@ def table(graph: StageGraph, store: Store, width: int) -> str:
             names[name] = None
             before = f"{number(first[name])} → " if name in first else ""
             cells[name] = f"{before}{number(value)}"
-        made = "written" if "path" in summary else str(summary["steps"])
-        rows.append((node, made, duration(summary["seconds"]), cells))
+        outcome = "written" if "path" in summary else str(summary["steps"])
+        rows.append((node, outcome, duration(summary["seconds"]), cells))
     head = ["stage", "steps", "time", *names]
     body = [
         [node, steps, took, *(cells.get(name, "") for name in names)]
@@ -63,9 +63,11 @@ def table(graph: StageGraph, store: Store, width: int) -> str:
 
 def _digests(graph: StageGraph, store: Store) -> dict[str, str]:
     contents = Contents.load(store.contents)
-    found = {node: each.digest for node, each in fingerprints(graph, contents).items()}
+    digests = {
+        node: fingerprint.digest for node, fingerprint in fingerprints(graph, contents).items()
+    }
     contents.save()
-    return found
+    return digests
 
 
 def _evals(folder: StageFolder) -> tuple[dict[str, float], dict[str, float]]:
@@ -85,7 +87,7 @@ def _evals(folder: StageFolder) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _columns(rows: list[list[str]], width: int) -> Iterator[str]:
-    sizes = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
+    sizes = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     for row in rows:
         cells = [f"{cell:<{size}}" for cell, size in zip(row, sizes, strict=True)]
         line = "  ".join(cells).rstrip()
@@ -93,11 +95,11 @@ def _columns(rows: list[list[str]], width: int) -> Iterator[str]:
 
 
 def _stage(folder: StageFolder, samples: int, width: int) -> Iterator[str]:
-    """Give the lines about one stage."""
-    found = folder.metrics()
-    if found.damaged:
-        yield f"  {found.damaged} lines of metrics.jsonl are damaged and left out"
-    rows = [row for row in found.rows if "loss" in row or "reward" in row]
+    """Yield the lines about one stage."""
+    metrics = folder.metrics()
+    if metrics.damaged:
+        yield f"  {metrics.damaged} lines of metrics.jsonl are damaged and left out"
+    rows = [row for row in metrics.rows if "loss" in row or "reward" in row]
     if rows:
         names = [name for name in _HEADLINES if any(name in row for row in rows)]
         step = max(1, len(rows) // 12)

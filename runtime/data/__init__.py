@@ -1,4 +1,4 @@
-"""From rows to examples to streams with random access; nothing here knows tokens.
+"""Turns rows of files into examples, and these into streams with random access; knows no tokens.
 
 - `row_sources`: the rows of files and generators, each with its place.
 - `procedural`: problems from the generators of reasoning-gym.

@@ -36,12 +36,12 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example with the roles that its data gives it; `fields` is the whole row."""
+    """One example with the roles that its data gives it; `fields` are those of its row."""
 
     source: str
-    """The name of the declared data that the row comes from."""
+    """Name of the declared data that the row comes from."""
     row: int
-    """The number of the row in its source."""
+    """Number of the row in its source."""
     fields: Mapping[str, Any]
     prompt: str | None = None
     response: str | None = None
@@ -57,27 +57,27 @@ class Example:
 
 @dataclass(frozen=True)
 class Roles:
-    """The template of each role that the data has."""
+    """Templates of the roles that the data has."""
 
     templates: Mapping[str, TextExpression]
     nullable: frozenset[str] = frozenset()
-    """Roles that a row may leave empty: generated problems that many answers solve have none."""
+    """Roles that a row may leave empty: a problem that many answers solve has no `response`."""
 
     def mapped(self, new: Map) -> Roles:
         """Return the roles after `.map(...)`."""
-        found = {role: getattr(new, role) for role in ROLES}
-        changed = {role: template for role, template in found.items() if template is not None}
+        changes = {role: getattr(new, role) for role in ROLES}
+        changed = {role: template for role, template in changes.items() if template is not None}
         return Roles({**self.templates, **changed}, self.nullable - changed.keys())
 
     def answered(self, role: str) -> Roles:
-        """Return the roles with that of an answer, such as `chosen`, as the response."""
+        """Return the roles with the template of an answer, such as `chosen`, as the response."""
         if role == "response" or role not in self.templates:
             return self
         return Roles({**self.templates, "response": self.templates[role]}, self.nullable)
 
 
 def roles_of(kind: DataKind) -> Roles:
-    """Return the roles of a source, with those that its kind implies where it states none."""
+    """Return the roles that a source states, or if it states none, those that its kind implies."""
     stated = {role: getattr(kind, role) for role in ROLES}
     templates = {role: template for role, template in stated.items() if template is not None}
     if not templates and isinstance(kind, Procedural):
@@ -86,36 +86,36 @@ def roles_of(kind: DataKind) -> Roles:
         implied = {"prompt": question, "response": answer, "target": answer}
         return Roles(implied, frozenset({"response", "target"}))
     if not templates and isinstance(kind, Sampled):
-        own = {role: role for role in ("prompt", "system", "target")} | sampled_roles(kind)
-        found = {role: TemplateText(text=f"{{{name}}}") for role, name in own.items()}
-        found["messages"] = TemplateText(text="{messages}")
-        return Roles(found, frozenset({"prompt", "system", "target", "messages"}))
+        names = {role: role for role in ("prompt", "system", "target")} | sampled_roles(kind)
+        templates = {role: TemplateText(text=f"{{{name}}}") for role, name in names.items()}
+        templates["messages"] = TemplateText(text="{messages}")
+        return Roles(templates, frozenset({"prompt", "system", "target", "messages"}))
     if not templates and isinstance(kind, TextFiles):
         return Roles({"text": TemplateText(text="{text}")})
     return Roles(templates)
 
 
 def example_of(source: str, row: int, fields: Row, roles: Roles) -> Example:
-    """Return the example that a row is.
+    """Return the example of a row.
 
-    Raises `MissingFieldError` or `WrongTypeError` where the row does not have what a role's
-    template reads.
+    Raises `MissingFieldError` or `WrongTypeError` where a role's template reads a field that the
+    row lacks or that has another type.
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for role, template in roles.templates.items():
         name = sole_field(template)
         if role in roles.nullable and name is not None and lookup(name, fields) is None:
             continue
         if role == "messages":
             name = name or "messages"
-            found[role] = conversation(name, lookup(name, fields))
+            values[role] = conversation(name, lookup(name, fields))
         else:
-            found[role] = render(template, fields)
-    return Example(source=source, row=row, fields=fields, **found)
+            values[role] = render(template, fields)
+    return Example(source=source, row=row, fields=fields, **values)
 
 
 def texts_of(example: Example) -> Iterator[str]:
-    """Give the texts of an example that a model reads or writes: what a tokenizer is fitted to."""
+    """Yield the texts of an example that a model reads or writes, for fitting a tokenizer."""
     if example.system is not None:
         yield example.system
     if example.messages is not None:
@@ -132,7 +132,7 @@ def conversation(name: str, value: Any) -> tuple[Message, ...]:
     """
     if not isinstance(value, list | tuple) or not value:
         raise WrongTypeError(name, "a list of messages", value)
-    return tuple(_message(f"{name}[{at}]", item) for at, item in enumerate(value))
+    return tuple(_message(f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
 def _message(name: str, item: Any) -> Message:

@@ -27,7 +27,7 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
 def holds(
     condition: Condition, example: Example, measure: Callable[[Example], int] | None = None
 ) -> bool:
-    """Whether a condition holds; `measure` counts the tokens of an example, for `length`.
+    """Return whether a condition holds; `measure` counts the tokens of an example, for `length`.
 
     Raises `MissingFieldError`, and `WrongTypeError` where an operator does not take a field's
     value.
@@ -110,7 +110,7 @@ def _truth(condition: Condition, value: Any) -> bool:
 
 
 def _describe(condition: Condition) -> str:
-    """Return the field that a condition reads first, as the report of a bad row names it."""
+    """Name the field that a condition reads first, for the report of a bad row."""
     match condition:
         case FieldValue():
             return condition.name

@@ -1,4 +1,4 @@
-"""Which source each example of a mixture comes from: exact shares at every point, not on average.
+"""Assigns the examples of a mixture to its sources, with exact shares at every point.
 
 Random choice would be off by about the square root of the number drawn. Tijdeman's chairman
 assignment (Discrete Mathematics 32, 1980) keeps the count of every source, after any number of
@@ -26,16 +26,18 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Assignment:
-    """One period: the source of each example `[period]`, and the counts before it `[period + 1,
-    sources]`.
+    """One period of a mixture.
+
+    `sources` `[period]` is the source of each example; `counts` `[period + 1, sources]` the number
+    of examples of each source before it.
     """
 
     sources: Indices
     counts: Indices
 
-    def at(self, positions: Indices) -> tuple[Indices, Indices]:
-        """Return the source of each position `[n]`, and how many of that source came before it
-        `[n]`.
+    def locate(self, positions: Indices) -> tuple[Indices, Indices]:
+        """Return the sources of positions `[n]`, and how many examples of that source precede
+        each of them, `[n]`.
         """
         period = len(self.sources)
         rounds, within = np.divmod(positions, period)
@@ -43,7 +45,7 @@ class Assignment:
         return source, rounds * self.counts[-1][source] + self.counts[within, source]
 
     def before(self, position: int) -> Indices:
-        """How many examples of each source come before a position `[sources]`."""
+        """Return the number of examples of each source before a position, `[sources]`."""
         rounds, within = divmod(position, len(self.sources))
         return np.asarray(rounds * self.counts[-1] + self.counts[within])
 
@@ -51,7 +53,7 @@ class Assignment:
 @lru_cache(maxsize=64)
 def assign(weights: tuple[float, ...]) -> Assignment:
     """Return the assignment for shares that add to 1."""
-    shares = _whole_shares(weights)
+    shares = _integer_shares(weights)
     period, sources = sum(shares), len(shares)
     if sources == 1:
         return Assignment(np.zeros(1, np.int64), np.array([[0], [1]], np.int64))
@@ -61,7 +63,7 @@ def assign(weights: tuple[float, ...]) -> Assignment:
     one = scale * period
     behind = [0] * sources
     chosen = np.empty(period, np.int64)
-    for at in range(period):
+    for position in range(period):
         best, room = -1, 0
         for source, share in enumerate(shares):
             behind[source] += scale * share
@@ -71,30 +73,30 @@ def assign(weights: tuple[float, ...]) -> Assignment:
                 if best < 0 or left * shares[best] < room * share:
                     best, room = source, left
         behind[best] -= one
-        chosen[at] = best
+        chosen[position] = best
     counts = np.zeros((period + 1, sources), np.int64)
     counts[np.arange(1, period + 1), chosen] = 1
     return Assignment(chosen, np.cumsum(counts, axis=0))
 
 
-def _whole_shares(weights: Sequence[float]) -> list[int]:
+def _integer_shares(weights: Sequence[float]) -> list[int]:
     """Return the shares as whole numbers with a common denominator, the smallest that is exact."""
     exact = [Fraction(repr(weight)) for weight in weights]
     # The second form is for thirds, and for products of weights with a rounding error.
     near = [share.limit_denominator(1000) for share in exact]
     close = all(abs(a - b) < 1e-12 for a, b in zip(exact, near, strict=True))
-    for shares in (exact, near) if close else (exact,):
-        denominator = lcm(*(share.denominator for share in shares))
-        if sum(shares) == 1 and denominator <= _FINEST:
-            return [int(share * denominator) for share in shares]
+    for fractions in (exact, near) if close else (exact,):
+        denominator = lcm(*(share.denominator for share in fractions))
+        if sum(fractions) == 1 and denominator <= _FINEST:
+            return [int(share * denominator) for share in fractions]
     total = sum(exact)
     # Largest remainder; a source with any weight keeps a part.
     scaled = [share / total * _FINEST for share in exact]
-    whole = [max(1, int(share)) for share in scaled]
-    order = sorted(range(len(whole)), key=lambda at: whole[at] - scaled[at])
-    while sum(whole) != _FINEST:
-        step = 1 if sum(whole) < _FINEST else -1
-        for at in order if step > 0 else reversed(order):
-            if sum(whole) != _FINEST and whole[at] + step > 0:
-                whole[at] += step
-    return whole
+    shares = [max(1, int(share)) for share in scaled]
+    order = sorted(range(len(shares)), key=lambda index: shares[index] - scaled[index])
+    while sum(shares) != _FINEST:
+        step = 1 if sum(shares) < _FINEST else -1
+        for index in order if step > 0 else reversed(order):
+            if sum(shares) != _FINEST and shares[index] + step > 0:
+                shares[index] += step
+    return shares

@@ -1,4 +1,4 @@
-"""Problems of reasoning-gym: made once, in a process of their own, and kept in the cache.
+"""Problems of reasoning-gym: generated once, in a process of their own, and cached on disk.
 
 Of the generators of reasoning-gym 0.1.25, five (`isomorphic_strings`, `knight_swap`,
 `polynomial_multiplication`, `ransom_note`, `word_ladder`) give other problems in another process
@@ -26,12 +26,12 @@ from typing_extensions import override
 from tunelang.dsl.diagnostics.tune_error import FailureText, TuneError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.data import Procedural
-from tunelang.runtime.store.atomic_files import written_whole
+from tunelang.runtime.store.atomic_files import replacing
 
 
 @dataclass(eq=False)
 class GeneratorError(TuneError):
-    """A generator refused its settings or failed: its `task` and the `reason` that it gave."""
+    """The generator of a `task` refused its settings or failed, for the `reason` it gave."""
 
     code = "generator-fails"
     task: str
@@ -65,7 +65,7 @@ class Problems:
         return problem
 
     def place(self, row: int) -> str:
-        """Where the row stands, for a report."""
+        """Return where the row stands, for a report."""
         return f"{self._task}: problem {row + 1}"
 
     def content(self, row: dict[str, Any]) -> Any:
@@ -106,8 +106,8 @@ def generate(kind: Procedural, cache: Path) -> Problems:
 
 
 def _make(task: str, settings: dict[str, Any], path: Path) -> None:
-    """Write the problems, then the table of their offsets, which makes them count."""
-    with written_whole(path) as problems:
+    """Write the problems, then the table of their offsets, whose file marks them as complete."""
+    with replacing(path) as problems:
         order = json.dumps({"task": task, "settings": settings, "path": str(problems)})
         child = subprocess.run(
             [sys.executable, "-c", _CHILD],
@@ -119,7 +119,7 @@ def _make(task: str, settings: dict[str, Any], path: Path) -> None:
         if child.returncode != 0:
             lines = child.stderr.strip().splitlines()
             raise GeneratorError(task, lines[-1] if lines else "it stopped without a word")
-    with written_whole(path.with_suffix(".npy")) as table:
+    with replacing(path.with_suffix(".npy")) as table:
         np.save(table, np.array(json.loads(child.stdout.splitlines()[-1]), np.int64))
 
 

@@ -1,4 +1,4 @@
-"""Rows that break: what went wrong, how often, and the first few to show."""
+"""Errors of rows, and the count of the rows that were dropped for them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SHOWN = 5
 
 
 class RowError(TuneError):
-    """A row that cannot be used. The message is what is wrong with it."""
+    """A row cannot be used; the message says why."""
 
     code = "unusable-row"
     droppable: ClassVar[bool] = True
-    """Whether `on_bad_row` may drop the row: no, where most other rows would fail too."""
+    """True if `on_bad_row` may drop the row; False where most other rows would fail too."""
 
 
 @dataclass(eq=False)
 class NotARowError(RowError):
-    """A place in a file that does not hold a row: `reason` in words, and the `excerpt`."""
+    """A file has something else in place of a row: `reason` in words, and an `excerpt`."""
 
     reason: str
     excerpt: str
@@ -37,7 +37,7 @@ class NotARowError(RowError):
 
 @dataclass(eq=False)
 class MissingFieldError(RowError):
-    """A row lacks the field `name`; `known` are the names where it was looked for."""
+    """A row lacks the field `name`; `known` are the names that it has."""
 
     name: str
     known: tuple[str, ...]
@@ -49,7 +49,7 @@ class MissingFieldError(RowError):
 
 @dataclass(eq=False)
 class WrongTypeError(RowError):
-    """The `value` of a field `name` is not what its use needs: `expected` in words."""
+    """The `value` of the field `name` has the wrong type: `expected`, in words, was needed."""
 
     name: str
     expected: str
@@ -62,7 +62,7 @@ class WrongTypeError(RowError):
 
 @dataclass(eq=False)
 class TooLongError(RowError):
-    """A row has more tokens than its context: `length` and `limit`, in tokens."""
+    """A row is longer than the context: `length` and `limit`, in tokens."""
 
     length: int
     limit: int
@@ -74,7 +74,7 @@ class TooLongError(RowError):
 
 @dataclass(eq=False)
 class BadRowError(TuneError):
-    """A row that cannot be used, under the policy `stop`.
+    """A row cannot be used, and the policy is `stop`.
 
     `source` is the declared data, `row` the file and line (or row), `cause` says why.
     """
@@ -95,7 +95,7 @@ class BadRowError(TuneError):
 
 @dataclass(eq=False)
 class NoRowsError(TuneError):
-    """Data without a usable row: the name of its `source`, and the rows that were `dropped`."""
+    """Data has no usable row: the name of its `source`, and the rows that were `dropped`."""
 
     code = "no-rows"
     source: str
@@ -132,5 +132,5 @@ class BadRows:
 
     @property
     def total(self) -> int:
-        """How many rows were dropped."""
+        """Number of rows that were dropped."""
         return sum(self.counts.values())

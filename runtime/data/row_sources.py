@@ -1,4 +1,4 @@
-"""Rows of data files and generators, by number: random access without a whole file in memory.
+"""Rows of data files and generators, by number: random access without reading files into memory.
 
 A line-based file is gone through once, for the offset of each row (8 bytes a row); a row is then
 read where it stands. Parquet, which has no random access to rows, is written over once to an Arrow
@@ -34,19 +34,19 @@ from tunelang.dsl.vocabulary.data import (
 )
 from tunelang.runtime.data.procedural import generate
 from tunelang.runtime.data.row_errors import NotARowError
-from tunelang.runtime.store.atomic_files import written_whole
-from tunelang.runtime.user_functions import made_rows
+from tunelang.runtime.store.atomic_files import replacing
+from tunelang.runtime.user_functions import make_rows
 
 _BLOCK = 1 << 20
 
 
 @runtime_checkable
 class Rows(Protocol):
-    """Rows by number."""
+    """Random access to the rows of a source."""
 
     @property
     def digest(self) -> str:
-        """Changes if and only if the content does."""
+        """Hash of the content."""
 
     def __len__(self) -> int: ...
 
@@ -54,15 +54,14 @@ class Rows(Protocol):
         """Return the row; raises `NotARowError` where there is something else."""
 
     def place(self, row: int) -> str:
-        """Where the row stands, for a report: `train.jsonl:17`."""
+        """Return where the row stands, for a report: `train.jsonl:17`."""
 
     def content(self, row: dict[str, Any]) -> Any:
-        """Return what makes two rows the same example."""
+        """Return the part of a row by which it counts as equal to another one."""
 
 
 def open_rows(kind: DataKind, folder: Path, *, cache: Path) -> Rows:
-    """Return the rows of a source; its paths are relative to `folder`, and `cache` may be written
-    to.
+    """Open the rows of a source; paths are relative to `folder`, and `cache` may be written to.
 
     Raises `OSError` for a file that cannot be read, and what `generate` raises.
     """
@@ -79,12 +78,12 @@ def open_rows(kind: DataKind, folder: Path, *, cache: Path) -> Rows:
         case Procedural():
             return generate(kind, cache)
         case PythonData():
-            return _Made(made_rows(kind, folder, cache), kind.function)
+            return _FunctionRows(make_rows(kind, folder, cache), kind.function)
     raise TypeError(f"not a data source: {type(kind).__name__}")
 
 
 def open_lines(path: Path) -> Rows:
-    """Return the rows of a file with one JSON object a line; raises `OSError`."""
+    """Open the rows of a file with one JSON object a line; raises `OSError`."""
     return _Spans(path, _lines(path), _object)
 
 
@@ -94,7 +93,7 @@ def _paths(kind: Jsonl | Csv | TextFiles | Parquet, folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Joined:
-    """Files one after another."""
+    """Rows of several files, one file after another."""
 
     parts: tuple[Rows, ...]
     ends: NDArray[np.int64]
@@ -106,8 +105,8 @@ class _Joined:
     def _find(self, row: int) -> tuple[Rows, int]:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        at = int(np.searchsorted(self.ends, row, side="right"))
-        return self.parts[at], row - (int(self.ends[at - 1]) if at else 0)
+        index = int(np.searchsorted(self.ends, row, side="right"))
+        return self.parts[index], row - (int(self.ends[index - 1]) if index else 0)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         part, inner = self._find(row)
@@ -140,7 +139,7 @@ def file_digest(path: Path) -> str:
 
 
 class _Spans:
-    """Rows that stand at known stretches of a file, `[rows, 2]` offsets in bytes."""
+    """Rows that are spans of a file; `spans` `[rows, 2]` are offsets in bytes."""
 
     def __init__(
         self, path: Path, spans: NDArray[np.int64], parse: Callable[[str], dict[str, Any]]
@@ -164,7 +163,7 @@ class _Spans:
             raise NotARowError("not UTF-8", excerpt(raw.decode("utf-8", "replace"))) from None
 
     def place(self, row: int) -> str:
-        """File and line, found by counting: places are for reports, so they may take a moment."""
+        """Return file and line; lines are counted, which is slow and fast enough for reports."""
         return f"{self._path.name}:{_line_number(self._path, int(self._spans[row][0]))}"
 
     def content(self, row: dict[str, Any]) -> Any:
@@ -176,8 +175,8 @@ class _Spans:
             self._file.close()
 
 
-class _Made(_Spans):
-    """The rows that a function of the user's own made."""
+class _FunctionRows(_Spans):
+    """Rows that a function of the user made."""
 
     def __init__(self, path: Path, function: str) -> None:
         super().__init__(path, _lines(path), _object)
@@ -197,15 +196,15 @@ def _line_number(path: Path, offset: int) -> int:
 
 
 def _lines(path: Path) -> NDArray[np.int64]:
-    """Return the lines of a file that are not blank, without their ends."""
+    """Find the lines of a file that are not blank, without their line ends."""
     spans = array("q")
     with path.open("rb") as file:
-        at = _mark(file.read(3))
-        file.seek(at)
+        offset = _mark(file.read(3))
+        file.seek(offset)
         for line in file:
             if line.strip():
-                spans.extend((at, at + len(line.rstrip(b"\r\n"))))
-            at += len(line)
+                spans.extend((offset, offset + len(line.rstrip(b"\r\n"))))
+            offset += len(line)
     return _pairs(spans)
 
 
@@ -213,29 +212,29 @@ def _paragraphs(path: Path) -> NDArray[np.int64]:
     """Find runs of lines that are not blank."""
     spans = array("q")
     with path.open("rb") as file:
-        at = _mark(file.read(3))
-        file.seek(at)
+        offset = _mark(file.read(3))
+        file.seek(offset)
         start = end = -1
         for line in file:
             if line.strip():
-                start = at if start < 0 else start
-                end = at + len(line.rstrip(b"\r\n"))
+                start = offset if start < 0 else start
+                end = offset + len(line.rstrip(b"\r\n"))
             elif start >= 0:
                 spans.extend((start, end))
                 start = -1
-            at += len(line)
+            offset += len(line)
         if start >= 0:
             spans.extend((start, end))
     return _pairs(spans)
 
 
-def _whole(path: Path) -> NDArray[np.int64]:
+def _whole_file(path: Path) -> NDArray[np.int64]:
     with path.open("rb") as file:
         start = _mark(file.read(3))
     return np.array([[start, path.stat().st_size]], np.int64)
 
 
-_TEXT_ROWS = {"line": _lines, "paragraph": _paragraphs, "file": _whole}
+_TEXT_ROWS = {"line": _lines, "paragraph": _paragraphs, "file": _whole_file}
 
 
 def _mark(head: bytes) -> int:
@@ -265,22 +264,22 @@ def _text(text: str) -> dict[str, Any]:
 
 
 def _csv(path: Path, separator: str) -> _Spans:
-    """Return a CSV file: fields may hold line ends, so rows are found by reading it as CSV once."""
+    """Open a CSV file, and find its rows by reading it once: fields may contain line ends."""
     spans = array("q")
     names: list[str] = []
     # Fields may be texts of any length; Python's own limit is 128 KiB.
     csv.field_size_limit(1 << 30)
     with path.open("rb") as file:
-        at = _mark(file.read(3))
-        file.seek(at)
-        ends = [at]
+        offset = _mark(file.read(3))
+        file.seek(offset)
+        ends = [offset]
         reader = csv.reader(_decoded(file, ends), delimiter=separator)
         while (cells := _next(reader)) is not None:
             if not names:
                 names = cells
             elif cells:
-                spans.extend((at, ends[0]))
-            at = ends[0]
+                spans.extend((offset, ends[0]))
+            offset = ends[0]
 
     def parse(record: str) -> dict[str, Any]:
         try:
@@ -297,7 +296,7 @@ def _csv(path: Path, separator: str) -> _Spans:
 
 
 def _next(reader: Iterator[list[str]]) -> list[str] | None:
-    """Return the next record; one that is not CSV is left to whoever reads its row."""
+    """Return the next record; a malformed one raises later, when its row is read."""
     try:
         return next(reader, None)
     except csv.Error as error:
@@ -305,8 +304,8 @@ def _next(reader: Iterator[list[str]]) -> list[str] | None:
 
 
 def _decoded(file: Iterator[bytes], ends: list[int]) -> Iterator[str]:
-    """Return the lines of a file as text, one character a byte; `ends[0]` is where the last one
-    ended.
+    """Yield the lines of a file as text, one character a byte; `ends[0]` is the offset of the end
+    of the last one.
     """
     for line in file:
         ends[0] += len(line)
@@ -318,7 +317,7 @@ def _decoded(file: Iterator[bytes], ends: list[int]) -> Iterator[str]:
 
 
 class _Table:
-    """A Parquet file, through an Arrow file in the cache that is mapped into memory."""
+    """Rows of a Parquet file, read from an Arrow file in the cache that is mapped into memory."""
 
     def __init__(self, path: Path, cache: Path) -> None:
         self._path = path
@@ -334,8 +333,8 @@ class _Table:
     def __getitem__(self, row: int) -> dict[str, Any]:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        found: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
-        return found
+        fields: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
+        return fields
 
     def place(self, row: int) -> str:
         return f"{self._path.name}: row {row + 1}"
@@ -345,11 +344,11 @@ class _Table:
 
 
 def _write_arrow(path: Path, arrow: Path) -> None:
-    """Write a Parquet file over, a batch of rows at a time; in place only when it is whole."""
+    """Convert a Parquet file, a batch of rows at a time; the result appears when it is complete."""
     with (
-        written_whole(arrow) as whole,
+        replacing(arrow) as temporary,
         pq.ParquetFile(path) as file,
-        pa.OSFile(str(whole), "wb") as sink,
+        pa.OSFile(str(temporary), "wb") as sink,
         pa.ipc.new_file(sink, file.schema_arrow) as writer,
     ):
         for batch in file.iter_batches(batch_size=4096):
@@ -360,9 +359,7 @@ def _write_arrow(path: Path, arrow: Path) -> None:
 
 
 def content_hash(content: Any, salt: int) -> float:
-    """Return a number in [0, 1) that depends on the content alone: the order of an object's fields
-    is none.
-    """
+    """Hash content to a number in [0, 1); the order of an object's fields does not matter."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=salt.to_bytes(8, "little"))
     return int.from_bytes(digest.digest(), "little") / 2**64

@@ -1,5 +1,4 @@
-"""The order of examples as a pure function of (seed, position): nothing is drawn, so nothing is
-replayed.
+"""The order of examples as a pure function of (seed, position): a resumed run replays nothing.
 
 Position `p` of the endless stream of a run falls to a source by the mixture's assignment. That
 source's examples are gone through in rounds, each in a pseudo-random order of its own, so that no
@@ -25,13 +24,13 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Order:
-    """The order over sources of given sizes; `weights` are their shares and add to 1."""
+    """Order of the examples of sources with the given sizes; `weights` are shares that add to 1."""
 
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
     seed: int
     shuffled: bool = True
-    """Without it, every round has the order of the file: for evaluation."""
+    """False keeps the order of the file in every round, for evaluation."""
 
     @cached_property
     def _assignment(self) -> Assignment:
@@ -39,22 +38,22 @@ class Order:
 
     @property
     def epoch(self) -> int:
-        """The examples of an epoch: as many as the sources hold together.
+        """Number of examples of an epoch: the sizes of all sources together.
 
         In a mixture a source with more than its natural share is then repeated, one with less not
         used up.
         """
         return sum(self.sizes)
 
-    def at(self, positions: Indices) -> tuple[Indices, Indices]:
+    def locate(self, positions: Indices) -> tuple[Indices, Indices]:
         """Return the source of each position `[n]`, and the number of the example in it `[n]`."""
-        sources, drawn = self._assignment.at(np.asarray(positions, np.int64))
-        found = np.empty_like(drawn)
+        sources, drawn = self._assignment.locate(np.asarray(positions, np.int64))
+        indices = np.empty_like(drawn)
         for source, size in enumerate(self.sizes):
-            own = np.flatnonzero(sources == source)
-            if own.size:
-                found[own] = self._source_order(source, size, drawn[own])
-        return sources, found
+            of_source = np.flatnonzero(sources == source)
+            if of_source.size:
+                indices[of_source] = self._source_order(source, size, drawn[of_source])
+        return sources, indices
 
     def _source_order(self, source: int, size: int, drawn: Indices) -> Indices:
         rounds, within = np.divmod(drawn, size)
@@ -62,8 +61,10 @@ class Order:
             return within
         out = np.empty_like(within)
         for number in np.unique(rounds):
-            own = rounds == number
-            out[own] = permute(within[own], size, derive(self.seed, "round", source, int(number)))
+            in_round = rounds == number
+            out[in_round] = permute(
+                within[in_round], size, derive(self.seed, "round", source, int(number))
+            )
         return out
 
 

@@ -1,4 +1,4 @@
-"""From a data expression to a stream of examples with random access by step.
+"""Opens a data expression as a stream of examples with random access by position.
 
 An expression is brought into one form first: a mixture of parts, each of them chosen rows of one
 source under one set of roles (8 bytes a row). `take`, `where`, `split` and the other methods of a
@@ -36,12 +36,12 @@ from tunelang.runtime.data.sample_order import Order
 Indices = NDArray[np.int64]
 _READ = 256
 Measurer = Callable[[Example], int]
-"""The number of tokens of an example."""
+"""Counts the tokens of an example."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Declared data, opened."""
+    """Opened rows of declared data."""
 
     name: str
     kind: data.DataKind
@@ -57,14 +57,14 @@ class Part:
     rows: Indices
     weight: float = 1.0
     splits: int = 0
-    """How many splits were applied: each divides what the one before left by another hash."""
+    """Number of splits applied so far; each of them hashes with another salt."""
 
     def example(self, index: int) -> Example:
         """Return the example at an index of `rows`; raises what `example_of` raises."""
         return self.of_row(int(self.rows[index]))
 
     def of_row(self, row: int) -> Example:
-        """Return the example that a row of the source is under the roles of this part."""
+        """Return the example of a row of the source, with the roles of this part."""
         return example_of(self.source.name, row, self.source.rows[row], self.roles)
 
 
@@ -75,35 +75,35 @@ class Stream:
     parts: tuple[Part, ...]
     order: Order
     bad: BadRows = field(compare=False)
-    """The rows that were dropped on the way."""
+    """Rows that were dropped when the stream was opened."""
 
     def __len__(self) -> int:
-        """Return the examples of an epoch."""
+        """Return the number of examples of an epoch."""
         return self.order.epoch
 
-    def at(self, positions: Indices) -> list[Example]:
+    def examples_at(self, positions: Indices) -> list[Example]:
         """Return the examples at positions `[n]` of the stream."""
-        sources, indices = self.order.at(positions)
+        sources, indices = self.order.locate(positions)
         pairs = zip(sources, indices, strict=True)
         return [self.parts[source].example(index) for source, index in pairs]
 
     def once(self) -> Iterator[Example]:
-        """Every example of an epoch in its order, the way that evaluations read data."""
+        """Yield every example of an epoch in order, for evaluations."""
         for start in range(0, len(self), _READ):
             stop = min(start + _READ, len(self))
-            yield from self.at(np.arange(start, stop, dtype=np.int64))
+            yield from self.examples_at(np.arange(start, stop, dtype=np.int64))
 
 
 @dataclass
 class Library:
-    """The declared data of a program: each source is opened, and checked row by row, once."""
+    """Declared data of a program; each source is opened, and its rows are checked, once."""
 
     program: Program
     cache: Path
-    """A folder for what is made from the sources."""
+    """Folder for files derived from the sources."""
     bad: BadRows = field(default_factory=BadRows)
     sampled: Callable[[data.Sampled], Path] | None = None
-    """Finds the file that a `sample` stage wrote."""
+    """Returns the file that a `sample` stage wrote."""
     _sources: dict[str, Part] = field(default_factory=dict)
 
     def stream(
@@ -125,21 +125,21 @@ class Library:
         return Stream(parts, Order(sizes, weights, seed, shuffled), self.bad)
 
     def source(self, name: str, kind: data.DataKind) -> Part:
-        """All usable rows of a source."""
+        """Return all usable rows of a source."""
         if name not in self._sources:
             if isinstance(kind, data.Sampled):
                 assert self.sampled is not None
                 rows = open_lines(self.sampled(kind))
             else:
                 rows = open_rows(kind, self.program.folder, cache=self.cache)
-            found = np.arange(len(rows), dtype=np.int64)
-            part = Part(Source(name, kind, rows), roles_of(kind), found)
+            indices = np.arange(len(rows), dtype=np.int64)
+            part = Part(Source(name, kind, rows), roles_of(kind), indices)
             self._sources[name] = self.filtered(part, lambda _: True)
         return self._sources[name]
 
     def filtered(self, part: Part, keep: Callable[[Example], bool]) -> Part:
-        """Return the rows of a part that can be read and that `keep` holds for; the others by the
-        policy.
+        """Return the rows of a part for which `keep` is true; rows that cannot be read are
+        handled by their policy.
 
         Raises `NoRowsError` where none is left.
         """
@@ -190,7 +190,7 @@ class Library:
 
 @dataclass(frozen=True)
 class _Builder:
-    """Walks an expression."""
+    """Builds the parts of a data expression."""
 
     library: Library
     measure: Measurer | None
@@ -204,10 +204,10 @@ class _Builder:
                     return [self.library.source(expression.name, value)]
                 return self.parts(value)
             case data.Mixture():
-                found = [(whole.weight, self.parts(whole.of)) for whole in expression.parts]
+                weighted = [(member.weight, self.parts(member.of)) for member in expression.parts]
                 return [
                     replace(part, weight=weight * part.weight)
-                    for weight, inner in found
+                    for weight, inner in weighted
                     for part in inner
                 ]
             case data.DataMethod():
@@ -224,8 +224,8 @@ class _Builder:
                 return [replace(p, rows=np.tile(p.rows, method.times)) for p in parts]
             case data.Shuffle():
                 return [
-                    replace(p, rows=p.rows[_permutation(len(p.rows), method.seed, at)])
-                    for at, p in enumerate(parts)
+                    replace(p, rows=p.rows[_permutation(len(p.rows), method.seed, index)])
+                    for index, p in enumerate(parts)
                 ]
             case data.Map():
                 mapped = [replace(part, roles=part.roles.mapped(method)) for part in parts]
@@ -241,11 +241,9 @@ class _Builder:
         raise TypeError(f"not a data method: {type(method).__name__}")
 
     def _cut(self, parts: list[Part], start: int, stop: int | None) -> list[Part]:
-        """Return the examples from `start` to `stop` in the order in which a mixture gives them
-        unshuffled.
-        """
-        whole = sum(len(part.rows) for part in parts)
-        stop = whole if stop is None else min(stop, whole)
+        """Return the examples from `start` to `stop`, in the unshuffled order of the mixture."""
+        total = sum(len(part.rows) for part in parts)
+        stop = total if stop is None else min(stop, total)
         if start >= stop:
             raise NoRowsError(parts[0].source.name, self.library.bad)
         assignment = assign(tuple(part.weight for part in parts))
@@ -259,7 +257,7 @@ class _Builder:
         return cut
 
     def _split(self, split: data.Split, part: Part) -> Part:
-        """Return the rows of a part whose content falls to `split.part`."""
+        """Return the rows of a part whose content hash lies in `split.part`."""
         names = [name for name in split.parts if name != "train"]
         edges = np.cumsum([0.0, *(split.parts[name] for name in names)])
         spans = dict(zip(names, pairwise(map(float, edges)), strict=True))

@@ -1,4 +1,4 @@
-"""Text templates: what a `TextExpression` of the language says for one row of data.
+"""Renders text templates, the `TextExpression`s of the language, for rows of data.
 
 A field is written `{name}`, or `{outer.inner}` for a field of an object inside a row; `{{` and `}}`
 stand for braces. Numbers and truth values read as JSON writes them.
@@ -22,10 +22,10 @@ _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
 def lookup(name: str, row: Row) -> Any:
-    """Return the value of a field; a column whose own name has a dot goes before a field of an
-    object. Dots lead into objects by key and into lists by number, from 0.
+    """Return the value of a field.
 
-    Raises `MissingFieldError`.
+    Dots lead into objects by key and into lists by number, from 0; a column whose name itself has
+    dots takes precedence. Raises `MissingFieldError`.
     """
     if name in row:
         return row[name]
@@ -53,8 +53,8 @@ def render(expression: TextExpression, row: Row) -> str:
                 for part, name in _parse(expression.text)
             )
         case After():
-            _, found, rest = render(expression.text, row).rpartition(expression.marker)
-            return rest.strip() if found else ""
+            _, marker, tail = render(expression.text, row).rpartition(expression.marker)
+            return tail.strip() if marker else ""
         case Before():
             return render(expression.text, row).partition(expression.marker)[0].strip()
         case Between():
@@ -63,9 +63,7 @@ def render(expression: TextExpression, row: Row) -> str:
 
 
 def _between(text: str, start: str, end: str) -> str:
-    """Return the last place where `start` is followed by `end`; a later `start` left open does not
-    count.
-    """
+    """Return the text between the last `start` that is followed by `end`, and that `end`."""
     stop = text.rfind(end)
     while stop >= 0:
         begin = text.rfind(start, 0, stop)
@@ -93,7 +91,7 @@ def as_text(name: str, value: Any) -> str:
 
 
 def fields(expression: TextExpression) -> Iterator[str]:
-    """Return the names of the fields that an expression reads, in order of occurrence."""
+    """Yield the names of the fields that an expression reads, in order of occurrence."""
     match expression:
         case TemplateText():
             yield from (name for _, name in _parse(expression.text) if name is not None)
@@ -112,21 +110,21 @@ def sole_field(expression: TextExpression) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _parse(text: str) -> tuple[tuple[str, str | None], ...]:
-    """Return a template as pieces `(text, None)` and `("", field)`."""
-    pieces: list[tuple[str, str | None]] = []
+    """Split a template into parts `(text, None)` and `("", field)`."""
+    parts: list[tuple[str, str | None]] = []
     plain: list[str] = []
-    at = 0
+    position = 0
     for match in _TOKEN.finditer(text):
-        plain.append(text[at : match.start()])
-        at = match.end()
+        plain.append(text[position : match.start()])
+        position = match.end()
         if match.group(1) is None:
             plain.append(match.group()[0])
             continue
         if any(plain):
-            pieces.append(("".join(plain), None))
+            parts.append(("".join(plain), None))
         plain = []
-        pieces.append(("", match.group(1)))
-    plain.append(text[at:])
+        parts.append(("", match.group(1)))
+    plain.append(text[position:])
     if any(plain):
-        pieces.append(("".join(plain), None))
-    return tuple(pieces)
+        parts.append(("".join(plain), None))
+    return tuple(parts)

@@ -31,7 +31,7 @@ _FALSE = frozenset({"false", "no", "0", "0.0"})
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model makes of the items of a corpus, each array `[items, pieces]`."""
+    """What a model makes of the items of a corpus, each array `[items, segments]`."""
 
     values: NDArray[np.float32]
     """Summed log-probability in nats, or the score."""
@@ -46,12 +46,15 @@ def score_answers(
     batch, items = epoch(corpus, limit, layout)
     a = model.architecture
     config = StepConfig(layout=layout, dtype=model.dtype, chunk=CHUNK)
-    count = items.shape[-1] * corpus.pieces
+    count = items.shape[-1] * corpus.segments_per_item
     score = shared_segment_program(a, config, count)
-    found = [np.asarray(each).reshape(*items.shape, corpus.pieces) for each in score(params, batch)]
+    found = [
+        np.asarray(each).reshape(*items.shape, corpus.segments_per_item)
+        for each in score(params, batch)
+    ]
     there = items >= 0
     size = int(items.max()) + 1
-    values, tokens = (np.zeros((size, corpus.pieces), np.float32) for _ in found)
+    values, tokens = (np.zeros((size, corpus.segments_per_item), np.float32) for _ in found)
     values[items[there]], tokens[items[there]] = (each[there] for each in found)
     return Scored(values, tokens)
 

@@ -28,7 +28,12 @@ from tunelang.runtime.loading.initial_weights import Origin, loaded, shaped_adap
 from tunelang.runtime.models import model_folder
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.sharding import Layout
-from tunelang.runtime.store.atomic_files import read_json, told, write_json, written_whole
+from tunelang.runtime.store.atomic_files import (
+    raising_store_errors,
+    read_json,
+    replacing,
+    write_json,
+)
 from tunelang.runtime.store.export_manifest import MANIFEST
 from tunelang.runtime.tokenize.hf_files import tokenizer_files
 from tunelang.runtime.training.checkpoints import load_params
@@ -95,7 +100,7 @@ class Folder:
             # Before the file is there: whatever happens, the next export knows it for its own.
             self.files[name] = 0
             self.note(None)
-        with told("write", target), written_whole(target) as beside:
+        with raising_store_errors("write", target), replacing(target) as beside:
             write(beside)
         self.files[name] = target.stat().st_size
         self.written.append(name)
@@ -139,7 +144,7 @@ def export_model(
     loading and writing raise.
     """
     held = read_json(path / MANIFEST)
-    with told("write", path):
+    with raising_store_errors("write", path):
         path.mkdir(parents=True, exist_ok=True)
     folder = Folder(path, dict(held["files"]) if isinstance(held, dict) else {})
     if kind.adapter == "apart":

@@ -1,4 +1,4 @@
-"""Plans of checked specs: the part of planning that reads files and asks for devices.
+"""Plans checked specs: the part of planning that reads files and looks up devices.
 
 - `prepare`: from a spec to a plan with layouts.
 - `declared_models`: architectures of the models that stages work with.

@@ -1,4 +1,4 @@
-"""The architectures of the models that stages work with, without reading data or weights."""
+"""Looks up the architectures of the models of stages, without reading data or weights."""
 
 from __future__ import annotations
 

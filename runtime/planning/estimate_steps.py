@@ -1,5 +1,5 @@
-"""An estimate of the steps of a stage whose length its data decides, from the beginnings of its
-files, before the data is read.
+"""Estimates the number of steps of a stage whose length depends on its data, from the beginnings
+of the data's files.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from tunelang.runtime.data.row_errors import MissingFieldError, WrongTypeError
 from tunelang.runtime.data.sample_order import steps_of
 
 _HEAD_BYTES = 2**18
-"""Bytes at the beginning of a file that stand for all of it."""
+"""Bytes read from the beginning of a file, from which the file is extrapolated."""
 _MEASURED_ROWS = 64
-"""Rows whose texts are measured."""
+"""Number of rows whose texts are measured."""
 _TOKEN_CHARACTERS = 4.0
-"""Characters of a token, about, of a tokenizer that merges them; bytes are their own tokens."""
+"""Approximate characters of a token, for tokenizers that merge characters."""
 _PROBLEM_CHARACTERS = 200.0
-"""Characters of a generated problem with its answer, about."""
+"""Approximate characters of a generated problem with its answer."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much there is of some data, about."""
+    """Approximate size of some data."""
 
     examples: float
     characters: float
@@ -43,13 +43,13 @@ class Extent:
 
 
 class _UnknownError(Exception):
-    """The data has to be read to know anything."""
+    """The size of the data is unknown until it is read."""
 
 
 def estimate_steps(
     program: Program, stage: Training, model: str, layout: StageLayout, known: dict[str, Extent]
 ) -> tuple[int, bool] | None:
-    """Return the steps of a stage, and whether they are exact; None where nothing is known.
+    """Return the number of steps of a stage, and whether it is exact; None if it is unknown.
 
     `known` caches the extents of sources.
     """
@@ -100,7 +100,7 @@ def _extent(program: Program, expression: DataExpression, known: dict[str, Exten
 
 
 def _examples_after(method: data.DataMethod, examples: float) -> float:
-    """Return how many of a source's examples a method of data leaves."""
+    """Return the number of a source's examples that remain after a method."""
     match method:
         case data.Take():
             return min(examples, method.count)

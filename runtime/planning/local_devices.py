@@ -24,9 +24,9 @@ _CPU_BANDWIDTH = 20e9
 
 
 class StageDevices:
-    """The devices of each stage: those of `override`, of the stage, of the run, or of this machine.
+    """Looks up the devices of stages: those of `override`, the stage, the run, or this machine.
 
-    Devices of this machine are measured once; `cache` keeps that for later runs.
+    Devices of this machine are measured once, and the result is kept in the folder `cache`.
     """
 
     def __init__(self, program: Program, override: HardwareKind | None, cache: Path) -> None:

@@ -40,21 +40,21 @@ from tunelang.runtime.store.run_store import Store
 
 @dataclass(frozen=True)
 class Prepared:
-    """A plan with what it was made from."""
+    """A plan with the objects that it was made from."""
 
     program: Program
     plan: Plan
     graph: StageGraph
     layouts: dict[str, StageLayout]
-    """Node -> its layout where it is trained by itself; training stages only."""
+    """Node -> its layout if it is trained alone; training stages only."""
     fused: dict[str, Sweep]
     """Node -> the branches, itself among them, that one program trains."""
     devices: dict[str, Devices]
-    """Node -> what it runs on."""
+    """Node -> the devices that it runs on."""
     shapes: dict[str, Shapes]
     """Node -> the models of its programs; training stages only."""
     queries: dict[str, LayoutQuery]
-    """Node -> what its layout was searched for; training stages only."""
+    """Node -> the query of its layout search; training stages only."""
     measured: dict[str, tuple[Shapes, ...]]
     """Node -> the models that it samples from or measures; other stages only."""
 
@@ -102,7 +102,9 @@ def prepare(
         plan=replace(plan, stages=tuple(stages)),
         graph=graph,
         layouts={name: node.layouts[0] for name, node in laid_out.items()},
-        fused={n: each.sweep for n, each in laid_out.items() if each.sweep and each.sweep.fused},
+        fused={
+            n: layout.sweep for n, layout in laid_out.items() if layout.sweep and layout.sweep.fused
+        },
         devices=(dict.fromkeys(measured, devices.of(None)) if measured else {})
         | {name: node.query.devices for name, node in laid_out.items()},
         shapes={name: _shapes(models, name, node.query) for name, node in laid_out.items()},
@@ -128,7 +130,7 @@ def _failing_stages() -> Iterator[None]:
 
 
 def _checked_export(program: Program, graph: StageGraph, stage: StagePlan) -> StagePlan:
-    """Return a stage, to run again if it is an export whose files are gone."""
+    """Return the stage, with the state `to run` if it is an export whose files are gone."""
     if isinstance(graph.nodes[stage.node].value, Export) and stage.state.kind == "up to date":
         if not is_written(export_folder(program, graph, stage.node), stage.digest):
             return replace(stage, state=State("to run", "gone"))
@@ -142,7 +144,7 @@ def _queries(
     models: DeclaredModels,
     devices: StageDevices,
 ) -> Iterator[tuple[StagePlan, LayoutQuery]]:
-    """Give the training stages that are to run, and what their layouts are searched for.
+    """Yield the training stages that are to run, with the queries for their layouts.
 
     Raises `LayoutError`.
     """
@@ -176,7 +178,7 @@ def _queries(
 def _measured(
     graph: StageGraph, stages: list[StagePlan], models: DeclaredModels
 ) -> Iterator[tuple[str, tuple[Shapes, ...]]]:
-    """Give the other stages that are to run, and the models that they sample from or measure."""
+    """Yield the other stages that are to run, with the models that they sample from or measure."""
     for stage in stages:
         value = graph.nodes[stage.node].value
         references = value.models_run if isinstance(value, Stage) else ()

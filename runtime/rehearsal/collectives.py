@@ -1,4 +1,4 @@
-"""The exchanges between devices in a compiled program, read from its text."""
+"""Reads the collectives of a compiled program from its text."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Collective(NamedTuple):
 
 
 def exchanged(text: str) -> dict[str, tuple[int, int]]:
-    """Count the collectives that a call of a program executes, and the bytes of their results in
-    each device, by kind.
+    """Count the collectives of a call of a program by kind: executions, and bytes of their results
+    in each device.
     """
     totals: dict[str, tuple[int, int]] = {}
     for collective in collectives(text):
@@ -52,7 +52,7 @@ def exchanged(text: str) -> dict[str, tuple[int, int]]:
 
 
 def collectives(text: str) -> Iterator[Collective]:
-    """Give the collectives of a compiled program, from its text."""
+    """Yield the collectives in the text of a compiled program."""
     for line, times, loops in operations(text):
         operation = _OPERATION.search(line)
         if operation is not None:
@@ -63,8 +63,9 @@ def collectives(text: str) -> Iterator[Collective]:
 
 
 def operations(text: str) -> Iterator[tuple[str, int, int]]:
-    """Give the operations of a compiled program: its line, its executions per call (loops of
-    unknown trip count count once), and the loops that it is nested in.
+    """Yield the operations of a compiled program: line, executions per call, nesting loops.
+
+    Loops of unknown trip count count once.
     """
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
     if entry is not None:
@@ -72,8 +73,8 @@ def operations(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def wasteful(text: str, architecture: Architecture, micro_batches: int) -> Iterator[str]:
-    """Describe what a program gathers needlessly: the weights of all layers at once, logits, or
-    the head in each turn of the loop over chunks.
+    """Describe needless all-gathers of a program: the weights of all layers at once, logits, or
+    the head in every iteration of the loop over chunks.
     """
     a = architecture
     findings: dict[str, None] = {}
@@ -96,7 +97,7 @@ def wasteful(text: str, architecture: Architecture, micro_batches: int) -> Itera
 def _walk(
     blocks: dict[str, str], name: str, times: int, loops: int, depth: int
 ) -> Iterator[tuple[str, int, int]]:
-    """Give the operations of a computation, which is called `times` in so many loops."""
+    """Yield the operations of a computation that is called `times` within `loops` loops."""
     if depth > 20:
         return
     for written in blocks.get(name, "").splitlines():
@@ -112,8 +113,9 @@ def _walk(
 
 
 def _trip_count(loop: str, blocks: dict[str, str]) -> int:
-    """Return the trip count of a loop, 1 where it is not known. XLA states it for CPUs and GPUs;
-    for TPUs it is the constant that the loop's condition compares with.
+    """Return the trip count of a loop, 1 if it is unknown.
+
+    XLA states it for CPUs and GPUs; for TPUs it is the constant in the loop's condition.
     """
     stated = _TRIPS.search(loop)
     if stated is not None:
@@ -137,9 +139,7 @@ def _largest(text: str) -> tuple[int, ...]:
 
 
 def _bytes(text: str, paired: bool) -> int:
-    """Count the bytes of the arrays of a type: all of them, or where operands stand in front of
-    them, the results.
-    """
+    """Count the bytes of the arrays of a type; if it is `paired`, operands are not counted."""
     if paired and text.startswith("(("):
         text = text[text.index(")") :]
     sizes = [

@@ -1,4 +1,4 @@
-"""Rehearsal: a stage's own programs, compiled for hardware that need not be here.
+"""Compiles the programs of a stage for hardware that this machine need not have.
 
 What is compiled is what a run would compile (`abstract_programs.py`). The compiler says what memory
 a program takes, and refuses what cannot be; nothing runs.
@@ -49,7 +49,7 @@ from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.user_functions import bound
 
 STEP = ("train", "score", "reference", "prefill", "decode")
-"""The programs of a step."""
+"""Names of the programs of a step."""
 _NOT_COMPILED = ("from_", "data", "seed", "length", "reward")
 """Attributes in which branches may differ and still have the same programs."""
 _FORMAT = "2"
@@ -57,7 +57,7 @@ _FORMAT = "2"
 _COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt")
 """Packages whose version decides what is compiled."""
 _TRIES = 3
-"""Layouts that are compiled to find one that fits."""
+"""Number of layouts that are compiled to find one that fits."""
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class Rehearsed:
     name: str
     """`train`, `score`, `prefill`, `decode`, `reference`; with an eval's name before its own."""
     peak: int
-    """Bytes in a device while it runs, with all else that the stage holds in it."""
+    """Peak bytes of a device while it runs, everything that the stage keeps in it included."""
     seconds: float
-    """Seconds that compiling took."""
+    """Seconds of compilation."""
     exchanged: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Collective -> how many there are in a call, and their bytes in each device."""
+    """Collective -> executions per call, and their bytes in each device."""
     findings: tuple[str, ...] = ()
-    """Faults of the program, in words."""
+    """Inefficiencies of the program, in words."""
     refused: str = ""
-    """The compiler's words where the program needs more memory than there is."""
+    """The compiler's error if the program needs more memory than the device has, else empty."""
 
 
 def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
@@ -87,7 +87,10 @@ def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
     stage, devices = prepared.graph.nodes[node].value, prepared.devices[node]
     mesh_devices = compilable(devices)
     references = getattr(stage, "evals", ())
-    evals = {each.name: prepared.program.declarations[each.name].value for each in references}
+    evals = {
+        reference.name: prepared.program.declarations[reference.name].value
+        for reference in references
+    }
     if not isinstance(stage, Training):
         layout = make_layout(fsdp=len(mesh_devices), devices=mesh_devices)
         models = prepared.measured[node]
@@ -125,7 +128,7 @@ def _task_programs(
 
 
 def identity(prepared: Prepared, node: str) -> tuple[object, ...]:
-    """Return what the programs of a node depend on: branches of a sweep over numbers share them."""
+    """Return a key of the programs of a node; branches of a sweep over numbers have the same."""
     stage = prepared.graph.nodes[node].value
     if not isinstance(stage, Training):
         return (node,)
@@ -135,17 +138,19 @@ def identity(prepared: Prepared, node: str) -> tuple[object, ...]:
     return type(stage), *attributes, *placement
 
 
-def fits(prepared: Prepared, node: str, found: Rehearsed) -> bool:
-    """Whether a program of a stage fits into the memory of a device."""
-    return not found.refused and found.peak <= prepared.devices[node].chip.memory
+def fits(prepared: Prepared, node: str, report: Rehearsed) -> bool:
+    """Return whether a program of a stage fits into the memory of a device."""
+    return not report.refused and report.peak <= prepared.devices[node].chip.memory
 
 
-def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> Iterator[str]:
-    """Give what would make a stage fit of which a program does not: another layout, compiled as
-    well; or changes to the stage, by the estimate.
+def remedies(prepared: Prepared, node: str, report: Rehearsed, cache: Path) -> Iterator[str]:
+    """Yield changes that make a stage fit, one of whose programs does not fit.
+
+    The first choice is another layout, which is compiled too; else changes to the stage, by the
+    cost model.
     """
     stage = prepared.graph.nodes[node].value
-    if not isinstance(stage, Training) or found.name not in STEP:
+    if not isinstance(stage, Training) or report.name not in STEP:
         yield f"more devices than the {prepared.devices[node]}"
         return
     shapes = prepared.shapes[node]
@@ -155,7 +160,7 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
         prepared.queries[node], stage=stage, attention=planned.kernel, branches=planned.branches
     )
     budget = devices.chip.memory
-    worst = max(found.peak, budget + 1)
+    worst = max(report.peak, budget + 1)
     for _ in range(_TRIES):
         budget = int(budget * min(0.95, planned.total / worst))
         try:
@@ -166,7 +171,7 @@ def remedies(prepared: Prepared, node: str, found: Rehearsed, cache: Path) -> It
         mesh = make_layout(**layout.mesh, devices=compilable(devices))
         programs = kind_of(stage).abstract_programs(stage, shapes, layout, mesh)
         reports = [_compiled(program, devices, cache) for program in programs]
-        worst = max(report.peak for report in reports)
+        worst = max(r.peak for r in reports)
         if all(not r.refused and r.peak <= devices.chip.memory for r in reports):
             yield f"{_pinned(layout)}: {size_text(worst)}, as the compiler says"
             return
@@ -208,7 +213,7 @@ def _compiled(program: AbstractProgram, devices: Devices, cache: Path) -> Rehear
 
 
 def measure(program: AbstractProgram, lowered: jax.stages.Lowered) -> Rehearsed:
-    """Compile a program, and report its memory, its exchanges and its faults."""
+    """Compile a program, and report its memory, collectives and inefficiencies."""
     name, donated = program.name, program.donated
     start = time.monotonic()
     try:
@@ -246,13 +251,16 @@ _NEEDED = re.compile(
 
 
 def _refusal(text: str) -> tuple[int, str] | None:
-    """Return the bytes that a program needs by the compiler's own words, and these words; None
-    where it failed for another reason.
+    """Return the bytes that a program needs by the compiler's error, and the error's line.
+
+    None if the compiler failed for another reason than memory.
     """
     lower = text.lower()
     if "resource_exhausted" not in lower and "out of memory" not in lower:
         return None
-    line = next((each for each in text.splitlines() if "memory" in each.lower()), text)
+    line = next(
+        (text_line for text_line in text.splitlines() if "memory" in text_line.lower()), text
+    )
     size = _NEEDED.search(line)
     needed = 0
     if size is not None:

@@ -1,4 +1,4 @@
-"""Devices that are not here, as XLA's compilers know them: to compile for, not to run on."""
+"""Describes devices that this machine lacks to XLA's compilers, to compile for them."""
 
 from __future__ import annotations
 

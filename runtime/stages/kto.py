@@ -145,7 +145,7 @@ class KtoKind(ComparedKind[Kto]):
         assert corpus.values is not None
         labels = segment_values(corpus.values)
         return lambda batch, items: KtoExtras(
-            labels(items), mismatch(batch, corpus.pad, corpus.pieces)
+            labels(items), mismatch(batch, corpus.pad, corpus.segments_per_item)
         )
 
     @override
@@ -191,10 +191,10 @@ def kto_losses(
     }
 
 
-def mismatch(batch: Batch, pad: int, pieces: int) -> Batch:
+def mismatch(batch: Batch, pad: int, per_item: int) -> Batch:
     """Return the prompts of a batch of numpy arrays with answers to other prompts.
 
-    Within a sequence each segment gets the answer of the next item, of `pieces` segments, so that
+    Within a sequence each segment gets the answer of the next item, of `per_item` segments, so that
     all of them still fit; the only item of a sequence gets that of the next sequence, cut to the
     remaining room.
     """
@@ -205,8 +205,10 @@ def mismatch(batch: Batch, pad: int, pieces: int) -> Batch:
     positions = np.zeros_like(batch.positions)
     examples = [_split_segments(batch, row) for row in range(rows)]
     for row, own in enumerate(examples):
-        is_alone = len(own) == pieces
-        others = examples[(row + 1) % rows][:pieces] if is_alone else own[pieces:] + own[:pieces]
+        is_alone = len(own) == per_item
+        others = (
+            examples[(row + 1) % rows][:per_item] if is_alone else own[per_item:] + own[:per_item]
+        )
         start = 0
         for number, ((prompt, _), (_, answer)) in enumerate(zip(own, others, strict=True), 1):
             ids = np.concatenate([prompt, answer])[: length - start]

@@ -198,7 +198,7 @@ class PolicyTrainer:
     def _round(self, step: int) -> _Sampled:
         stage, renderer = self.stage, self.model.renderer
         places = np.arange(self.cursor, self.cursor + stage.batch, dtype=np.int64)
-        examples = self.stream.at(places)
+        examples = self.stream.examples_at(places)
         self.cursor += stage.batch
         prompts = [
             Prompt(renderer.prompt(example), int(place) % 2**31)

@@ -41,7 +41,7 @@ from tunelang.runtime.stages.supervised import (
     abstract_segment_values,
     segment_values,
 )
-from tunelang.runtime.store.atomic_files import written_whole
+from tunelang.runtime.store.atomic_files import replacing
 from tunelang.runtime.tokenize.token_cache import Valued, unvalued
 from tunelang.runtime.training.objective import Batch, Models, Objective, shift_targets
 from tunelang.runtime.training.step_config import StepConfig
@@ -177,7 +177,7 @@ class PreferenceKind(ComparedKind[Preference]):
 
 
 def _score_ahead(inputs: TrainingInputs, data: OpenedData) -> NDArray[np.float32]:
-    """Return the reference's log-probability of every answer, `[items, pieces]`, in nats.
+    """Return the reference's log-probability of every answer, `[items, segments]`, in nats.
 
     They are kept in the stage's folder, so that a resumed stage reads them again.
     """
@@ -188,6 +188,6 @@ def _score_ahead(inputs: TrainingInputs, data: OpenedData) -> NDArray[np.float32
     assert data.auxiliary is not None
     model = replace(inputs.model, architecture=data.auxiliary.architecture)
     scored = score_answers(data.corpus, model, data.aux_params(), inputs.layout)
-    with written_whole(path) as partial, partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.save(file, scored.values)
     return scored.values

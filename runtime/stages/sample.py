@@ -41,7 +41,7 @@ from tunelang.runtime.stages.stage_kinds import (
     TaskKind,
     register,
 )
-from tunelang.runtime.store.atomic_files import RowWriter, keep_rows, read_rows, written_whole
+from tunelang.runtime.store.atomic_files import RowWriter, keep_rows, read_rows, replacing
 from tunelang.runtime.training.step_config import StepConfig
 
 CHUNK = 1024
@@ -153,8 +153,8 @@ def _choose(stage: Sample, tries: Path, folder: Path) -> dict[str, float]:
     rewards: list[float] = []
     kept = solved = prompts = 0
     with (
-        written_whole(folder / FILES["completions"]) as completions,
-        written_whole(folder / FILES["pairs"]) as pairs,
+        replacing(folder / FILES["completions"]) as completions,
+        replacing(folder / FILES["pairs"]) as pairs,
         completions.open("w", encoding="utf-8") as chosen,
         pairs.open("w", encoding="utf-8") as paired,
     ):

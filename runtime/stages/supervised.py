@@ -299,7 +299,9 @@ class SupervisedKind(TrainingKind[SupervisedStage]):
         aux_params = data.aux_params() if auxiliary is not None and auxiliary.live else None
         extras = self.extras(stage, inputs, data)
         own_answers = self.own_answers(stage, inputs, data)
-        setup = ObjectiveSetup(table.most * corpus.pieces, a, auxiliary, corpus.values is not None)
+        setup = ObjectiveSetup(
+            table.most * corpus.segments_per_item, a, auxiliary, corpus.values is not None
+        )
         # Built for a rate of 1, which the state's scale makes the stage's own: the branches of a
         # sweep over rates share the program.
         optimizer = at_unit_rate(stage.optimizer)
@@ -386,7 +388,7 @@ class LikelihoodKind(SupervisedKind[Likelihood]):
 
 
 def segment_values(values: NDArray[np.float32]) -> Callable[[Items], NDArray[np.float32]]:
-    """Return what lays out the values of items `[items, pieces]` for the segments of sequences:
+    """Return what lays out the values of items `[items, segments]` for the segments of sequences:
     `[sequences, segments]`, 0 where there is none.
     """
 

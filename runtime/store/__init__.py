@@ -1,7 +1,7 @@
 """Results on disk: stages by fingerprint, and runs.
 
 - `run_store`: the store: folders of stages, the index of runs.
-- `atomic_files`: files that a crash leaves whole, lines that are appended whole.
+- `atomic_files`: files that are replaced atomically, lines that are appended completely.
 - `locks`: locks between processes, and who holds them.
 - `export_manifest`: which files of an exported folder a stage wrote.
 """

@@ -1,4 +1,4 @@
-"""Files that survive: written whole or not at all, lines that are appended whole, folders synced.
+"""Writes files atomically, appends complete lines to files, and syncs folders.
 
 Every failure of the operating system becomes a `StoreError` that says what was being done, and
 where.
@@ -22,7 +22,7 @@ from tunelang.dsl.diagnostics.tune_error import FailureText, TuneError
 from tunelang.dsl.messages import run_failures
 
 PART_SUFFIX = ".part"
-"""The end of the names of files that are being written."""
+"""Suffix of the names of files that are being written."""
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 @dataclass(eq=False)
 class StoreError(TuneError):
-    """The store could not do something.
+    """The store failed to read or write something.
 
     `action` is a verb (`write`, `lock`); `reason` is lower case without a full stop (`no space left
     on device`).
@@ -48,41 +48,42 @@ class StoreError(TuneError):
 
 
 @contextmanager
-def told(what: str, path: Path) -> Iterator[None]:
+def raising_store_errors(action: str, path: Path) -> Iterator[None]:
     """Turn `OSError` and text that is no UTF-8 into `StoreError`."""
     try:
         yield
     except OSError as error:
-        raise StoreError(what, path, (error.strerror or str(error)).lower()) from error
+        raise StoreError(action, path, (error.strerror or str(error)).lower()) from error
     except UnicodeDecodeError as error:
-        raise StoreError(what, path, "it is not UTF-8 text") from error
+        raise StoreError(action, path, "it is not UTF-8 text") from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that after any crash it has its old content or all of the new.
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that after any crash it has either its old or its new content.
 
-    Written under a temporary name, synced, renamed, and the folder synced. Raises `StoreError`.
+    The content goes to a temporary file, which is synced and renamed; then the folder is synced.
+    Raises `StoreError`.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{PART_SUFFIX}")
-    with told("write", path):
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{PART_SUFFIX}")
+    with raising_store_errors("write", path):
         try:
-            handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 _write_all(handle, content)
                 os.fsync(handle)
             finally:
                 os.close(handle)
-            os.rename(beside, path)
+            os.rename(temporary, path)
         except BaseException:
             with suppress(OSError):
-                beside.unlink()
+                temporary.unlink()
             raise
         sync_folder(path.parent)
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a file to write in place of `path`, which it becomes at the end, unless writing failed.
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, which replaces `path` at the end unless writing failed.
 
     Its name is random, since hosts that share a folder may well share process ids. It keeps the
     suffix, which `numpy.save` insists on.
@@ -97,14 +98,14 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_whole` of a value as JSON. Raises `StoreError`."""
+    """Write a value as JSON, atomically. Raises `StoreError`."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-    write_whole(path, text.encode())
+    write_atomically(path, text.encode())
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file; None where there is no file. Raises `StoreError`."""
-    with told("read", path):
+    """Return the value of a JSON file; None if there is no file. Raises `StoreError`."""
+    with raising_store_errors("read", path):
         try:
             text = path.read_text("utf-8")
         except (FileNotFoundError, NotADirectoryError):
@@ -116,7 +117,7 @@ def read_json(path: Path) -> Any:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last. Raises `OSError`."""
+    """Sync the names in a folder to disk. Raises `OSError`."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -125,22 +126,22 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> dict[str, int]:
-    """Make all files under a folder last. Gives their sizes in bytes by relative path.
+    """Sync all files under a folder to disk; returns their sizes in bytes by relative path.
 
     Raises `StoreError`.
     """
     sizes: dict[str, int] = {}
-    with told("sync", folder):
-        for at, _, names in os.walk(folder, onerror=_raise):
+    with raising_store_errors("sync", folder):
+        for directory, _, names in os.walk(folder, onerror=_raise):
             for name in sorted(names):
-                path = Path(at, name)
+                path = Path(directory, name)
                 handle = os.open(path, os.O_RDONLY)
                 try:
                     os.fsync(handle)
                     sizes[str(path.relative_to(folder))] = os.fstat(handle).st_size
                 finally:
                     os.close(handle)
-            sync_folder(Path(at))
+            sync_folder(Path(directory))
     return sizes
 
 
@@ -159,19 +160,19 @@ def _write_all(handle: int, content: bytes) -> None:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a file of JSON lines holds."""
+    """Content of a file of JSON lines."""
 
     rows: tuple[Row, ...]
     damaged: int
-    """Lines that are no JSON object: cut by a crash, or damaged on disk."""
+    """Number of lines that are no JSON object: cut off by a crash, or damaged on disk."""
 
 
 def read_rows(path: Path) -> Rows:
-    """All rows of a file of JSON lines, which may be written meanwhile. No file is no rows.
+    """Return all rows of a file of JSON lines, which another process may append to.
 
-    Raises `StoreError`.
+    A file that does not exist has no rows. Raises `StoreError`.
     """
-    with told("read", path):
+    with raising_store_errors("read", path):
         try:
             content = path.read_bytes()
         except FileNotFoundError:
@@ -198,10 +199,10 @@ def _row(line: bytes) -> Row | None:
 
 
 def numbers(row: Row) -> Row:
-    """A row of metrics with the numbers that are not finite, which are text in the file."""
+    """Return a row of metrics with `NaN` and infinities, which are text in the file, as floats."""
     return {
-        name: _NON_FINITE.get(held, held) if isinstance(held, str) else held
-        for name, held in row.items()
+        name: _NON_FINITE.get(value, value) if isinstance(value, str) else value
+        for name, value in row.items()
     }
 
 
@@ -211,16 +212,17 @@ def _line(row: Mapping[str, Any]) -> bytes:
 
 
 def _finite(value: Any) -> Any:
-    """A value with `NaN`, `Infinity` and `-Infinity` as text: JSON has no such numbers, and readers
-    in other languages refuse a file that has.
+    """Return a value with `NaN`, `Infinity` and `-Infinity` as text.
+
+    JSON has no such numbers, and readers in other languages refuse a file that has them.
     """
     match value:
         case float() if not math.isfinite(value):
             return json.dumps(value)
         case dict():
-            return {key: _finite(held) for key, held in value.items()}
+            return {key: _finite(item) for key, item in value.items()}
         case list() | tuple():
-            return [_finite(held) for held in value]
+            return [_finite(item) for item in value]
     return value
 
 
@@ -233,7 +235,7 @@ class RowWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with told("write", path):
+        with raising_store_errors("write", path):
             self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
                 self._size = _end_of_lines(self._handle)
@@ -245,7 +247,7 @@ class RowWriter:
     def append(self, row: Mapping[str, Any]) -> None:
         """Append a row. Raises `StoreError`; then the file is as it was before."""
         line = _line(row)
-        with told("write", self.path):
+        with raising_store_errors("write", self.path):
             try:
                 _write_all(self._handle, line)
             except OSError:
@@ -255,11 +257,11 @@ class RowWriter:
         self._size += len(line)
 
     def sync(self) -> None:
-        """Make what was appended last; before a checkpoint, so that it is never ahead of the rows.
+        """Sync the appended rows to disk, before a checkpoint, which must not be ahead of them.
 
         Raises `StoreError`.
         """
-        with told("sync", self.path):
+        with raising_store_errors("sync", self.path):
             os.fsync(self._handle)
 
     def close(self) -> None:
@@ -279,26 +281,26 @@ class RowWriter:
 
 
 def _end_of_lines(handle: int) -> int:
-    """Bytes up to and with the last line end."""
+    """Return the number of bytes up to and including the last line end."""
     size = os.fstat(handle).st_size
     block = 1 << 16
     while size > 0:
         start = max(size - block, 0)
-        found = os.pread(handle, size - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
+        line_end = os.pread(handle, size - start, start).rfind(b"\n")
+        if line_end >= 0:
+            return start + line_end + 1
         size = start
     return 0
 
 
 def keep_rows(path: Path, keep: Callable[[Row], bool]) -> int:
-    """Leave only the whole rows that `keep` accepts; gives how many were removed.
+    """Keep only the complete rows that `keep` accepts; returns how many were removed.
 
-    Whole or not at all, like `write_whole`. Raises `StoreError`.
+    The file is rewritten atomically. Raises `StoreError`.
     """
-    found = read_rows(path)
-    kept = [row for row in found.rows if keep(row)]
-    removed = len(found.rows) - len(kept) + found.damaged
+    rows = read_rows(path)
+    remaining = [row for row in rows.rows if keep(row)]
+    removed = len(rows.rows) - len(remaining) + rows.damaged
     if removed:
-        write_whole(path, b"".join(_line(row) for row in kept))
+        write_atomically(path, b"".join(_line(row) for row in remaining))
     return removed

@@ -1,4 +1,4 @@
-"""Where an export stage writes, and whether what it wrote is still there."""
+"""The folder of an export stage, and the manifest of the files that it wrote."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from tunelang.dsl.program import Program
 from tunelang.runtime.store.atomic_files import read_json
 
 MANIFEST = ".tune-export.json"
-"""The file that lists what exports wrote to its folder."""
+"""Name of the file that lists the files of an export."""
 
 
 def export_folder(program: Program, graph: StageGraph, node: str) -> Path:
-    """Return the folder of an export; branches of a sweep have one each within the stage's."""
-    found = graph.nodes[node]
-    folder = program.folder / Path(found.value.path).expanduser()  # type: ignore[attr-defined]
-    if len(graph.by_stage[found.stage]) == 1:
+    """Return the folder of an export; branches of a sweep have subfolders of the stage's."""
+    stage_node = graph.nodes[node]
+    folder = program.folder / Path(stage_node.value.path).expanduser()  # type: ignore[attr-defined]
+    if len(graph.by_stage[stage_node.stage]) == 1:
         return folder
-    return folder / node.removeprefix(found.stage).strip("[]").replace("/", "-")
+    return folder / node.removeprefix(stage_node.stage).strip("[]").replace("/", "-")
 
 
 def is_written(path: Path, digest: str) -> bool:
-    """Whether a folder holds what an export with this digest wrote, whole."""
-    held = read_json(path / MANIFEST)
+    """Return whether a folder has all files that an export with this digest wrote."""
+    manifest = read_json(path / MANIFEST)
     return (
-        isinstance(held, dict)
-        and held.get("digest") == digest
+        isinstance(manifest, dict)
+        and manifest.get("digest") == digest
         and all(
             (path / name).is_file() and (path / name).stat().st_size == size
-            for name, size in held["files"].items()
+            for name, size in manifest["files"].items()
         )
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tunelang.runtime.store.atomic_files import StoreError, told
+from tunelang.runtime.store.atomic_files import StoreError, raising_store_errors
 
 _POLL_SECONDS = 0.1
 
@@ -35,7 +35,7 @@ class Holder:
 
 
 class Locked(StoreError):
-    """Another process holds a lock; `holder` is None if it did not write down who it is."""
+    """Another process holds a lock; `holder` is None if it left no record of itself."""
 
     def __init__(self, path: Path, holder: Holder | None) -> None:
         super().__init__("lock", path, f"held by {holder or 'another process'}")
@@ -58,7 +58,7 @@ def lock(
     process = os.getpid()
     _acquire(file_lock, path, wait, on_wait)
     try:
-        with told("lock", path):
+        with raising_store_errors("lock", path):
             _write_holder(path)
         yield
     finally:
@@ -74,7 +74,7 @@ def _acquire(
     wait: float | None,
     on_wait: Callable[[Holder | None], None] | None,
 ) -> None:
-    with told("lock", path):
+    with raising_store_errors("lock", path):
         with suppress(Timeout):
             file_lock.acquire(blocking=False)
             return
@@ -95,7 +95,7 @@ def _write_holder(path: Path) -> None:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Return who holds a lock file; None if nobody wrote it down or it cannot be read."""
+    """Return the holder of a lock file; None if it left no record or it cannot be read."""
     try:
         return Holder(**json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):

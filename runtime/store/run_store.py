@@ -1,4 +1,4 @@
-"""The store: what stages yielded, by fingerprint, and the runs that asked for it.
+"""The store: results of stages by fingerprint, and an index of runs.
 
     .tune/
       stages/<fingerprint>/
@@ -36,13 +36,13 @@ from tunelang.runtime.store.atomic_files import (
     StoreError,
     keep_rows,
     numbers,
+    raising_store_errors,
     read_json,
     read_rows,
     sync_folder,
     sync_tree,
-    told,
+    write_atomically,
     write_json,
-    write_whole,
 )
 from tunelang.runtime.store.locks import Holder, lock
 
@@ -52,55 +52,56 @@ _UNLISTED = ("log", "lock", "done")
 """Files that may change after a stage is done."""
 
 
-def root(spec: Path, given: Path | None, environ: Mapping[str, str]) -> Path:
-    """The folder of the store: the one given, else `TUNE_STORE`, else `.tune` beside the spec."""
+def root(spec: Path, folder: Path | None, environ: Mapping[str, str]) -> Path:
+    """Return the root of the store: `folder`, else `TUNE_STORE`, else `.tune` next to the spec."""
     named = environ.get("TUNE_STORE")
-    chosen = given or (Path(named).expanduser() if named else spec.parent / ".tune")
-    return chosen.absolute()  # Orbax writes to absolute paths only
+    path = folder or (Path(named).expanduser() if named else spec.parent / ".tune")
+    return path.absolute()  # Orbax writes to absolute paths only
 
 
 @dataclass(frozen=True)
 class StageFolder:
-    """The folder of one stage. What changes it wants its lock: see `Store.hold`."""
+    """The folder of one stage. Methods that change it need its lock, from `Store.hold`."""
 
     path: Path
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the checkpoints; each is a folder named by its step."""
+        """Folder of the checkpoints, which are folders named by step."""
         return self.path / "checkpoints"
 
     @property
     def log(self) -> Path:
-        """The file of the stage's log."""
+        """Path of the stage's log."""
         return self.path / "log"
 
     def stage(self) -> Json | None:
-        """What `begin` wrote; None where nothing began. Raises `StoreError`."""
-        found = read_json(self.path / "stage.json")
-        return found if isinstance(found, dict) else None
+        """Return the content of `stage.json`; None if no work began. Raises `StoreError`."""
+        content = read_json(self.path / "stage.json")
+        return content if isinstance(content, dict) else None
 
     def done(self) -> Json | None:
-        """What `finish` wrote, if all of its files are there still. Raises `StoreError`."""
+        """Return the content of `done` if the files it lists exist. Raises `StoreError`."""
         path = self.path / "done"
-        held = read_json(path)
-        if held is None:
+        manifest = read_json(path)
+        if manifest is None:
             return None
-        with told("read", path):
+        with raising_store_errors("read", path):
             try:
-                whole = all(
+                complete = all(
                     (self.path / name).stat().st_size == size
-                    for name, size in held["files"].items()
+                    for name, size in manifest["files"].items()
                 )
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        return dict(held) if whole else None
+        return dict(manifest) if complete else None
 
     def steps(self) -> tuple[int, ...]:
-        """The steps of the whole checkpoints, rising. A checkpoint is written under another name
-        and renamed when it is whole. Raises `StoreError`.
+        """Return the steps of the complete checkpoints, ascending. Raises `StoreError`.
+
+        A checkpoint is written under another name and renamed when it is complete.
         """
-        with told("read", self.checkpoints):
+        with raising_store_errors("read", self.checkpoints):
             try:
                 entries = list(os.scandir(self.checkpoints))
             except FileNotFoundError:
@@ -108,12 +109,12 @@ class StageFolder:
             return tuple(sorted(int(e.name) for e in entries if e.name.isdecimal() and e.is_dir()))
 
     def metrics(self) -> Rows:
-        """The metrics so far, numbers that are not finite among them. Raises `StoreError`."""
-        found = read_rows(self.path / "metrics.jsonl")
-        return Rows(tuple(numbers(row) for row in found.rows), found.damaged)
+        """Return the metrics so far, with non-finite numbers as floats. Raises `StoreError`."""
+        content = read_rows(self.path / "metrics.jsonl")
+        return Rows(tuple(numbers(row) for row in content.rows), content.damaged)
 
     def samples(self) -> Rows:
-        """The completions so far. Raises `StoreError`."""
+        """Return the completions so far. Raises `StoreError`."""
         return read_rows(self.path / "samples.jsonl")
 
     # Under the lock.
@@ -124,19 +125,19 @@ class StageFolder:
         Raises `StoreError`.
         """
         self._remove("done")
-        with told("read", self.path):
+        with raising_store_errors("read", self.path):
             names = sorted(entry.name for entry in os.scandir(self.path))
         for name in names:
             if name != "lock":
                 self._remove(name)
         write_json(self.path / "stage.json", stage)
-        with told("make", self.checkpoints):
+        with raising_store_errors("make", self.checkpoints):
             self.checkpoints.mkdir()
             sync_folder(self.path)
 
     def resume(self, step: int) -> None:
-        """Go back to the checkpoint of a step: what was reported later is removed, so that no
-        step stands twice. Raises `StoreError`.
+        """Go back to the checkpoint of a step: later reports are removed, so that no step is
+        reported twice. Raises `StoreError`.
         """
         steps = self.steps()
         if step not in steps:
@@ -164,17 +165,17 @@ class StageFolder:
         self._remove(f"checkpoints/{step}")
 
     def metrics_writer(self) -> RowWriter:
-        """To append metrics; rows are `{"step": ..., ...}`. Raises `StoreError`."""
+        """Open the metrics to append rows `{"step": ..., ...}`. Raises `StoreError`."""
         return RowWriter(self.path / "metrics.jsonl")
 
     def samples_writer(self) -> RowWriter:
-        """To append completions; rows are `{"step": ..., ...}`. Raises `StoreError`."""
+        """Open the completions to append rows `{"step": ..., ...}`. Raises `StoreError`."""
         return RowWriter(self.path / "samples.jsonl")
 
     def finish(self, summary: Json) -> None:
-        """Declare the stage done: everything is made to last, and then `done` is written.
+        """Mark the stage as done: sync all files, then write `done`.
 
-        `summary` is kept in it, such as the final metrics. Raises `StoreError`.
+        `summary` is stored in it, such as the final metrics. Raises `StoreError`.
         """
         sizes = sync_tree(self.path)
         files = {
@@ -185,10 +186,10 @@ class StageFolder:
         write_json(self.path / "done", {"time": time.time(), "summary": summary, "files": files})
 
     def _remove(self, name: str) -> None:
-        """Remove a file or folder: renamed first, so that no half of it is taken for a whole."""
+        """Remove a file or folder; it is renamed first, so no part of it counts as complete."""
         path = self.path / name
         away = self.path / f".{path.name}.{secrets.token_hex(4)}{PART_SUFFIX}"
-        with told("remove", path):
+        with raising_store_errors("remove", path):
             try:
                 path.rename(away)
             except FileNotFoundError:
@@ -202,7 +203,7 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class Store:
-    """A store; reading one that is not there finds it empty, and makes nothing."""
+    """A store; one that does not exist reads as empty, and reading does not create it."""
 
     root: Path
     _plans: dict[str, dict[str, dict[str, Json]]] = field(
@@ -210,42 +211,42 @@ class Store:
     )
     """Run -> stage -> node -> fingerprint, as far as runs were read."""
 
-    # What planning asks: see `tunelang.compiler.stage_states.StoreView`.
+    # The protocol `tunelang.compiler.stage_states.StoreView`, for planning.
 
     def finished(self, digest: str) -> bool:
-        """Whether a stage is done, with all that it wrote. Raises `StoreError`."""
+        """Return whether a stage is done and all of its files exist. Raises `StoreError`."""
         return self.folder(digest).done() is not None
 
     def resumable(self, digest: str) -> int | None:
-        """The step of the last whole checkpoint. Raises `StoreError`."""
+        """Return the step of the last complete checkpoint. Raises `StoreError`."""
         folder = self.folder(digest)
         steps = folder.steps()
         return steps[-1] if steps and folder.stage() is not None else None
 
     def begun(self, digest: str) -> bool:
-        """Whether work on a stage began. Raises `StoreError`."""
+        """Return whether work on a stage began. Raises `StoreError`."""
         return self.folder(digest).stage() is not None
 
     def earlier(self, stage: str) -> dict[str, Json]:
-        """The fingerprints of a stage's nodes by id, in the last run that had the stage.
+        """Return the fingerprints of a stage's nodes by id, in the last run that had the stage.
 
         Raises `StoreError`.
         """
         for name in self._run_names():
-            found = self._fingerprints(name).get(stage)
-            if found:
-                return found
+            fingerprints = self._fingerprints(name).get(stage)
+            if fingerprints:
+                return fingerprints
         return {}
 
     # Stages.
 
     @property
     def contents(self) -> Path:
-        """The file that caches digests of the files that specs name."""
+        """Path of the cache of digests of the files that specs name."""
         return self.root / "contents.json"
 
     def folder(self, digest: str) -> StageFolder:
-        """The folder of a stage, to read."""
+        """Return the folder of a stage, for reading."""
         return StageFolder(self.root / "stages" / digest)
 
     @contextmanager
@@ -255,10 +256,10 @@ class Store:
         wait: float | None = 0.0,
         on_wait: Callable[[Holder | None], None] | None = None,
     ) -> Iterator[StageFolder]:
-        """The folder of a stage, to change: made if need be, and locked.
+        """Lock the folder of a stage, and yield it for writing; it is created if it does not exist.
 
-        Where another process works on the same stage, waits as `locks.lock` says. After waiting,
-        look again whether the stage is done. Raises `Locked` and other `StoreError`s.
+        Waits for another process as `locks.lock` does. After waiting, callers have to check again
+        whether the stage is done. Raises `Locked` and other `StoreError`s.
         """
         folder = self.folder(digest)
         self._make(folder.path)
@@ -267,16 +268,16 @@ class Store:
 
     def _make(self, folder: Path) -> None:
         ignore = self.root / ".gitignore"
-        with told("make", folder):
+        with raising_store_errors("make", folder):
             folder.mkdir(parents=True, exist_ok=True)
             fresh = not ignore.exists()
         if fresh:  # the store is no part of the user's repository
-            write_whole(ignore, b"*\n")
+            write_atomically(ignore, b"*\n")
 
     # Runs.
 
     def begin_run(self, spec: str, command: tuple[str, ...], plan: Json) -> str:
-        """Enter a run with its plan as JSON; gives its id. Raises `StoreError`."""
+        """Enter a run with its plan as JSON; returns its id. Raises `StoreError`."""
         now = time.time()
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
         name = f"{stamp}.{int(now % 1 * 1e6):06}Z-{secrets.token_hex(2)}"
@@ -299,7 +300,7 @@ class Store:
         write_json(self._run_path(run), {**entry, "ended": time.time(), "outcome": outcome})
 
     def plan(self, run: str) -> Json:
-        """The plan of a run, as JSON. Raises `StoreError`."""
+        """Return the plan of a run, as JSON. Raises `StoreError`."""
         plan: Json = self._entry(run)["plan"]
         return plan
 
@@ -308,13 +309,13 @@ class Store:
 
     def _run_names(self) -> list[str]:
         folder = self.root / "runs"
-        with told("read", folder):
+        with raising_store_errors("read", folder):
             try:
                 names = os.listdir(folder)
             except FileNotFoundError:
                 return []
-        whole = (name for name in names if name.endswith(".json") and not name.startswith("."))
-        return sorted((name.removesuffix(".json") for name in whole), reverse=True)
+        entries = (name for name in names if name.endswith(".json") and not name.startswith("."))
+        return sorted((name.removesuffix(".json") for name in entries), reverse=True)
 
     def _entry(self, run: str) -> Json:
         path = self._run_path(run)
@@ -325,14 +326,14 @@ class Store:
 
     def _fingerprints(self, run: str) -> dict[str, dict[str, Json]]:
         if run not in self._plans:
-            found: dict[str, dict[str, Json]] = {}
+            by_stage: dict[str, dict[str, Json]] = {}
             for stage in self.plan(run)["stages"]:
-                found.setdefault(stage["stage"], {})[stage["node"]] = stage["fingerprint"]
-            self._plans[run] = found
+                by_stage.setdefault(stage["stage"], {})[stage["node"]] = stage["fingerprint"]
+            self._plans[run] = by_stage
         return self._plans[run]
 
 
 def _step(row: Row) -> float:
-    """The step of a row; a row without one cannot be placed, and goes with the last."""
+    """Return the step of a row; infinity for a row without one."""
     step = row.get("step")
     return step if isinstance(step, int) else float("inf")

@@ -1,4 +1,4 @@
-"""From examples to ids and loss masks, and from those to batches.
+"""Turns examples into token ids and loss masks, and these into batches.
 
 - `tokenizers`: tokenizers of bytes, SentencePiece and Hugging Face behind one interface.
 - `open_tokenizer`: opens a declared tokenizer, or trains it on data.

@@ -1,4 +1,4 @@
-"""From an example to token ids and the loss mask: the one renderer for training and for sampling.
+"""Renders examples to token ids and a loss mask, for training and for sampling alike.
 
 The mask needs no marks in the chat template. A turn of the assistant begins where the same
 conversation, cut off before it and rendered with the generation prompt, ends; it ends with the stop
@@ -36,7 +36,7 @@ _STAND_IN = "\U0010fff0"
 
 @dataclass(eq=False)
 class EmptyMaskError(ChatError):
-    """Nothing in the `rendered` text would be trained: no turn of the assistant has text."""
+    """The `rendered` conversation trains nothing: no turn of the assistant has text."""
 
     droppable = True
     rendered: str
@@ -64,7 +64,7 @@ class TemplateRewritesError(ChatError):
 
 @dataclass(eq=False)
 class TruncatedAnswerError(ChatError):
-    """A template leaves out a part of the `answer` of turn `turn` (from 0) in `rendered`."""
+    """A template omits a part of the `answer` of turn `turn` (from 0) in `rendered`."""
 
     turn: int
     answer: str
@@ -77,9 +77,7 @@ class TruncatedAnswerError(ChatError):
 
 @dataclass(eq=False)
 class NoStopTokenError(ChatError):
-    """Neither the template nor the tokenizer has a token that ends an answer in the `rendered`
-    text.
-    """
+    """Neither template nor tokenizer has a token that ends an answer in the `rendered` text."""
 
     rendered: str
 
@@ -90,9 +88,7 @@ class NoStopTokenError(ChatError):
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Token ids `[length]`; `mask[i]` says whether predicting `ids[i]` from what precedes it
-    counts.
-    """
+    """Token ids `[length]`; `mask[i]` says whether predicting `ids[i]` counts in the loss."""
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
@@ -103,7 +99,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class _Turn:
-    """Where a turn of the assistant begins and ends in the text; it may lack a stop token."""
+    """Span of an assistant's turn in the text; `stopped` if a stop token ends it."""
 
     begin: int
     end: int
@@ -112,7 +108,7 @@ class _Turn:
 
 @dataclass(frozen=True)
 class Renderer:
-    """A tokenizer with a chat template; `added` are the special tokens that the spec declares."""
+    """Tokenizer with a chat template; `added` are the special tokens that the spec declares."""
 
     tokenizer: Tokenizer
     template: ChatTemplate
@@ -120,7 +116,7 @@ class Renderer:
 
     @cached_property
     def digest(self) -> str:
-        """Changes with anything that changes the ids or the mask of some example."""
+        """Hash of everything that ids and masks of examples depend on."""
         start = self.tokenizer.start, self.tokenizer.end
         parts = (self.tokenizer.digest, repr(start), self.template.source, repr(self.added))
         return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
@@ -139,7 +135,7 @@ class Renderer:
             raise EmptyMaskError(self._show(messages))
         escapes, escaped = self._escape(messages)
         rendered = self._render(escaped, generate=False)
-        ids, mask, _ = self._ids(rendered, self._turns(escaped, rendered, escapes), escapes)
+        ids, mask, _ = self._ids(rendered, self._find_turns(escaped, rendered, escapes), escapes)
         # What a template writes behind the last answer (a line end) is not part of the example: the
         # model stops before it.
         mask[0] = False
@@ -148,7 +144,7 @@ class Renderer:
         return Tokens(tuple(ids), tuple(mask))
 
     def prompt(self, example: Example) -> list[int]:
-        """Return the ids that a sampler starts from: all up to where the model's answer begins.
+        """Return the ids up to where the model's answer begins, for a sampler to continue.
 
         A conversation that ends with an answer is asked for that answer again.
         """
@@ -158,21 +154,21 @@ class Renderer:
         escapes, escaped = self._escape(messages)
         head = self._head(escaped)
         try:
-            turns = self._turns(escaped, head, escapes)
+            turns = self._find_turns(escaped, head, escapes)
         except (TemplateRewritesError, TruncatedAnswerError):
             # Templates that drop the thoughts of earlier turns do so here as well; nothing of those
             # turns is trained.
             turns = []
-        ids, _, at = self._ids(head, turns, escapes)
-        return ids + self._encode(head[at:], escapes, ids)
+        ids, _, end = self._ids(head, turns, escapes)
+        return ids + self._encode(head[end:], escapes, ids)
 
     @cached_property
     def stops(self) -> tuple[int, ...]:
-        """The ids that end an answer: the one that the template writes, and the tokenizer's own."""
+        """Ids that end an answer: the one that the template writes, and the tokenizer's `end`."""
         tail = self._split(self._tail((Message("user", "a"),)))
-        found = [self.tokenizer.special[p] for p in tail if p in self.tokenizer.special][:1]
-        own = [] if self.tokenizer.end is None else [self.tokenizer.end]
-        return tuple(dict.fromkeys(found + own))
+        written = [self.tokenizer.special[p] for p in tail if p in self.tokenizer.special][:1]
+        declared = [] if self.tokenizer.end is None else [self.tokenizer.end]
+        return tuple(dict.fromkeys(written + declared))
 
     # Text.
 
@@ -183,12 +179,12 @@ class Renderer:
         return re.compile("(" + ("|".join(map(re.escape, names)) or "(?!)") + ")")
 
     def _split(self, text: str) -> list[str]:
-        """Return a text cut into special tokens and what stands between them."""
+        """Split a text into special tokens and the text between them."""
         return [part for part in self._specials.split(text) if part]
 
     @cached_property
-    def _own_words(self) -> frozenset[str]:
-        """Special tokens of the spec that the model writes itself, such as `<think>`.
+    def _model_words(self) -> frozenset[str]:
+        """Special tokens of the spec that the model itself writes, such as `<think>`.
 
         Those that frame turns in the template are not among them: they stand in front of the first
         turn's text, or behind an answer.
@@ -199,12 +195,12 @@ class Renderer:
 
     @property
     def _frame(self) -> set[str]:
-        """The tokens that frame a sequence."""
+        """Texts of the tokens that frame a sequence."""
         return {self._name(self.tokenizer.start), self._name(self.tokenizer.end)}
 
     @cached_property
     def _names(self) -> dict[int, str]:
-        return {at: name for name, at in self.tokenizer.special.items()}
+        return {id: name for name, id in self.tokenizer.special.items()}
 
     def _name(self, id: int | None) -> str:
         """Return the text of a special id; empty if there is none."""
@@ -220,7 +216,7 @@ class Renderer:
         )
 
     def _show(self, messages: Sequence[Message]) -> str:
-        """Return a rendering for a report, even where the template refuses the conversation."""
+        """Return a rendering for an error, even if the template refuses the conversation."""
         try:
             return self._render(messages, generate=False)
         except TemplateFailedError:
@@ -232,20 +228,20 @@ class Renderer:
         So a special token in the rendering was written by the template. Answers keep the special
         tokens that the model writes itself.
         """
-        found = {
+        names = {
             name
             for message in messages
             for name in self._specials.findall(message.content)
-            if not (message.role == "assistant" and name in self._own_words)
+            if not (message.role == "assistant" and name in self._model_words)
         }
-        if not found:
+        if not names:
             return {}, list(messages)
         used = {char for message in messages for char in message.content}
-        free = (chr(at) for at in range(_PRIVATE, _PRIVATE + 0xFFF0) if chr(at) not in used)
-        escapes = dict(zip(sorted(found), free, strict=False))
+        free = (chr(code) for code in range(_PRIVATE, _PRIVATE + 0xFFF0) if chr(code) not in used)
+        escapes = dict(zip(sorted(names), free, strict=False))
 
         def escape(message: Message) -> Message:
-            keep = self._own_words if message.role == "assistant" else frozenset()
+            keep = self._model_words if message.role == "assistant" else frozenset()
             text = self._specials.sub(
                 lambda m: m[0] if m[0] in keep else escapes[m[0]], message.content
             )
@@ -258,9 +254,9 @@ class Renderer:
     def _head(self, before: Sequence[Message]) -> str:
         """Return the text up to where the assistant's next turn begins."""
         if before:
-            asked = self._render(before, generate=True)
-            if asked != self._render(before, generate=False):
-                return asked
+            prompted = self._render(before, generate=True)
+            if prompted != self._render(before, generate=False):
+                return prompted
         # The template has no generation prompt: what it writes in front of an answer is one. A
         # space at its end belongs to the answer's first word, as in the words of the models'
         # vocabularies.
@@ -273,36 +269,38 @@ class Renderer:
             _STAND_IN
         )[2]
 
-    def _turns(
-        self, escaped: Sequence[Message], whole: str, escapes: Mapping[str, str]
+    def _find_turns(
+        self, escaped: Sequence[Message], rendered: str, escapes: Mapping[str, str]
     ) -> list[_Turn]:
-        """Return the turns of the assistant in the `whole` rendered text."""
+        """Return the spans of the assistant's turns in the `rendered` text."""
         turns: list[_Turn] = []
-        for at, message in enumerate(escaped):
+        for index, message in enumerate(escaped):
             if message.role != "assistant":
                 continue
-            head = self._head(escaped[:at])
-            upto = self._render(escaped[: at + 1], generate=False)
+            head = self._head(escaped[:index])
+            upto = self._render(escaped[: index + 1], generate=False)
             begin = len(head)
-            end, stopped = self._end(escaped, at, upto, begin)
-            for start, rendering in ((head, upto), (head, whole), (upto[:end], whole)):
+            end, stopped = self._end(escaped, index, upto, begin)
+            for start, rendering in ((head, upto), (head, rendered), (upto[:end], rendered)):
                 if not rendering.startswith(start):
                     expected = _unescape(start, escapes)
-                    raise TemplateRewritesError(at, expected, _unescape(rendering, escapes))
-            if _squeezed(message.content) not in _squeezed(whole[begin:end]):
+                    raise TemplateRewritesError(index, expected, _unescape(rendering, escapes))
+            if _squeezed(message.content) not in _squeezed(rendered[begin:end]):
                 answer = _unescape(message.content, escapes)
-                raise TruncatedAnswerError(at, answer, _unescape(whole, escapes))
+                raise TruncatedAnswerError(index, answer, _unescape(rendered, escapes))
             turns.append(_Turn(begin, end, stopped))
         return turns
 
-    def _end(self, messages: Sequence[Message], at: int, upto: str, begin: int) -> tuple[int, bool]:
-        """Where turn `at` ends in `upto`: behind its stop token, or else behind its text."""
-        tail = self._tail(messages[:at])
+    def _end(
+        self, messages: Sequence[Message], index: int, upto: str, begin: int
+    ) -> tuple[int, bool]:
+        """Return where turn `index` ends in `upto`: after its stop token, or after its text."""
+        tail = self._tail(messages[:index])
         if not upto.endswith(tail):
             # The template looks at the answer; what it wrote behind it must be found by the answer.
-            _, found, tail = upto[begin:].rpartition(messages[at].content.rstrip())
-            if not found:
-                raise TruncatedAnswerError(at, messages[at].content, upto)
+            _, marker, tail = upto[begin:].rpartition(messages[index].content.rstrip())
+            if not marker:
+                raise TruncatedAnswerError(index, messages[index].content, upto)
         stop = self._specials.search(tail)
         if stop is None:
             return len(upto) - len(tail), False
@@ -316,20 +314,20 @@ class Renderer:
         """Return the ids and mask up to the end of the last turn, and where that is in the text."""
         ids: list[int] = []
         mask: list[bool] = []
-        at = 0
+        end = 0
         for turn in turns:
-            before, answer = rendered[at : turn.begin], rendered[turn.begin : turn.end]
+            before, answer = rendered[end : turn.begin], rendered[turn.begin : turn.end]
             for text, trained in ((before, False), (answer, True)):
                 new = self._encode(text, escapes, ids)
                 ids += new
                 mask += [trained] * len(new)
-            at = turn.end
+            end = turn.end
             if not turn.stopped:
                 if self.tokenizer.end is None:
                     raise NoStopTokenError(_unescape(rendered, escapes))
                 ids.append(self.tokenizer.end)
                 mask.append(True)
-        return ids, mask, at
+        return ids, mask, end
 
     def _encode(self, text: str, escapes: Mapping[str, str], before: Sequence[int]) -> list[int]:
         """Return the ids of rendered text that follows the ids `before`; the start token stands
@@ -350,7 +348,7 @@ class Renderer:
         return ids
 
     def _plain(self, text: str) -> Tokens:
-        """Plain text: start token, text, end token."""
+        """Return the tokens of plain text between start and end token."""
         words = frozenset(self.added) - self._frame
         ids = [] if self.tokenizer.start is None else [self.tokenizer.start]
         first = len(ids)
@@ -380,14 +378,14 @@ def messages_of(example: Example) -> list[Message]:
     """
     lead = [] if example.system is None else [Message("system", example.system)]
     if example.messages is not None:
-        turns = list(example.messages)
-        if example.response is not None and turns[-1].role != "assistant":
-            turns.append(Message("assistant", example.response))
-        return lead + turns
-    turns = [] if example.prompt is None else [Message("user", example.prompt)]
+        messages = list(example.messages)
+        if example.response is not None and messages[-1].role != "assistant":
+            messages.append(Message("assistant", example.response))
+        return lead + messages
+    messages = [] if example.prompt is None else [Message("user", example.prompt)]
     if example.response is not None:
-        turns.append(Message("assistant", example.response))
-    return lead + turns
+        messages.append(Message("assistant", example.response))
+    return lead + messages
 
 
 def _unescape(text: str, escapes: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""The named chat templates, and Jinja templates made ready to render without side effects.
+"""Named chat templates, and the rendering of Jinja templates in a sandbox.
 
 The named ones follow the forms that their models were published with; `markers` are the special
 tokens that they write.
@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -25,7 +25,7 @@ from tunelang.runtime.data.row_errors import RowError
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Jinja source, and the special tokens that a tokenizer needs for it."""
+    """Jinja source of a template, and the special tokens that it needs."""
 
     source: str
     markers: tuple[str, ...] = ()
@@ -78,13 +78,14 @@ NAMED = {
 }
 
 
-def chat_template(chat: str | None, own: str | None = None) -> ChatTemplate:
-    """Return the template for the attribute `chat`: a name or Jinja; else the tokenizer's `own`,
-    else plain.
+def chat_template(chat: str | None, published: str | None = None) -> ChatTemplate:
+    """Return the template that the attribute `chat` names or states in Jinja.
+
+    Without it, the one that was published with the tokenizer; without either, plain text.
     """
     if chat is not None:
         return NAMED.get(chat) or ChatTemplate(chat)
-    return ChatTemplate(own) if own is not None else NAMED["plain"]
+    return ChatTemplate(published) if published is not None else NAMED["plain"]
 
 
 class ChatError(RowError):
@@ -97,7 +98,7 @@ class ChatError(RowError):
 
 @dataclass(eq=False)
 class TemplateFailedError(ChatError):
-    """A Jinja template does not parse, or stops: its `reason`, `source` and `line` where known."""
+    """A Jinja template does not parse or raises: `reason`, `source`, and `line` if known."""
 
     reason: str
     source: str
@@ -121,10 +122,10 @@ def render_template(
     `start` and `end` are what the template knows as `bos_token` and `eos_token`.
     Raises `TemplateFailedError`.
     """
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+    conversation = [{"role": message.role, "content": message.content} for message in messages]
     try:
         return _compiled(template.source).render(
-            messages=turns, add_generation_prompt=generate, bos_token=start, eos_token=end
+            messages=conversation, add_generation_prompt=generate, bos_token=start, eos_token=end
         )
     except jinja2.TemplateError as error:
         reason = error.message or type(error).__name__
@@ -150,7 +151,7 @@ def _compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def _json(value: Any, indent: int | None = None) -> str:
+def _json(value: object, indent: int | None = None) -> str:
     # Jinja's own filter escapes < and > for HTML.
     return json.dumps(value, ensure_ascii=False, indent=indent)
 

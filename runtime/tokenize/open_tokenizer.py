@@ -1,4 +1,4 @@
-"""From a declared tokenizer to one that works: reading its files, or fitting it to data first."""
+"""Opens declared tokenizers: reads their files, or fits them to data first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tunelang.dsl.diagnostics.tune_error import FailureText, TuneError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary import models
 from tunelang.runtime import hub
-from tunelang.runtime.store.atomic_files import written_whole
+from tunelang.runtime.store.atomic_files import replacing
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 from tunelang.runtime.tokenize.chat_templates import ChatTemplate, chat_template
 from tunelang.runtime.tokenize.tokenizers import Bytes, HuggingFace, SentencePiece, well_formed
@@ -30,7 +30,7 @@ _NEWLINE = "\n"
 
 @dataclass(eq=False)
 class BadTokenizerError(TuneError):
-    """A tokenizer's file that is missing or is not one: its `path`, and `reason` in words."""
+    """A tokenizer's file is missing or malformed: its `path`, and the `reason` in words."""
 
     code = "tokenizer-fails"
     path: Path
@@ -43,7 +43,7 @@ class BadTokenizerError(TuneError):
 
 @dataclass(eq=False)
 class VocabularySizeError(TuneError):
-    """Data that cannot fill a vocabulary of `wanted`, or has more characters than it holds.
+    """Data cannot fill a vocabulary of `wanted`, or has more characters than fit into it.
 
     `possible` is the nearest size that works, all special tokens included.
     """
@@ -64,23 +64,23 @@ def open_renderer(
     cache: Path,
     texts: Callable[[], Iterable[str]] | None = None,
 ) -> Renderer:
-    """Return the tokenizer and chat template of a declaration.
+    """Open the tokenizer and chat template of a declaration.
 
     `folder` is what its paths are relative to. `texts` gives the data of a `trained` tokenizer; the
     fitted model is kept in `cache`. The special tokens of a named template that the tokenizer lacks
     are added to it. Raises `BadTokenizerError` or `VocabularySizeError`.
     """
-    own: str | None = None
+    published: str | None = None
     config: dict[str, Any] = {}
-    at = Path()
+    source = Path()
     if isinstance(kind, models.HuggingFace):
         try:
-            at = hub.folder_of(kind.path, folder, patterns=hub.DESCRIBING)
+            source = hub.folder_of(kind.path, folder, patterns=hub.DESCRIBING)
         except hub.NoModelError as error:
             raise BadTokenizerError(Path(kind.path), error.why) from None
-        config = _configuration(at)
-        own = config.get("chat_template")
-    template = chat_template(kind.chat, own)
+        config = _configuration(source)
+        published = config.get("chat_template")
+    template = chat_template(kind.chat, published)
     added = tuple(dict.fromkeys((*template.markers, *kind.special)))
     match kind:
         case models.Bytes():
@@ -90,7 +90,7 @@ def open_renderer(
             piece = _sentencepiece(path, _read(path), template, added)
             return Renderer(piece, template, kind.special)
         case models.HuggingFace():
-            return Renderer(_hugging_face(at, config, template, added), template, kind.special)
+            return Renderer(_hugging_face(source, config, template, added), template, kind.special)
         case models.Trained():
             if texts is None:
                 raise TypeError("a trained tokenizer needs the texts to fit it to")
@@ -113,24 +113,24 @@ def _sentencepiece(
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError:
         raise BadTokenizerError(path, "it is not a SentencePiece model") from None
-    pieces = processor.vocab_size()
+    size = processor.vocab_size()
     # Pieces like Gemma's `<start_of_turn>` are not marked as control, but the template makes them
     # so.
     guarded = {
         piece
         for piece in (*_marks(template.source), *added)
-        if processor.piece_to_id(piece) not in (processor.unk_id(), pieces)
+        if processor.piece_to_id(piece) not in (processor.unk_id(), size)
     }
     return SentencePiece(model, added, guarded)
 
 
 def _marks(source: str) -> set[str]:
-    """Return what looks like a special token in the source of a template."""
+    """Return the words in a template's source that look like special tokens."""
     return set(re.findall(r"<\|?[\w/]+\|?>|\[/?[A-Z_]+\]", source))
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    """`tokenizer_config.json` with the chat template, which may stand in a file of its own."""
+    """Return `tokenizer_config.json` with the chat template, which may be in a separate file."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     except FileNotFoundError:
@@ -141,9 +141,9 @@ def _configuration(folder: Path) -> dict[str, Any]:
     if isinstance(template, list):
         named = {item["name"]: item["template"] for item in template}
         config["chat_template"] = named.get("default")
-    beside = folder / "chat_template.jinja"
-    if beside.exists():
-        config["chat_template"] = beside.read_text("utf-8")
+    template_file = folder / "chat_template.jinja"
+    if template_file.exists():
+        config["chat_template"] = template_file.read_text("utf-8")
     return dict(config)
 
 
@@ -176,7 +176,7 @@ def _hugging_face(
 
 
 def _adds_start(written: dict[str, Any], start: str | None, template: ChatTemplate) -> bool:
-    """Whether sequences begin with the start token.
+    """Return whether sequences begin with the start token.
 
     Many configurations name a `bos_token` that the model was never trained with (GPT-2's): it
     counts where the file's own post-processor or the chat template writes it.
@@ -189,15 +189,15 @@ def _adds_start(written: dict[str, Any], start: str | None, template: ChatTempla
 def fitted(
     kind: models.Trained, texts: Iterable[str], added: tuple[str, ...], cache: Path
 ) -> bytes:
-    """Return a SentencePiece model fitted to texts; kept in `cache` by the content of the texts.
+    """Fit a SentencePiece model to texts; it is kept in `cache` by the content of the texts.
 
     Text is taken as it is: no normalisation, no space put in front, and line ends are a piece.
     Raises `VocabularySizeError`.
     """
-    pieces = kind.vocabulary - len(added)
+    size = kind.vocabulary - len(added)
     settings = {
         "model_type": kind.algorithm,
-        "vocab_size": pieces,
+        "vocab_size": size,
         "byte_fallback": kind.byte_fallback,
         "split_digits": kind.split_digits,
         "version": sentencepiece.__version__,
@@ -209,20 +209,20 @@ def fitted(
     path = cache / f"tokenizer-{digest.hexdigest()}.model"
     if path.exists():
         return path.read_bytes()
-    model = _fit(kind, pieces, lines, len(added))
-    with written_whole(path) as whole:
-        whole.write_bytes(model)
+    model = _fit(kind, size, lines, len(added))
+    with replacing(path) as temporary:
+        temporary.write_bytes(model)
     return model
 
 
-def _fit(kind: models.Trained, pieces: int, lines: list[str], added: int) -> bytes:
+def _fit(kind: models.Trained, size: int, lines: list[str], added: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
             model_type=kind.algorithm,
-            vocab_size=pieces,
+            vocab_size=size,
             byte_fallback=kind.byte_fallback,
             split_digits=kind.split_digits,
             character_coverage=0.9999 if kind.byte_fallback else 1.0,
@@ -237,29 +237,29 @@ def _fit(kind: models.Trained, pieces: int, lines: list[str], added: int) -> byt
             minloglevel=2,
         )
     except RuntimeError as error:
-        found = re.search(r"value <= (\d+)", str(error)) or re.search(r"vs (\d+)", str(error))
-        if found is None:
+        limit = re.search(r"value <= (\d+)", str(error)) or re.search(r"vs (\d+)", str(error))
+        if limit is None:
             raise
-        raise VocabularySizeError(pieces + added, int(found[1]) + added) from None
+        raise VocabularySizeError(size + added, int(limit[1]) + added) from None
     written = model.getvalue()
     if not kind.byte_fallback:
-        _check_characters(written, lines, pieces, added)
+        _check_characters(written, lines, size, added)
     return written
 
 
-def _check_characters(model: bytes, lines: list[str], pieces: int, added: int) -> None:
-    """Character models drop rare characters without a word where the vocabulary is too small."""
+def _check_characters(model: bytes, lines: list[str], size: int, added: int) -> None:
+    """Raise `VocabularySizeError` if the model has no piece for a character of the texts."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     characters = {char for line in lines for char in line}
     lost = [char for char in characters if processor.unk_id() in processor.encode(char)]
     if lost:
-        raise VocabularySizeError(pieces + added, pieces + added + len(lost))
+        raise VocabularySizeError(size + added, size + added + len(lost))
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Return the lines of texts, long ones cut: a sentence holds no line end."""
+    """Yield the lines of texts, long ones cut: a sentence contains no line end."""
     step = _SENTENCE_BYTES // 4  # A character has at most 4 bytes.
     for text in texts:
         for line in well_formed(text).split(_NEWLINE):
-            for at in range(0, len(line), step):
-                yield line[at : at + step]
+            for start in range(0, len(line), step):
+                yield line[start : start + step]

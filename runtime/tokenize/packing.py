@@ -30,16 +30,14 @@ _WINDOW_SEQUENCES = 128
 
 @dataclass(frozen=True)
 class Table:
-    """The planned sequences of a stage: `starts[b]` to `starts[b + 1]` are the items of sequence
-    `b`.
-    """
+    """Planned sequences of a stage: sequence `b` holds `items[starts[b]:starts[b + 1]]`."""
 
     items: Indices
     """Positions in the stream, `[examples]`."""
     starts: Indices
-    """`[sequences + 1]`."""
+    """Index in `items` of the first item of each sequence, `[sequences + 1]`."""
     tokens: Indices
-    """The tokens of each sequence that are not padding, `[sequences]`."""
+    """Number of tokens of each sequence that are not padding, `[sequences]`."""
     length: int
     """Tokens of a sequence, padding included."""
     batch: int
@@ -47,17 +45,17 @@ class Table:
 
     @property
     def steps(self) -> int:
-        """How many steps the sequences make."""
+        """Number of steps that the sequences make."""
         return len(self.tokens) // self.batch
 
     @property
     def most(self) -> int:
-        """The items of the sequence that has most."""
+        """Largest number of items in a sequence."""
         return int(np.diff(self.starts).max())
 
     @property
     def useful(self) -> float:
-        """The share of tokens that are not padding."""
+        """Share of tokens that are not padding."""
         return float(self.tokens.sum() / (len(self.tokens) * self.length))
 
 
@@ -68,11 +66,11 @@ class Batch:
     tokens: NDArray[np.int32]
     """Token ids; the pad id behind the last example."""
     mask: NDArray[np.bool_]
-    """Whether predicting the token at its place counts in the loss."""
+    """True where predicting the token counts in the loss."""
     segments: NDArray[np.int32]
-    """1, 2, ... for the pieces of a sequence, 0 for padding: tokens see their own segment only."""
+    """Segment of each token: 1, 2, ...; 0 for padding. Tokens attend to their own segment only."""
     positions: NDArray[np.int32]
-    """The place of a token in its example, from 0."""
+    """Position of each token in its example, from 0."""
 
 
 def plan(
@@ -206,14 +204,14 @@ def first_fit_decreasing(lengths: Sequence[int] | Indices, capacity: int) -> tup
 
 def items_of(table: Table, corpus: Corpus, step: int) -> NDArray[np.int64]:
     """Return the numbers of the items in each sequence of a batch, `[sequences, table.most]`; -1
-    where there is none. Their pieces are its segments, in this order.
+    where there is none. The segments of these items are those of the sequence, in this order.
     """
     sequences = batch_positions(step, table.batch)
-    found = np.full((len(sequences), table.most), -1, np.int64)
+    numbers = np.full((len(sequences), table.most), -1, np.int64)
     for row, sequence in enumerate(sequences):
         items = table.items[table.starts[sequence] : table.starts[sequence + 1]]
-        found[row, : len(items)] = corpus.numbers(items)
-    return found
+        numbers[row, : len(items)] = corpus.numbers(items)
+    return numbers
 
 
 def batch_of(table: Table, corpus: Corpus, step: int) -> Batch:
@@ -228,13 +226,13 @@ def batch_of(table: Table, corpus: Corpus, step: int) -> Batch:
     places = np.zeros(shape, np.int32)
     for row, sequence in enumerate(sequences):
         items = table.items[table.starts[sequence] : table.starts[sequence + 1]]
-        at = 0
-        pieces = (piece for item in corpus.tokens(items) for piece in item)
-        for number, (ids, counted) in enumerate(pieces, 1):
-            end = at + len(ids)
-            tokens[row, at:end] = ids
-            mask[row, at:end] = counted
-            segments[row, at:end] = number
-            places[row, at:end] = np.arange(len(ids))
-            at = end
+        start = 0
+        segment_tokens = (segment for item in corpus.tokens(items) for segment in item)
+        for number, (ids, counted) in enumerate(segment_tokens, 1):
+            end = start + len(ids)
+            tokens[row, start:end] = ids
+            mask[row, start:end] = counted
+            segments[row, start:end] = number
+            places[row, start:end] = np.arange(len(ids))
+            start = end
     return Batch(tokens, mask, segments, places)

@@ -1,11 +1,11 @@
 """A stream's examples as tokens: rendered once, kept in flat files, fitted to the context.
 
-An item is one piece of tokens, or several that belong together: an example with its chosen answer,
-and the same with the rejected one.
+An item is one segment of tokens, or several that belong together: an example with its chosen
+answer, and the same example with the rejected one.
 
 Planning needs every length, and training needs every example several times, so tokens are written
-down (5 bytes each) and mapped into memory. A second start with the same data, tokenizer and
-template finds them there.
+to files (5 bytes each) and mapped into memory. A second start with the same data, tokenizer and
+template reads these files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tunelang.runtime.data.row_errors import (
 )
 from tunelang.runtime.data.sample_order import Order
 from tunelang.runtime.data.stream import Part, Stream
-from tunelang.runtime.store.atomic_files import written_whole
+from tunelang.runtime.store.atomic_files import replacing
 from tunelang.runtime.tokenize.chat_renderer import EmptyMaskError, Renderer
 from tunelang.runtime.tokenize.chat_templates import ChatError
 
@@ -38,9 +38,9 @@ Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One of the pieces of each item: flat `ids` and `mask` `[tokens]`, and the stretch of each
-    item `[items, 2]`.
+class SegmentTokens:
+    """One segment of every item: flat `ids` and `mask` `[tokens]`, and the span of each item in
+    them, `[items, 2]`.
     """
 
     ids: NDArray[np.int32]
@@ -49,31 +49,31 @@ class Piece:
 
     @property
     def lengths(self) -> Indices:
-        """The tokens of each item `[items]`."""
+        """Number of tokens of each item, `[items]`."""
         return np.asarray(self.spans[:, 1] - self.spans[:, 0])
 
 
 @dataclass(frozen=True)
 class Items:
-    """The items of a part, by their pieces, with a value for each piece where they have one."""
+    """Items of one part of a stream, by segment; `values` has one value a segment, or is None."""
 
-    pieces: tuple[Piece, ...]
+    segments: tuple[SegmentTokens, ...]
     values: NDArray[np.float32] | None = None
-    """`[items, pieces]`."""
+    """`[items, segments]`."""
 
     def __len__(self) -> int:
-        """Return how many there are."""
-        return len(self.pieces[0].spans)
+        """Return the number of items."""
+        return len(self.segments[0].spans)
 
     @cached_property
     def lengths(self) -> Indices:
-        """The tokens of each item, over its pieces `[items]`."""
-        return np.asarray(np.sum([piece.lengths for piece in self.pieces], axis=0))
+        """Number of tokens of each item, all segments together, `[items]`."""
+        return np.asarray(np.sum([segment.lengths for segment in self.segments], axis=0))
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A stream of token sequences, no piece of them longer than `context`, with random access."""
+    """Tokenised stream with random access; no segment is longer than `context` tokens."""
 
     parts: tuple[Items, ...]
     order: Order
@@ -82,65 +82,65 @@ class Corpus:
     bad: BadRows
 
     @property
-    def pieces(self) -> int:
-        """How many pieces an item has."""
-        return len(self.parts[0].pieces)
+    def segments_per_item(self) -> int:
+        """Number of segments of an item: 1, or 2 for pairs."""
+        return len(self.parts[0].segments)
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest item that there may be."""
-        return self.context * self.pieces
+        """Upper bound of an item's length, in tokens."""
+        return self.context * self.segments_per_item
 
     def numbers(self, positions: Indices) -> Indices:
-        """Return which item of all parts, one behind the other, stands at positions `[n]`."""
-        sources, items = self.order.at(positions)
+        """Return the items at positions `[n]`, numbered through all parts in order."""
+        sources, items = self.order.locate(positions)
         first = np.cumsum([0, *(len(part) for part in self.parts)])
         return first[sources] + items
 
     def lengths(self, positions: Indices) -> Indices:
-        """Return the tokens of the items at positions `[n]`."""
-        sources, items = self.order.at(positions)
-        found = np.empty(len(sources), np.int64)
+        """Return the numbers of tokens of the items at positions `[n]`."""
+        sources, items = self.order.locate(positions)
+        lengths = np.empty(len(sources), np.int64)
         for source, part in enumerate(self.parts):
-            own = sources == source
-            found[own] = part.lengths[items[own]]
-        return found
+            of_source = sources == source
+            lengths[of_source] = part.lengths[items[of_source]]
+        return lengths
 
     def tokens(
         self, positions: Indices
     ) -> Iterator[list[tuple[NDArray[np.int32], NDArray[np.bool_]]]]:
-        """Return the ids and mask `[length]` of each piece of the items at positions `[n]`."""
-        sources, items = self.order.at(positions)
+        """Yield the ids and mask `[length]` of each segment of the items at positions `[n]`."""
+        sources, items = self.order.locate(positions)
         for source, item in zip(sources, items, strict=True):
-            yield [_cut_out(piece, item) for piece in self.parts[source].pieces]
+            yield [_cut_out(segment, item) for segment in self.parts[source].segments]
 
     @property
     def values(self) -> NDArray[np.float32] | None:
-        """The values of all parts, one behind the other `[items, pieces]`."""
-        found = [part.values for part in self.parts if part.values is not None]
-        return np.concatenate(found) if found else None
+        """Values of the items of all parts, `[items, segments]`; None if they have none."""
+        values = [part.values for part in self.parts if part.values is not None]
+        return np.concatenate(values) if values else None
 
     @property
     def mean_length(self) -> float:
-        """The mean number of tokens of an item of an epoch."""
+        """Mean number of tokens of an item of an epoch."""
         pairs = zip(self.order.weights, self.parts, strict=True)
         return float(sum(weight * part.lengths.mean() for weight, part in pairs))
 
 
-def _cut_out(piece: Piece, item: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    start, end = piece.spans[item]
-    mask = piece.mask[start:end].copy()
-    # Nothing precedes the first token of a piece of a long text, so it is no target there.
+def _cut_out(segment: SegmentTokens, item: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    start, end = segment.spans[item]
+    mask = segment.mask[start:end].copy()
+    # Nothing precedes the first token of a chunk of a long text, so it is no target there.
     mask[:1] = False
-    return piece.ids[start:end], mask
+    return segment.ids[start:end], mask
 
 
 Valued = Callable[[Example], Sequence[float] | None]
-"""The values of an item's pieces; raises `WrongTypeError`."""
+"""Returns the values of an item's segments; raises `WrongTypeError`."""
 
 
 def unvalued(_: Example) -> None:
-    """Items that have no values."""
+    """Return None: the items have no values."""
 
 
 def tokenise(
@@ -152,9 +152,9 @@ def tokenise(
     answers: Sequence[str] = ("response",),
     valued: Valued = unvalued,
 ) -> Corpus:
-    """Return the corpus of a stream, with a piece for each role in `answers`.
+    """Return the corpus of a stream, with a segment for each role in `answers`.
 
-    Rows longer than the context are handled by their source's policy. `divide` makes pieces of the
+    Rows longer than the context are handled by their source's policy. `divide` makes chunks of the
     context's length, which overlap by one token, so that every token is predicted once. Raises
     `BadRowError` for a row that breaks the chat template, or under the policy `stop`;
     `NoRowsError`.
@@ -178,7 +178,7 @@ def tokenise(
 _Table = tuple[NDArray[np.int32], NDArray[np.bool_], Indices]
 """Ids and mask of all rows, and where each row begins."""
 _Spans = list[tuple[int, int]]
-"""A stretch for each piece of an item."""
+"""Span of each segment of an item in the table's arrays."""
 
 
 @dataclass(frozen=True)
@@ -195,41 +195,42 @@ class _Fit:
 
     def items(self, renderer: Renderer, inverse: Indices) -> Items:
         """Return the items in the order of the part's rows."""
-        found = [self._spans(at, renderer) for at in range(len(self.rows))]
-        values = [self._values(at) if spans else None for at, spans in enumerate(found)]
-        chosen = [at for at in inverse if values[at] is not None]
-        spans = np.array([item for at in chosen for item in found[at]], np.int64)
+        items = [self._spans(row, renderer) for row in range(len(self.rows))]
+        values = [self._values(row) if spans else None for row, spans in enumerate(items)]
+        usable = [row for row in inverse if values[row] is not None]
+        spans = np.array([item for row in usable for item in items[row]], np.int64)
         if not len(spans):
             raise NoRowsError(self.part.source.name, self.bad)
-        pieces = tuple(
-            Piece(ids, mask, spans[:, at]) for at, (ids, mask, _) in enumerate(self.tables)
+        segments = tuple(
+            SegmentTokens(ids, mask, spans[:, index])
+            for index, (ids, mask, _) in enumerate(self.tables)
         )
         if self.valued is unvalued:
-            return Items(pieces)
-        held = [values[at] for at in chosen for _ in found[at]]
-        return Items(pieces, np.array(held, np.float32))
+            return Items(segments)
+        item_values = [values[row] for row in usable for _ in items[row]]
+        return Items(segments, np.array(item_values, np.float32))
 
-    def _values(self, at: int) -> Sequence[float] | None:
-        """Return the values of a row's pieces; None where they cannot be had."""
+    def _values(self, index: int) -> Sequence[float] | None:
+        """Return the values of a row's segments; None if the row cannot be read."""
         if self.valued is unvalued:
             return ()
         try:
-            return self.valued(self.part.of_row(int(self.rows[at])))
+            return self.valued(self.part.of_row(int(self.rows[index])))
         except WrongTypeError as error:
-            self._drop(at, error, self.part.source.kind.on_bad_row)
+            self._drop(index, error, self.part.source.kind.on_bad_row)
             return None
 
-    def _spans(self, at: int, renderer: Renderer) -> list[_Spans]:
+    def _spans(self, index: int, renderer: Renderer) -> list[_Spans]:
         """Return the items that a row makes."""
         kind = self.part.source.kind
-        spans = [(int(offsets[at]), int(offsets[at + 1])) for _, _, offsets in self.tables]
+        spans = [(int(offsets[index]), int(offsets[index + 1])) for _, _, offsets in self.tables]
         for role, (start, end) in zip(self.answers, spans, strict=True):
             if start == end:
                 part = replace(self.part, roles=self.part.roles.answered(role))
                 try:
-                    renderer.tokens(part.of_row(int(self.rows[at])))
+                    renderer.tokens(part.of_row(int(self.rows[index])))
                 except EmptyMaskError as error:
-                    self._drop(at, error, kind.on_bad_row)
+                    self._drop(index, error, kind.on_bad_row)
                 return []
         if all(end - start <= self.context for start, end in spans):
             return [spans]
@@ -243,11 +244,11 @@ class _Fit:
             if all(mask[a:b].any() for mask, (a, b) in zip(masks, cut, strict=True)):
                 return [cut]
         longest = max(end - start for start, end in spans)
-        self._drop(at, TooLongError(longest, self.context), kind.on_long_row)
+        self._drop(index, TooLongError(longest, self.context), kind.on_long_row)
         return []
 
-    def _drop(self, at: int, error: RowError, policy: str) -> None:
-        source, row = self.part.source, int(self.rows[at])
+    def _drop(self, index: int, error: RowError, policy: str) -> None:
+        source, row = self.part.source, int(self.rows[index])
         self.bad.handle(source.name, lambda: source.rows.place(row), error, policy)
 
 
@@ -282,26 +283,28 @@ def _key(part: Part, renderer: Renderer) -> str:
 
 
 def _write(part: Part, renderer: Renderer, path: Path) -> None:
-    """Write the tokens of all rows; the offsets, which make the others count, come last."""
+    """Write the tokens of all rows; the offsets come last, so that their file marks the rest as
+    complete.
+    """
     offsets = np.zeros(len(part.rows) + 1, np.int64)
     with (
-        written_whole(path.with_suffix(".ids")) as ids_path,
-        written_whole(path.with_suffix(".mask")) as mask_path,
+        replacing(path.with_suffix(".ids")) as ids_path,
+        replacing(path.with_suffix(".mask")) as mask_path,
         ids_path.open("wb") as ids,
         mask_path.open("wb") as mask,
     ):
-        for at in range(len(part.rows)):
-            offsets[at + 1] = offsets[at]
+        for index in range(len(part.rows)):
+            offsets[index + 1] = offsets[index]
             try:
-                found = renderer.tokens(part.example(at))
+                tokens = renderer.tokens(part.example(index))
             except EmptyMaskError:
                 continue
             except ChatError as error:
-                row = int(part.rows[at])
+                row = int(part.rows[index])
                 place = part.source.rows.place(row)
                 raise BadRowError(part.source.name, place, error) from error
-            ids.write(np.array(found.ids, np.int32).tobytes())
-            mask.write(np.array(found.mask, np.bool_).tobytes())
-            offsets[at + 1] += len(found)
-    with written_whole(path) as table:
+            ids.write(np.array(tokens.ids, np.int32).tobytes())
+            mask.write(np.array(tokens.mask, np.bool_).tobytes())
+            offsets[index + 1] += len(tokens)
+    with replacing(path) as table:
         np.save(table, offsets)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: one interface over bytes, SentencePiece and Hugging Face tokenizers.
+"""Tokenizers of bytes, SentencePiece and Hugging Face behind one interface.
 
 `encode` reads its text as *ordinary* text: the name of a special token inside it, as a user may
 type it, never becomes the special id. Only the chat renderer, which knows which part of a text the
@@ -21,31 +21,31 @@ REPLACEMENT = "\ufffd"
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the rest of the runtime knows of a tokenizer."""
+    """Converts text to token ids and back."""
 
     @property
     def size(self) -> int:
-        """The number of ids: 0 to `size - 1`."""
+        """Number of ids, which are 0 to `size - 1`."""
 
     @property
     def start(self) -> int | None:
-        """The id that every sequence begins with, if any."""
+        """Id that every sequence begins with, if any."""
 
     @property
     def end(self) -> int | None:
-        """The id that ends a text, if any."""
+        """Id that ends a text, if any."""
 
     @property
     def pad(self) -> int:
-        """The id that fills a sequence up. It may have another use: masks tell, not ids."""
+        """Id that fills up a sequence. It may have other uses too: only masks tell padding."""
 
     @property
     def special(self) -> Mapping[str, int]:
-        """The special tokens by their text; those that the spec adds come last."""
+        """Special tokens: text -> id; tokens that the spec adds come last."""
 
     @property
     def digest(self) -> str:
-        """Changes with anything that changes the ids of some text."""
+        """Hash of everything that the ids of a text depend on."""
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Return the ids of ordinary text.
@@ -64,7 +64,7 @@ class Tokenizer(Protocol):
 
 
 class UnknownIdError(Exception):
-    """An id outside of the vocabulary: `id` and `size`."""
+    """An id is outside of the vocabulary: `id` and `size`."""
 
     def __init__(self, id: int, size: int) -> None:
         super().__init__(id, size)
@@ -73,7 +73,7 @@ class UnknownIdError(Exception):
 
 
 class Bytes:
-    """One id for each byte of UTF-8, then `<start>`, `<end>`, `<pad>`, then the added tokens."""
+    """Tokenizer of UTF-8 bytes: ids 0 to 255, then `<start>`, `<end>`, `<pad>`, then added ones."""
 
     def __init__(self, added: Sequence[str] = ()) -> None:
         self.special: Mapping[str, int] = _append(
@@ -82,17 +82,17 @@ class Bytes:
         self.start, self.end, self.pad = 256, 257, 258
         self.size = 256 + len(self.special)
         self.digest = _digest(b"bytes", self.special)
-        self._names = {at: name for name, at in self.special.items()}
+        self._names = {id: name for name, id in self.special.items()}
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """See `Tokenizer`. Lone surrogates, which JSON can carry, become U+FFFD."""
+        """Return the bytes of the text; lone surrogates, which JSON can carry, become U+FFFD."""
         del continues  # A byte has no neighbours.
         return list(well_formed(text).encode("utf-8"))
 
     def decode(
         self, ids: Iterable[int], *, continues: bool = False, hide: Collection[int] = ()
     ) -> str:
-        """See `Tokenizer`."""
+        """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
         del continues
         parts = _runs(ids, self._names, self.size, hide)
         return "".join(
@@ -101,7 +101,7 @@ class Bytes:
 
 
 class SentencePiece:
-    """A SentencePiece model; the added tokens get the ids after its own.
+    """Tokenizer of a SentencePiece model; added tokens get the ids after those of the model.
 
     `guarded` names pieces of the model's user-defined kind that frame turns (Gemma's
     `<start_of_turn>`): SentencePiece would find them in any text, so `encode` cuts them apart.
@@ -116,27 +116,27 @@ class SentencePiece:
         # encoding): this one sets normalizer_spec.add_dummy_prefix (field 3 of field 3) to false.
         inner = model + b"\x1a\x02\x18\x00"
         self._inner = sentencepiece.SentencePieceProcessor(model_proto=inner)
-        pieces = self._first.vocab_size()
-        own = {
-            name: at
-            for at in range(pieces)
-            if self._first.is_control(at) or self._first.is_unknown(at)
-            for name in [self._first.id_to_piece(at)]
+        model_size = self._first.vocab_size()
+        control = {
+            name: id
+            for id in range(model_size)
+            if self._first.is_control(id) or self._first.is_unknown(id)
+            for name in [self._first.id_to_piece(id)]
         }
         framing = {name: self._first.piece_to_id(name) for name in guarded}
-        self.special: Mapping[str, int] = _append(own | framing, pieces, added)
-        self.size = pieces + sum(at >= pieces for at in self.special.values())
+        self.special: Mapping[str, int] = _append(control | framing, model_size, added)
+        self.size = model_size + sum(id >= model_size for id in self.special.values())
         self.start = _maybe(self._first.bos_id())
         self.end = _maybe(self._first.eos_id())
         pad = _maybe(self._first.pad_id())
         self.pad = max(self._first.unk_id(), 0) if pad is None else pad
-        self._names = {at: name for name, at in self.special.items()}
+        self._names = {id: name for name, id in self.special.items()}
         self._start_name = None if self.start is None else self._names.get(self.start)
         self._guarded = _any_of(guarded)
         self.digest = _digest(model, self.special)
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """See `Tokenizer`."""
+        """Return the ids of ordinary text, guarded tokens cut apart."""
         ids: list[int] = []
         for part in _cut_apart(well_formed(text), self._guarded):
             model = self._inner if continues or ids else self._first
@@ -146,7 +146,7 @@ class SentencePiece:
     def decode(
         self, ids: Iterable[int], *, continues: bool = False, hide: Collection[int] = ()
     ) -> str:
-        """See `Tokenizer`."""
+        """Return the text of ids; the start token hides the space that the model puts in front."""
         out: list[str] = []
         for part in _runs(ids, self._names, self.size, hide):
             if isinstance(part, str):
@@ -160,7 +160,7 @@ class SentencePiece:
 
 
 class HuggingFace:
-    """A `tokenizer.json` of the tokenizers library; the added tokens get the ids after its own.
+    """Tokenizer of a `tokenizer.json`; added tokens get the ids after those of the file.
 
     `start` and `end` name the tokens that frame a sequence (the configuration beside the file
     says); `guarded` as for `SentencePiece`, for added tokens that the file does not mark as
@@ -185,20 +185,20 @@ class HuggingFace:
         vocabulary = self._model.get_vocab_size(with_added_tokens=True)
         known = self._model.get_added_tokens_decoder()
         highest = max([vocabulary - 1, *known])
-        own = {token.content: at for at, token in known.items() if token.special}
+        marked = {token.content: id for id, token in known.items() if token.special}
         named = (*guarded, *added, *(name for name in (start, end, pad) if name is not None))
         # A token that is there keeps its id, also where the file does not mark it as special.
         ids = {name: self._model.token_to_id(name) for name in named}
-        framing = {name: at for name, at in ids.items() if at is not None}
-        self.special: Mapping[str, int] = _append(own | framing, highest + 1, added)
+        framing = {name: id for name, id in ids.items() if id is not None}
+        self.special: Mapping[str, int] = _append(marked | framing, highest + 1, added)
         self.size = max([highest, *self.special.values()]) + 1
         self.start = self._id(start)
         self.end = self._id(end)
         pads = (self._id(pad), self.end, 0)
-        self.pad = next(at for at in pads if at is not None)
-        self._names = {at: name for name, at in self.special.items()}
+        self.pad = next(id for id in pads if id is not None)
+        self._names = {id: name for name, id in self.special.items()}
         self._start_name = None if self.start is None else self._names.get(self.start)
-        self._guarded = _any_of(framing.keys() - own.keys())
+        self._guarded = _any_of(framing.keys() - marked.keys())
         self.digest = _digest(json.encode(), self.special)
         # A token in front of a text, taken off again, makes the model treat it as a continuation.
         self._guard = "\U0010fffd"
@@ -213,11 +213,11 @@ class HuggingFace:
     def _id(self, name: str | None) -> int | None:
         if name is None:
             return None
-        at = self._model.token_to_id(name)
-        return self.special.get(name) if at is None else at
+        id = self._model.token_to_id(name)
+        return self.special.get(name) if id is None else id
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """See `Tokenizer`."""
+        """Return the ids of ordinary text, guarded tokens cut apart."""
         ids: list[int] = []
         for part in _cut_apart(well_formed(text), self._guarded):
             if (continues or ids) and self._guard not in part:
@@ -229,7 +229,7 @@ class HuggingFace:
     def decode(
         self, ids: Iterable[int], *, continues: bool = False, hide: Collection[int] = ()
     ) -> str:
-        """See `Tokenizer`."""
+        """Return the text of ids, decoding a continuation behind an anchor token."""
         out: list[str] = []
         for part in _runs(ids, self._names, self.size, hide):
             if isinstance(part, str):
@@ -245,7 +245,7 @@ class HuggingFace:
 
 
 class StreamDecoder:
-    """Text from ids that arrive one by one: a character appears when all of its bytes are there."""
+    """Decodes ids that arrive one by one; a character appears once all of its bytes have come."""
 
     # A character has at most 4 bytes: what is still incomplete after that never will be complete.
     _LONGEST = 4
@@ -257,7 +257,7 @@ class StreamDecoder:
         self._waiting: list[int] = []
 
     def push(self, id: int) -> str:
-        """Return the text that is certain now and was not before."""
+        """Take an id, and return the text that became certain with it."""
         self._waiting.append(id)
         text = self._new(self._waiting)
         if not text.endswith(REPLACEMENT):
@@ -267,38 +267,38 @@ class StreamDecoder:
         # The first bytes are no character; the last ones may begin one. Cut where that changes
         # nothing.
         for cut in range(1, len(self._waiting)):
-            rest = self._tokenizer.decode(self._waiting[cut:], continues=True, hide=self._hide)
-            if self._new(self._waiting[:cut]) + rest == text:
+            tail = self._tokenizer.decode(self._waiting[cut:], continues=True, hide=self._hide)
+            if self._new(self._waiting[:cut]) + tail == text:
                 return self._settle(cut)
         return self._settle(len(self._waiting))
 
     def finish(self) -> str:
-        """Return what is left at the end; an incomplete character is U+FFFD."""
+        """Return the remaining text; an incomplete character becomes U+FFFD."""
         return self._settle(len(self._waiting))
 
     def _settle(self, count: int) -> str:
-        """Return the text of the first waiting ids, which wait no longer."""
+        """Move the first waiting ids to the decoded ones, and return their text."""
         text = self._new(self._waiting[:count])
         self._before, self._waiting = self._waiting[:count], self._waiting[count:]
         return text
 
     def _new(self, ids: list[int]) -> str:
-        """Return the text that ids add: some decoders look at the id in front."""
+        """Return the text that ids add; some decoders look at the id before them."""
 
-        def decode(whole: list[int]) -> str:
-            return self._tokenizer.decode(whole, continues=True, hide=self._hide)
+        def decode(sequence: list[int]) -> str:
+            return self._tokenizer.decode(sequence, continues=True, hide=self._hide)
 
         return decode(self._before + ids)[len(decode(self._before)) :]
 
 
-def _append(own: dict[str, int], first: int, added: Sequence[str]) -> dict[str, int]:
-    """Return the special tokens with those added that are not there yet."""
-    special = dict(own)
+def _append(special: dict[str, int], first: int, added: Sequence[str]) -> dict[str, int]:
+    """Return the special tokens with new ones added, numbered from `first`."""
+    tokens = dict(special)
     for name in added:
-        if name not in special:
-            special[name] = first
+        if name not in tokens:
+            tokens[name] = first
             first += 1
-    return special
+    return tokens
 
 
 def _digest(model: bytes, special: Mapping[str, int]) -> str:
@@ -310,7 +310,7 @@ def _digest(model: bytes, special: Mapping[str, int]) -> str:
 def _runs(
     ids: Iterable[int], names: Mapping[int, str], size: int, hide: Collection[int]
 ) -> Iterator[str | list[int]]:
-    """Ids as runs of ordinary ids, and the texts of the special ones between them."""
+    """Yield runs of ordinary ids, and the texts of the special ids between them."""
     run: list[int] = []
     for raw in ids:
         id = int(raw)  # NumPy integers come from arrays.
@@ -336,7 +336,7 @@ def _any_of(texts: Collection[str]) -> re.Pattern[str] | None:
 
 
 def _cut_apart(text: str, guarded: re.Pattern[str] | None) -> list[str]:
-    """Return a text in pieces such that none holds a guarded token whole."""
+    """Split a text so that no part contains a complete guarded token."""
     cuts = [match.start() + 1 for match in guarded.finditer(text)] if guarded else []
     edges = [0, *cuts, len(text)]
     return [text[a:b] for a, b in pairwise(edges)]
@@ -351,5 +351,5 @@ def well_formed(text: str) -> str:
     return text
 
 
-def _maybe(at: int) -> int | None:
-    return at if at >= 0 else None
+def _maybe(id: int) -> int | None:
+    return id if id >= 0 else None

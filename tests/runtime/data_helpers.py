@@ -78,4 +78,4 @@ def pair(prompt: str, response: str, system: str | None = None) -> Example:
 
 def batch(stream: Stream, step: int, size: int) -> list[Example]:
     """The examples of the batch of a step."""
-    return stream.at(batch_positions(step, size))
+    return stream.examples_at(batch_positions(step, size))

@@ -25,7 +25,7 @@ from tunelang.runtime.objectives.preference_losses import Pairs, pair_losses
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.cross_entropy import cross_entropy, custom_loss
 from tunelang.runtime.training.optimizers import learning_rate
-from tunelang.runtime.user_functions import Custom, CustomError, bound, made_rows
+from tunelang.runtime.user_functions import Custom, CustomError, bound, make_rows
 from tunelang.runtime.workers import worker_process
 
 SOURCE = """
@@ -193,7 +193,7 @@ def test_rows_are_made_once(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_rows_that_are_none_are_said(folder: Path) -> None:
     cache = folder / "cache"
     with pytest.raises(CustomError, match="a row has to be a dict, and one is 2"):
-        made_rows(PythonData.unvalidated(function="mine.py:odd"), folder, cache)
+        make_rows(PythonData.unvalidated(function="mine.py:odd"), folder, cache)
     assert not list(cache.glob("*.jsonl"))
 
 

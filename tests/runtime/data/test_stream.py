@@ -100,7 +100,7 @@ def test_shares_hold_over_any_window(shares: list[int], start: int, length: int)
     """Closer than 2 to the share of any stretch of examples, so within a batch's rounding."""
     total = sum(shares)
     assignment = assign(tuple(share / total for share in shares))
-    sources, _ = assignment.at(np.arange(start, start + length))
+    sources, _ = assignment.locate(np.arange(start, start + length))
     counts = np.bincount(sources, minlength=len(shares))
     exact = np.array(shares) / total * length
     assert np.abs(counts - exact).max() < 2
@@ -114,7 +114,9 @@ def test_shares_hold_over_any_window(shares: list[int], start: int, length: int)
 def test_shares_hold_over_any_steps(percents: list[int], size: int, first: int, steps: int) -> None:
     percents = [*percents, 100 - sum(percents)] if sum(percents) < 100 else [50, 50]
     order = Order((7,) * len(percents), tuple(p / 100 for p in percents), seed=1)
-    sources, _ = order.at(np.concatenate([batch_positions(first + s, size) for s in range(steps)]))
+    sources, _ = order.locate(
+        np.concatenate([batch_positions(first + s, size) for s in range(steps)])
+    )
     counts = np.bincount(sources, minlength=len(percents))
     assert np.abs(counts - np.array(percents) / 100 * size * steps).max() < 2
 
@@ -136,7 +138,7 @@ def test_shares_without_a_small_denominator() -> None:
 
 
 def test_a_mixture_counts_draws_from_each_source() -> None:
-    sources, drawn = assign((0.5, 0.3, 0.2)).at(np.arange(1000))
+    sources, drawn = assign((0.5, 0.3, 0.2)).locate(np.arange(1000))
     for source in range(3):
         assert np.array_equal(drawn[sources == source], np.arange(np.sum(sources == source)))
 

@@ -170,7 +170,7 @@ def test_the_shares_of_a_mixture_after_packing(tmp_path: Path) -> None:
     stream = library(tmp_path, **kinds).stream(data.Mixture(parts=parts), seed=0)
     made = tokenise(stream, bytes_renderer(), context=64, cache=tmp_path)
     table = plan(made, epochs(4), batch=8, packed=True)
-    sources, _ = made.order.at(table.items)
+    sources, _ = made.order.locate(table.items)
     assert abs((sources == 0).mean() - 0.8) < 0.02
 
 
