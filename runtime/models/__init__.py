@@ -3,6 +3,7 @@
 - `attention`: causal attention, by XLA or by kernels, of sequences, shared prompts and caches.
 - `decode_step`: one token for each slot of the cache.
 - `decoder`: the network of every architecture.
+- `fused_attention`: kernels that never hold all logits, over devices and branches of a sweep.
 - `kv_cache`: keys and values of the tokens so far.
 - `layers`: projections, normalisation, attention heads, feed-forward, the block of them.
 - `loaded_model`: a declared model, opened.

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from tunelang.runtime.models.attention import (
-    _attend_branches,
     cached_attention,
     plain_attention,
     self_attention,
     visible,
 )
+from tunelang.runtime.models.fused_attention import attend_branches
 from tunelang.runtime.sharding import make_layout
 
 BATCH, LENGTH, HEAD_DIM = 2, 7, 4
@@ -44,7 +44,7 @@ def numpy_attention(query, key, value, mask, scale, cap):
 def test_self_attention(heads, window, packed, cap):
     query, key, value = arrays(*heads)
     segments = jnp.array([[1, 1, 1, 2, 2, 0, 0], [3, 3, 3, 3, 3, 3, 3]])
-    order = np.arange(LENGTH)
+    order = jnp.arange(LENGTH)
     mask = np.broadcast_to(visible(order, order, window), (BATCH, LENGTH, LENGTH))
     if packed:
         mask = mask & np.asarray(segments[:, :, None] == segments[:, None, :])
@@ -150,7 +150,7 @@ def test_branches_attend_at_once():
         )
 
     def beside(query, key, value, segments):
-        return _attend_branches(query, key, value, segments, plain)
+        return attend_branches(query, key, value, segments, plain)
 
     found = {}
     for name, attend in (("plain", plain), ("beside", beside)):
