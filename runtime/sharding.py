@@ -1,4 +1,4 @@
-"""Where arrays lie: a table from logical axes to mesh axes, and nothing else.
+"""The places of arrays: a table from logical axes to mesh axes, and nothing else.
 
 Every parameter and every large activation names its axes (`embed`, `heads`, `batch`, ...). The
 table says over which mesh axes each is split. Mesh axes are Auto: the compiler derives the rest
@@ -35,22 +35,22 @@ RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "vocab": ("tensor",),
     }
 )
-"""Logical axis -> mesh axes; an axis that is not in the table is whole everywhere.
+"""Logical axis -> mesh axes; an axis that is not in the table is not split.
 
 Parameters are split over `embed` (fully sharded data parallelism), over heads, hidden units and
-vocabulary (tensor parallelism), and those of experts over them; all else has copies there. The
-residual stream names its last axis nothing, since `embed` belongs to parameters: it is whole within
-a token. Along `context` sequences are split too (context parallelism): all that is of one token
-stays on its device, and attention gathers the keys and values. A `part` is what a device has of
-both.
+vocabulary (tensor parallelism), and those of experts over them; each device has copies of the
+others. The residual stream names its last axis nothing, since `embed` belongs to parameters: a
+device has all of it for a token. Along `context` sequences are split too (context parallelism):
+each token stays on one device, and attention gathers the keys and values. A `part` is one device's
+share of both.
 """
 
 DECODE_RULES: Mapping[str, tuple[str, ...]] = MappingProxyType({**RULES, "embed": (), "length": ()})
-"""Where completions are sampled: weights are whole in each tensor group, for a turn of the loop is
-too short to gather them.
+"""The rules for sampling: each tensor group has all weights, since a round of the loop is too short
+to gather them.
 """
 
-OPTIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+OPTIONS: Mapping[str, Mapping[str, bool | int | str]] = MappingProxyType(
     {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}}
 )
 """Options of the compilers, by platform.
@@ -103,12 +103,13 @@ class Layout:
 
     @property
     def batch_shards(self) -> int:
-        """How many parts the batch is split into."""
+        """The number of parts that the batch is split into."""
         return math.prod(self.mesh.shape.get(axis, 1) for axis in self.rules.get("batch", ()))
 
     def length_shards(self, length: int) -> int:
-        """How many parts sequences of so many tokens are split into: 1 where that does not
-        divide.
+        """Return how many parts sequences of so many tokens are split into.
+
+        1 where the devices do not divide the tokens.
         """
         shards = math.prod(self.mesh.shape.get(axis, 1) for axis in self.rules.get("length", ()))
         return shards if length % shards == 0 else 1
@@ -138,42 +139,43 @@ def make_layout(
 def platform(layout: Layout | None) -> str:
     """Return what kind of devices a layout is over: `cpu`, `gpu`, `tpu`."""
     devices = jax.devices() if layout is None else layout.mesh.devices.flat
-    found: str = next(iter(devices)).platform
-    return found
+    name: str = next(iter(devices)).platform
+    return name
 
 
-def jit(function: Callable[..., Any], layout: Layout | None, **how: Any) -> jax.stages.Wrapped:
-    """`jax.jit` with the `OPTIONS` of the compiler for a layout's devices; what it makes cannot be
-    part of another program.
+def jit(function: Callable[..., Any], layout: Layout | None, **options: Any) -> jax.stages.Wrapped:
+    """Jit a function with the `OPTIONS` of the compiler for a layout's devices.
+
+    The result cannot be part of another program.
     """
-    return jax.jit(function, compiler_options=dict(OPTIONS.get(platform(layout), {})), **how)
+    return jax.jit(function, compiler_options=dict(OPTIONS.get(platform(layout), {})), **options)
 
 
 def constrain(layout: Layout | None, array: jax.Array, axes: Axes) -> jax.Array:
-    """`Layout.constrain` where there is a layout; without one, the array as it is."""
+    """Tell the compiler where an array inside a program lies, if there is a layout."""
     return array if layout is None else layout.constrain(array, axes)
 
 
-def is_variable(node: Any) -> bool:
+def is_variable(node: object) -> bool:
     """Whether a node of a tree is a parameter with its axis names, rather than a plain array."""
     return isinstance(node, nnx.Variable)
 
 
-def logical_axes(variable: nnx.Variable[Any]) -> Axes:
+def logical_axes(variable: nnx.Variable[jax.Array]) -> Axes:
     """Return the logical axes of a parameter, one name for each dimension."""
     axes: Axes = variable.get_metadata("out_sharding")
     return axes
 
 
 def reshard_for_decoding(params: PyTree, layout: Layout | None) -> PyTree:
-    """Copy parameters to a decode layout; a training layout leaves them where they are."""
+    """Copy parameters to a decode layout; under a training layout they stay where they are."""
     if layout is None or layout.rules is not DECODE_RULES:
         return params
     return jax.device_put(params, shardings(params, layout))
 
 
 def on_devices(params: PyTree) -> PyTree:
-    """Return parameters that may lie in the memory of the host where programs read them."""
+    """Move parameters that may lie in the memory of the host to the memory of their devices."""
 
     def move(array: jax.Array) -> jax.Array:
         moved: jax.Array = jax.device_put(array, array.sharding.with_memory_kind("device"))
@@ -182,14 +184,14 @@ def on_devices(params: PyTree) -> PyTree:
     return jax.tree.map(move, params)
 
 
-def sampling(layout: Layout, data: int, tensor: int) -> Layout:
-    """Return the layout of sampling over the devices of another one."""
+def remesh_for_decoding(layout: Layout, data: int, tensor: int) -> Layout:
+    """Return the layout for sampling over the devices of another one."""
     devices = list(layout.mesh.devices.flat)
     return Layout(make_layout(data, tensor=tensor, devices=devices).mesh, DECODE_RULES)
 
 
 HOST = "pinned_host"
-"""The kind of memory that what is offloaded lies in."""
+"""The kind of memory of offloaded arrays."""
 
 
 def shardings(tree: PyTree, layout: Layout, memory: str | None = None) -> PyTree:

@@ -12,7 +12,7 @@ from tunelang.compiler.costs.rollout_costs import MOST_SLOTS, sampling_tensor
 from tunelang.compiler.layout.hardware import chip_of
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.dsl.vocabulary.training import Sampling
-from tunelang.runtime.sharding import DECODE_RULES, Layout, make_layout, sampling
+from tunelang.runtime.sharding import DECODE_RULES, Layout, make_layout, remesh_for_decoding
 
 _ROUND = 32
 """Slots hold a multiple of so many tokens, so that stages share programs."""
@@ -46,7 +46,7 @@ def sampling_layout(architecture: Architecture, dtype: DTypeLike, layout: Layout
         return layout
     width = np.dtype(dtype).itemsize
     tensor = 1 if chip is None else sampling_tensor(architecture, width, count, chip.memory)
-    return sampling(layout, count // tensor, tensor)
+    return remesh_for_decoding(layout, count // tensor, tensor)
 
 
 def sampling_layout_over(

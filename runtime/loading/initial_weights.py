@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.typing import DTypeLike
 
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.architecture import Architecture, plain
@@ -24,7 +24,12 @@ from tunelang.runtime.generation.text_generator import TextGenerator
 from tunelang.runtime.loading import pretrained
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.loaded_model import Model
-from tunelang.runtime.models.parameters import abstract_decoder, merge_params, split_trainable
+from tunelang.runtime.models.parameters import (
+    Params,
+    abstract_decoder,
+    merge_params,
+    split_trainable,
+)
 from tunelang.runtime.sharding import Layout, shardings
 from tunelang.runtime.training.checkpoints import load_params
 from tunelang.runtime.training.step_config import StepConfig
@@ -46,7 +51,7 @@ class Origin:
     node: str | None = None
     """The stage; None for the declared model."""
     evals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Digest of an eval -> what it found for these weights."""
+    """Digest of an eval -> its metrics for these weights."""
 
 
 def initial_params(
@@ -56,33 +61,33 @@ def initial_params(
     layout: Layout,
     seed: int,
     scores: bool = False,
-) -> tuple[Architecture, Any]:
+) -> tuple[Architecture, Params]:
     """Return the architecture that a stage trains, and its initial parameters.
 
     `seed` is of random weights; with `scores` the head yields a number. Raises `NoTargetError`,
     `BadWeightsError`, `CheckpointError`.
     """
     loras = tuple(lora for lora, _ in origin.adapters)
-    base = _base(origin, model)
+    base = _base_architecture(origin, model)
     if adapter is None:
-        architecture, params = base, loaded(origin, model, layout, seed)
+        architecture, params = base, load_merged(origin, model, layout, seed)
     elif isinstance(adapter, Continued):
         architecture = adapted(base, loras, model.storage)
-        params = _loaded(origin, architecture, model, layout)
+        params = _load_with_adapters(origin, architecture, model, layout)
     else:
         assert isinstance(adapter, Lora)
         architecture = adapted(base, (*loras, adapter), model.storage)
-        params = _loaded(origin, architecture, model, layout)
-        params = _begun(params, architecture, layout, model.dtype, seed)
+        params = _load_with_adapters(origin, architecture, model, layout)
+        params = _add_adapter(params, architecture, layout, model.dtype, seed)
     if not scores or origin.scores:
         return architecture, params
     drawn = architecture.width**-0.5 * jax.random.normal(
         jax.random.key(seed), (architecture.width,)
     )
-    return scoring(architecture, params, score_head(architecture, drawn, layout))
+    return with_score_head(architecture, params, score_head(architecture, drawn, layout))
 
 
-def score_head(architecture: Architecture, weight: jax.Array, layout: Layout) -> Any:
+def score_head(architecture: Architecture, weight: jax.Array, layout: Layout) -> Params:
     """Return a head of one number as parameters; `weight` is `[width]` float32."""
     _, abstract = abstract_decoder(replace(architecture, scores=True), weight.dtype)
     place = shardings(abstract, layout)["score"].get_value()
@@ -90,51 +95,55 @@ def score_head(architecture: Architecture, weight: jax.Array, layout: Layout) ->
     return nnx.from_flat_state([(("score",), head)])
 
 
-def scoring(architecture: Architecture, params: Any, head: Any) -> tuple[Architecture, Any]:
-    """Put a head of one number in place of the one that gives logits."""
-    return replace(architecture, scores=True), merge_params(_headless(params), head)
+def with_score_head(
+    architecture: Architecture, params: Params, head: Params
+) -> tuple[Architecture, Params]:
+    """Replace the head that yields logits by one that yields a number."""
+    return replace(architecture, scores=True), merge_params(_without_head(params), head)
 
 
-def _headless(params: Any) -> Any:
+def _without_head(params: Params) -> Params:
     """Return the parameters without an output head."""
     return nnx.split_state(params, lambda path, _: path[0] == "head", ...)[1]
 
 
-def _base(origin: Origin, model: Model) -> Architecture:
+def _base_architecture(origin: Origin, model: Model) -> Architecture:
     return replace(plain(model.architecture), scores=origin.scores)
 
 
-def loaded(origin: Origin, model: Model, layout: Layout, seed: int) -> Any:
+def load_merged(origin: Origin, model: Model, layout: Layout, seed: int) -> Params:
     """Return weights in float32, their adapters merged into them.
 
     `seed` is of a model's random weights. Raises `BadWeightsError`, `CheckpointError`.
     """
-    base = _base(origin, model)
+    base = _base_architecture(origin, model)
     if origin.path is None and model.folder is None:
         config = StepConfig(layout=layout, dtype=model.dtype)
         return random_state(base, optax.identity(), config, seed).params
     loras = tuple(lora for lora, _ in origin.adapters)
     storage = model.storage if model.storage in ("nf4", "int8") else "f32"
     architecture = adapted(base, loras, storage)
-    params = _loaded(origin, architecture, model, layout)
-    return merged(params, architecture, layout, model.dtype)
+    params = _load_with_adapters(origin, architecture, model, layout)
+    return merge_adapters(params, architecture, layout, model.dtype)
 
 
 def load_generator(origin: Origin, model: Model, devices: Sequence[jax.Device]) -> TextGenerator:
-    """Load a model to generate with, over all devices; raises what `loaded` raises."""
+    """Load a model to generate with, over all devices; raises what `load_merged` raises."""
     layout = sampling_layout_over(devices, model.architecture, model.dtype)
-    return TextGenerator(model, loaded(origin, model, layout, 0), layout)
+    return TextGenerator(model, load_merged(origin, model, layout, 0), layout)
 
 
-def shaped_adapter(lora: Lora, model: Model, layout: Layout) -> Any:
+def abstract_adapter(lora: Lora, model: Model, layout: Layout) -> Params:
     """Return the shapes of the first adapter on a model, to load it; raises `NoTargetError`."""
     architecture = adapted(plain(model.architecture), (lora,), model.storage)
     _, abstract = abstract_decoder(architecture, model.dtype)
-    return _shaped(split_trainable(architecture, abstract)[0], layout)
+    return _with_shardings(split_trainable(architecture, abstract)[0], layout)
 
 
-def merged(params: Any, architecture: Architecture, layout: Layout, dtype: Any) -> Any:
-    """Return the parameters without adapters of the same function, float32; `params` is used up."""
+def merge_adapters(
+    params: Params, architecture: Architecture, layout: Layout, dtype: DTypeLike
+) -> Params:
+    """Merge the adapters into the weights, float32; the model computes the same function."""
     if not architecture.adapters:
         return params
     graph, _ = abstract_decoder(architecture, dtype)
@@ -143,22 +152,25 @@ def merged(params: Any, architecture: Architecture, layout: Layout, dtype: Any) 
         lambda params: nnx.split(nnx.merge(graph, params).merge_adapters())[1],
         out_shardings=shardings(abstract, layout),
     )
-    return make(params)
+    merged: Params = make(params)
+    return merged
 
 
-def _loaded(origin: Origin, architecture: Architecture, model: Model, layout: Layout) -> Any:
-    """Return the base as the architecture keeps it, with the adapters that the origin has."""
+def _load_with_adapters(
+    origin: Origin, architecture: Architecture, model: Model, layout: Layout
+) -> Params:
+    """Load the base as the architecture stores it, with the adapters that the origin has."""
     storage = architecture.storage
-    # Where an adapter was trained, the score was beside it.
+    # With an adapter, the score head is among the adapter's parameters.
     plain_base = replace(plain(architecture), scores=origin.scores and not origin.adapters)
     if origin.path is None:
         assert model.folder is not None
         base = pretrained.load(model.folder, plain_base, layout, storage, model.dtype)
     else:
-        shapes = _shaped(abstract_decoder(plain_base, model.dtype)[1], layout)
+        shapes = _with_shardings(abstract_decoder(plain_base, model.dtype)[1], layout)
         base = pretrained.convert(load_params(origin.path, shapes), layout, storage, model.dtype)
     if architecture.scores:
-        base = _headless(base)
+        base = _without_head(base)
     parts = [base]
     for place, (_, path) in enumerate(origin.adapters):
         top = replace(
@@ -167,28 +179,31 @@ def _loaded(origin: Origin, architecture: Architecture, model: Model, layout: La
             scores=origin.scores and place == len(origin.adapters) - 1,
         )
         _, abstract = abstract_decoder(top, model.dtype)
-        parts.append(load_params(path, _shaped(split_trainable(top, abstract)[0], layout)))
+        parts.append(load_params(path, _with_shardings(split_trainable(top, abstract)[0], layout)))
     return merge_params(*parts)
 
 
-def _begun(params: Any, architecture: Architecture, layout: Layout, dtype: Any, seed: int) -> Any:
+def _add_adapter(
+    params: Params, architecture: Architecture, layout: Layout, dtype: DTypeLike, seed: int
+) -> Params:
     """Add the last adapter of an architecture to the parameters below it."""
     _, abstract = abstract_decoder(architecture, dtype)
-    own = split_trainable(architecture, abstract)[0]
+    trained = split_trainable(architecture, abstract)[0]
 
-    def make(params: Any, seed: Any) -> Any:
+    def make(params: Params, seed: jax.Array) -> Params:
         decoder = Decoder(architecture, nnx.Rngs(jax.random.key(seed)), dtype)
         nnx.update(decoder, params)
         decoder.set_magnitudes()
         return split_trainable(architecture, nnx.state(decoder, nnx.Param))[0]
 
-    added = jax.jit(make, out_shardings=shardings(own, layout))(params, np.uint32(seed % 2**32))
+    added = jax.jit(make, out_shardings=shardings(trained, layout))(params, np.uint32(seed % 2**32))
     return merge_params(params, added)
 
 
-def _shaped(abstract: Any, layout: Layout) -> Any:
-    return jax.tree.map(
+def _with_shardings(abstract: Params, layout: Layout) -> Params:
+    shaped: Params = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract,
         shardings(abstract, layout),
     )
+    return shaped

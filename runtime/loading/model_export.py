@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from typing_extensions import override
 
@@ -24,7 +23,8 @@ from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.training import Dora, Lora
 from tunelang.dsl.vocabulary.utility_stages import Export
 from tunelang.runtime.loading import stored_tensors
-from tunelang.runtime.loading.initial_weights import Origin, loaded, shaped_adapter
+from tunelang.runtime.loading.initial_weights import Origin, abstract_adapter, load_merged
+from tunelang.runtime.loading.stored_tensors import Tensor
 from tunelang.runtime.models import model_folder
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.sharding import Layout
@@ -41,7 +41,7 @@ from tunelang.runtime.training.checkpoints import load_params
 DTYPES: dict[str, Any] = {"f32": np.float32, "bf16": ml_dtypes.bfloat16, "f16": np.float16}
 _TORCH = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 _PREFIX = "base_model.model."
-"""What PEFT puts in front of the names of modules."""
+"""The prefix of PEFT's names of modules."""
 
 
 @dataclass(eq=False)
@@ -82,8 +82,8 @@ class _Tensor(NamedTuple):
 
 
 @dataclass
-class Folder:
-    """A folder that is written to, with what earlier exports of the stage left in it."""
+class ExportFolder:
+    """A folder that is written to, and the files of earlier exports of the stage in it."""
 
     path: Path
     files: dict[str, int]
@@ -92,25 +92,25 @@ class Folder:
     """Names of files of this export."""
 
     def put(self, name: str, write: Callable[[Path], None]) -> None:
-        """Write a file whole; raises `ForeignFileError` and `StoreError`."""
+        """Write a file, all of it or nothing; raises `ForeignFileError` and `StoreError`."""
         target = self.path / name
         if name not in self.files:
             if target.exists():
                 raise ForeignFileError(target)
-            # Before the file is there: whatever happens, the next export knows it for its own.
+            # Before the file exists: whatever happens, the next export may replace it.
             self.files[name] = 0
             self.note(None)
-        with raising_store_errors("write", target), replacing(target) as beside:
-            write(beside)
+        with raising_store_errors("write", target), replacing(target) as temporary:
+            write(temporary)
         self.files[name] = target.stat().st_size
         self.written.append(name)
 
     def note(self, digest: str | None) -> None:
-        """Write down what the folder holds; `digest` is of an export that is whole."""
+        """Write down the files of the folder; `digest` is of an export that is complete."""
         write_json(self.path / MANIFEST, {"digest": digest, "files": self.files})
 
     def finish(self, digest: str) -> None:
-        """Remove what earlier exports wrote and this one did not."""
+        """Remove the files of earlier exports that this one did not write."""
         for name in self.files.keys() - set(self.written):
             (self.path / name).unlink(missing_ok=True)
         self.files = {name: self.files[name] for name in self.written}
@@ -124,9 +124,9 @@ class Folder:
 
         self.put(name, write)
 
-    def put_tensors(self, name: str, tensors: dict[str, NDArray[Any]]) -> None:
+    def put_tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write a file of tensors."""
-        # What other tools look for before they open a file.
+        # Other tools look for this before they open a file.
         self.put(name, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
     def put_json(self, name: str, value: Any) -> None:
@@ -143,24 +143,26 @@ def export_model(
     Raises `ForeignFileError`, `NotApartError`, `BadConfigError`, `NoTokenizerFileError` and what
     loading and writing raise.
     """
-    held = read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST)
     with raising_store_errors("write", path):
         path.mkdir(parents=True, exist_ok=True)
-    folder = Folder(path, dict(held["files"]) if isinstance(held, dict) else {})
+    folder = ExportFolder(path, dict(manifest["files"]) if isinstance(manifest, dict) else {})
     if kind.adapter == "apart":
-        _adapter(folder, origin, model, layout)
+        _write_adapter(folder, origin, model, layout)
     else:
-        _model(folder, origin, kind, model, layout)
+        _write_model(folder, origin, kind, model, layout)
     folder.finish(digest)
     return folder.written
 
 
-def _model(folder: Folder, origin: Origin, kind: Export, model: Model, layout: Layout) -> None:
+def _write_model(
+    folder: ExportFolder, origin: Origin, kind: Export, model: Model, layout: Layout
+) -> None:
     config = _config(model, kind.dtype)
-    params = loaded(origin, model, layout, 0)
+    params = load_merged(origin, model, layout, 0)
     dtype = DTYPES[kind.dtype]
 
-    def tensors() -> Iterator[tuple[str, NDArray[Any]]]:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, array in stored_tensors.tensors(params, config):
             yield name, array.astype(dtype)
 
@@ -171,8 +173,8 @@ def _model(folder: Folder, origin: Origin, kind: Export, model: Model, layout: L
 
 
 def _write_tensors(
-    folder: Folder,
-    tensors: Iterator[tuple[str, NDArray[Any]]],
+    folder: ExportFolder,
+    tensors: Iterator[tuple[str, Tensor]],
     shapes: list[_Tensor],
     itemsize: int,
     limit: int,
@@ -181,48 +183,48 @@ def _write_tensors(
     shards: list[list[str]] = [[]]
     size = total = 0
     for name, shape in shapes:
-        here = itemsize * int(np.prod(shape))
-        if shards[-1] and size + here > limit:
+        nbytes = itemsize * int(np.prod(shape))
+        if shards[-1] and size + nbytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size, total = size + here, total + here
-    places: dict[str, str] = {}
-    for at, names in enumerate(shards):
+        size, total = size + nbytes, total + nbytes
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
         file = (
             "model.safetensors"
             if len(shards) == 1
-            else f"model-{at + 1:05}-of-{len(shards):05}.safetensors"
+            else f"model-{number:05}-of-{len(shards):05}.safetensors"
         )
-        held = {}
+        shard: dict[str, Tensor] = {}
         for name in names:
-            given, array = next(tensors)
-            assert given == name
-            held[name] = np.ascontiguousarray(array)
-        folder.put_tensors(file, held)
-        places |= dict.fromkeys(names, file)
+            next_name, array = next(tensors)
+            assert next_name == name
+            shard[name] = np.ascontiguousarray(array)
+        folder.put_tensors(file, shard)
+        weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         folder.put_json("model.safetensors.index.json", index)
 
 
 def _config(model: Model, dtype: str) -> dict[str, Any]:
-    """Return the `config.json` of a model: its own, or one of a family that describes it."""
+    """Return the `config.json` of a model: its folder's, or one of a family that describes it."""
     a = model.architecture
-    found = dict(model_folder.read_config(model.folder) if model.folder else config_of(a))
+    config = dict(model_folder.read_config(model.folder) if model.folder else config_of(a))
     tokenizer = model.renderer.tokenizer
-    found |= {"vocab_size": a.vocabulary, "dtype": _TORCH[dtype]}
-    found.pop("torch_dtype", None)
+    config |= {"vocab_size": a.vocabulary, "dtype": _TORCH[dtype]}
+    config.pop("torch_dtype", None)
     if model.folder is None:
-        found |= {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end}
-        found["pad_token_id"] = tokenizer.pad
-    return found
+        config |= {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end}
+        config["pad_token_id"] = tokenizer.pad
+    return config
 
 
-def _write_tokenizer(folder: Folder, model: Model) -> None:
+def _write_tokenizer(folder: ExportFolder, model: Model) -> None:
     renderer, tokenizer = model.renderer, model.renderer.tokenizer
-    own = read_json(model.folder / "tokenizer_config.json") if model.folder else None
-    files = tokenizer_files(renderer, own or {}, model.architecture.context)
+    settings = read_json(model.folder / "tokenizer_config.json") if model.folder else None
+    files = tokenizer_files(renderer, settings or {}, model.architecture.context)
     for name, content in files.items():
         folder.put_bytes(name, content)
     generation = read_json(model.folder / "generation_config.json") if model.folder else None
@@ -240,7 +242,7 @@ def _write_tokenizer(folder: Folder, model: Model) -> None:
 # Adapters by themselves.
 
 
-def _adapter(folder: Folder, origin: Origin, model: Model, layout: Layout) -> None:
+def _write_adapter(folder: ExportFolder, origin: Origin, model: Model, layout: Layout) -> None:
     if not origin.adapters:
         raise NotApartError("it has no adapter: all of its weights were trained")
     if origin.path is not None or model.folder is None:
@@ -249,19 +251,19 @@ def _adapter(folder: Folder, origin: Origin, model: Model, layout: Layout) -> No
     if len(loras) > 1:
         raise NotApartError(f"it has {len(loras)} adapters on top of each other")
     ((lora, path),) = origin.adapters
-    params = load_params(path, shaped_adapter(lora, model, layout))
+    params = load_params(path, abstract_adapter(lora, model, layout))
     config = model_folder.read_config(model.folder)
-    held: dict[str, NDArray[Any]] = {}
+    tensors: dict[str, Tensor] = {}
     modules: dict[str, None] = {}
     try:
         for module, part, array in stored_tensors.adapter_tensors(params, config):
             if model.architecture.tied and part.startswith("lora_embedding"):
                 raise NotApartError("its embedding is the head too, which PEFT leaves as it was")
-            held[f"{_PREFIX}{module}.{part}"] = np.ascontiguousarray(array, np.float32)
+            tensors[f"{_PREFIX}{module}.{part}"] = np.ascontiguousarray(array, np.float32)
             modules[module.rpartition(".")[2]] = None
     except ValueError as error:
         raise NotApartError(str(error)) from None
-    folder.put_tensors("adapter_model.safetensors", held)
+    folder.put_tensors("adapter_model.safetensors", tensors)
     folder.put_json("adapter_config.json", _peft(lora, model, list(modules)))
     _write_tokenizer(folder, model)
 

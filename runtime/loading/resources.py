@@ -27,7 +27,7 @@ from tunelang.runtime.data.examples import Example, texts_of
 from tunelang.runtime.data.stream import Library, Stream
 from tunelang.runtime.errors import NotBuiltError
 from tunelang.runtime.generation.engine_sizes import prompt_room, sampling_layout_over
-from tunelang.runtime.loading.initial_weights import Origin, load_generator, loaded
+from tunelang.runtime.loading.initial_weights import Origin, load_generator, load_merged
 from tunelang.runtime.models import model_folder
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.primitives import DTYPES
@@ -216,7 +216,7 @@ class Resources:
         origin, model = self._weights(name, reference)
         model = replace(model, architecture=replace(plain(model.architecture), scores=True))
         layout = sampling_layout_over(self.devices, model.architecture, model.dtype)
-        return learned_scorer(model, loaded(origin, model, layout, 0), layout)
+        return learned_scorer(model, load_merged(origin, model, layout, 0), layout)
 
     def _judge(self, name: str, judge: Function) -> Ask:
         if isinstance(judge, Endpoint):

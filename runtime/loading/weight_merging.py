@@ -8,12 +8,13 @@ the first model has it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Sharding
 from jaxtyping import PyTree
 
 from tunelang.dsl.vocabulary.training import Dare, Linear, Merging, Slerp, Ties
@@ -43,10 +44,9 @@ def merge_weights(
     origin = arrays_by_path(base) if isinstance(method, Ties | Dare) else None
     for tree in trees if origin is None else [*trees, origin]:
         _match(trees[0], tree)
-    found = {}
+    merged = {}
     for index, (name, first) in enumerate(trees[0].items()):
-        program = jax.jit(_parameter, static_argnums=(0, 1), out_shardings=first.sharding)
-        found[name] = program(
+        merged[name] = _parameter_program(first.sharding)(
             method,
             name.startswith(_STACKED),
             [tree[name] for tree in trees],
@@ -54,7 +54,12 @@ def merge_weights(
             np.uint32(seed % 2**32),
             index,
         )
-    return with_arrays(models[0], found)
+    return with_arrays(models[0], merged)
+
+
+@cache
+def _parameter_program(sharding: Sharding) -> jax.stages.Wrapped:
+    return jax.jit(_merge_parameter, static_argnums=(0, 1), out_shardings=sharding)
 
 
 def _require(method: Merging, count: int, base: PyTree | None) -> None:
@@ -74,14 +79,15 @@ def _match(first: Arrays, other: Arrays) -> None:
     for name in sorted(first.keys() | other.keys()):
         if name not in first or name not in other:
             raise ValueError(f"`{name}` is not in every model")
-        one, two = first[name], other[name]
-        if one.shape != two.shape:
-            raise ValueError(f"`{name}` is {one.shape} in one model and {two.shape} in another")
-        if not jnp.issubdtype(two.dtype, jnp.floating):
-            raise ValueError(f"`{name}` is {two.dtype}: codes cannot be averaged")
+        shape, other_shape = first[name].shape, other[name].shape
+        if shape != other_shape:
+            raise ValueError(f"`{name}` is {shape} in one model and {other_shape} in another")
+        dtype = other[name].dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"`{name}` is {dtype}: codes cannot be averaged")
 
 
-def _parameter(
+def _merge_parameter(
     method: Merging,
     stacked: bool,
     models: list[Array],
@@ -109,12 +115,12 @@ def _tensor(method: Merging, models: list[Array], base: Array | None, key: Array
     differences = values - base
     match method:
         case Ties(density=density, weights=weights, scale=scale):
-            kept = jax.vmap(partial(_largest, density=density))(differences)
-            return base + scale * _elected(_weighted(kept, weights or ones))
+            largest = jax.vmap(partial(_largest, density=density))(differences)
+            return base + scale * _elected(_weighted(largest, weights or ones))
         case Dare(density=density, weights=weights):
             drawn = jax.random.bernoulli(key, density, values.shape)
-            kept = jnp.where(drawn, differences / density, 0)
-            return base + _weighted(kept, weights or [1 / len(ones)] * len(ones)).sum(0)
+            rescaled = jnp.where(drawn, differences / density, 0)
+            return base + _weighted(rescaled, weights or [1 / len(ones)] * len(ones)).sum(0)
     raise TypeError(f"not a way to merge: {type(method).__name__}")
 
 
@@ -129,9 +135,9 @@ def _on_arc(ends: Array, share: float) -> Array:
 
     Lengths are interpolated as well, as in mergekit.
     """
-    one, other = ends
-    lengths = jnp.linalg.norm(one) * jnp.linalg.norm(other)
-    cosine = (one * other).sum() / jnp.where(lengths == 0, 1, lengths)
+    start, end = ends
+    lengths = jnp.linalg.norm(start) * jnp.linalg.norm(end)
+    cosine = (start * end).sum() / jnp.where(lengths == 0, 1, lengths)
     straight = (lengths == 0) | (jnp.abs(cosine) > _PARALLEL)
     angle = jnp.arccos(jnp.where(straight, 0, cosine))
     shares = jnp.asarray([1 - share, share])
@@ -142,15 +148,15 @@ def _on_arc(ends: Array, share: float) -> Array:
 def _largest(tensor: Array, density: float) -> Array:
     """Return a tensor with 0 for all but its `int(density * size)` entries of largest magnitude.
 
-    Those as large as the smallest of them are kept too, as in the authors' code. The bound is found
+    Entries as large as the smallest of them stay too, as in the authors' code. The bound is found
     bit by bit, where sorting would bring a split tensor together: magnitudes order as the integers
     with the same bits do.
     """
     count = int(density * tensor.size)
     bits = lax.bitcast_convert_type(jnp.abs(tensor), jnp.int32)
 
-    def narrow(at: Array, bound: Array) -> Array:
-        higher = bound | (jnp.int32(1 << 30) >> at)
+    def narrow(bit: Array, bound: Array) -> Array:
+        higher = bound | (jnp.int32(1 << 30) >> bit)
         return jnp.where((bits >= higher).sum() >= count, higher, bound)
 
     return jnp.where(bits >= lax.fori_loop(0, 31, narrow, jnp.int32(0)), tensor, 0)

@@ -45,11 +45,11 @@ RESIDUAL = ("batch", "length", None)
 SHARED = ("shared", None, "embed")
 """Logical axes of the embeddings that are looked up for all devices which share a table."""
 Routing = tuple[jax.Array, jax.Array]
-"""What `moe.balance_loss` reads: how many of a token's experts each one is, and the router's
+"""The inputs of `moe.balance_loss`: how many of a token's experts each one is, and the router's
 probabilities, `[layers, batch, length, experts]` float32."""
 Extra = Literal["none", "keys and values", "maps"]
-"""What the layers return beside hidden states: the keys and values of their attention, or its maps
-with the hidden states of each layer."""
+"""The further output of layers, next to hidden states: keys and values of their attention, or its
+maps with the hidden states of each layer."""
 Carry = TypeVar("Carry")
 RunLayer = Callable[[Block, Carry, Local, jax.Array], tuple[Carry, Any]]
 """`(block, carry, local, index) -> (carry, extras)`: runs one layer within the scan."""
@@ -409,11 +409,11 @@ class Decoder(nnx.Module):
             keys = dropout_keys
             if keys is not None:
                 keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index)
-            x, of_attention, routing = block(
+            x, attention_extra, routing = block(
                 x, rope.layer_rotation(rotations, local), attend, keys, layout
             )
             x = constrain(layout, x, RESIDUAL)
-            return x, ((of_attention, x) if extra == "maps" else of_attention, routing)
+            return x, ((attention_extra, x) if extra == "maps" else attention_extra, routing)
 
         return run_layer
 

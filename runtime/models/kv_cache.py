@@ -52,14 +52,15 @@ def insert(cache: Cache, prompts: Cache, rows: jax.Array, slots: jax.Array) -> C
     if length > capacity:
         raise ValueError(f"prompts of {length} tokens for slots of {capacity}")
 
-    def put(into: jax.Array, what: jax.Array, *places: slice) -> jax.Array:
-        return into.at[slots, *places].set(what[rows].astype(into.dtype), mode="drop")
+    def put(cached: jax.Array, prompt: jax.Array, *positions: slice) -> jax.Array:
+        values = prompt[rows].astype(cached.dtype)
+        return cached.at[slots, *positions].set(values, mode="drop")
 
     every, filled = slice(None), slice(length)
     return Cache(
         tuple(
-            put(*each, every, every, filled) for each in zip(cache.keys, prompts.keys, strict=True)
+            put(*pair, every, every, filled) for pair in zip(cache.keys, prompts.keys, strict=True)
         ),
-        tuple(put(*each, every, filled) for each in zip(cache.values, prompts.values, strict=True)),
+        tuple(put(*pair, every, filled) for pair in zip(cache.values, prompts.values, strict=True)),
         cache.lengths.at[slots].set(prompts.lengths[rows], mode="drop"),
     )

@@ -42,9 +42,10 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Linear(nnx.Module):
-    """`x @ weight + bias`, contracting the last axes of `x` with the `inputs` of the weight.
+    """A linear layer, `x @ weight + bias`.
 
-    Adapters of the architecture that are on its matrix, whose `path` they name, are added.
+    The last axes of `x` are contracted with the `inputs` of the weight. The architecture's
+    adapters whose matrices include `path` are added.
     """
 
     def __init__(
@@ -106,7 +107,7 @@ class Linear(nnx.Module):
                 adapter.magnitude[...] = column_norms(self.merged_weight(name), self.contracted)
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None, place: int = 0) -> jax.Array:
-        """`[batch, length, *inputs]` to `[batch, length, *outputs]`.
+        """Map `[batch, length, *inputs]` to `[batch, length, *outputs]`.
 
         `keys` `[batch]` turn on the adapters' dropout; `place` sets it apart from that of others.
         """
@@ -141,7 +142,7 @@ class Norm(nnx.Module):
     """RMS normalisation (arXiv:1910.07467) or layer normalisation (arXiv:1607.06450)."""
 
     def __init__(self, architecture: Architecture, **sizes: int) -> None:
-        """`sizes` are the axes to normalise over, by name."""
+        """Make a norm over axes of these sizes, by name."""
         shape = tuple(sizes.values())
         self.centred = architecture.norm == "layer"
         self.epsilon = architecture.norm_epsilon
@@ -180,20 +181,20 @@ class Attention(nnx.Module):
         self.o = Linear(
             a, f"{inside}.o", rngs, queries, embed, bias=a.output_bias, gain=(2 * a.layers) ** -0.5
         )
-        of_queries = queries if a.qk_norm_joint else {"head_dim": a.head_dim}
-        of_keys = keys if a.qk_norm_joint else {"head_dim": a.head_dim}
-        self.q_norm = Norm(a, **of_queries) if a.qk_norm else None
-        self.k_norm = Norm(a, **of_keys) if a.qk_norm else None
+        query_sizes = queries if a.qk_norm_joint else {"head_dim": a.head_dim}
+        key_sizes = keys if a.qk_norm_joint else {"head_dim": a.head_dim}
+        self.q_norm = Norm(a, **query_sizes) if a.qk_norm else None
+        self.k_norm = Norm(a, **key_sizes) if a.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, turn: Rotation | None, attend: Attend, keys: jax.Array | None = None
+        self, x: jax.Array, rotation: Rotation | None, attend: Attend, keys: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """`[batch, length, width]` to the same, and what `attend` returns beside its result."""
+        """Map `[batch, length, width]` to the same; returns the further output of `attend` too."""
         query, key, value = self.q(x, keys, 2), self.k(x, keys, 3), self.v(x, keys, 4)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        if turn is not None:
-            query, key = rotate(query, turn), rotate(key, turn)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         attended, extra = attend(query, key, value)
         return self.o(attended, keys, 5), extra
 
@@ -215,7 +216,7 @@ class FeedForward(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-        """`[batch, length, width]` to the same."""
+        """Map `[batch, length, width]` to the same."""
         activate = ACTIVATIONS[self.activation]
         up = self.up(x, keys, 6)
         if self.gate is None:
@@ -231,32 +232,34 @@ class Block(nnx.Module):
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs) -> None:
         a = architecture
-        before, after = a.norm_placement != "post", a.norm_placement != "pre"
+        norm_inputs, norm_outputs = a.norm_placement != "post", a.norm_placement != "pre"
         self.dropout = a.dropout
         self.attention = Attention(a, rngs)
         self.mlp = (
             FeedForward(a, rngs) if a.experts is None else MixtureOfExperts(a, a.experts, rngs)
         )
-        self.attention_norm = Norm(a, embed=a.width) if before else None
-        self.mlp_norm = Norm(a, embed=a.width) if before else None
-        self.attention_out_norm = Norm(a, embed=a.width) if after else None
-        self.mlp_out_norm = Norm(a, embed=a.width) if after else None
+        self.attention_norm = Norm(a, embed=a.width) if norm_inputs else None
+        self.mlp_norm = Norm(a, embed=a.width) if norm_inputs else None
+        self.attention_out_norm = Norm(a, embed=a.width) if norm_outputs else None
+        self.mlp_out_norm = Norm(a, embed=a.width) if norm_outputs else None
 
     def __call__(
         self,
         x: jax.Array,
-        turn: Rotation | None,
+        rotation: Rotation | None,
         attend: Attend,
         keys: jax.Array | None,
         layout: Layout | None = None,
     ) -> tuple[jax.Array, Any, tuple[jax.Array, jax.Array] | None]:
-        """`[batch, length, width]` to the same; what `attend` returns beside its result; what the
-        load-balance loss reads, where there are experts.
+        """Map `[batch, length, width]` to the same.
+
+        Returns the further output of `attend` too, and where there are experts the inputs of
+        `moe.balance_loss`.
 
         `keys` `[batch]` are random keys for dropout; without them there is none.
         """
         y = x if self.attention_norm is None else self.attention_norm(x)
-        y, extra = self.attention(y, turn, attend, keys)
+        y, extra = self.attention(y, rotation, attend, keys)
         y = y if self.attention_out_norm is None else self.attention_out_norm(y)
         x = x + dropout(y, keys, self.dropout, 0)
         y = x if self.mlp_norm is None else self.mlp_norm(x)
@@ -270,6 +273,6 @@ class Block(nnx.Module):
 
     @property
     def linears(self) -> list[Linear]:
-        """Its matrices."""
-        found = (each for part in (self.attention, self.mlp) for each in vars(part).values())
-        return [each for each in found if isinstance(each, Linear)]
+        """The linear layers of the block."""
+        modules = (*vars(self.attention).values(), *vars(self.mlp).values())
+        return [module for module in modules if isinstance(module, Linear)]

@@ -47,7 +47,7 @@ class LowRank(nnx.Module):
         return self.magnitude[...] / column_norms(jax.lax.stop_gradient(weight), self.contracted)
 
     def __call__(self, x: jax.Array, keys: jax.Array | None, place: int) -> jax.Array:
-        """`[batch, length, *inputs]` to what is added to the matrix's `[batch, length, *outputs]`.
+        """Map `[batch, length, *inputs]` to the addend of the matrix's `[batch, length, *outputs]`.
 
         `keys` and `place` are those of `dropout`.
         """
@@ -70,12 +70,12 @@ def make_adapters(
     outputs: dict[str, int],
 ) -> nnx.Dict[LowRank]:
     """Make the adapters of a matrix, each by its place among those of the architecture."""
-    found = {
+    adapters = {
         str(place): LowRank(rngs, adapter, inputs, outputs)
         for place, adapter in enumerate(architecture.adapters)
         if path in adapter.matrices
     }
-    return nnx.Dict(found)
+    return nnx.Dict(adapters)
 
 
 def with_updates(table: Parameter, adapters: nnx.Dict[LowRank]) -> jax.Array:

@@ -22,7 +22,9 @@ def product(
     batched: int = 0,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """`[*batch, *rows, *inner]` times `[*batch, *inner, *columns]`: `[*batch, *rows, *columns]`.
+    """Multiply `[*batch, *rows, *inner]` and `[*batch, *inner, *columns]`.
+
+    Returns `[*batch, *rows, *columns]`.
 
     `contracted` and `batched` are the numbers of inner and of batch axes; `dtype` is the result's,
     otherwise that of `x` and `y`, which are of one. Differentiable once.
@@ -39,10 +41,10 @@ def _dot(
     x: jax.Array, y: jax.Array, contracted: int, batched: int, dtype: DTypeLike | None
 ) -> jax.Array:
     inner = tuple(range(x.ndim - contracted, x.ndim))
-    across = tuple(range(batched, batched + contracted))
+    y_inner = tuple(range(batched, batched + contracted))
     batch = tuple(range(batched))
     return jax.lax.dot_general(
-        x, y, ((inner, across), (batch, batch)), preferred_element_type=dtype
+        x, y, ((inner, y_inner), (batch, batch)), preferred_element_type=dtype
     )
 
 
@@ -71,21 +73,21 @@ def _backward(
     batch = tuple(range(batched))
     rows = tuple(range(batched, x.ndim - contracted))
     columns = tuple(range(batched + contracted, y.ndim))
-    behind = tuple(range(x.ndim - contracted, gradient.ndim))
+    result_columns = tuple(range(x.ndim - contracted, gradient.ndim))
     over_rows = ((rows, rows), (batch, batch))
     if x.size <= gradient.size:
-        of_y = jax.lax.dot_general(x, gradient, over_rows)
+        y_gradient = jax.lax.dot_general(x, gradient, over_rows)
     else:
         end = range(y.ndim - contracted, y.ndim)
-        of_y = jax.lax.dot_general(gradient, x, over_rows)
-        of_y = jnp.moveaxis(of_y, end, range(batched, batched + contracted))
+        y_gradient = jax.lax.dot_general(gradient, x, over_rows)
+        y_gradient = jnp.moveaxis(y_gradient, end, range(batched, batched + contracted))
         # The weights of attention are freed before their gradient exists. With the order of the
         # head's gradient, 10.6 -> 8.8 GiB of gemma-2b on 16 v5e (2026-11, "Order of gradients" in
         # benchmarks/RESULTS.md). Delete when a rehearsal without it (`tune plan --compile` for TPUs
         # with `attention = xla`) has the same peak.
         if batched > 1:
-            gradient, of_y = jax.lax.optimization_barrier((gradient, of_y))
-    return jax.lax.dot_general(gradient, y, ((behind, columns), (batch, batch))), of_y
+            gradient, y_gradient = jax.lax.optimization_barrier((gradient, y_gradient))
+    return jax.lax.dot_general(gradient, y, ((result_columns, columns), (batch, batch))), y_gradient
 
 
 _product.defvjp(_forward, _backward)

@@ -44,8 +44,10 @@ class MixtureOfExperts(nnx.Module):
     def __call__(
         self, x: jax.Array, layout: Layout | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """`[batch, length, width]` to the same, and of each token what the load-balance loss reads:
-        how many of its experts each one is, and the router's probabilities, `[..., experts]`.
+        """Map `[batch, length, width]` to the same.
+
+        Returns the inputs of `balance_loss` too, of each token: how many of its experts each one
+        is, and the router's probabilities, `[..., experts]`.
         """
         mixture = self.mixture
         logits = jnp.matmul(x.astype(jnp.float32), self.router[...])
@@ -54,8 +56,8 @@ class MixtureOfExperts(nnx.Module):
         if mixture.normalised:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         matrices = [
-            constrain(layout, each[...].astype(x.dtype), axes)
-            for each, axes in (
+            constrain(layout, matrix[...].astype(x.dtype), axes)
+            for matrix, axes in (
                 (self.experts.gate, ("expert", None, "mlp")),
                 (self.experts.up, ("expert", None, "mlp")),
                 (self.experts.down, ("expert", "mlp", None)),
@@ -86,37 +88,39 @@ def run_experts(
     axes = dict(layout.mesh.shape)
     batch = layout.spec(("batch",), (x.shape[0],))[0]
     rows = () if batch is None else (batch if isinstance(batch, tuple) else (batch,))
-    along = axes.get("expert", 1) > 1 and matrices[0].shape[0] % axes["expert"] == 0
-    across = axes.get("tensor", 1) > 1 and matrices[0].shape[2] % axes["tensor"] == 0
-    shared = along and "expert" in rows
+    split_experts = axes.get("expert", 1) > 1 and matrices[0].shape[0] % axes["expert"] == 0
+    split_hidden = axes.get("tensor", 1) > 1 and matrices[0].shape[2] % axes["tensor"] == 0
+    shared = split_experts and "expert" in rows
     token = PartitionSpec(rows or None)
-    one, two = "expert" if along else None, "tensor" if across else None
-    specs = [PartitionSpec(one, None, two)] * 2 + [PartitionSpec(one, two, None)]
+    expert, hidden = "expert" if split_experts else None, "tensor" if split_hidden else None
+    specs = [PartitionSpec(expert, None, hidden)] * 2 + [PartitionSpec(expert, hidden, None)]
 
-    def own(x: jax.Array, weights: jax.Array, chosen: jax.Array, *matrices: jax.Array) -> jax.Array:
-        first = jax.lax.axis_index("expert") * matrices[0].shape[0] if along else 0
+    def run_on_device(
+        x: jax.Array, weights: jax.Array, chosen: jax.Array, *matrices: jax.Array
+    ) -> jax.Array:
+        first = jax.lax.axis_index("expert") * matrices[0].shape[0] if split_experts else 0
         if shared:
             x, weights, chosen = (
-                jax.lax.all_gather(each, "expert", axis=0, tiled=True)
-                for each in (x, weights, chosen)
+                jax.lax.all_gather(array, "expert", axis=0, tiled=True)
+                for array in (x, weights, chosen)
             )
         y = _grouped(x, weights, chosen, matrices, activate, first)
-        if across:
+        if split_hidden:
             y = jax.lax.psum(y, "tensor")
         if shared:
             y = jax.lax.psum_scatter(y, "expert", scatter_dimension=0, tiled=True)
-        elif along:
+        elif split_experts:
             y = jax.lax.psum(y, "expert")
         return y
 
-    spread: jax.Array = jax.shard_map(
-        own,
+    combined: jax.Array = jax.shard_map(
+        run_on_device,
         mesh=layout.mesh,
         in_specs=(token, token, token, *specs),
         out_specs=token,
         check_vma=False,
     )(x, weights, chosen, *matrices)
-    return spread
+    return combined
 
 
 def _grouped(
@@ -127,7 +131,7 @@ def _grouped(
     activate: Callable[[jax.Array], jax.Array],
     first: jax.Array | int,
 ) -> jax.Array:
-    """`run_experts` for the experts from `first` on; others' tokens add nothing."""
+    """Run tokens through the experts from `first` on; other experts add nothing."""
     gate, up, down = matrices
     count, active = gate.shape[0], chosen.shape[-1]
     tokens = x.reshape(-1, x.shape[-1])
@@ -135,13 +139,13 @@ def _grouped(
     expert = jnp.where((expert >= 0) & (expert < count), expert, count)
     order = jnp.argsort(expert)
     sizes = jnp.bincount(expert, length=count + 1)[:count].astype(jnp.int32)
-    own = tokens[order // active]
-    hidden = activate(jax.lax.ragged_dot(own, gate, sizes)) * jax.lax.ragged_dot(own, up, sizes)
-    made = jax.lax.ragged_dot(hidden, down, sizes)
-    # Rows behind the last group are of experts that are elsewhere.
-    there = jnp.arange(made.shape[0]) < jnp.sum(sizes)
-    made = jnp.where(there[:, None], made * weights.reshape(-1)[order][:, None], 0)
-    summed: jax.Array = jnp.zeros_like(tokens).at[order // active].add(made)
+    rows = tokens[order // active]
+    hidden = activate(jax.lax.ragged_dot(rows, gate, sizes)) * jax.lax.ragged_dot(rows, up, sizes)
+    outputs = jax.lax.ragged_dot(hidden, down, sizes)
+    # Rows behind the last group are of experts on other devices.
+    is_local = jnp.arange(outputs.shape[0]) < jnp.sum(sizes)
+    outputs = jnp.where(is_local[:, None], outputs * weights.reshape(-1)[order][:, None], 0)
+    summed: jax.Array = jnp.zeros_like(tokens).at[order // active].add(outputs)
     return summed.reshape(x.shape)
 
 

@@ -1,4 +1,4 @@
-"""What all layers are made of: parameters with named axes, random weights, activations, dropout."""
+"""Parts of all layers: parameters with named axes, random weights, activations, dropout."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def dropout(x: jax.Array, keys: jax.Array | None, rate: float, place: int) -> ja
     """
     if keys is None or rate == 0.0:
         return x
-    kept = jax.vmap(
+    is_kept = jax.vmap(
         lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[1:])
     )(keys)
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+    return jnp.where(is_kept, x / (1 - rate), 0).astype(x.dtype)

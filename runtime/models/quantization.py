@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import qwix
 from jax.typing import DTypeLike
+from numpy.typing import NDArray
 
 from tunelang.runtime.models.matmul import product
 
@@ -32,18 +32,20 @@ def quantized(weight: jax.Array, inputs: int, storage: str) -> tuple[jax.Array, 
     axes = set(range(weight.ndim))
     if storage == "int8":
         outputs = axes - set(range(inputs))
-        found = qwix.quantize(weight.astype(jnp.float32), jnp.int8, channelwise_axes=outputs)
-        return found.qvalue, found.scale
+        matrix = qwix.quantize(weight.astype(jnp.float32), jnp.int8, channelwise_axes=outputs)
+        return matrix.qvalue, matrix.scale
     tiled = inputs - 1
-    found = qwix.quantize(
+    matrix = qwix.quantize(
         weight.astype(jnp.float32),
         "nf4",
         channelwise_axes=axes - {tiled},
         tiled_axes={tiled: math.gcd(TILE, weight.shape[tiled])},
     )
-    low, high = jnp.split(_in_tiles(found.qvalue.astype(jnp.uint8), found.scale, tiled), 2, inputs)
+    low, high = jnp.split(
+        _in_tiles(matrix.qvalue.astype(jnp.uint8), matrix.scale, tiled), 2, inputs
+    )
     codes = low | (high << 4)
-    return codes.reshape(*weight.shape[:tiled], -1, *weight.shape[inputs:]), found.scale
+    return codes.reshape(*weight.shape[:tiled], -1, *weight.shape[inputs:]), matrix.scale
 
 
 def dequantized(codes: jax.Array, scales: jax.Array, inputs: int, dtype: DTypeLike) -> jax.Array:
@@ -54,12 +56,12 @@ def dequantized(codes: jax.Array, scales: jax.Array, inputs: int, dtype: DTypeLi
     # axis that is split over devices stays split.
     pairs = _in_tiles(codes, scales, inputs - 1)
     levels = _levels(jnp.concatenate([pairs & 15, pairs >> 4], inputs))
-    found: jax.Array = (levels * jnp.expand_dims(scales, inputs)).astype(dtype)
-    return found.reshape(*codes.shape[: inputs - 1], -1, *codes.shape[inputs:])
+    weight: jax.Array = (levels * jnp.expand_dims(scales, inputs)).astype(dtype)
+    return weight.reshape(*codes.shape[: inputs - 1], -1, *codes.shape[inputs:])
 
 
 def _in_tiles(codes: jax.Array, scales: jax.Array, axis: int) -> jax.Array:
-    """Cut an axis into those that scales are of, and what each of them is of."""
+    """Cut an axis into two: the tiles, and the entries of a tile, which share a scale."""
     shape = codes.shape
     return codes.reshape(*shape[:axis], scales.shape[axis], -1, *shape[axis + 1 :])
 
@@ -85,28 +87,32 @@ def _forward(
 
 
 def _backward(
-    contracted: int, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, Any, jax.Array]:
-    codes, scales = kept
+    contracted: int, residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, NDArray[np.void], jax.Array]:
+    codes, scales = residuals
     weight = dequantized(codes, scales, contracted, gradient.dtype)
     outputs = weight.ndim - contracted
-    behind = tuple(range(gradient.ndim - outputs, gradient.ndim))
-    columns = tuple(range(contracted, weight.ndim))
-    of_x = jax.lax.dot_general(gradient, weight, ((behind, columns), ((), ())))
-    return of_x, np.zeros(codes.shape, jax.dtypes.float0), jnp.zeros_like(scales)
+    columns = tuple(range(gradient.ndim - outputs, gradient.ndim))
+    weight_columns = tuple(range(contracted, weight.ndim))
+    axes = ((columns, weight_columns), ((), ()))
+    return (
+        jax.lax.dot_general(gradient, weight, axes),
+        np.zeros(codes.shape, jax.dtypes.float0),
+        jnp.zeros_like(scales),
+    )
 
 
 frozen_product.defvjp(_forward, _backward)
 
 
 def _levels(codes: jax.Array) -> jax.Array:
-    """Return what codes of nf4 stand for, float32: chosen bit by bit, since compilers make of a
-    table that is looked up in a slow gather, or copies.
+    """Return the float32 values that codes of nf4 stand for.
+
+    They are chosen bit by bit: compilers turn a look-up in a table into a slow gather, or copies.
     """
-    every = qwix.QArray(jnp.arange(16, dtype=jnp.uint4), jnp.ones(1), None, "nf4")
-    found = list(qwix.dequantize(every))
+    all_codes = qwix.QArray(jnp.arange(16, dtype=jnp.uint4), jnp.ones(1), None, "nf4")
+    levels: list[jax.Array] = list(qwix.dequantize(all_codes))
     for bit in range(4):
         high = (codes >> bit) & 1 == 1
-        found = [jnp.where(high, *pair) for pair in zip(found[1::2], found[::2], strict=True)]
-    levels: jax.Array = found[0]
-    return levels
+        levels = [jnp.where(high, *pair) for pair in zip(levels[1::2], levels[::2], strict=True)]
+    return levels[0]

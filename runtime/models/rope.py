@@ -22,13 +22,16 @@ Local = bool | jax.Array
 
 
 def frequencies(architecture: Architecture, span: Span) -> NDArray[np.float32]:
-    """Radians per position of each pair of dimensions, `[head_dim / 2]`, of one kind of layer."""
+    """Return the radians per position of each pair of dimensions in one kind of layer.
+
+    `[head_dim / 2]`, float32.
+    """
     local_base = architecture.rope_local_base
-    own_base = span == "local" and local_base is not None
-    base = local_base if own_base and local_base is not None else architecture.rope_base
+    has_local_base = span == "local" and local_base is not None
+    base = local_base if has_local_base and local_base is not None else architecture.rope_base
     exponents = np.arange(0, architecture.head_dim, 2, dtype=np.float64) / architecture.head_dim
     unscaled = base**-exponents
-    scaling = None if own_base else architecture.rope_scaling
+    scaling = None if has_local_base else architecture.rope_scaling
     match scaling:
         case None:
             scaled = unscaled
@@ -40,10 +43,10 @@ def frequencies(architecture: Architecture, span: Span) -> NDArray[np.float32]:
 
 
 def _llama3(unscaled: NDArray[np.float64], scaling: Llama3Scaling) -> NDArray[np.float64]:
-    turns = scaling.original_context * unscaled / (2 * math.pi)
+    periods = scaling.original_context * unscaled / (2 * math.pi)
     low, high = scaling.low_frequency, scaling.high_frequency
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return kept * unscaled + (1 - kept) * unscaled / scaling.factor
+    share = np.clip((periods - low) / (high - low), 0.0, 1.0)
+    return share * unscaled + (1 - share) * unscaled / scaling.factor
 
 
 def rotation(positions: jax.Array, radians: NDArray[np.float32]) -> Rotation:

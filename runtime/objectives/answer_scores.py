@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax import nnx
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.models.decoder import Decoder
-from tunelang.runtime.models.parameters import abstract_decoder
+from tunelang.runtime.models.parameters import Params, abstract_decoder
 from tunelang.runtime.sharding import jit
 from tunelang.runtime.training.cross_entropy import token_logprobs
 from tunelang.runtime.training.objective import (
@@ -31,7 +31,7 @@ Metrics = dict[str, jax.Array]
 
 
 class Answers(NamedTuple):
-    """What a model makes of each segment of a batch; arrays are `[batch, segments]` float32."""
+    """Log-probability and length of each segment of a batch, `[batch, segments]` float32."""
 
     log_probs: jax.Array
     """Summed over the trained tokens, in nats."""
@@ -55,7 +55,7 @@ def answers(
     """Return the log-probability of each of `count` segments, and the load-balance loss."""
     hidden, routed = hidden_states(decoder, batch, keys, config)
     targets, counted = shift_targets(batch)
-    found = token_logprobs(
+    token_log_probs = token_logprobs(
         hidden,
         decoder.head_weight(),
         targets,
@@ -63,7 +63,7 @@ def answers(
         cap=decoder.architecture.logit_cap,
         layout=config.layout,
     )
-    log_probs = segment_sums(jnp.where(counted > 0, found, 0.0), batch.segments, count)
+    log_probs = segment_sums(jnp.where(counted > 0, token_log_probs, 0.0), batch.segments, count)
     tokens = segment_sums(counted, batch.segments, count)
     return Answers(log_probs, tokens), balance(decoder, batch, routed)
 
@@ -75,14 +75,15 @@ def scores(
     config: StepConfig,
     keys: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the score of each segment at its last token, `[batch, count]`, and the load-balance
-    loss.
+    """Return the score of each segment at its last token, and the load-balance loss.
+
+    Scores are `[batch, count]`, 0 where there is no segment.
     """
     hidden, routed = hidden_states(decoder, batch, keys, config)
     following = jnp.roll(batch.segments, -1, axis=1).at[:, -1].set(0)
     last = (batch.segments > 0) & (following != batch.segments)
-    found = jnp.where(last, decoder.scores(hidden), 0.0)
-    return segment_sums(found, batch.segments, count), balance(decoder, batch, routed)
+    token_scores = jnp.where(last, decoder.scores(hidden), 0.0)
+    return segment_sums(token_scores, batch.segments, count), balance(decoder, batch, routed)
 
 
 def count_segments(batch: Batch) -> jax.Array:
@@ -113,7 +114,7 @@ def reference_log_probs(
     return jax.lax.stop_gradient(answers(decoder, batch, count, models.config)[0].log_probs)
 
 
-SegmentProgram = Callable[[Any, Batch], tuple[jax.Array, jax.Array]]
+SegmentProgram = Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
 
 
 def segment_program(architecture: Architecture, config: StepConfig, count: int) -> SegmentProgram:
@@ -124,20 +125,20 @@ def segment_program(architecture: Architecture, config: StepConfig, count: int) 
     """
     graph, _ = abstract_decoder(architecture, config.dtype)
 
-    def one(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def score_batch(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         decoder: Decoder = nnx.merge(graph, params)
         if architecture.scores:
             tokens = segment_sums(shift_targets(batch)[1], batch.segments, count)
             return scores(decoder, batch, count, config)[0], tokens
-        found, _ = answers(decoder, batch, count, config)
-        return found.log_probs, found.tokens
+        segments, _ = answers(decoder, batch, count, config)
+        return segments.log_probs, segments.tokens
 
-    def run(params: Any, batches: Batch) -> tuple[jax.Array, jax.Array]:
-        found: tuple[jax.Array, jax.Array] = jax.lax.map(partial(one, params), batches)
-        return found
+    def run(params: Params, batches: Batch) -> tuple[jax.Array, jax.Array]:
+        scored: tuple[jax.Array, jax.Array] = jax.lax.map(partial(score_batch, params), batches)
+        return scored
 
     return jit(run, config.layout)
 
 
 shared_segment_program = cache(segment_program)
-"""`segment_program`; equal programs are shared by everything in the process."""
+"""Like `segment_program`, but equal programs are made once in a process."""

@@ -14,14 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, PyTree
 
 from tunelang.runtime.sharding import Layout
 from tunelang.runtime.training.cross_entropy import (
@@ -44,7 +44,7 @@ class TopK(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """What a student is trained to make small: `(1 - hard) T² D + hard (-log p(target))`."""
+    """The loss of a student: `(1 - hard) T² D + hard (-log p(target))`."""
 
     kind: Kind
     """With the teacher's `p` and the student's `q`, softmax of the logits over `T`, `D` is
@@ -110,18 +110,22 @@ def divergence(
       out: its loss is `parts.divergence`.
 
     """
-    split = Split.of(student.hidden.shape, chunk, layout)
-    known: tuple[jax.Array, ...]
+    split = Split.over(student.hidden.shape, chunk, layout)
+    teacher_inputs: tuple[jax.Array, ...]
     if isinstance(teacher, TopK):
         log_probs = teacher.log_probs.astype(jnp.float32)
-        known, teacher_copies, teacher_cap = (split(teacher.ids), split(log_probs)), None, None
+        teacher_inputs, teacher_copies, teacher_cap = (
+            (split(teacher.ids), split(log_probs)),
+            None,
+            None,
+        )
     else:
         states, teacher_copies = with_head(teacher.hidden, teacher.head, split, layout)
-        known, teacher_cap = (states,), teacher.cap
+        teacher_inputs, teacher_cap = (states,), teacher.cap
     return _chunked(
         _Settings(loss, student.cap, teacher_cap),
         *with_head(student.hidden, student.head, split, layout),
-        known, teacher_copies,
+        teacher_inputs, teacher_copies,
         split(targets), split(weights.astype(jnp.float32)),
     )  # fmt: skip
 
@@ -139,7 +143,7 @@ def top_k(
       layout: Where the arrays lie.
 
     """
-    split = Split.of(model.hidden.shape, chunk, layout)
+    split = Split.over(model.hidden.shape, chunk, layout)
     states, copies = with_head(*jax.lax.stop_gradient((model.hidden, model.head)), split, layout)
 
     def body(_: None, hidden: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
@@ -151,7 +155,10 @@ def top_k(
 
 
 def _likeliest(log_probs: jax.Array, k: int, layout: Layout | None) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` of each part on its own devices; the compiler would gather all the parts."""
+    """Return values and ids of the `k` largest, each part on its devices.
+
+    Left to itself, the compiler would gather all the parts.
+    """
 
     def top(log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
         values, ids = jax.lax.top_k(log_probs, k)
@@ -172,28 +179,32 @@ def _outcomes(
     teacher_copies: jax.Array | None,
     settings: _Settings,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of student and teacher, of each token or of the `k` and the rest."""
+    """Return log-probabilities of student and teacher.
+
+    They are of each token, or of the `k` tokens and of all others together.
+    """
     logits = logits / settings.loss.temperature
     if teacher_copies is not None:
-        known = (
-            chunk_logits(teacher[0], teacher_copies, settings.teacher_cap)
-            / settings.loss.temperature
-        )
-        return jax.nn.log_softmax(logits), jax.nn.log_softmax(known)
+        teacher_logits = chunk_logits(teacher[0], teacher_copies, settings.teacher_cap)
+        teacher_logits = teacher_logits / settings.loss.temperature
+        return jax.nn.log_softmax(logits), jax.nn.log_softmax(teacher_logits)
     ids, log_probs = teacher
     chosen = jnp.take_along_axis(logits, ids, axis=-1)
     if ids.shape[-1] < logits.shape[-1]:
         others = jnp.where(_among(ids, logits), -jnp.inf, logits)
         others = jax.nn.logsumexp(others, axis=-1, keepdims=True)
         chosen = jnp.concatenate([chosen, others], axis=-1)
-        rest = 1.0 - jnp.sum(jnp.exp(log_probs), axis=-1, keepdims=True)
-        rest = jnp.log(jnp.maximum(rest, np.finfo(np.float32).eps))
-        log_probs = jnp.concatenate([log_probs, rest], axis=-1)
+        other_mass = 1.0 - jnp.sum(jnp.exp(log_probs), axis=-1, keepdims=True)
+        other_log_prob = jnp.log(jnp.maximum(other_mass, np.finfo(np.float32).eps))
+        log_probs = jnp.concatenate([log_probs, other_log_prob], axis=-1)
     return jax.nn.log_softmax(chosen), log_probs
 
 
 def _among(ids: jax.Array, logits: jax.Array) -> jax.Array:
-    """Which of the logits are of these tokens, bool; split as they are, by `vmap` for each axis."""
+    """Return whether each of the logits is of one of these tokens.
+
+    Marked by `vmap` over each axis, so that the result is split as the logits are.
+    """
 
     def mark(marked: jax.Array, ids: jax.Array) -> jax.Array:
         return marked.at[ids].set(True)
@@ -204,7 +215,7 @@ def _among(ids: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def _divergence(student: jax.Array, teacher: jax.Array, settings: _Settings) -> jax.Array:
-    """Divergence of log-probabilities over the last axis, in nats."""
+    """Compute the divergence of log-probabilities over the last axis, in nats."""
     if settings.loss.kind == "forward_kl":
         return _kl(teacher, student)
     if settings.loss.kind == "reverse_kl":
@@ -226,10 +237,13 @@ def _losses(
     weights: jax.Array,
     settings: _Settings,
 ) -> tuple[jax.Array, Parts]:
-    """Weighted sum over a chunk, of logits `[parts, batch / parts, chunk, vocab]`; by `[parts]`."""
+    """Compute the weighted sum over a chunk of logits `[parts, batch / parts, chunk, vocab]`.
+
+    The parts of the loss are `[parts]`.
+    """
     soft = _divergence(*_outcomes(logits, teacher, teacher_copies, settings), settings)
     hard = jax.nn.logsumexp(logits, axis=-1) - pick(logits, targets)
-    parts = Parts(*(jnp.sum(each * weights, axis=(1, 2)) for each in (soft, hard)))
+    parts = Parts(*(jnp.sum(losses * weights, axis=(1, 2)) for losses in (soft, hard)))
     return _total(parts, settings), parts
 
 
@@ -270,7 +284,9 @@ def _forward(
     """Return the loss with its parts, and its gradients for a cotangent of 1."""
     cap = settings.student_cap
 
-    def body(carry: tuple[Parts, jax.Array], chunk: Any) -> tuple[tuple[Parts, jax.Array], Any]:
+    def body(
+        carry: tuple[Parts, jax.Array], chunk: PyTree
+    ) -> tuple[tuple[Parts, jax.Array], jax.Array]:
         sums, head_gradient = carry
         (hidden, teacher), targets, weights = chunk
         hidden, teacher = jax.tree.map(
@@ -404,13 +420,13 @@ def feature_transfer(
     )
     if pooling != "token":
         counts = mask.astype(jnp.float32)
-        share = counts / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1)
+        shares = counts / jnp.maximum(jnp.sum(counts, axis=1, keepdims=True), 1)
         if pooling == "last":
             places = jnp.arange(mask.shape[1])[None]
             last = jnp.max(jnp.where(mask, places, 0), axis=1, keepdims=True)
-            share = mask & (places == last)
+            shares = (mask & (places == last)).astype(jnp.float32)
         student, teacher = (
-            jnp.einsum("bl,bld->bd", share.astype(jnp.float32), hidden.astype(jnp.float32))
+            jnp.einsum("bl,bld->bd", shares, hidden.astype(jnp.float32))
             for hidden in (student, teacher)
         )
         mask = jnp.any(mask, axis=1)

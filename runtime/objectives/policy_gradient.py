@@ -206,8 +206,8 @@ def penalised(
 
 def divergences(kl: KlTerm, old: Tokens, reference: Tokens, mask: Mask) -> Tokens:
     """Estimate the divergence from the reference on each token, in nats; 0 off the mask."""
-    log_ratio = _bounded(_where(mask, old) - _where(mask, reference))
-    return _where(mask, _estimate(kl, log_ratio))
+    log_ratio = _bounded(_masked(mask, old) - _masked(mask, reference))
+    return _masked(mask, _estimate(kl, log_ratio))
 
 
 # The loss.
@@ -229,9 +229,9 @@ def objective(policy: Policy | PolicySettings, batch: Completions) -> tuple[Scal
     """
     _require(policy, batch)
     mask = batch.mask.astype(bool)
-    now = _where(mask, batch.now)
-    old = lax.stop_gradient(now if batch.old is None else _where(mask, batch.old))
-    advantage = lax.stop_gradient(_where(mask, batch.advantages))
+    now = _masked(mask, batch.now)
+    old = lax.stop_gradient(now if batch.old is None else _masked(mask, batch.old))
+    advantage = lax.stop_gradient(_masked(mask, batch.advantages))
 
     ratio = ratios(now - old, mask, policy.ratio)
     if isinstance(policy.loss, Custom):
@@ -242,13 +242,13 @@ def objective(policy: Policy | PolicySettings, batch: Completions) -> tuple[Scal
     sums = {"ratio": ratio, **clipped}
     maxima = {"ratio_max": ratio}
     if batch.reference is not None:
-        log_ratio = now - lax.stop_gradient(_where(mask, batch.reference))
+        log_ratio = now - lax.stop_gradient(_masked(mask, batch.reference))
         divergence = divergence_term(policy.kl, log_ratio, now - old)
         sums["kl"] = _estimate(policy.kl, _bounded(log_ratio))
         if policy.kl is not None and policy.kl.at == "loss":
             term = term + policy.kl.coefficient * divergence
     if batch.sampler is not None:
-        sampler = lax.stop_gradient(_where(mask, batch.sampler))
+        sampler = lax.stop_gradient(_masked(mask, batch.sampler))
         mismatch = old - sampler
         weight, cut = correction_weights(mismatch, policy.correction)
         term = weight * term
@@ -261,7 +261,7 @@ def objective(policy: Policy | PolicySettings, batch: Completions) -> tuple[Scal
         }
         maxima |= {"correction_max": weight, "mismatch_max": jnp.abs(mismatch)}
     # Without the whole distribution, the taken token's surprise estimates its entropy.
-    sums["entropy"] = -now if batch.entropy is None else _where(mask, batch.entropy)
+    sums["entropy"] = -now if batch.entropy is None else _masked(mask, batch.entropy)
     if policy.entropy:
         term = term - policy.entropy * sums["entropy"]
     return summed(policy, mask, term, sums, maxima)
@@ -287,15 +287,15 @@ def summed(
     totals = Totals(
         denominator(policy, mask),
         mask.sum(dtype=jnp.float32),
-        {name: _where(mask, values).sum(dtype=jnp.float32) for name, values in sums.items()},
-        {name: _where(mask, values).max() for name, values in maxima.items()},
+        {name: _masked(mask, values).sum(dtype=jnp.float32) for name, values in sums.items()},
+        {name: _masked(mask, values).max() for name, values in maxima.items()},
     )
     totals = lax.stop_gradient(totals)
-    return (_where(mask, term) * _token_weights(policy, mask)).sum(), totals
+    return (_masked(mask, term) * _token_weights(policy, mask)).sum(), totals
 
 
 def denominator(policy: Policy | PolicySettings, mask: Mask) -> Scalar:
-    """Count what the loss sum of these sequences is divided by.
+    """Return the number that the loss sum of these sequences is divided by.
 
     With `token_mean`, the number of tokens that count (DAPO, arXiv:2503.14476, section 3.3); with
     `sequence_mean`, of sequences with any (GRPO, arXiv:2402.03300, equation 3); with
@@ -308,13 +308,13 @@ def denominator(policy: Policy | PolicySettings, mask: Mask) -> Scalar:
     return sequences * (policy.rollout.max_tokens if policy.aggregate == "fixed_length" else 1)
 
 
-def add(one: Totals, other: Totals) -> Totals:
+def add(first: Totals, second: Totals) -> Totals:
     """Put the totals of two micro-batches together."""
     return Totals(
-        one.denominator + other.denominator,
-        one.tokens + other.tokens,
-        jax.tree.map(jnp.add, one.sums, other.sums),
-        jax.tree.map(jnp.maximum, one.maxima, other.maxima),
+        first.denominator + second.denominator,
+        first.tokens + second.tokens,
+        jax.tree.map(jnp.add, first.sums, second.sums),
+        jax.tree.map(jnp.maximum, first.maxima, second.maxima),
     )
 
 
@@ -350,7 +350,7 @@ def ratios(log_ratio: Tokens, mask: Mask, how: str) -> Tokens:
     if how == "token":
         return jnp.exp(_bounded(log_ratio))
     lengths = jnp.maximum(mask.sum(-1, keepdims=True, dtype=log_ratio.dtype), 1)
-    mean = _where(mask, log_ratio).sum(-1, keepdims=True) / lengths
+    mean = _masked(mask, log_ratio).sum(-1, keepdims=True) / lengths
     sequence = jnp.broadcast_to(jnp.exp(_bounded(mean)), log_ratio.shape)
     if how == "sequence":
         return sequence
@@ -467,7 +467,7 @@ def _bounded(log_ratio: Array) -> Array:
     return jnp.clip(log_ratio, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
 
 
-def _where(mask: Array, values: Array) -> Array:
+def _masked(mask: Array, values: Array) -> Array:
     # `where` and not a product: what stands outside the mask may be NaN, and so may its gradient.
     return jnp.where(mask, values, jnp.zeros((), values.dtype))
 

@@ -23,7 +23,7 @@ from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.stages import Training
 from tunelang.runtime.errors import Interrupted, StageFailed
-from tunelang.runtime.loading.initial_weights import Origin, loaded
+from tunelang.runtime.loading.initial_weights import Origin, load_merged
 from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.pipeline.fused_sweep import FusedSweep
 from tunelang.runtime.pipeline.run_context import RunContext, RunReporter
@@ -288,7 +288,7 @@ class _Task:
         architecture = replace(plain(model.architecture), scores=origin.scores)
         model = replace(model, architecture=architecture)
         layout = make_layout(fsdp=len(self.resources.devices))
-        params = loaded(origin, model, layout, self.seed(None) % 2**31)
+        params = load_merged(origin, model, layout, self.seed(None) % 2**31)
         return LoadedWeights(origin, model, params, layout)
 
     def measure(

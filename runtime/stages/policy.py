@@ -27,7 +27,7 @@ from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.objectives.policy_gradient import PolicySettings
 from tunelang.runtime.rewards.reward_functions import CompiledReward
-from tunelang.runtime.sharding import HOST, Layout, sampling, shardings
+from tunelang.runtime.sharding import HOST, Layout, remesh_for_decoding, shardings
 from tunelang.runtime.stages.abstract_programs import (
     SCHEDULE_STEPS,
     AbstractProgram,
@@ -221,7 +221,7 @@ def decode_layout(planned: StageLayout, layout: Layout) -> Layout | None:
     """Return the layout of the rollout; None on one device, where there is nothing to choose."""
     if planned.decode is None or layout.mesh.size == 1:
         return None
-    return sampling(layout, **planned.decode)
+    return remesh_for_decoding(layout, **planned.decode)
 
 
 def _compile(

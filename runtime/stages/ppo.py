@@ -21,7 +21,7 @@ from tunelang.compiler.search.sweep_fusion import at_unit_rate
 from tunelang.dsl.vocabulary.policy_stages import Ppo
 from tunelang.dsl.vocabulary.training import Continued
 from tunelang.dsl.vocabulary.training import Critic as Settings
-from tunelang.runtime.loading.initial_weights import initial_params, score_head, scoring
+from tunelang.runtime.loading.initial_weights import initial_params, score_head, with_score_head
 from tunelang.runtime.models.parameters import Params, merge_params
 from tunelang.runtime.objectives import gae, policy_gradient
 from tunelang.runtime.rewards.reward_functions import Scores
@@ -56,7 +56,9 @@ class GaeEstimator:
         assert state.critic is not None
         if self.stage.critic.trunk == "separate":
             return merge_params(state.critic.params, state.aux_params)
-        params: Params = scoring(self.architecture, state.decoder_params, state.critic.params)[1]
+        params: Params = with_score_head(
+            self.architecture, state.decoder_params, state.critic.params
+        )[1]
         return params
 
     def estimate(
@@ -169,7 +171,7 @@ def _initial_critic(stage: Ppo, inputs: TrainingInputs) -> tuple[Architecture, P
         return architecture, params
     # A head of zeros values all tokens alike, until it has learned something.
     head = score_head(architecture, jnp.zeros(architecture.width), layout)
-    return scoring(architecture, params, head)
+    return with_score_head(architecture, params, head)
 
 
 def learner_of(

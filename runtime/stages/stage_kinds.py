@@ -28,7 +28,7 @@ from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.base import Reference
 from tunelang.dsl.vocabulary.stages import Stage, Training
 from tunelang.runtime.data.feistel import derive
-from tunelang.runtime.loading.initial_weights import Origin, loaded
+from tunelang.runtime.loading.initial_weights import Origin, load_merged
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import Params, merge_params, split_trainable
@@ -98,7 +98,7 @@ class TrainingInputs:
         """Load the weights that a reference stands for, adapters merged into them, in float32."""
         origin = self.origin(reference)
         model = self.resources.model(origin.model)
-        params: Params = loaded(origin, model, self.layout, self.weights_seed)
+        params: Params = load_merged(origin, model, self.layout, self.weights_seed)
         return params
 
     def same_tokenizer(self, attribute: str, reference: Reference) -> Model:

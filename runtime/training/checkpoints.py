@@ -1,9 +1,9 @@
-"""Checkpoints of a stage: parameters, and what training on needs beside, written by Orbax.
+"""Checkpoints of a stage, written by Orbax: parameters, and the rest that resuming needs.
 
 A checkpoint is a folder named by its step, with `params` (the model: all that later stages read),
 and, until the stage is done, `state` (the optimizer's) and `progress` (small facts as JSON). Orbax
 writes under another name and renames when everything is there, so that a folder with the name of a
-step is whole. Writing goes on behind training; the next save waits for it.
+step is complete. Writing goes on behind training; the next save waits for it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ _LONGEST = 160
 _SIZES = "sizes.json"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
+Progress = dict[str, Any]
+"""Small facts that resuming needs, as JSON."""
+
 
 class CheckpointError(StoreError):
     """A checkpoint cannot be written, or cannot be read: damaged, or of another model."""
@@ -44,16 +47,18 @@ class Checkpoints:
     """Writes and reads the checkpoints of one stage, whose lock the caller holds."""
 
     def __init__(self, folder: StageFolder, keep: frozenset[int] = frozenset()) -> None:
-        """`keep` are steps whose checkpoints stay."""
+        """Open the checkpoints of a folder; those of the steps in `keep` are never removed."""
         _silence_orbax()
         self.folder = folder
         self.keep = keep
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        for left in folder.checkpoints.glob(f"*{_TEMPORARY}*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for unfinished in folder.checkpoints.glob(f"*{_TEMPORARY}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
 
-    def save(self, step: int, params: Params, state: PyTree = None, progress: Any = None) -> None:
-        """Write a checkpoint behind the caller's back; the arrays may be used up at once.
+    def save(
+        self, step: int, params: Params, state: PyTree = None, progress: Progress | None = None
+    ) -> None:
+        """Start to write a checkpoint; the caller may use up the arrays at once.
 
         Only the last two stay. Raises `CheckpointError`, also for the one before.
         """
@@ -62,20 +67,21 @@ class Checkpoints:
             items["state"] = ocp.args.StandardSave(arrays_by_path(state))
             items["progress"] = ocp.args.JsonSave(progress or {})
         self.wait()
-        with _told("write", self.folder.checkpoints / str(step)):
+        with _errors("write", self.folder.checkpoints / str(step)):
             self._writer.save(self.folder.checkpoints / str(step), ocp.args.Composite(**items))
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk. Raises `CheckpointError`."""
-        with _told("write", self.folder.checkpoints):
+        """Wait until everything saved is on disk. Raises `CheckpointError`."""
+        with _errors("write", self.folder.checkpoints):
             self._writer.wait_until_finished()
             for step in self.folder.steps():
                 _note_sizes(self.folder.checkpoints / str(step))
         self._remove(self.folder.steps()[:-2])
 
     def finish(self, step: int, params: Params) -> None:
-        """Write the model of the last step, without what only training on needs; then all others
-        go. Raises `CheckpointError`.
+        """Write the model of the last step, without the state, and remove other checkpoints.
+
+        Raises `CheckpointError`.
         """
         self.wait()
         if step not in self.folder.steps():
@@ -88,7 +94,7 @@ class Checkpoints:
             if step not in self.keep:
                 self.folder.remove_checkpoint(step)
 
-    def restore(self, step: int, params: Params, state: PyTree) -> tuple[Params, PyTree, Any]:
+    def restore(self, step: int, params: Params, state: PyTree) -> tuple[Params, PyTree, Progress]:
         """Return parameters, state and progress; the trees say shapes and places.
 
         Raises `CheckpointError`.
@@ -99,13 +105,13 @@ class Checkpoints:
             progress=ocp.args.JsonRestore(),
         )
         path = self.folder.checkpoints / str(step)
-        with _told("read", path):
+        with _errors("read", path):
             _check_sizes(path)
-            found = self._writer.restore(path, wanted)
+            stored = self._writer.restore(path, wanted)
             return (
-                with_arrays(params, found.params),
-                with_arrays(state, found.state),
-                found.progress,
+                with_arrays(params, stored.params),
+                with_arrays(state, stored.state),
+                stored.progress,
             )
 
     def close(self) -> None:
@@ -119,35 +125,38 @@ def load_params(path: Path, params: Params) -> Params:
     Raises `CheckpointError`.
     """
     _silence_orbax()
-    with _told("read", path), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    with (
+        _errors("read", path),
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader,
+    ):
         _check_sizes(path)
         wanted = ocp.args.Composite(params=ocp.args.StandardRestore(_shaped(params)))
         return with_arrays(params, reader.restore(path, wanted).params)
 
 
 def _silence_orbax() -> None:
-    """Orbax logs what it then raises, with the traces of all its threads."""
+    """Silence the log of what Orbax then raises, with the traces of all its threads."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def _sizes(path: Path) -> dict[str, int]:
-    files = (each for each in sorted(path.rglob("*")) if each.is_file() and each.name != _SIZES)
-    return {str(each.relative_to(path)): each.stat().st_size for each in files}
+    files = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name != _SIZES)
+    return {str(file.relative_to(path)): file.stat().st_size for file in files}
 
 
 def _note_sizes(path: Path) -> None:
-    """Write down what a whole checkpoint consists of, once."""
+    """Write down the files of a complete checkpoint and their sizes, once."""
     if not (path / _SIZES).exists():
         write_json(path / _SIZES, _sizes(path))
 
 
 def _check_sizes(path: Path) -> None:
-    """Say plainly what is wrong with a checkpoint of which something was cut off or is gone."""
-    noted, found = read_json(path / _SIZES) or {}, _sizes(path)
+    """Raise `CheckpointError` where a file of a checkpoint is cut off or gone."""
+    noted, sizes = read_json(path / _SIZES) or {}, _sizes(path)
     for name, size in noted.items():
-        if found.get(name) != size:
-            held = f"has {found[name]} of {size} bytes" if name in found else "is gone"
-            raise CheckpointError("read", path, f"it is damaged: {name} {held}")
+        if sizes.get(name) != size:
+            damage = f"has {sizes[name]} of {size} bytes" if name in sizes else "is gone"
+            raise CheckpointError("read", path, f"it is damaged: {name} {damage}")
 
 
 def _shaped(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
@@ -158,15 +167,15 @@ def _shaped(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 @contextmanager
-def _told(what: str, path: Path) -> Iterator[None]:
+def _errors(action: str, path: Path) -> Iterator[None]:
     try:
         yield
     except StoreError:
         raise
     except OSError as error:
-        raise CheckpointError(what, path, (error.strerror or str(error)).lower()) from error
+        raise CheckpointError(action, path, (error.strerror or str(error)).lower()) from error
     except Exception as error:  # Orbax and tensorstore raise whatever went wrong below them.
-        raise CheckpointError(what, path, _reason(error)) from error
+        raise CheckpointError(action, path, _reason(error)) from error
 
 
 def _reason(error: Exception) -> str:

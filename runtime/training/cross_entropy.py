@@ -11,11 +11,12 @@ where the copy was made, is exchanged once, after the scan.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Float, Float32, Int
 
 from tunelang.runtime.sharding import Layout, constrain
@@ -23,7 +24,7 @@ from tunelang.runtime.user_functions import Custom
 
 
 class LogitInputs(NamedTuple):
-    """What the logits of a model are computed from, a chunk at a time."""
+    """The inputs that the logits of a model are computed from, a chunk at a time."""
 
     hidden: Float[Array, "batch length width"]
     head: Float[Array, "vocab width"]
@@ -59,7 +60,7 @@ def cross_entropy(
       Liger Kernel, arXiv:2410.10989, section 3.2.
 
     """
-    split = Split.of(hidden.shape, chunk, layout)
+    split = Split.over(hidden.shape, chunk, layout)
     total = _chunked_cross_entropy(
         *with_head(hidden, head, split, layout), split(targets), split(weights.astype(jnp.float32)),
         cap,
@@ -80,14 +81,14 @@ def custom_loss(
 ) -> Float[Array, ""]:
     """Return the weighted sum of the losses of tokens by a user's function.
 
-    The function maps `logits` `[..., vocab]` and `targets` `[...]` to losses `[...]`. Arguments as
-    of `cross_entropy`. The backward pass computes each chunk's logits again.
+    The function maps `logits` `[..., vocab]` and `targets` `[...]` to losses `[...]`. The other
+    arguments are those of `cross_entropy`. The backward pass computes each chunk's logits again.
     """
-    split = Split.of(hidden.shape, chunk, layout)
+    split = Split.over(hidden.shape, chunk, layout)
     parts, copies = with_head(hidden, head, split, layout)
 
     @jax.checkpoint
-    def one(copies: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    def chunk_losses(copies: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
         logits = chunk_logits(hidden, copies, cap)
         losses: jax.Array = function(targets.shape, logits=logits, targets=targets)
         return losses
@@ -95,11 +96,11 @@ def custom_loss(
     def body(_: None, part: tuple[jax.Array, ...]) -> tuple[None, jax.Array]:
         *inputs, weights = part
         # Padding behind a sequence may make a function NaN.
-        losses = jnp.where(weights > 0, one(copies, *inputs) * weights, 0.0)
+        losses = jnp.where(weights > 0, chunk_losses(copies, *inputs) * weights, 0.0)
         return None, jnp.sum(losses, axis=(1, 2))
 
-    each = (parts, split(targets), split(weights.astype(jnp.float32)))
-    _, sums = jax.lax.scan(body, None, each)
+    chunks = (parts, split(targets), split(weights.astype(jnp.float32)))
+    _, sums = jax.lax.scan(body, None, chunks)
     return jnp.sum(sums)
 
 
@@ -115,8 +116,8 @@ def token_logprobs(
 ) -> Float32[Array, "batch length"]:
     """Return `log p(target)` of each token, in nats.
 
-    Arguments as of `cross_entropy`; the logits are divided by `temperature`, which is above 0,
-    after the cap. The backward pass computes each chunk's logits again.
+    The arguments are those of `cross_entropy`; the logits are divided by `temperature`, which is
+    above 0, after the cap. The backward pass computes each chunk's logits again.
     """
     return _scores(hidden, head, targets, chunk, cap, temperature, layout, "none")[0]
 
@@ -132,16 +133,19 @@ def token_scores(
     layout: Layout | None = None,
     flows: bool = True,
 ) -> tuple[Float32[Array, "batch length"], Float32[Array, "batch length"]]:
-    """Return what `token_logprobs` does, and the entropy of the whole distribution at each token,
-    in nats.
+    """Return the log-probability of each token, and the entropy of its distribution, in nats.
 
-    `flows` says whether the entropy has a gradient, which would be computed even where nothing
-    reads it.
+    Arguments and log-probabilities are those of `token_logprobs`. `flows` says whether the entropy
+    has a gradient, which would be computed even where nothing reads it.
     """
-    how: Literal["flows", "measured"] = "flows" if flows else "measured"
-    log_probs, entropy = _scores(hidden, head, targets, chunk, cap, temperature, layout, how)
+    entropies: Entropies = "flows" if flows else "measured"
+    log_probs, entropy = _scores(hidden, head, targets, chunk, cap, temperature, layout, entropies)
     assert entropy is not None
     return log_probs, entropy
+
+
+Entropies = Literal["none", "measured", "flows"]
+"""Whether entropies are computed, and whether a gradient flows through them."""
 
 
 def _scores(
@@ -152,107 +156,126 @@ def _scores(
     cap: float | None,
     temperature: float,
     layout: Layout | None,
-    entropies: Literal["none", "measured", "flows"],
+    entropies: Entropies,
 ) -> tuple[jax.Array, jax.Array | None]:
-    split = Split.of(hidden.shape, chunk, layout)
+    split = Split.over(hidden.shape, chunk, layout)
     parts, copies = with_head(hidden, head, split, layout)
 
     @jax.checkpoint
-    def one(copies: jax.Array, hidden: jax.Array, targets: jax.Array) -> Any:
+    def chunk_scores(
+        copies: jax.Array, hidden: jax.Array, targets: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
         logits = chunk_logits(hidden, copies, cap) / temperature
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         entropy = None
         if entropies != "none":
-            given = (logits, normaliser)
-            whole, log_sum = given if entropies == "flows" else jax.lax.stop_gradient(given)
-            # As a product: beside the sum of `pick`, XLA on CPUs takes four times as long over one.
+            inputs = (logits, normaliser)
+            values, log_sum = inputs if entropies == "flows" else jax.lax.stop_gradient(inputs)
+            # As a product: XLA on CPUs takes four times as long over a sum next to that of `pick`.
             entropy = log_sum - jnp.einsum(
-                "...v,...v->...", jnp.exp(whole - log_sum[..., None]), whole, precision="highest"
+                "...v,...v->...", jnp.exp(values - log_sum[..., None]), values, precision="highest"
             )
         return pick(logits, targets) - normaliser, entropy
 
-    def body(_: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
-        return None, one(copies, *chunk)
+    def body(
+        _: None, chunk: tuple[jax.Array, jax.Array]
+    ) -> tuple[None, tuple[jax.Array, jax.Array | None]]:
+        return None, chunk_scores(copies, *chunk)
 
-    _, found = jax.lax.scan(body, None, (parts, split(targets)))
-    log_probs, entropy = jax.tree.map(split.join, found)
+    _, scores = jax.lax.scan(body, None, (parts, split(targets)))
+    log_probs, entropy = jax.tree.map(split.join, scores)
     return log_probs, entropy
 
 
 class Split:
-    """How `[batch, length, ...]` becomes `[chunks, parts, rows, chunk, ...]`: what a device has is
-    a part, and all parts go through their chunks at once.
+    """The split of `[batch, length, ...]` into `[chunks, parts, rows, chunk, ...]`.
+
+    Each device has one part, and all parts go through their chunks at once.
     """
 
-    def __init__(self, batch: int, length: int, chunk: int, shards: int, across: int) -> None:
-        """`shards` of the batch, each of them `across` parts of sequences."""
-        self.shape = (shards, batch // shards, across, length // across)
-        self.parts, self.across = shards * across, across
-        self.chunk = min(chunk, length // across)
-        self.chunks = -(-length // across // self.chunk)
+    def __init__(
+        self, batch: int, length: int, chunk: int, shards: int, length_shards: int
+    ) -> None:
+        """Split the batch into `shards`, and sequences into `length_shards` each."""
+        self.shape = (shards, batch // shards, length_shards, length // length_shards)
+        self.parts, self.length_shards = shards * length_shards, length_shards
+        self.chunk = min(chunk, length // length_shards)
+        self.chunks = -(-length // length_shards // self.chunk)
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], chunk: int, layout: Layout | None) -> Split:
+    def over(cls, shape: tuple[int, ...], chunk: int, layout: Layout | None) -> Split:
         """Return the split of arrays `shape` over the parts of the batch."""
         batch, length, *_ = shape
         shards = 1 if layout is None or batch % layout.batch_shards else layout.batch_shards
-        across = 1 if layout is None else layout.length_shards(length)
-        return cls(batch, length, chunk, shards, across)
+        length_shards = 1 if layout is None else layout.length_shards(length)
+        return cls(batch, length, chunk, shards, length_shards)
 
     def __call__(self, array: jax.Array) -> jax.Array:
         """Split, with zeros behind a part where the chunks do not divide it."""
         _, rows, _, length = self.shape
-        rest = array.shape[2:]
-        parts = array.reshape(*self.shape, *rest).swapaxes(1, 2).reshape(-1, rows, length, *rest)
+        tail = array.shape[2:]
+        parts = array.reshape(*self.shape, *tail).swapaxes(1, 2).reshape(-1, rows, length, *tail)
         missing = self.chunks * self.chunk - length
-        padded = jnp.pad(parts, ((0, 0), (0, 0), (0, missing), *((0, 0) for _ in rest)))
-        return jnp.moveaxis(padded.reshape(self.parts, rows, self.chunks, self.chunk, *rest), 2, 0)
+        padded = jnp.pad(parts, ((0, 0), (0, 0), (0, missing), *((0, 0) for _ in tail)))
+        return jnp.moveaxis(padded.reshape(self.parts, rows, self.chunks, self.chunk, *tail), 2, 0)
 
     def join(self, array: jax.Array) -> jax.Array:
         """Undo the split."""
-        shards, rows, across, length = self.shape
-        rest = array.shape[4:]
-        parts = jnp.moveaxis(array, 0, 2).reshape(self.parts, rows, -1, *rest)[:, :, :length]
-        apart = parts.reshape(shards, across, rows, length, *rest).swapaxes(1, 2)
-        return apart.reshape(shards * rows, across * length, *rest)
+        shards, rows, length_shards, length = self.shape
+        tail = array.shape[4:]
+        parts = jnp.moveaxis(array, 0, 2).reshape(self.parts, rows, -1, *tail)[:, :, :length]
+        joined = parts.reshape(shards, length_shards, rows, length, *tail).swapaxes(1, 2)
+        return joined.reshape(shards * rows, length_shards * length, *tail)
 
 
 def with_head(
     hidden: jax.Array, head: jax.Array, split: Split, layout: Layout | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Return hidden states, split, and a copy of the head for each part, `[parts, vocab, width]`;
-    a device has its own.
+    """Split hidden states, and copy the head for each part, `[parts, vocab, width]`.
 
-    The head is gathered as it is used, and its gradient is scattered as it is summed: ahead of the
-    backward pass of the layers, in which it would else lie whole in each device.
+    Each device has the copy of its part. The head is gathered as it is used, and its gradient is
+    scattered as it is summed: ahead of the backward pass of the layers, during which each device
+    would otherwise hold all of it.
     """
-    own = constrain(layout, head.astype(hidden.dtype), ("vocab", "embed"))
-    axes = ("part" if split.across > 1 else "batch" if split.parts > 1 else None, "vocab", None)
+    head = constrain(layout, head.astype(hidden.dtype), ("vocab", "embed"))
+    axes = (
+        "part" if split.length_shards > 1 else "batch" if split.parts > 1 else None,
+        "vocab",
+        None,
+    )
 
-    def copied(own: jax.Array) -> jax.Array:
-        return constrain(layout, jnp.broadcast_to(own, (split.parts, *own.shape)), axes)
+    def copies_of(head: jax.Array) -> jax.Array:
+        return constrain(layout, jnp.broadcast_to(head, (split.parts, *head.shape)), axes)
 
     if split.parts == 1:
-        return split(hidden), copied(own)
+        return split(hidden), copies_of(head)
 
     # The barrier: 30.1 -> 26.2 GiB of llama-3.1-70b on 64 v5p (2026-11, "Order of gradients" in
     # benchmarks/RESULTS.md). Delete when a rehearsal without it has this peak.
     @jax.custom_vjp
-    def through(hidden: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return hidden, copied(own)
+    def copy_head(hidden: jax.Array, head: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return hidden, copies_of(head)
 
-    def forward(hidden: Any, own: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[()] | None]:
-        return through(hidden.value, own.value), () if own.perturbed else None
+    def forward(
+        hidden: CustomVJPPrimal, head: CustomVJPPrimal
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[()] | None]:
+        return copy_head(hidden.value, head.value), () if head.perturbed else None
 
-    def backward(trained: tuple[()] | None, gradients: tuple[jax.Array, jax.Array]) -> Any:
-        of_hidden, of_copies = gradients
-        if trained is None:  # without a head's gradient, nothing is to compute it
-            return of_hidden, None
-        of_own = constrain(layout, jax.lax.reduce_sum(of_copies, (0,)), ("vocab", "embed"))
-        return jax.lax.optimization_barrier((of_hidden, of_own))
+    def backward(
+        trained: tuple[()] | None, gradients: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array | None]:
+        hidden_gradient, copies_gradient = gradients
+        if trained is None:  # nothing is to compute the head's gradient, which nothing reads
+            return hidden_gradient, None
+        head_gradient = jax.lax.reduce_sum(copies_gradient, (0,))
+        head_gradient = constrain(layout, head_gradient, ("vocab", "embed"))
+        barred: tuple[jax.Array, jax.Array] = jax.lax.optimization_barrier(
+            (hidden_gradient, head_gradient)
+        )
+        return barred
 
-    through.defvjp(forward, backward, symbolic_zeros=True)
-    hidden, copies = through(hidden, own)
+    copy_head.defvjp(forward, backward, symbolic_zeros=True)
+    hidden, copies = copy_head(hidden, head)
     return split(hidden), copies
 
 
@@ -263,7 +286,7 @@ def chunk_logits(hidden: jax.Array, copies: jax.Array, cap: float | None) -> jax
 
 
 def pick(values: jax.Array, targets: jax.Array) -> jax.Array:
-    """`values[..., target]`, by comparison: it fuses and it shards, which a gather does not."""
+    """Return `values[..., target]` by comparison: it fuses and shards, which a gather does not."""
     return jnp.sum(jnp.where(_is_target(values, targets), values, 0.0), axis=-1)
 
 

@@ -1,6 +1,6 @@
-"""What a stage reports while it runs: lines of metrics, completions to read, trackers.
+"""The reports of a running stage: lines of metrics, completions to read, trackers.
 
-Values of steps between two lines are averaged. What was added up so far goes into checkpoints, so
+Values of steps between two lines are averaged. The sums so far go into checkpoints, so
 that the lines of a resumed run are those of one that was never interrupted.
 """
 
@@ -10,18 +10,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 from tunelang.dsl.vocabulary.base import Function
 from tunelang.dsl.vocabulary.training import TensorBoard, Wandb
 from tunelang.runtime.data.examples import Example
 from tunelang.runtime.errors import MissingExtraError
 from tunelang.runtime.store.run_store import StageFolder
+from tunelang.runtime.training.checkpoints import Progress
 
 _LAST = frozenset({"learning_rate", "step"})
 """Metrics of which a line has the last value instead of the mean."""
 
 Values = Mapping[str, float]
+
+SampleRow = dict[str, str | int | float | dict[str, float] | None]
+"""A completion as a line of `samples.jsonl`."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class SampleRecord:
     reward: float
     parts: Mapping[str, float]
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> SampleRow:
         """Return the completion as a line of `samples.jsonl`."""
         prompt = self.example.prompt
         if prompt is None and self.example.messages:
@@ -52,13 +56,13 @@ class SampleRecord:
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Where metrics go beside the store."""
+    """A service that takes metrics, such as TensorBoard."""
 
     def log(self, step: int, values: Values) -> None:
         """Take the metrics of a line."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the metrics that are not yet written."""
 
 
 class Recorder:
@@ -82,8 +86,8 @@ class Recorder:
         `timing` are measured values of the line, such as tokens per second: not averaged.
         """
         for name, value in values.items():
-            known = self._sums.get(name, 0.0)
-            self._sums[name] = value if name in _LAST else known + value
+            total = self._sums.get(name, 0.0)
+            self._sums[name] = value if name in _LAST else total + value
             self._counts[name] = 1 if name in _LAST else self._counts.get(name, 0) + 1
         if step % self._every and step != self._steps:
             return None
@@ -97,20 +101,20 @@ class Recorder:
         """Take the metrics of evals."""
         self._write(step, values)
 
-    def sample(self, step: int, row: Mapping[str, Any]) -> None:
+    def sample(self, step: int, row: SampleRow) -> None:
         """Take a completion to read."""
         self._samples.append({"step": step, **row})
 
-    def begun(self) -> dict[str, Any]:
-        """Return what a checkpoint has to hold."""
+    def progress(self) -> Progress:
+        """Return the sums since the last line, for a checkpoint; writes the files out."""
         self._metrics.sync()
         self._samples.sync()
         return {"sums": self._sums, "counts": self._counts}
 
-    def resume(self, begun: Mapping[str, Any]) -> None:
-        """Go on from what `begun` gave."""
-        self._sums = {name: float(value) for name, value in begun["sums"].items()}
-        self._counts = {name: int(count) for name, count in begun["counts"].items()}
+    def resume(self, progress: Progress) -> None:
+        """Go on from the sums of a checkpoint."""
+        self._sums = {name: float(value) for name, value in progress["sums"].items()}
+        self._counts = {name: int(count) for name, count in progress["counts"].items()}
 
     def _write(self, step: int, values: Values) -> None:
         self._metrics.append({"step": step, "time": round(time.time(), 3), **values})
@@ -163,7 +167,7 @@ class _Wandb:
 
 def check_trackers(settings: Sequence[Function]) -> None:
     """Raise `MissingExtraError` where the package of a tracker is not installed."""
-    if any(isinstance(each, Wandb) for each in settings) and find_spec("wandb") is None:
+    if any(isinstance(tracker, Wandb) for tracker in settings) and find_spec("wandb") is None:
         raise MissingExtraError("wandb", "track")
 
 
@@ -172,10 +176,10 @@ def open_trackers(
 ) -> list[Tracker]:
     """Open the trackers of a run for a stage that goes on from a step."""
     trackers: list[Tracker] = []
-    for each in settings:
-        match each:
+    for kind in settings:
+        match kind:
             case TensorBoard():
                 trackers.append(_TensorBoard(folder, step))
             case Wandb():
-                trackers.append(_Wandb(each, name, folder.path.name))
+                trackers.append(_Wandb(kind, name, folder.path.name))
     return trackers

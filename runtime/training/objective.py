@@ -1,4 +1,4 @@
-"""What a training step minimizes: batches, the protocol of objectives, and the likelihood."""
+"""The function that training minimizes: batches, the protocol of objectives, and the likelihood."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ class Objective(Protocol):
         """Return the objective's own trained parameters, initialised; below `OBJECTIVE_PARAMS`."""
         return nnx.State({})
 
-    def normalizers(self, models: Models, batch: Batch) -> Any:
+    def normalizers(self, models: Models, batch: Batch) -> PyTree:
         """Compute the scalars that every micro-batch's loss is divided by, from the whole batch."""
 
     def loss(
-        self, models: Models, batch: Batch, keys: jax.Array | None, normalizers: Any
+        self, models: Models, batch: Batch, keys: jax.Array | None, normalizers: PyTree
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the loss of a micro-batch and its metrics; over the micro-batches, each adds up.
 
@@ -112,15 +112,11 @@ def summed_loss(
     hidden, routed = hidden_states(decoder, batch, keys, config)
     targets, counted = shift_targets(batch)
     inputs = hidden, decoder.head_weight(), targets, counted
-    more: Any = {
-        "chunk": config.chunk,
-        "cap": decoder.architecture.logit_cap,
-        "layout": config.layout,
-    }
+    chunk, cap, layout = config.chunk, decoder.architecture.logit_cap, config.layout
     if custom is None:
-        total, _ = cross_entropy(*inputs, **more)
+        total, _ = cross_entropy(*inputs, chunk=chunk, cap=cap, layout=layout)
     else:
-        total = custom_loss(*inputs, custom, **more)
+        total = custom_loss(*inputs, custom, chunk=chunk, cap=cap, layout=layout)
     if balanced:
         # The loss of a batch is the mean over its micro-batches, by their trained tokens.
         total += jnp.sum(counted) * balance(decoder, batch, routed)
@@ -134,8 +130,8 @@ def balance(
     mixture = decoder.architecture.experts
     if mixture is None or routed is None:
         return jnp.zeros((), jnp.float32)
-    there = jnp.ones(batch.tokens.shape, bool) if batch.segments is None else batch.segments > 0
-    loss: jax.Array = mixture.balance * balance_loss(*routed, there)
+    is_token = jnp.ones(batch.tokens.shape, bool) if batch.segments is None else batch.segments > 0
+    loss: jax.Array = mixture.balance * balance_loss(*routed, is_token)
     return loss
 
 
@@ -155,7 +151,10 @@ def hidden_states(
 
 
 def shift_targets(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Return what each position predicts, `[batch, length]`, and whether it counts (float32)."""
+    """Return the token that each position predicts, and whether it counts (float32).
+
+    Both are `[batch, length]`.
+    """
     targets = jnp.roll(batch.tokens, -1, axis=1)
     counted = jnp.roll(batch.trained.astype(bool), -1, axis=1).at[:, -1].set(False)
     if batch.segments is not None:

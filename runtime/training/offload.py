@@ -1,8 +1,8 @@
-"""Moments that lie in the memory of the host: brought to the device one parameter at a time."""
+"""Moments that lie in the memory of the host: copied to the device one parameter at a time."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import optax
@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from tunelang.runtime.sharding import is_variable, logical_axes
 
-Variable = nnx.Variable[Any]
+Variable = nnx.Variable[jax.Array]
 
 
 def offload(rule: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -81,7 +81,7 @@ def _update_layers(
     """Update a parameter stacked over layers, so that one layer's moments are on the device."""
 
     def body(index: jax.Array, carry: tuple[Variable, PyTree]) -> tuple[Variable, PyTree]:
-        change, at_host = carry
+        change, in_host_memory = carry
 
         def take(node: Variable) -> Variable:
             array = node.get_value()
@@ -104,12 +104,12 @@ def _update_layers(
         def put_moments(current: PyTree, layer: PyTree) -> PyTree:
             return [put(current[0], _to_host(layer)[0])] if _is_list(current) else layer
 
-        layer_state = jax.tree.map(take_moments, state, at_host, is_leaf=_is_list)
+        layer_state = jax.tree.map(take_moments, state, in_host_memory, is_leaf=_is_list)
         (layer_change,), layer_state = rule.update(
             [take(change)], moved_to(layer_state, "Device"), [take(value)]
         )
-        at_host = jax.tree.map(put_moments, at_host, layer_state, is_leaf=_is_list)
-        return put(change, layer_change), at_host
+        in_host_memory = jax.tree.map(put_moments, in_host_memory, layer_state, is_leaf=_is_list)
+        return put(change, layer_change), in_host_memory
 
     layers = gradient.get_value().shape[0]
     result: tuple[Variable, PyTree] = jax.lax.fori_loop(0, layers, body, (gradient, state))

@@ -129,12 +129,12 @@ def build_optimizer(
 
 
 def _map_variables(function: Callable[..., Any], *trees: PyTree) -> PyTree:
-    """Apply `function(axes, *arrays)` to each parameter and what belongs to it."""
+    """Apply `function(axes, *arrays)` to each parameter and its counterparts in the other trees."""
 
     def apply(
         variable: nnx.Variable[jax.Array], *others: nnx.Variable[jax.Array]
     ) -> nnx.Variable[jax.Array]:
-        arrays = [each.get_value() for each in (variable, *others)]
+        arrays = [member.get_value() for member in (variable, *others)]
         if isinstance(arrays[0], optax.MaskedNode):
             return variable
         return variable.replace(function(logical_axes(variable), *arrays))
@@ -154,7 +154,7 @@ def _decay(rate: float) -> optax.GradientTransformation:
 
 
 def _muon(optimizer: Muon, steps: int) -> optax.GradientTransformation:
-    def rule_of(axes: Axes, _: jax.Array) -> str:
+    def choose_rule(axes: Axes, _: jax.Array) -> str:
         hidden = is_matrix(axes) and not _TABLES.intersection(axes)
         return "muon" if hidden else "adam"
 
@@ -169,7 +169,7 @@ def _muon(optimizer: Muon, steps: int) -> optax.GradientTransformation:
         optax.scale_by_learning_rate(learning_rate(optimizer, steps, optimizer.adam_lr)),
     )
     return optax.partition(
-        {"muon": orthogonal, "adam": adam}, lambda params: _map_variables(rule_of, params)
+        {"muon": orthogonal, "adam": adam}, lambda params: _map_variables(choose_rule, params)
     )
 
 

@@ -14,13 +14,13 @@ from tunelang.runtime.sharding import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What a training program is made from, beside the architecture: how and where it runs."""
+    """The settings that a training program is compiled for, besides the architecture."""
 
     layout: Layout
     dtype: DTypeLike = jnp.float32
     """Of activations."""
     micro_batches: int = 1
-    """Parts that a batch is gone through in, one after another."""
+    """Parts of a batch that are run one after another."""
     remat: Remat = "none"
     kernel: Kernel = "xla"
     chunk: int = 128
@@ -30,7 +30,7 @@ class StepConfig:
     offloaded: bool = False
     """Whether the moments of the optimizer lie in the memory of the host."""
     branches: int = 1
-    """States that are trained side by side on the same batches: what changes of them has a leading
+    """States that are trained side by side on the same batches: their changing parts have a leading
     axis then, and so have metrics."""
 
     @property

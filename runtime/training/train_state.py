@@ -1,4 +1,4 @@
-"""The state of training: what a step changes, and what it reads and leaves alone."""
+"""The state of training: the part that a step changes, and the part that it only reads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TrainState:
     """
 
     params: Params
-    """What is trained."""
+    """The trained parameters."""
     optimizer: PyTree
     step: jax.Array
     """int32 scalar: how many steps were made."""
@@ -44,14 +44,14 @@ class TrainState:
     frozen: Params = field(default_factory=lambda: nnx.State({}))
     """The decoder's other parameters, where an adapter is trained."""
     aux_params: PyTree = None
-    """Parameters of other models that the objective reads: a reference, a teacher; or what is
-    frozen of the critic."""
+    """Parameters of other models that the objective reads: a reference, a teacher; or the critic's
+    frozen ones."""
     critic: TrainState | None = None
-    """Of the values, beside a policy; without what is frozen."""
+    """The state of a policy's critic, without frozen parameters."""
 
     @property
     def moments(self) -> PyTree:
-        """What a checkpoint has to hold beside the parameters."""
+        """The moments of the optimizers, which a checkpoint holds besides the parameters."""
         if self.critic is None:
             return self.optimizer
         critic = {"params": self.critic.params, "optimizer": self.critic.optimizer}
@@ -61,31 +61,31 @@ class TrainState:
         """Return the state that had these parameters and `moments` after so many updates."""
         critic = self.critic
         if critic is not None:
-            held, moments = moments["critic"], moments["optimizer"]
-            critic = critic.restored(held["params"], held["optimizer"], step)
+            stored, moments = moments["critic"], moments["optimizer"]
+            critic = critic.restored(stored["params"], stored["optimizer"], step)
         count = jax.device_put(jnp.int32(step), self.step.sharding)
         return replace(self, params=params, optimizer=moments, step=count, critic=critic)
 
     @property
     def trained_params(self) -> Params:
-        """What was trained of the decoder."""
+        """The trained parameters of the decoder."""
         return split_objective_params(self.params)[0]
 
     @property
     def decoder_params(self) -> Params:
-        """All parameters of the decoder."""
+        """The parameters of the decoder, trained and frozen."""
         return merge_params(self.trained_params, self.frozen)
 
 
 class ReadOnlyState(NamedTuple):
-    """What a step reads and leaves alone."""
+    """The part of a state that a step only reads."""
 
     frozen: Params
     aux_params: PyTree
 
 
 def split_state(state: TrainState) -> tuple[TrainState, ReadOnlyState]:
-    """Return what a step changes of a state, and what it leaves alone."""
+    """Split a state into the part that a step changes and the part that it only reads."""
     changing = replace(state, frozen=nnx.State({}), aux_params=None)
     return changing, ReadOnlyState(state.frozen, state.aux_params)
 
@@ -113,7 +113,7 @@ def random_state(
     seed: int,
     scale: float = 1.0,
 ) -> TrainState:
-    """Random parameters, made where they belong. The same for every mesh."""
+    """Return a state with random parameters, made where they belong; equal on every mesh."""
     abstract = jax.eval_shape(lambda: _fresh(architecture, optimizer, config, 0))
     places = state_shardings(abstract, config)
     make = jax.jit(lambda seed: _fresh(architecture, optimizer, config, seed), out_shardings=places)
@@ -128,7 +128,7 @@ def initial_state(
     config: StepConfig,
     scale: float = 1.0,
 ) -> TrainState:
-    """Return the state of a run that starts from given parameters, which it takes over."""
+    """Return the state of a run that starts from these parameters, which it takes over."""
     params, frozen = split_trainable(architecture, params)
     shapes = jax.eval_shape(optimizer.init, params)
     places = shardings(shapes, config.layout, HOST if config.offloaded else None)
@@ -173,8 +173,8 @@ def _fresh(
     decoder.set_magnitudes()
     params, frozen = split_trainable(architecture, nnx.state(decoder, nnx.Param))
     params = merge_params(params, extra)
-    zero, one = jnp.zeros((), jnp.int32), jnp.float32(1.0)
-    return TrainState(params, optimizer.init(params), zero, one, frozen)
+    step, scale = jnp.zeros((), jnp.int32), jnp.float32(1.0)
+    return TrainState(params, optimizer.init(params), step, scale, frozen)
 
 
 def state_shardings(state: TrainState, config: StepConfig) -> TrainState:

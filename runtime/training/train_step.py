@@ -48,7 +48,7 @@ from tunelang.runtime.training.train_state import (
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepMetrics:
-    """What a step reports; `[steps]` float32 each."""
+    """The metrics of steps, `[steps]` float32 each."""
 
     loss: jax.Array
     """Mean over the trained tokens, in nats, before the update."""
@@ -58,18 +58,18 @@ class StepMetrics:
     """Global norm of the gradient, before clipping."""
     learning_rate: jax.Array
     more: dict[str, jax.Array] = field(default_factory=dict)
-    """What else the objective tells."""
+    """Metrics of the objective."""
 
 
 @dataclass(frozen=True)
 class StateProgram:
     """A jitted program from a state and a batch to the next state and metrics.
 
-    The state that goes in is used up, all but what is frozen.
+    The state that goes in is used up, except for its frozen parameters.
     """
 
     jitted: jax.stages.Wrapped
-    """`(what changes, what does not, batch) -> (what changes, metrics)`; both parts are states."""
+    """`(changing, read-only, batch) -> (changing, metrics)`, of the parts of `split_state`."""
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, PyTree]:
         """Run it."""
@@ -98,8 +98,8 @@ def train_step(
     graph, _ = abstract_decoder(architecture, config.dtype)
     layout = config.layout
 
-    def one_step(
-        state: TrainState, kept: ReadOnlyState, batch: Batch
+    def make_step(
+        state: TrainState, read_only: ReadOnlyState, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:
         rows = batch.tokens.shape[0]
         parts = config.micro_batches * layout.batch_shards
@@ -114,9 +114,9 @@ def train_step(
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
 
         def models(params: Params) -> Models:
-            own, extra = split_objective_params(params)
-            decoder = nnx.merge(graph, merge_params(own, kept.frozen))
-            return Models(decoder, extra, kept.aux_params, config)
+            trained, extra = split_objective_params(params)
+            decoder = nnx.merge(graph, merge_params(trained, read_only.frozen))
+            return Models(decoder, extra, read_only.aux_params, config)
 
         tokens = jnp.sum(shift_targets(batch)[1])
         normalizers = objective.normalizers(models(jax.lax.stop_gradient(state.params)), batch)
@@ -133,9 +133,9 @@ def train_step(
         return state, StepMetrics(value, tokens, norm, rate, more)
 
     def steps(
-        state: TrainState, kept: ReadOnlyState, batches: Batch
+        state: TrainState, read_only: ReadOnlyState, batches: Batch
     ) -> tuple[TrainState, StepMetrics]:
-        return jax.lax.scan(lambda state, batch: one_step(state, kept, batch), state, batches)
+        return jax.lax.scan(lambda state, batch: make_step(state, read_only, batch), state, batches)
 
     abstract = abstract_state(architecture, optimizer, config, objective.initial_params)
     places = state_shardings(abstract, config)
@@ -152,7 +152,7 @@ def train_step(
     jitted = jit(
         run,
         layout,
-        # What is kept may lie anywhere: a reference can have a layout of its own.
+        # Auxiliary parameters may lie anywhere: a reference can have a layout of its own.
         in_shardings=(changing, ReadOnlyState(places.frozen, None), batch_place),
         out_shardings=(changing, everywhere),
         donate_argnums=0,

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 from typing_extensions import override
@@ -20,7 +20,8 @@ from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneErro
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.stages import Training
 from tunelang.runtime.errors import Interrupted
-from tunelang.runtime.training.checkpoints import Checkpoints
+from tunelang.runtime.models.parameters import Params
+from tunelang.runtime.training.checkpoints import Checkpoints, Progress
 from tunelang.runtime.training.metrics import Recorder, SampleRecord
 from tunelang.runtime.training.train_state import TrainState
 
@@ -72,10 +73,10 @@ class Trainer(Protocol):
     def samples(self) -> Sequence[SampleRecord]:
         """Return completions of the last step, to read."""
 
-    def progress(self) -> dict[str, Any]:
-        """Return what a checkpoint has to hold besides the state."""
+    def progress(self) -> Progress:
+        """Return the facts that resuming needs besides the state."""
 
-    def resume(self, state: TrainState, progress: Mapping[str, Any]) -> None:
+    def resume(self, state: TrainState, progress: Progress) -> None:
         """Go on from a checkpoint."""
 
     def updates(self, step: int) -> int:
@@ -92,7 +93,7 @@ class Reporter(Protocol):
     def step(self, step: int, steps: int, values: Mapping[str, float]) -> None:
         """Report that some steps are made; `values` are those of the last line."""
 
-    def doing(self, what: str) -> None:
+    def doing(self, activity: str) -> None:
         """Report that something else than a step begins: `evaluating accuracy`."""
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None:
@@ -134,11 +135,11 @@ class CheckpointSchedule:
         return self._stops[1]
 
     def _is_due(self, step: int) -> bool:
-        saved, at = self._saved
+        saved, seconds = self._saved
         if step in self.marks:
             return True
         if self.every is None:
-            return time.monotonic() - at > CHECKPOINT_SECONDS
+            return time.monotonic() - seconds > CHECKPOINT_SECONDS
         return step // self.every > saved // self.every
 
 
@@ -151,7 +152,7 @@ class Loop:
     recorder: Recorder
     checkpoints: Checkpoints
     reporter: Reporter
-    evaluate: Callable[[Any, int], Mapping[str, float]]
+    evaluate: Callable[[Params, int], Mapping[str, float]]
     """Parameters and step to the metrics of the stage's evals."""
     schedule: CheckpointSchedule
     peak: float
@@ -242,7 +243,7 @@ class Loop:
         return bool(self.stage.evals) and every is not None and step % every == 0
 
     def _save(self, step: int) -> None:
-        progress = {"trainer": self.trainer.progress(), "recorder": self.recorder.begun()}
+        progress = {"trainer": self.trainer.progress(), "recorder": self.recorder.progress()}
         state = self.trainer.state
         self.checkpoints.save(step, state.params, state.moments, progress)
 

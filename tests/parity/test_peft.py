@@ -101,7 +101,9 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
         np.testing.assert_allclose(array / scale, expected[key] / scale, atol=1e-4, err_msg=key)
 
     # Merged, they are the same function.
-    merged = initial_weights.merged(merge_params(own, frozen), architecture, layout, jnp.float32)
+    merged = initial_weights.merge_adapters(
+        merge_params(own, frozen), architecture, layout, jnp.float32
+    )
     one = nnx.merge(abstract_decoder(replace(plain), jnp.float32)[0], merged)
     np.testing.assert_allclose(one.logits(one(jnp.asarray(tokens))), logits, atol=2e-4)
 

@@ -12,7 +12,7 @@ import pytest
 from tests.pipeline import tiny
 from tests.pipeline.test_pretrained import spec as spec
 from tunelang.runtime.errors import StageFailed
-from tunelang.runtime.loading.initial_weights import loaded
+from tunelang.runtime.loading.initial_weights import load_merged
 from tunelang.runtime.loading.resources import Resources
 from tunelang.runtime.pipeline.weight_sources import WeightSources
 from tunelang.runtime.sharding import make_layout
@@ -155,7 +155,7 @@ def test_speaking_uses_the_adapters(chain: Path) -> None:
     for node in ("first", "stacked"):
         steps = store.folder(prepared.plan.by_node[node].digest).steps()
         origin = origins.at_step(node, steps[-1])
-        params = loaded(origin, resources.model(origin.model), make_layout(), 0)
+        params = load_merged(origin, resources.model(origin.model), make_layout(), 0)
         found[node] = np.asarray(params["blocks"]["attention"]["q"]["weight"][...])
     assert np.abs(found["first"] - found["stacked"]).max() > 1e-6
 
