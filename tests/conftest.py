@@ -27,7 +27,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 install_import_hook(
-    [f"tunelang.runtime.{name}" for name in ("models", "objectives", "generation", "training")],
+    [
+        f"tunelang.runtime.{name}"
+        for name in ("models", "objectives", "generation", "rewards", "evals", "training")
+    ],
     f"{check.__module__}.{check.__name__}",
 )
 

@@ -1,14 +1,14 @@
-"""Evaluations: completions scored, or the loss on given text, of one set of parameters."""
+"""Runs evals of one set of parameters: scores of completions, perplexity, or preferences."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float64
 
 from tunelang.compiler.costs.rollout_costs import MOST_SLOTS
 from tunelang.dsl.vocabulary.base import Reference
@@ -45,8 +45,9 @@ class EvalResult:
     """The results of an eval."""
 
     metrics: Mapping[str, float]
-    """By the metric's own name, such as `score`."""
+    """Name of the metric, such as `score` -> its value."""
     shown: tuple[SampleRecord, ...] = ()
+    """The completions that the run prints."""
 
 
 def evaluate(
@@ -114,12 +115,12 @@ def _generate(
     episodes = _episodes(resources, kind, model, params, layout, prompts)
     texts = completion_texts(model.renderer, episodes)
     rewards = [kind.score, *kind.also, *([] if kind.rank is None else [kind.rank])]
-    around = resources.reward_context(kind.max_tokens)
+    context = resources.reward_context(kind.max_tokens)
     opened = resources.cached(
-        ("eval rewards", name), lambda: [CompiledReward(each, around) for each in rewards]
+        ("eval rewards", name), lambda: [CompiledReward(reward, context) for reward in rewards]
     )
     rows = reward_rows(model.renderer, prompts.examples, episodes, texts)
-    scores, *others = [reward.score(rows) for reward in opened]
+    scores, *more_scores = [reward.score(rows) for reward in opened]
     groups = scores.values.reshape(-1, kind.samples)
     low, high = statistics.interval(groups)
     metrics = {
@@ -129,16 +130,18 @@ def _generate(
         "length": float(episodes.lengths.mean()),
         "truncated": float(episodes.truncated.mean()),
     }
-    for expression, other in zip(kind.also, others, strict=False):
-        metrics[kind.called(expression)] = float(other.values.mean())
+    for expression, reward_scores in zip(kind.also, more_scores, strict=False):
+        metrics[kind.called(expression)] = float(reward_scores.values.mean())
     if kind.samples > 1:
         metrics |= {f"pass_at_{k}": statistics.pass_at_k(groups, k) for k in kind.ks}
         answers = [_answer(text) for text in texts]
-        each = [answers[at : at + kind.samples] for at in range(0, len(answers), kind.samples)]
-        metrics["majority"] = statistics.majority(each, groups)
+        answer_groups = [
+            answers[start : start + kind.samples] for start in range(0, len(answers), kind.samples)
+        ]
+        metrics["majority"] = statistics.majority(answer_groups, groups)
     metrics |= _measured(resources, kind, rows, scores)
     if kind.rank is not None:
-        chosen = others[-1].values.reshape(groups.shape).argmax(1)
+        chosen = more_scores[-1].values.reshape(groups.shape).argmax(1)
         metrics["best_of_n"] = float(groups[np.arange(len(groups)), chosen].mean())
     by_source = _by_source(prompts.examples, groups)
     if len(by_source) > 1:
@@ -150,12 +153,12 @@ def _generate(
 def _measured(
     resources: Resources, kind: Generate, rows: Sequence[CompletionRow], scores: Scores
 ) -> dict[str, float]:
-    """Call the user's own metrics with a list of each field that all rows have."""
-    found: dict[str, float] = {}
-    for own in kind.measured:
+    """Call the metrics of the user with a list for each field that all rows have."""
+    metrics: dict[str, float] = {}
+    for metric in kind.measured:
         shared = set.intersection(*(set(row.fields) for row in rows))
         fields = {name: [row.fields[name] for row in rows] for name in shared}
-        pool = Workers(function_of(own, resources.program.folder), own.timeout, 1)
+        pool = Workers(function_of(metric, resources.program.folder), metric.timeout, 1)
         try:
             (value,) = pool.call_all([{**fields, "score": scores.values.tolist()}])
         finally:
@@ -163,9 +166,9 @@ def _measured(
         if isinstance(value, list):
             value = "it returned a list, not a number"
         if isinstance(value, str):
-            raise CustomError(own.reference, value)
-        found[own.name] = value
-    return found
+            raise CustomError(metric.reference, value)
+        metrics[metric.name] = value
+    return metrics
 
 
 def _episodes(
@@ -197,13 +200,15 @@ def _episodes(
     )  # fmt: skip
 
 
-def _answer(text: str) -> Any:
+def _answer(text: str) -> Hashable:
     """Return the answer that a completion votes for: its last number, or its text."""
     number = number_match.last_number(text)
     return text.strip() if number is None else number
 
 
-def _by_source(examples: Sequence[Example], groups: np.ndarray[Any, Any]) -> dict[str, float]:
+def _by_source(
+    examples: Sequence[Example], groups: Float64[np.ndarray, "prompts samples"]
+) -> dict[str, float]:
     names = np.array([example.source for example in examples])
     return {str(name): float(groups[names == name].mean()) for name in dict.fromkeys(names)}
 
@@ -249,10 +254,10 @@ def _preference(
         ("eval pairs", name, model.renderer.digest, model.architecture.context),
         lambda: _corpus(resources, kind, model, ("chosen", "rejected")),
     )
-    found = score_answers(corpus, model, params, layout, kind.limit)
-    values = found.values.astype(np.float64)
+    scores = score_answers(corpus, model, params, layout, kind.limit)
+    values = scores.values.astype(np.float64)
     if kind.per_token and not model.architecture.scores:
-        values = values / np.maximum(found.tokens, 1)
-    margins = (values[:, 0] - values[:, 1])[found.tokens[:, 0] > 0]
+        values = values / np.maximum(scores.tokens, 1)
+    margins = (values[:, 0] - values[:, 1])[scores.tokens[:, 0] > 0]
     accuracy = float(np.mean((1 + np.sign(margins)) / 2))
     return EvalResult({"accuracy": accuracy, "margin": float(margins.mean())})

@@ -1,7 +1,7 @@
-"""Statistics of scored samples: estimates over prompts, and how far they can be trusted.
+"""Statistics of scored samples: estimates over prompts, and their confidence intervals.
 
 `groups` are scores `[prompts, samples]`; a completion passes with a score of at least 1. Prompts
-are independent draws, samples of one prompt are not. All is float64.
+are independent draws, samples of one prompt are not. All results are float64.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
-Scores = NDArray[Any]
+from jaxtyping import Shaped
 
 LEVEL = 0.95
 """The confidence of an interval."""
 
 
-def pass_at_k(groups: Scores, k: int) -> float:
+def pass_at_k(groups: Shaped[np.ndarray, "prompts samples"], k: int) -> float:
     """Estimate the chance that one of `k` samples of a prompt passes, without bias.
 
     `1 - C(n - c, k) / C(n, k)` for `c` of `n` samples, averaged over prompts (arXiv:2107.03374,
@@ -32,30 +29,32 @@ def pass_at_k(groups: Scores, k: int) -> float:
         raise ValueError(f"pass@{k} of {samples} samples")
     failed = samples - (groups >= 1).sum(1, keepdims=True)
     drawn = np.arange(k)
-    # The chance that each draw fails after those before it; 0 once all that failed are drawn.
+    # The chance that each draw fails after the previous ones; 0 once all that failed are drawn.
     return float(1 - ((failed - drawn) / (samples - drawn)).prod(1).mean())
 
 
-def majority(answers: Sequence[Sequence[Hashable]], groups: Scores) -> float:
+def majority(
+    answers: Sequence[Sequence[Hashable]], groups: Shaped[np.ndarray, "prompts samples"]
+) -> float:
     """Return the share of prompts whose most common answer passes (arXiv:2203.11171).
 
     `answers` are `[prompts, samples]`. Of equally common answers the first counts, and of its
     samples the first is the one whose score is read.
     """
-    right = 0
-    for given, scores in zip(answers, groups, strict=True):
-        [(most, _)] = Counter(given).most_common(1)
-        right += bool(scores[given.index(most)] >= 1)
-    return right / len(groups)
+    passed = 0
+    for votes, scores in zip(answers, groups, strict=True):
+        [(winner, _)] = Counter(votes).most_common(1)
+        passed += bool(scores[votes.index(winner)] >= 1)
+    return passed / len(groups)
 
 
-def interval(groups: Scores) -> tuple[float, float]:
+def interval(groups: Shaped[np.ndarray, "prompts samples"]) -> tuple[float, float]:
     """Return the 95% confidence interval of the mean score.
 
     The error is that of the mean over prompts, each a cluster of samples (arXiv:2411.00640), and
     the interval is normal. Where every score is 0 or 1, it is Wilson's (1927) with an effective
     number of samples (Korn and Graubard 1998): as many independent ones as have that error, at most
-    all, and at least one a prompt, which is taken if none pass or all; so 0 of n has a bound above
+    all, and at least one a prompt, which is used if none pass or all; so 0 of n has a bound above
     0. One prompt says nothing of others: it counts as one sample, or its interval is infinite.
     """
     scores = np.asarray(groups, np.float64)

@@ -1,23 +1,23 @@
-"""Beam search: of each prompt the completions of highest score, without drawing anything.
+"""Beam search: finds the completions of highest score of each prompt; nothing is random.
 
 A score is the sum of a completion's log-probabilities over its length to the power of the length
 penalty. The search is that of `transformers` 5 (`do_sample=False, early_stopping=False`):
 
-- of all continuations of a prompt's beams, as many are looked at as are needed to go on with
-  `beams` of them whatever number stops;
+- of all continuations of a prompt's beams, the likeliest are candidates, as many as leave `beams`
+  that go on however many of them stop;
 - one that stops counts only if it is among the `beams` likeliest of its step;
 - the search ends when the likeliest beam, at its present length, scores no more than the worst
   of `beams` finished completions.
 
 A prompt is prefilled once and its cache copied into the slots of its beams. Every step gathers the
-cache of the beams that go on, so it moves the whole cache once beside what attention reads.
+cache of the beams that go on, so it copies the cache once in addition to attention's reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from numpy.typing import NDArray
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.generation.engine import ProgramInput, copies_weights
@@ -37,7 +36,7 @@ from tunelang.runtime.models.kv_cache import KEYS, VALUES, Cache, empty_cache, i
 from tunelang.runtime.models.parameters import Params, abstract_decoder
 from tunelang.runtime.sharding import Layout, constrain, jit, reshard_for_decoding
 
-Tree = TypeVar("Tree")
+_Tree = TypeVar("_Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -71,10 +70,10 @@ class SearchRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """The compiled program for one architecture, and the sizes it is made for."""
+    """The compiled program of a search for one architecture and one set of sizes."""
 
     prompts: int
-    """How many are searched at once."""
+    """Prompts that are searched at once."""
     beams: int
     capacity: int
     """Tokens of a slot: prompt and completion."""
@@ -104,8 +103,8 @@ class _State(NamedTuple):
     """`[prompts * beams, width]`: of each beam's last token."""
     beams: Paths
     finished: Paths
-    going: Array
-    """`[prompts]` bool: whether a beam may still beat what is finished."""
+    active: Array
+    """`[prompts]` bool: whether a beam may still beat the finished paths."""
     steps: Array
     """int32 scalar: the tokens of each beam so far."""
 
@@ -119,10 +118,10 @@ def make_search(
     dtype: DTypeLike = jnp.float32,
     layout: Layout | None = None,
 ) -> Search:
-    """Make the program; it compiles once for each length that prompts are padded to.
+    """Make the program of a search; it compiles once for each padded length of prompts.
 
-    `capacity`, `dtype` and `layout` are as for `engine.make_engine`. Raises `ValueError` where
-    a size is out of range.
+    `capacity`, `dtype` and `layout` are those of `engine.make_engine`. Raises `ValueError` where a
+    size is out of range.
     """
     if not 1 <= capacity <= architecture.context:
         raise ValueError(
@@ -142,13 +141,13 @@ def make_search(
         hidden, prefilled = decoder.prefill(tokens, jnp.maximum(lengths, 1), layout=layout)
         rows, slots = jnp.repeat(jnp.arange(prompts), beams), jnp.arange(prompts * beams)
         cache = empty_cache(architecture, prompts * beams, capacity, dtype)
-        first = _no_paths(prompts, beams, capacity)
+        no_paths = _no_paths(prompts, beams, capacity)
         state = _State(
             insert(cache, prefilled, rows, slots),
             hidden[rows],
             # One beam of each prompt, or all would be the same.
-            replace(first, scores=first.scores.at[:, 0].set(0)),
-            first,
+            replace(no_paths, scores=no_paths.scores.at[:, 0].set(0)),
+            no_paths,
             lengths > 0,
             jnp.zeros((), jnp.int32),
         )
@@ -160,7 +159,9 @@ def make_search(
             weights = decode_weights(decoder) if copies is None else copies
             return _step(decoder, weights, state, request, layout)
 
-        state = jax.lax.while_loop(lambda state: jnp.any(state.going), step, _placed(layout, state))
+        state = jax.lax.while_loop(
+            lambda state: jnp.any(state.active), step, _placed(layout, state)
+        )
         return state.finished, state.steps
 
     return Search(prompts, beams, capacity, jit(run, layout), layout)
@@ -177,7 +178,7 @@ def beam_search(
     length_penalty: float = 1.0,
     returned: int = 1,
 ) -> Beams:
-    """Find the `returned` best completions of each prompt, in groups of as many.
+    """Find the `returned` best completions of each prompt.
 
     `params` are the decoder's, as they are trained. `stop_ids` end a completion and belong to it.
     With `length_penalty` 0 a score is the log-probability of the completion, with 1 the mean of its
@@ -208,23 +209,23 @@ def beam_search(
         for batch in batches
     ]
 
-    def rows(*arrays: NDArray[Any]) -> NDArray[Any]:
-        joined: NDArray[Any] = np.concatenate(arrays)[: len(prompts), :returned]
+    def join(*arrays: np.ndarray) -> np.ndarray:
+        joined = np.concatenate(arrays)[: len(prompts), :returned]
         return joined.reshape(-1, *joined.shape[2:])
 
-    found = jax.tree.map(rows, *(paths for paths, _ in results))
-    mask = np.arange(max_tokens) < found.lengths[:, None]
+    best = jax.tree.map(join, *(paths for paths, _ in results))
+    mask = np.arange(max_tokens) < best.lengths[:, None]
     return Beams(
         prompts=tuple(tuple(prompt.tokens) for prompt in prompts),
         group=returned,
-        tokens=np.where(mask, found.tokens[:, :max_tokens], np.int32(pad)),
-        lengths=found.lengths,
-        log_probs=found.log_probs[:, :max_tokens],
+        tokens=np.where(mask, best.tokens[:, :max_tokens], np.int32(pad)),
+        lengths=best.lengths,
+        log_probs=best.log_probs[:, :max_tokens],
         mask=mask,
-        truncated=~found.stopped,
+        truncated=~best.stopped,
         pad=pad,
         work=Work(len(prompts), sum(int(steps) for _, steps in results), len(results)),
-        scores=found.scores,
+        scores=best.scores,
     )
 
 
@@ -263,48 +264,52 @@ def _step(
     vocab = log_probs.shape[-1]
     log_probs = log_probs.reshape(prompts, beams, vocab)
     sums = (state.beams.scores[..., None] + log_probs).reshape(prompts, -1)
-    most = min(1 + jnp.size(request.stop_ids), vocab) * beams
-    sums, place = jax.lax.top_k(sums, most)
-    parent, token = place // vocab, place % vocab
+    candidate_count = min(1 + jnp.size(request.stop_ids), vocab) * beams
+    sums, candidates = jax.lax.top_k(sums, candidate_count)
+    parent, token = candidates // vocab, candidates % vocab
     length, penalty = state.steps + 1, jnp.asarray(request.length_penalty)
     stopped = jnp.any(token[..., None] == jnp.asarray(request.stop_ids), axis=-1)
     ended = stopped | (length == request.max_tokens)
-    before = _chosen(state.beams, parent)
-    own = jnp.take_along_axis(log_probs.reshape(prompts, -1), place, axis=1)
-    grown = Paths(
-        tokens=before.tokens.at[:, :, state.steps].set(token),
-        log_probs=before.log_probs.at[:, :, state.steps].set(own),
+    paths = _take(state.beams, parent)
+    token_log_probs = jnp.take_along_axis(log_probs.reshape(prompts, -1), candidates, axis=1)
+    extended = Paths(
+        tokens=paths.tokens.at[:, :, state.steps].set(token),
+        log_probs=paths.log_probs.at[:, :, state.steps].set(token_log_probs),
         lengths=jnp.full_like(token, length),
         stopped=stopped,
         scores=jnp.where(ended, -jnp.inf, sums),
     )
-    goes_on, beam = jax.lax.top_k(grown.scores, beams)
+    scores, beam = jax.lax.top_k(extended.scores, beams)
 
     divisor = length.astype(jnp.float32) ** penalty
-    counts = ended & (jnp.arange(most) < beams) & state.going[:, None]
-    ends = replace(grown, scores=jnp.where(counts, sums / divisor, -jnp.inf))
-    every = jax.tree.map(lambda *each: jnp.concatenate(each, axis=1), state.finished, ends)
-    finished = _chosen(every, jax.lax.top_k(every.scores, beams)[1])
-
-    apart = jax.tree.map(lambda each: each.reshape(prompts, beams, *each.shape[1:]), state.cache)
-    slots = _chosen(apart, _chosen(parent, beam))
-    cache = jax.tree.map(lambda each: each.reshape(-1, *each.shape[2:]), slots)
-    hidden, cache = decode_step(
-        decoder, _chosen(token, beam).reshape(-1), cache, weights, layout=layout
+    counted = ended & (jnp.arange(candidate_count) < beams) & state.active[:, None]
+    ended_paths = replace(extended, scores=jnp.where(counted, sums / divisor, -jnp.inf))
+    contenders = jax.tree.map(
+        lambda *arrays: jnp.concatenate(arrays, axis=1), state.finished, ended_paths
     )
-    going = state.going & (goes_on[:, 0] / divisor > finished.scores[:, -1])
-    return _placed(layout, _State(cache, hidden, _chosen(grown, beam), finished, going, length))
+    finished = _take(contenders, jax.lax.top_k(contenders.scores, beams)[1])
+
+    cache_by_prompt = jax.tree.map(
+        lambda array: array.reshape(prompts, beams, *array.shape[1:]), state.cache
+    )
+    slots = _take(cache_by_prompt, _take(parent, beam))
+    cache = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), slots)
+    hidden, cache = decode_step(
+        decoder, _take(token, beam).reshape(-1), cache, weights, layout=layout
+    )
+    active = state.active & (scores[:, 0] / divisor > finished.scores[:, -1])
+    return _placed(layout, _State(cache, hidden, _take(extended, beam), finished, active, length))
 
 
-def _chosen(tree: Tree, at: Array) -> Tree:
-    """Take some of each prompt's: arrays `[prompts, n, ...]` at `[prompts, m]`."""
+def _take(tree: _Tree, indices: Array) -> _Tree:
+    """Take elements of each prompt: from arrays `[prompts, n, ...]` at `[prompts, m]`."""
 
-    def own(each: Array, at: Array) -> Array:
+    def take(array: Array, indices: Array) -> Array:
         # Any other mode looks at every element that is taken, and the cache is large.
-        return each.at[at].get(mode="promise_in_bounds")
+        return array.at[indices].get(mode="promise_in_bounds")
 
-    chosen: Tree = jax.tree.map(lambda each: jax.vmap(own)(each, at), tree)
-    return chosen
+    taken: _Tree = jax.tree.map(lambda array: jax.vmap(take)(array, indices), tree)
+    return taken
 
 
 def _placed(layout: Layout | None, state: _State) -> _State:
@@ -315,8 +320,8 @@ def _placed(layout: Layout | None, state: _State) -> _State:
 
     return _State(
         Cache(
-            tuple(constrain(layout, each, KEYS) for each in state.cache.keys),
-            tuple(constrain(layout, each, VALUES) for each in state.cache.values),
+            tuple(constrain(layout, keys, KEYS) for keys in state.cache.keys),
+            tuple(constrain(layout, values, VALUES) for values in state.cache.values),
             replicated(state.cache.lengths),
         ),
         constrain(layout, state.hidden, ("batch", None)),

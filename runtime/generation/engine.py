@@ -42,14 +42,14 @@ ProgramInput = Array | NDArray[Any] | np.generic
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Completions:
-    """What was drawn, a row for each completion, with rows to spare at the end."""
+    """The tokens drawn so far, a row for each completion, with spare rows at the end."""
 
     tokens: Array
     """`[rows, max_tokens]` int32."""
     log_probs: Array
-    """`[rows, max_tokens]` float32: `plain_log_prob` of `sampling.Draw`, in nats."""
+    """`[rows, max_tokens]` float32: `plain_log_prob` of `token_sampling.Draw`, in nats."""
     lengths: Array
-    """`[rows]` int32: the tokens drawn; what is behind them is 0."""
+    """`[rows]` int32: the number of tokens drawn; the rest of the row is 0."""
     stopped: Array
     """`[rows]` bool: whether the last token is a stop token."""
 
@@ -57,7 +57,7 @@ class Completions:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Slots:
-    """The state of the loop."""
+    """The state of the decode loop."""
 
     cache: Cache
     hidden: Array
@@ -117,13 +117,13 @@ class DecodeRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Engine:
-    """The compiled programs for one architecture, and the sizes they are made for."""
+    """The compiled programs of sampling for one architecture and one set of sizes."""
 
     slots: int
     capacity: int
     """Tokens of a slot: prompt and completion."""
     refill_at: int
-    """How many slots have to be free before the loop is left to refill them."""
+    """Free slots at which the loop returns, so that the host refills them."""
     empty: Callable[[int, int, bool], Slots]
     """`(rows, max_tokens, whether there is a repetition penalty) -> slots`."""
     prefill: Callable[[Params, ProgramInput, ProgramInput], Prefilled]
@@ -145,17 +145,17 @@ def make_engine(
     dtype: DTypeLike = jnp.float32,
     layout: Layout | None = None,
 ) -> Engine:
-    """Make the programs; each compiles at its first call.
+    """Make the programs of sampling; each compiles at its first call.
 
     `slots` completions run at once, each of at most `capacity` tokens with its prompt. `dtype`, of
     activations and cache, and `layout` should be those of the training program, whose parameters
-    the programs take as they are. The loop is left when an eighth of the slots are free. Raises
+    the programs take as they are. The loop returns when an eighth of the slots are free. Raises
     `ValueError` where a size is out of range.
 
-    Why the loop is left at all: the prompts could all be prefilled beforehand, and slots refilled
-    inside the loop, but then the cache of every prompt of the step would have to be held. Left for
-    each slot, it would pay a round trip to the host and a copy for every completion; left only
-    when all slots are free, slots would stand idle until the longest completion ends.
+    To refill slots inside the loop, the cache of every prompt of the step would have to be in
+    memory. To return for each free slot would cost a round trip to the host and a copy for every
+    completion; to return only when all are free would leave slots idle until the longest
+    completion ends.
     """
     if not 1 <= capacity <= architecture.context:
         raise ValueError(
@@ -200,8 +200,8 @@ def make_engine(
 def copies_weights(architecture: Architecture, dtype: DTypeLike, layout: Layout | None) -> bool:
     """Return whether a decode loop copies the weights once, ahead of its steps.
 
-    It does where every step would convert or copy them. Quantised ones are left: the copy would
-    take the memory that they save.
+    It does where every step would convert or copy them. Quantised weights are not copied: that
+    would take the memory that they save.
     """
     quantised = architecture.storage in ("nf4", "int8")
     return not quantised and (dtype != jnp.float32 or platform(layout) == "cpu")
@@ -210,12 +210,12 @@ def copies_weights(architecture: Architecture, dtype: DTypeLike, layout: Layout 
 def _decode_loop(
     decoder: Decoder, state: Slots, request: DecodeRequest, layout: Layout | None, copied: bool
 ) -> tuple[Slots, Array]:
-    """Step until enough slots are free, or as often as is allowed; returns also the steps."""
+    """Run decode steps until enough slots are free, or the limit; returns also their number."""
     graph, params = nnx.split(decoder)
     copies = decode_weights(decoder) if copied else None
     slots = state.active.shape[0]
 
-    def goes_on(carry: tuple[Slots, Array]) -> Array:
+    def unfinished(carry: tuple[Slots, Array]) -> Array:
         state, steps = carry
         free = slots - jnp.sum(state.active, dtype=jnp.int32)
         return (free < jnp.asarray(request.until_free)) & (steps < jnp.asarray(request.max_steps))
@@ -226,7 +226,7 @@ def _decode_loop(
         weights = decode_weights(decoder) if copies is None else copies
         return _placed(layout, _step(decoder, weights, state, request, layout)), steps + 1
 
-    return jax.lax.while_loop(goes_on, step, (state, jnp.zeros((), jnp.int32)))
+    return jax.lax.while_loop(unfinished, step, (state, jnp.zeros((), jnp.int32)))
 
 
 def _empty(
@@ -260,7 +260,7 @@ def _empty(
 
 
 def _admit(state: Slots, prompts: Prefilled, admission: Admission) -> Slots:
-    """Overwrite everything that a slot holds of its last completion."""
+    """Copy prefilled prompts into slots, over all state of the slots' last completions."""
     row, slot = jnp.asarray(admission.row), jnp.asarray(admission.slot)
 
     def put(into: Array, values: ProgramInput | bool | int) -> Array:
@@ -300,7 +300,7 @@ def _step(
     request: DecodeRequest,
     layout: Layout | None,
 ) -> Slots:
-    """Draw one token in every slot, write it down where the slot is active, and run it."""
+    """Draw one token in every slot, record it where the slot is active, and run the decoder."""
     completions = state.completions
     seed, step = jnp.asarray(request.seed), jnp.asarray(request.step)
     keys = token_keys(seed, step, state.prompt, state.sample, state.drawn)
@@ -310,7 +310,7 @@ def _step(
     stopped = jnp.any(draw.token[:, None] == request.stop_ids, axis=-1)
     drawn = state.drawn + state.active
     active = state.active & ~stopped & (drawn < completions.tokens.shape[1])
-    # A slot that is not active writes to a row that is not there.
+    # A slot that is not active writes to a row out of bounds, which is dropped.
     row = jnp.where(state.active, state.completion, completions.tokens.shape[0])
     completions = Completions(
         tokens=completions.tokens.at[row, state.drawn].set(draw.token, mode="drop"),
@@ -322,7 +322,7 @@ def _step(
     if seen is not None:
         seen = seen.at[jnp.arange(seen.shape[0]), draw.token].set(True)
     hidden, cache = decode_step(decoder, draw.token, state.cache, weights, layout=layout)
-    # A slot that is done stands still, or it would run over its end while it waits.
+    # A finished slot's length stays, or it would grow past the capacity while the slot waits.
     cache = replace(cache, lengths=jnp.where(active, cache.lengths, state.cache.lengths))
     return replace(
         state,
@@ -349,37 +349,39 @@ def abstract_slots(
         lambda: _empty(architecture, slots, capacity, dtype, rows, max_tokens, False)
     )
 
-    def place(array: Any, axes: Axes) -> Any:
-        where = layout.sharding(axes, array.shape)
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=where)
+    def place(array: Array, axes: Axes) -> Any:
+        sharding = layout.sharding(axes, array.shape)
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    return _each_placed(place, state)
+    return _map_axes(place, state)
 
 
 def _placed(layout: Layout | None, state: Slots) -> Slots:
     """Constrain the slots to one layout for every program, or they would be copied in between."""
-    return _each_placed(lambda array, axes: constrain(layout, array, axes), state)
+    return _map_axes(lambda array, axes: constrain(layout, array, axes), state)
 
 
-def _each_placed(place: Callable[[Any, Axes], Any], state: Slots) -> Slots:
-    def whole(array: Any) -> Any:
+def _map_axes(place: Callable[[Array, Axes], Array], state: Slots) -> Slots:
+    """Call `place` with each array of the slots and its logical axes."""
+
+    def replicated(array: Array) -> Array:
         return place(array, (None,) * array.ndim)
 
-    def rows(array: Any) -> Any:
+    def batch_split(array: Array) -> Array:
         return place(array, ("batch", None))
 
     return Slots(
         cache=Cache(
-            tuple(place(each, KEYS) for each in state.cache.keys),
-            tuple(place(each, VALUES) for each in state.cache.values),
-            whole(state.cache.lengths),
+            tuple(place(keys, KEYS) for keys in state.cache.keys),
+            tuple(place(values, VALUES) for values in state.cache.values),
+            replicated(state.cache.lengths),
         ),
-        hidden=rows(state.hidden),
-        seen=None if state.seen is None else rows(state.seen),
-        active=whole(state.active),
-        completion=whole(state.completion),
-        prompt=whole(state.prompt),
-        sample=whole(state.sample),
-        drawn=whole(state.drawn),
-        completions=jax.tree.map(whole, state.completions),
+        hidden=batch_split(state.hidden),
+        seen=None if state.seen is None else batch_split(state.seen),
+        active=replicated(state.active),
+        completion=replicated(state.completion),
+        prompt=replicated(state.prompt),
+        sample=replicated(state.sample),
+        drawn=replicated(state.drawn),
+        completions=jax.tree.map(replicated, state.completions),
     )

@@ -3,8 +3,9 @@
 This is the host's half: a queue of episodes, the slots that they are handed to, and the values that
 come back. The device's half is `engine.py`.
 
-No episode depends on how many slots there are, which one it ran in, or what ran beside it: its
-random keys are those of (seed, step, prompt, sample, position), and slots do not see each other.
+No episode depends on how many slots there are, which one it ran in, or which episodes ran with
+it: its random keys are those of (seed, step, prompt, sample, position), and slots do not see each
+other.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ TEXT_STEPS = 16
 _NO_LIMIT = np.iinfo(np.int32).max
 
 shared_engine = cache(make_engine)
-"""`make_engine`; engines of equal sizes are shared by everything in the process."""
+"""Make an engine as `make_engine` does, or return that of the same sizes made before."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Sampler:
     """Tokens that end an episode and belong to it, as do the strings of `sampling.stop`."""
     pad: int
     tokenizer: Tokenizer | None = None
-    """Needed for stop strings only."""
+    """Required where `sampling.stop` has strings."""
 
     def __post_init__(self) -> None:
         if self.sampling.stop and self.tokenizer is None:
@@ -111,10 +112,10 @@ class Sampler:
                 max_steps=np.int32(TEXT_STEPS if strings else _NO_LIMIT),
             )
             state, steps = engine.decode(params, state, active, request)
-            still = np.asarray(state.active)
+            still_active = np.asarray(state.active)
             if strings:
-                still = still & ~strings.ended(state, active, queue.episode_of_slot)
-            active = still
+                still_active = still_active & ~strings.ended(state, active, queue.episode_of_slot)
+            active = still_active
             decode_steps, decode_calls = decode_steps + int(steps), decode_calls + 1
         work = Work(queue.prefilled, decode_steps, decode_calls)
         return self._episodes(state, prompts, group, strings.ends if strings else {}, work)
@@ -134,7 +135,7 @@ class Sampler:
     def _episodes(
         self, state: Slots, prompts: Sequence[Prompt], group: int, ends: dict[int, int], work: Work
     ) -> Episodes:
-        """Fetch what was written, and cut off what lies behind a stop string."""
+        """Fetch the completions, and cut each off behind its stop string."""
         count = len(prompts) * group
         completions = jax.device_get(state.completions)
         lengths, stopped = completions.lengths[:count].copy(), completions.stopped[:count].copy()

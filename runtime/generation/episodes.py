@@ -1,4 +1,4 @@
-"""Episodes: what was sampled for prompts, by token; and the same as arrays for a batch."""
+"""Episodes: the tokens sampled for prompts, one at a time and as arrays of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
 ASSISTANT = "assistant"
-"""The author of what the model sampled."""
+"""The author of turns that the model sampled."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Turn:
     """Consecutive tokens of an episode that have one author."""
 
     author: str
-    """A role of the conversation: `ASSISTANT` for what the model sampled."""
+    """A role of the conversation; `ASSISTANT` where the model sampled the turn."""
     tokens: list[int]
     log_probs: Floats
-    """`[tokens]`, see `Episodes.log_probs`."""
+    """`[tokens]`, in nats, as in `Episodes.log_probs`."""
     mask: Bools
     """`[tokens]`: whether the loss counts the token."""
 
@@ -60,14 +60,14 @@ class Episode:
 
 @dataclass(frozen=True)
 class Work:
-    """Counts of what sampling took."""
+    """Counts of the work that sampling did."""
 
     prefilled: int
-    """Prompts that were prefilled."""
+    """Number of prompts that were prefilled."""
     decode_steps: int
     """Iterations of the decode loop: tokens drawn in each slot, whether it was active or not."""
     decode_calls: int
-    """How often the loop was entered."""
+    """Number of calls of the decode program."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Episodes:
     prompts: tuple[tuple[int, ...], ...]
     group: int
     tokens: Ints
-    """`[episodes, max_tokens]`: what follows the prompt, the stop token included, then padding."""
+    """`[episodes, max_tokens]`: the tokens behind the prompt with the stop token, then padding."""
     lengths: Ints
     """`[episodes]`: the number of tokens, with the stop token."""
     log_probs: Floats

@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Bool
 
 from tunelang.runtime.generation.engine import Admission, Engine, Prefilled, Slots
-from tunelang.runtime.generation.episodes import Bools, Ints, Prompt
+from tunelang.runtime.generation.episodes import Ints, Prompt
 from tunelang.runtime.models.parameters import Params
 
 PREFILL = 8
@@ -37,8 +38,10 @@ class SlotQueue:
         self.prefilled = 0
         self._ready: dict[int, tuple[Prefilled, int]] = {}  # prompt -> its prefill, and row in it
 
-    def fill(self, state: Slots, active: Bools) -> tuple[Slots, Bools]:
-        """Hand the free slots to the next episodes; returns which slots are active now."""
+    def fill(
+        self, state: Slots, active: Bool[np.ndarray, " slots"]
+    ) -> tuple[Slots, Bool[np.ndarray, " slots"]]:
+        """Hand the free slots to the next episodes; returns the slots and which are active now."""
         free = np.flatnonzero(~active)[: len(self.waiting)]
         slot_of_episode = {self.waiting.popleft(): int(slot) for slot in free}
         needed = {episode // self.group for episode in slot_of_episode}
@@ -52,7 +55,7 @@ class SlotQueue:
         filled = active.copy()
         filled[free] = True
         self.episode_of_slot[free] = list(slot_of_episode)
-        # Only the prompt at the head of the queue may have episodes that still wait.
+        # Only the prompt at the head of the queue can have episodes that wait.
         head = self.waiting[0] // self.group if self.waiting else None
         self._ready = {prompt: row for prompt, row in self._ready.items() if prompt == head}
         return state, filled

@@ -1,8 +1,8 @@
 """Stop strings: ends an episode right after the token whose text completes one of them.
 
-Text exists on the host only, so the decode loop returns every few steps and the host looks. Some
-slots have gone past their end by then, but since nothing depends on what comes later, cutting that
-off leaves exactly the episode that stopped in time.
+Text exists on the host only, so the decode loop returns every few steps and the host searches. Some
+slots are past their end by then; since no token depends on later ones, cutting those off leaves
+exactly the episode that stopped in time.
 """
 
 from __future__ import annotations
@@ -11,25 +11,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from tunelang.runtime.generation.engine import Slots
-from tunelang.runtime.generation.episodes import Bools, Ints
 from tunelang.runtime.tokenize.tokenizers import Tokenizer
 
 
 @dataclass
 class StopStrings:
-    """Looks for stop strings in what was drawn."""
+    """Searches drawn tokens for stop strings."""
 
     tokenizer: Tokenizer
     strings: Sequence[str]
     ends: dict[int, int] = field(default_factory=dict)
     """Episode -> its length, where a string ended it."""
     _searched: dict[int, int] = field(default_factory=dict)
-    """Episode -> how many of its tokens hold no string."""
+    """Episode -> the number of its first tokens without a string."""
 
-    def ended(self, state: Slots, ran: Bools, episode_of_slot: Ints) -> Bools:
-        """Return which slots that `ran` hold an episode that a string ended, `[slots]`."""
+    def ended(
+        self,
+        state: Slots,
+        ran: Bool[np.ndarray, " slots"],
+        episode_of_slot: Int32[np.ndarray, " slots"],
+    ) -> Bool[np.ndarray, " slots"]:
+        """Return which of the slots that `ran` have an episode that a string ended."""
         tokens, lengths = (
             np.asarray(array[episode_of_slot])
             for array in (state.completions.tokens, state.completions.lengths)

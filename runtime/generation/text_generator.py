@@ -19,7 +19,7 @@ from tunelang.runtime.sharding import Layout
 
 _VERDICT = Sampling.unvalidated(max_tokens=VERDICT_TOKENS, temperature=0.0)
 _SHORTEST = 64
-"""Tokens of prompts that programs have room for, at least; then twice as many."""
+"""Least length of prompts that programs are made for, in tokens; longer ones double it."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TextGenerator:
 
     @property
     def slots(self) -> int:
-        """How many completions it makes at once: 64 in each group of devices."""
+        """Completions that are sampled at once: 64 in each group of devices."""
         return VERDICT_SLOTS * self.layout.batch_shards
 
     def sample(
@@ -47,7 +47,7 @@ class TextGenerator:
     def complete(
         self, prompts: Sequence[str], sampling: Sampling, samples: int, seed: int, raw: bool
     ) -> Iterator[str]:
-        """Give the text of `samples` completions of each prompt in turn, see `sample`."""
+        """Yield the texts of `samples` completions of each prompt, sampled as by `sample`."""
         yield from completion_texts(
             self.model.renderer, self.sample(prompts, sampling, samples, seed, raw)
         )
@@ -62,7 +62,7 @@ class TextGenerator:
         length_penalty: float = 1.0,
         returned: int = 1,
     ) -> Iterator[str]:
-        """Give the `returned` best completions of each prompt that a beam search finds."""
+        """Yield the texts of the `returned` best completions of each prompt, by beam search."""
         model = self.model
         cut, max_tokens = self._cut(self._tokens(prompts, raw), max_tokens)
         longest = max(len(prompt.tokens) for prompt in cut)
@@ -74,7 +74,7 @@ class TextGenerator:
             dtype=model.dtype,
             layout=self.layout,
         )
-        found = beam_search(
+        best = beam_search(
             search,
             self.params,
             cut,
@@ -84,7 +84,7 @@ class TextGenerator:
             length_penalty=length_penalty,
             returned=returned,
         )
-        yield from completion_texts(model.renderer, found)
+        yield from completion_texts(model.renderer, best)
 
     def answer(self, messages: Sequence[Message], sampling: Sampling, seed: int) -> str:
         """Return the model's next turn of a conversation."""
@@ -93,7 +93,7 @@ class TextGenerator:
         return completion_texts(renderer, self._sample([tokens], sampling, 1, seed))[0]
 
     def judge(self, requests: Sequence[str]) -> list[str]:
-        """Answer requests, each the user's only turn; see `rubric.Ask`."""
+        """Return the answer to each request, which is the user's only turn (a `rubric.Ask`)."""
         return list(self.complete(requests, _VERDICT, 1, 0, raw=False))
 
     def _tokens(self, prompts: Sequence[str], raw: bool) -> list[list[int]]:
@@ -107,8 +107,8 @@ class TextGenerator:
         return [*start, *tokenizer.encode(text)] or [tokenizer.pad]
 
     def _cut(self, tokens: Sequence[Sequence[int]], max_tokens: int) -> tuple[list[Prompt], int]:
-        """Return prompts without the beginning that does not fit into the context, and the tokens
-        of a completion that fit behind them.
+        """Return prompts without the beginning that does not fit into the context, and the number
+        of tokens of a completion that fit behind them.
         """
         context = self.model.architecture.context
         fitting = max(1, min(max_tokens, context - max(len(ids) for ids in tokens)))

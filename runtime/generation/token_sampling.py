@@ -1,13 +1,13 @@
 """From logits to the next token: temperature, filters, the draw, and its log-probabilities.
 
-Every slot has parameters of its own, as arrays, so that one compiled program serves any mixture
+The parameters of each slot are elements of arrays, so that one compiled program serves any mixture
 of requests. The order is that of `transformers`: repetition penalty, temperature, top-k, top-p of
 what top-k left, min-p.
 
-Probability mass is held in whole numbers of 2**-30. Whole numbers add up to the same sum in any
+Probability mass is counted in units of 2**-30. Integers add up to the same sum in any
 order: a filter keeps exactly the tokens that its definition by a full sort keeps, on every
 device and for every batch, where sums of floats would differ in the last place. For the same
-reason ties are kept or dropped together, so the order of the vocabulary has no say.
+reason ties are kept or dropped together, so the order of the vocabulary does not matter.
 
 No vocabulary is sorted. Top-k and top-p look for a threshold by bisection over the 2**31 bit
 patterns that a distance from the largest logit may have: 31 passes, each a comparison and a sum
@@ -50,19 +50,19 @@ class SlotSettings(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The tokens taken, all `[slots]`."""
+    """The drawn tokens, all `[slots]`."""
 
     token: Array
     """int32."""
     log_prob: Array
-    """Under the distribution that was sampled from, in nats; 0 at temperature 0."""
+    """In nats, under the distribution that was sampled from; 0 at temperature 0."""
     plain_log_prob: Array
-    """Under the model's own distribution at the temperature, in nats, without penalty or filter:
-    what the trainer's program gives. At temperature 0, at temperature 1."""
+    """In nats, under the model's distribution at the temperature (1 where it is 0), without penalty
+    or filter; equal to that of the trainer's program."""
 
 
 def slot_settings(sampling: Sampling, slots: int) -> SlotSettings:
-    """Give a number of slots the same sampling parameters."""
+    """Return the sampling parameters as arrays that are the same for each of `slots` slots."""
     top_k = _NO_LIMIT if sampling.top_k is None else sampling.top_k
     return SlotSettings(
         jnp.full(slots, sampling.temperature, jnp.float32),
@@ -80,20 +80,20 @@ def token_keys(
     sample: Integer[Array, " slots"],
     position: Integer[Array, " slots"],
 ) -> Key[Array, " slots"]:
-    """Make a random key for each slot, `[slots]`, from what is drawn and not from where.
+    """Make a random key for each slot, which does not depend on the slot.
 
-    `seed` is the run's and `step` the training step, scalars; `prompt` (its index in the data),
-    `sample` (which of the group) and `position` (of the token in its completion) are `[slots]`. No
-    two draws of a run share a key, and none depends on slot, batch or what was drawn before.
+    `seed` is the run's and `step` the training step; `prompt` is its index in the data, `sample`
+    the index within the group, `position` that of the token in its completion. No two draws of a
+    run share a key, and none depends on slot, batch or earlier draws.
     """
     key = jax.random.fold_in(jax.random.key(seed), step)
 
-    def one(prompt: Array, sample: Array, position: Array) -> Array:
+    def slot_key(prompt: Array, sample: Array, position: Array) -> Array:
         return jax.random.fold_in(
             jax.random.fold_in(jax.random.fold_in(key, prompt), sample), position
         )
 
-    return jax.vmap(one)(prompt, sample, position)
+    return jax.vmap(slot_key)(prompt, sample, position)
 
 
 def sample_tokens(
@@ -104,9 +104,8 @@ def sample_tokens(
 ) -> Draw:
     """Draw the next token of each slot.
 
-    `logits` is `[slots, vocab]`, `keys` `[slots]` as from `token_keys`. `seen` is bool
-    `[slots, vocab]`, the tokens of the prompt and of the completion so far; it is needed where a
-    slot has a repetition penalty, and without it there is none. A token of logit `-inf` is never
+    `keys` come from `token_keys`. `seen` marks the tokens of the prompt and of the completion so
+    far; without it no repetition penalty is applied. A token of logit `-inf` is never
     drawn. A NaN among a slot's logits makes its log-probabilities NaN.
     """
     logits = logits.astype(jnp.float32)
@@ -142,8 +141,8 @@ def token_log_probs(
 ) -> Float[Array, "*tokens"]:
     """Return log-probabilities of tokens under the model's distribution at a temperature, in nats.
 
-    `logits` is `[..., vocab]`, `tokens` and `temperature` `[...]`. At temperature 0, whose
-    distribution says nothing about the model, those at temperature 1. Everything that is compared
+    At temperature 0, whose distribution says nothing about the model, returns those at temperature
+    1. Everything that is compared
     (sampler, trainer, reference) goes through the same formula.
     """
     scaled = scale(logits.astype(jnp.float32), temperature)
@@ -153,9 +152,9 @@ def token_log_probs(
 def scale(
     logits: Float[Array, "*tokens vocab"], temperature: Float[Array, "*tokens"]
 ) -> Float[Array, "*tokens vocab"]:
-    """Return logits `[..., vocab]` less their largest, over the temperature `[...]` (0 is 1).
+    """Subtract from logits their largest, and divide by the temperature (by 1 where it is 0).
 
-    The largest is taken off first: 0 divided by any temperature is 0, however small it is.
+    The subtraction comes first: 0 divided by any temperature is 0, however small it is.
     """
     temperature = jnp.where(temperature == 0, 1.0, temperature)
     largest = lax.stop_gradient(logits.max(-1, keepdims=True))
@@ -169,7 +168,7 @@ def _scaled_once(logits: Array, temperature: Array) -> Array:
     largest and again, rounded otherwise, to subtract it. Then no token has distance 0, and greedy
     sampling or top-k 1 finds none; XLA on CPUs does so for `cap * tanh(logits / cap)`, and drops
     `lax.optimization_barrier` beforehand. What goes into and comes out of a conditional is a
-    buffer. Its branches are equal, and which is taken hangs on a value unknown while compiling.
+    buffer. Its branches are equal, and the condition is a value unknown while compiling.
     """
     either = logits.ravel()[0] > 0
     scaled: Array = lax.cond(either, scale, scale, logits, temperature)
@@ -179,9 +178,7 @@ def _scaled_once(logits: Array, temperature: Array) -> Array:
 def filtered(
     scaled: Float[Array, "slots vocab"], settings: SlotSettings
 ) -> Bool[Array, "slots vocab"]:
-    """Return which tokens the filters keep, bool `[slots, vocab]`.
-
-    `scaled` is `[slots, vocab]` as from `scale`.
+    """Return which tokens the filters keep; `scaled` is the result of `scale`.
 
     - top-k keeps a token if fewer than `top_k` tokens are likelier;
     - top-p keeps a token if those likelier than it have less than `top_p` of the mass that top-k
@@ -193,9 +190,9 @@ def filtered(
     keep = distance <= _threshold(distance, jnp.ones((), jnp.int32), top_k)
 
     mass = jnp.where(keep, _mass(scaled), 0)
-    left = mass.sum(-1)
-    share = jnp.ceil(settings.top_p * left.astype(jnp.float32)).astype(jnp.int32)
-    top_p = jnp.where(settings.top_p < 1, jnp.clip(share, 1, left), 0)
+    remaining = mass.sum(-1)
+    share = jnp.ceil(settings.top_p * remaining.astype(jnp.float32)).astype(jnp.int32)
+    top_p = jnp.where(settings.top_p < 1, jnp.clip(share, 1, remaining), 0)
     keep &= distance <= _threshold(distance, mass, top_p)
 
     return keep & (jnp.exp(scaled) >= settings.min_p[:, None])
@@ -236,35 +233,35 @@ def _likeliest(scaled: Array) -> Array:
 def _draw(keys: Array, weights: Array) -> Array:
     """Draw a token of each slot, `[slots]`, with probability in proportion to its weight.
 
-    A whole number below the total says how much mass comes before the token, in the order of the
-    vocabulary: first the block that it falls into is found, then the token.
+    A random integer below the total is the mass that comes before the token in the order of the
+    vocabulary: the block in which it falls is searched first, then the token.
     """
     slots, vocab = weights.shape
     width = max(1, math.isqrt(vocab))
     blocks = jnp.pad(weights, ((0, 0), (0, -vocab % width))).reshape(slots, -1, width)
-    ends = jnp.cumsum(blocks.sum(-1), -1)
+    block_ends = jnp.cumsum(blocks.sum(-1), -1)
     bits = jax.vmap(lambda key: jax.random.bits(key, (), jnp.uint32))(keys)
     # The upper half of the product: uniform below the total. `jax.random.randint` takes a
     # remainder, which with totals this large makes some tokens a quarter too frequent.
-    point = _upper_half(bits, ends[:, -1].astype(jnp.uint32)).astype(jnp.int32)
-    block = (ends <= point[:, None]).sum(-1)
+    point = _upper_half(bits, block_ends[:, -1].astype(jnp.uint32)).astype(jnp.int32)
+    block = (block_ends <= point[:, None]).sum(-1)
     inside = jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0]
-    point = point - (_at(ends, block) - inside.sum(-1))
+    point = point - (_at(block_ends, block) - inside.sum(-1))
     token = block * width + (jnp.cumsum(inside, -1) <= point[:, None]).sum(-1)
     return jnp.minimum(token, vocab - 1)  # past the end only where NaN left no mass at all
 
 
-def _upper_half(one: Array, other: Array) -> Array:
+def _upper_half(a: Array, b: Array) -> Array:
     """Multiply uint32 by uint32 and return the upper 32 bits of the product, exactly.
 
     In place of `lax.mulhi`, which does not compile in a program that is split over a mesh (jax
     0.10.2 on CPUs: "failed to legalize operation 'mhlo.unknown'").
     """
-    one_high, one_low = one >> 16, one & 0xFFFF
-    other_high, other_low = other >> 16, other & 0xFFFF
-    middle = one_high * other_low + (one_low * other_low >> 16)
-    rest = one_low * other_high + (middle & 0xFFFF)
-    return one_high * other_high + (middle >> 16) + (rest >> 16)
+    a_high, a_low = a >> 16, a & 0xFFFF
+    b_high, b_low = b >> 16, b & 0xFFFF
+    middle = a_high * b_low + (a_low * b_low >> 16)
+    low_sum = a_low * b_high + (middle & 0xFFFF)
+    return a_high * b_high + (middle >> 16) + (low_sum >> 16)
 
 
 def _penalised(logits: Array, seen: Array, penalty: Array) -> Array:

@@ -1,7 +1,7 @@
-"""What the stages of a run share: opened data, tokenizers and models, and compiled programs.
+"""Resources that the stages of a run share: data, tokenizers, models and compiled programs.
 
-Stages of one pipeline use the same sizes again and again. A program is made once for each set of
-things that it is compiled for; branches of a sweep differ in numbers only, and share all of theirs.
+A program is compiled once for each architecture, layout and set of sizes, since stages of one
+pipeline use the same ones; branches of a sweep differ in numbers only, and share all programs.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from tunelang.runtime.rewards.rubric import Ask, rubric_scorer
 from tunelang.runtime.tokenize.chat_renderer import Renderer
 from tunelang.runtime.tokenize.open_tokenizer import open_renderer
 
-Made = TypeVar("Made")
+_Resource = TypeVar("_Resource")
 
 
 class StageResults(Protocol):
-    """Finds what stages of the program made."""
+    """Finds the results of the program's stages."""
 
     def weights(self, reference: Reference) -> Origin:
-        """Return the weights that a reward means by a model or a stage."""
+        """Return the weights of a model or a stage that a reward refers to."""
 
     def sampled_rows(self, kind: Sampled) -> Path:
         """Return the file of rows that a `sample` stage wrote."""
@@ -53,26 +53,26 @@ class StageResults(Protocol):
 
 @dataclass
 class Resources:
-    """Opened things of one program, each made when it is first asked for."""
+    """Resources of one program, each opened at its first use."""
 
     program: Program
     cache: Path
-    """A folder for what is made from data: rows, tokens, fitted tokenizers."""
+    """A folder for files made from data: rows, tokens, fitted tokenizers."""
     devices: tuple[jax.Device, ...]
     stages: StageResults | None = None
     """Results of the program's stages; None where nothing is run."""
     library: Library = field(init=False)
-    _made: dict[Hashable, Any] = field(default_factory=dict)
+    _opened: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.library = Library(self.program, self.cache, sampled=self._sampled)
 
-    def cached(self, key: Hashable, make: Callable[[], Made]) -> Made:
-        """Make something, or give what was made under this key before."""
-        if key not in self._made:
-            self._made[key] = make()
-        found: Made = self._made[key]
-        return found
+    def cached(self, key: Hashable, make: Callable[[], _Resource]) -> _Resource:
+        """Return the resource of a key, made at the first call."""
+        if key not in self._opened:
+            self._opened[key] = make()
+        resource: _Resource = self._opened[key]
+        return resource
 
     def renderer(self, name: str) -> Renderer:
         """Return a declared tokenizer with its chat template.
@@ -96,10 +96,10 @@ class Resources:
         if kind.tokenizer is not None:
             return self.renderer(kind.tokenizer.name)
         folder = model_folder.find_folder(kind, self.program.folder)
-        own = models.HuggingFace.model_construct(path=str(folder), chat=None, special=())
+        tokenizer = models.HuggingFace.model_construct(path=str(folder), chat=None, special=())
         return self.cached(
             ("renderer of", kind.path),
-            lambda: open_renderer(own, self.program.folder, cache=self.cache),
+            lambda: open_renderer(tokenizer, self.program.folder, cache=self.cache),
         )
 
     def model(self, name: str) -> Model:
@@ -149,8 +149,7 @@ class Resources:
         seed: int,
         shuffled: bool = True,
     ) -> tuple[Stream, int]:
-        """Return the examples whose prompts leave room for a completion, and the tokens of the
-        longest prompt.
+        """Return the prompts that leave room for a completion, and the length of the longest.
 
         Raises what opening data raises, `BadRowError` under `on_long_row = stop`, and
         `NoRowsError`.
@@ -168,29 +167,21 @@ class Resources:
         return self.library.within(stream, measure, room), longest
 
     def reward_context(self, max_tokens: int) -> RewardContext:
-        """Return what the rewards of the program may refer to."""
-        declared = {
-            each.name: each.value
-            for each in self.program.of("reward")
-            if isinstance(each.value, RewardExpression)
+        """Return the declarations that rewards of the program may refer to."""
+        rewards = {declaration.name: declaration.value for declaration in self.program.of("reward")}
+        data = {declaration.name: declaration.value for declaration in self.program.of("data")}
+        expressions = {
+            name: value for name, value in rewards.items() if isinstance(value, RewardExpression)
         }
-        generators = {
-            each.name: each.value
-            for each in self.program.of("data")
-            if isinstance(each.value, Procedural)
-        }
-        own = {
-            each.name: each.value
-            for each in self.program.of("reward")
-            if isinstance(each.value, RewardKind)
-        }
+        kinds = {name: value for name, value in rewards.items() if isinstance(value, RewardKind)}
+        generators = {name: value for name, value in data.items() if isinstance(value, Procedural)}
         return RewardContext(
-            declared=declared,
-            scorers={name: partial(self._scorer, name, kind) for name, kind in own.items()},
-            on_error={name: kind.on_error for name, kind in own.items()},
+            declared=expressions,
+            scorers={name: partial(self._scorer, name, kind) for name, kind in kinds.items()},
+            on_error={name: kind.on_error for name, kind in kinds.items()},
             on_devices=frozenset(
                 name
-                for name, kind in own.items()
+                for name, kind in kinds.items()
                 if not (isinstance(kind, Rubric) and isinstance(kind.judge, Endpoint))
             ),
             generators=generators,

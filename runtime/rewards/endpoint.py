@@ -22,9 +22,9 @@ from tunelang.runtime.rewards.rubric import Reply
 from tunelang.runtime.workers.worker_pool import LoadError
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-"""Seconds between tries; each wait is twice the one before."""
+"""Seconds between tries; each wait doubles the previous one."""
 _CHECK_SECONDS = 10.0
-"""Time-out of the first contact."""
+"""Time-out of the request that tests the endpoint."""
 
 
 class _RefusedError(Exception):
@@ -61,7 +61,7 @@ class EndpointJudge:
         self._check()
 
     def _check(self) -> None:
-        """Raise `LoadError` for a judge that is not there, before the run and not in its middle."""
+        """Raise `LoadError` for a judge that does not answer, before the run starts."""
         url = f"{self.endpoint.url.rstrip('/')}/models"
         timeout = min(_CHECK_SECONDS, self.endpoint.timeout)
         try:
@@ -76,7 +76,7 @@ class EndpointJudge:
             raise LoadError(("judge", self.endpoint.url), why)
 
     def __call__(self, requests: Sequence[str]) -> Sequence[Reply]:
-        """Ask; requests that were answered before are not sent."""
+        """Send requests to the judge; those that were answered before are read from the cache."""
         return list(self._threads.map(self._ask, requests))
 
     def close(self) -> None:
@@ -86,9 +86,9 @@ class EndpointJudge:
 
     def _ask(self, request: str) -> Reply:
         """Return the answer, from the cache or after at most `retries` more tries."""
-        known = self._answers.get(request)
-        if known is not None:
-            return known
+        cached = self._answers.get(request)
+        if cached is not None:
+            return cached
         for attempt in range(self.endpoint.retries + 1):
             try:
                 reply = self._post(request)
@@ -121,8 +121,8 @@ class EndpointJudge:
             pause = float(header) if re.fullmatch(r"\d+(\.\d+)?", header) else None
             raise _UnavailableError(f"the judge answers HTTP {response.status_code}", pause)
         if response.status_code >= 400:
-            shown = " ".join(response.text.split())[:120]
-            raise _RefusedError(f"the judge answers HTTP {response.status_code}: {shown}")
+            excerpt = " ".join(response.text.split())[:120]
+            raise _RefusedError(f"the judge answers HTTP {response.status_code}: {excerpt}")
         try:
             content = response.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
@@ -163,12 +163,12 @@ class _AnswerCache:
         return hashlib.blake2b(request.encode(), digest_size=16).hexdigest()
 
     def get(self, request: str) -> str | None:
-        """Return the answer to a request that was put before."""
+        """Return the stored answer to a request, or None."""
         with self._lock:
             return self._answers.get(self._key(request))
 
     def put(self, request: str, reply: str) -> None:
-        """Keep an answer."""
+        """Store an answer, in memory and in the file."""
         with self._lock:
             key = self._key(request)
             self._answers[key] = reply

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from tunelang.compiler.layout.stage_layout import CHUNK
 from tunelang.runtime.data.examples import Example, conversation
 from tunelang.runtime.models.loaded_model import Model
+from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.objectives.answer_scores import shared_segment_program
 from tunelang.runtime.rewards.reward_parts import CompletionRow, Scorer
 from tunelang.runtime.sharding import Layout
@@ -20,12 +20,12 @@ from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.workers.worker_pool import Result
 
 SCORED_TOKENS = 16_384
-"""Tokens that one step of a scoring program reads, about."""
+"""Approximate number of tokens that one step of a scoring program reads."""
 _ROUND = 64
-"""Sequences are padded to a multiple of so many tokens, so that few programs are compiled."""
+"""Sequences are padded to a multiple of this many tokens, so that few programs are compiled."""
 
 
-def learned_scorer(model: Model, params: Any, layout: Layout) -> Scorer:
+def learned_scorer(model: Model, params: Params, layout: Layout) -> Scorer:
     """Make the scorer of a reward model, whose architecture has `scores`."""
     a, renderer = model.architecture, model.renderer
     config = StepConfig(layout=layout, dtype=model.dtype, chunk=CHUNK)
@@ -72,7 +72,7 @@ def _batch(sequences: Sequence[Sequence[int]], size: int, length: int) -> Batch:
 
 
 def _tokens(renderer: Renderer, example: Example) -> Sequence[int] | str:
-    """Return the tokens of a prompt and its answer, or why there are none."""
+    """Return the tokens of a prompt and its answer, or the reason why there are none."""
     try:
         return renderer.tokens(example).ids
     except EmptyMaskError:  # the empty answer: the prompt, and the end
@@ -82,18 +82,18 @@ def _tokens(renderer: Renderer, example: Example) -> Sequence[int] | str:
 
 
 def _conversation(row: CompletionRow) -> Example:
-    """Return the conversation that a completion ends."""
+    """Return the conversation whose last message is the completion."""
     fields = row.fields
     messages = fields.get("messages")
-    turns = None if messages is None else conversation("messages", messages)
-    if turns and turns[-1].role == "assistant":
-        turns = turns[:-1]
+    history = None if messages is None else conversation("messages", messages)
+    if history and history[-1].role == "assistant":
+        history = history[:-1]
     return Example(
         row.source,
         0,
         {},
         prompt=fields.get("prompt"),
         response=fields["completion"],
-        messages=turns,
+        messages=history,
         system=fields.get("system"),
     )

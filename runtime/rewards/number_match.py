@@ -1,6 +1,6 @@
-"""Numbers as people write them in answers, read as exact fractions.
+"""Reads numbers as people write them in answers, as exact fractions.
 
-Exact, so that 0.1 + 0.2 in one place is 0.3 in another and equality needs no tolerance.
+Fractions, so that 0.1 + 0.2 equals 0.3 without a tolerance.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def last_number(text: str) -> ParsedNumber | None:
     Reads signs, thousands separators (commas, thin spaces, LaTeX's `{,}`), currency signs,
     decimals, powers of ten, fractions (`3/4`, `1 1/2`, `½`, `\frac{3}{4}`) and percentages.
     Digits inside a word (`x2`, `v1.2.3`) are not numbers of their own. Numbers of more than 300
-    digits, or with a 0 below the line, are passed over.
+    digits, or with a denominator of 0, are skipped.
     """
     for match in reversed(list(_NUMBER.finditer(text))):
         value = _value(match)
@@ -62,10 +62,10 @@ def last_number(text: str) -> ParsedNumber | None:
 
 
 def equal(answer: ParsedNumber, target: ParsedNumber, tolerance: float) -> bool:
-    """Whether two numbers are the same within a difference relative to the target.
+    """Return whether two numbers are the same within a difference relative to the target.
 
     Where just one of them is a percentage it may also stand for its face value: `60%` answers
-    both `0.6` and `60`, as the reference to "what percentage ...?" is found in either form.
+    both `0.6` and `60`, as references to "what percentage ...?" are written in either form.
     """
     readings = [answer.value]
     if answer.percent != target.percent:

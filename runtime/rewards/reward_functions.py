@@ -1,9 +1,9 @@
 """Reward expressions, compiled to one function over a batch of completions.
 
-Every completion gets a finite number, whatever happens: where a part has no value for it (a
-function raises, hangs or returns no number, a field is missing, a division by zero), a stated
-value stands in, and an `Event` says which completion and why. Every part is also logged by
-itself, under the name that it was declared by, or its own word.
+Every completion gets a finite number: where a part has no value for it (a function raises, hangs or
+returns no number, a field is missing, a division by zero), the value of `on_error` is used, and an
+`Event` says which completion and why. Every part is also logged alone, under its declared name or
+its word in the language.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
+from jaxtyping import Float64, Int
 
 from tunelang.dsl.vocabulary.base import RewardExpression
 from tunelang.dsl.vocabulary.custom import Python
@@ -35,11 +35,11 @@ from tunelang.runtime.rewards.reward_parts import (
     scorer,
 )
 
-Values = NDArray[np.float64]
-Positions = NDArray[np.intp]
+_Indices = Int[np.ndarray, " selected"]
+"""Indices of rows of a batch."""
 
 ON_ERROR = 0.0
-"""What stands in for the value of a part that states none of its own (`on_error`)."""
+"""The value of a part that fails and has no `on_error`."""
 
 
 @dataclass(frozen=True)
@@ -48,66 +48,65 @@ class Event:
 
     part: str
     row: int
-    """Position in the batch."""
+    """Index in the batch."""
     why: str
     value: float
-    """What stands in for it."""
+    """The value used in its place."""
 
 
 @dataclass(frozen=True)
 class Scores:
     """The rewards of a batch."""
 
-    values: Values
-    """`[rows]`, the reward; finite."""
-    parts: Mapping[str, Values]
-    """Part -> `[rows]`; NaN where it was not asked, which is for another source's completion."""
+    values: Float64[np.ndarray, " rows"]
+    """The reward; finite."""
+    parts: Mapping[str, Float64[np.ndarray, " rows"]]
+    """Part -> its values; NaN where it does not apply to the source of the completion."""
     events: tuple[Event, ...]
-    credit: Values | None = None
-    """`[rows, tokens]`, how much of the reward each token has, where a function says; the rest is
-    the last token's.
-    """
+    credit: Float64[np.ndarray, "rows tokens"] | None = None
+    """The share of the reward that each token has, where a function returns one; the remainder
+    belongs to the last token."""
 
     def metrics(self) -> dict[str, float]:
-        """Mean and standard deviation of the reward and of each part, and the number of events."""
+        """Return mean and standard deviation of the reward and its parts, and the event count."""
         metrics = {"reward_events": float(len(self.events))}
-        for name, values in {"reward": self.values, **_prefixed(self.parts)}.items():
-            asked = values[~np.isnan(values)]
-            if asked.size:
-                metrics[name] = float(asked.mean())
-                metrics[f"{name}_std"] = float(asked.std())
+        parts = {f"reward/{name}": values for name, values in self.parts.items()}
+        for name, values in {"reward": self.values, **parts}.items():
+            known = values[~np.isnan(values)]
+            if known.size:
+                metrics[name] = float(known.mean())
+                metrics[f"{name}_std"] = float(known.std())
         return metrics
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """A batch while it is scored."""
+    """A batch that is being scored, with the values so far."""
 
     rows: Sequence[CompletionRow]
-    parts: dict[str, Values]
-    credit: dict[str, Values]
-    """Part -> `[rows, tokens]`, for parts that give each token its own."""
+    parts: dict[str, Float64[np.ndarray, " rows"]]
+    credit: dict[str, Float64[np.ndarray, "rows tokens"]]
+    """Part -> the value of each token, for parts that score tokens."""
     events: list[Event]
 
-    def stand_in(self, part: str, row: int, why: str, value: float) -> float:
+    def record_failure(self, part: str, row: int, why: str, value: float) -> float:
+        """Record that a part has no value for a row; returns the value used in its place."""
         self.events.append(Event(part, row, why, value))
         return value
 
 
 @dataclass(frozen=True)
-class _Found:
-    """The values `[rows]` of an expression, and what of them is of single tokens
-    (`Scores.credit`).
-    """
+class _RowValues:
+    """The values of an expression, and their distribution over tokens (`Scores.credit`)."""
 
-    values: Values
-    credit: Values | None = None
+    values: Float64[np.ndarray, " selected"]
+    credit: Float64[np.ndarray, "selected tokens"] | None = None
 
 
-_Evaluate = Callable[[_Batch, Positions], _Found]
-"""Gives the values of an expression for some rows of a batch."""
+_Evaluate = Callable[[_Batch, _Indices], _RowValues]
+"""Computes the values of an expression for some rows of a batch."""
 
-_OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+_OPERATORS: dict[str, np.ufunc] = {
     "+": np.add,
     "-": np.subtract,
     "*": np.multiply,
@@ -122,18 +121,17 @@ _OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
 
 
 class CompiledReward:
-    """A compiled reward; as a context manager it ends its processes when left.
+    """A compiled reward; as a context manager it ends its processes on exit.
 
-    Making one raises `LoadError` (`workers.py`) for a Python function or a generator that cannot be
-    loaded, so that it is known before the run, and `KeyError` for the name of a reward that is not
-    among the surroundings.
+    The constructor raises `LoadError` for a Python function or a generator that cannot be loaded,
+    before the run starts, and `KeyError` for the name of a reward that the context does not have.
     """
 
-    def __init__(self, expression: RewardExpression, around: RewardContext) -> None:
-        self._around = around
-        self._pools = Pools(around.workers)
+    def __init__(self, expression: RewardExpression, context: RewardContext) -> None:
+        self._context = context
+        self._pools = Pools(context.workers)
         self._declared: dict[str, _Evaluate] = {}
-        self._names = {*around.declared, *around.scorers}
+        self._names = {*context.declared, *context.scorers}
         self._driver = ThreadPoolExecutor(1, thread_name_prefix="rewards")
         try:
             self._evaluate = self._compile(expression, None)
@@ -148,22 +146,23 @@ class CompiledReward:
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
-        at: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         self.close()
 
     def score(self, rows: Sequence[CompletionRow]) -> Scores:
-        """Score each completion. Raises for nothing that a completion brings about."""
+        """Score each completion; no completion, whatever its text, makes this raise."""
         batch = _Batch(rows, {}, {}, [])
-        found = self._evaluate(batch, np.arange(len(rows)))
-        return Scores(found.values, batch.parts, tuple(batch.events), found.credit)
+        result = self._evaluate(batch, np.arange(len(rows)))
+        return Scores(result.values, batch.parts, tuple(batch.events), result.credit)
 
     def submit(self, rows: Sequence[CompletionRow]) -> Future[Scores]:
-        """`score` in a thread, so that the host scores while the devices sample. What a model on
-        the devices scores is scored at once: programs over several devices that two threads launch
-        may come to them in different orders, and wait for each other.
+        """Score in a thread, so that the host scores while the devices sample.
+
+        A reward that uses a model on the devices is scored at once: programs over several devices
+        that two threads launch may reach them in different orders, and wait for each other.
         """
-        if self._around.on_devices.isdisjoint(self._declared):
+        if self._context.on_devices.isdisjoint(self._declared):
             return self._driver.submit(self.score, rows)
         done: Future[Scores] = Future()
         done.set_result(self.score(rows))
@@ -176,10 +175,10 @@ class CompiledReward:
         self._driver.shutdown()
 
     def _compile(self, node: RewardExpression, name: str | None) -> _Evaluate:
-        """Make the function of an expression, which logs under `name` if it was declared."""
+        """Make the function of an expression; with a name it logs its values."""
         match node:
             case RewardConstant():
-                evaluate: _Evaluate = lambda _, at: _Found(np.full(len(at), node.value))  # noqa: E731
+                evaluate = _constant(node.value)
             case RewardRef():
                 evaluate = self._reference(node.name)
             case RewardOperator():
@@ -190,23 +189,23 @@ class CompiledReward:
                 evaluate = _by_source(parts, name or node.word)
             case _:
                 name = name or self._free_name(node)
-                stated = node.on_error if isinstance(node, Python) else ON_ERROR
-                evaluate = _leaf(scorer(node, self._around, self._pools), name, stated)
+                on_error = node.on_error if isinstance(node, Python) else ON_ERROR
+                evaluate = _leaf(scorer(node, self._context, self._pools), name, on_error)
         return evaluate if name is None else _logged(name, evaluate)
 
     def _reference(self, name: str) -> _Evaluate:
-        """Make the function of a declared reward once."""
+        """Return the function of a declared reward, made at the first reference."""
         if name not in self._declared:
-            make_scorer = self._around.scorers.get(name)
+            make_scorer = self._context.scorers.get(name)
             if make_scorer is None:
-                self._declared[name] = self._compile(self._around.declared[name], name)
+                self._declared[name] = self._compile(self._context.declared[name], name)
             else:
-                stated = self._around.on_error.get(name, ON_ERROR)
-                self._declared[name] = _logged(name, _leaf(make_scorer(), name, stated))
+                on_error = self._context.on_error.get(name, ON_ERROR)
+                self._declared[name] = _logged(name, _leaf(make_scorer(), name, on_error))
         return self._declared[name]
 
     def _free_name(self, node: RewardExpression) -> str:
-        """`exact`, then `exact_2`; for a Python function its own name."""
+        """Return an unused name: `exact`, then `exact_2`; for a Python function the function's."""
         word = node.word
         if isinstance(node, Python):
             word = node.name
@@ -218,99 +217,102 @@ class CompiledReward:
         return name
 
 
-def _logged(name: str, evaluate: _Evaluate) -> _Evaluate:
-    """Keep the values of a part in the batch, so that each row is scored by it once."""
+def _constant(value: float) -> _Evaluate:
+    return lambda _, indices: _RowValues(np.full(len(indices), value, np.float64))
 
-    def run(batch: _Batch, at: Positions) -> _Found:
+
+def _logged(name: str, evaluate: _Evaluate) -> _Evaluate:
+    """Store the values of a part in the batch, so that the part scores each row once."""
+
+    def run(batch: _Batch, indices: _Indices) -> _RowValues:
         values = batch.parts.setdefault(name, np.full(len(batch.rows), math.nan))
-        new = at[np.isnan(values[at])]
+        new = indices[np.isnan(values[indices])]
         if new.size:
-            found = evaluate(batch, new)
-            values[new] = found.values
-            if found.credit is not None:
-                shape = len(batch.rows), found.credit.shape[1]
-                batch.credit.setdefault(name, np.zeros(shape))[new] = found.credit
+            result = evaluate(batch, new)
+            values[new] = result.values
+            if result.credit is not None:
+                shape = len(batch.rows), result.credit.shape[1]
+                batch.credit.setdefault(name, np.zeros(shape))[new] = result.credit
         credit = batch.credit.get(name)
-        return _Found(values[at], None if credit is None else credit[at])
+        return _RowValues(values[indices], None if credit is None else credit[indices])
 
     return run
 
 
-def _leaf(score: Scorer, name: str, stated: float) -> _Evaluate:
-    def run(batch: _Batch, at: Positions) -> _Found:
-        results = score([batch.rows[row] for row in at])
-        values, credit = np.empty(len(at)), None
-        for index, (row, result) in enumerate(zip(at.tolist(), results, strict=True)):
+def _leaf(score: Scorer, name: str, on_error: float) -> _Evaluate:
+    def run(batch: _Batch, indices: _Indices) -> _RowValues:
+        results = score([batch.rows[row] for row in indices])
+        values, credit = np.empty(len(indices)), None
+        for index, (row, result) in enumerate(zip(indices.tolist(), results, strict=True)):
             tokens = batch.rows[row].tokens
             if isinstance(result, list) and len(result) != tokens:
                 result = f"it returned {len(result)} numbers for {tokens} tokens"
             if not isinstance(result, str) and not math.isfinite(total := np.sum(result)):
                 result = f"it returned {total}"
             if isinstance(result, str):
-                result = batch.stand_in(name, row, result, stated)
+                result = batch.record_failure(name, row, result, on_error)
             if isinstance(result, list):
                 if credit is None:
-                    credit = np.zeros((len(at), max(each.tokens for each in batch.rows)))
+                    credit = np.zeros((len(indices), max(row.tokens for row in batch.rows)))
                 credit[index, :tokens] = result
             values[index] = np.sum(result)
-        return _Found(values, credit)
+        return _RowValues(values, credit)
 
     return run
 
 
 def _operation(operator: str, operands: Sequence[_Evaluate], name: str) -> _Evaluate:
-    def run(batch: _Batch, at: Positions) -> _Found:
-        values = [operand(batch, at) for operand in operands]
+    def run(batch: _Batch, indices: _Indices) -> _RowValues:
+        values = [operand(batch, indices) for operand in operands]
         with np.errstate(all="ignore"):
-            found = reduce(partial(_combined, operator), values)
+            result = reduce(partial(_combined, operator), values)
         why = "a division by zero" if operator == "/" else "the result is too large"
-        for index in np.flatnonzero(~np.isfinite(found.values)):
-            found.values[index] = batch.stand_in(name, int(at[index]), why, ON_ERROR)
-            if found.credit is not None:
-                found.credit[index] = 0
-        return found
+        for index in np.flatnonzero(~np.isfinite(result.values)):
+            result.values[index] = batch.record_failure(name, int(indices[index]), why, ON_ERROR)
+            if result.credit is not None:
+                result.credit[index] = 0
+        return result
 
     return run
 
 
-def _combined(operator: str, one: _Found, other: _Found) -> _Found:
-    """Combine two operands. What tokens have adds up, and is scaled by the value of a completion;
-    of the product of two such parts, or a comparison, nothing can be said for single tokens.
+def _combined(operator: str, left: _RowValues, right: _RowValues) -> _RowValues:
+    """Combine two operands.
+
+    Credit of tokens adds up, and is scaled by the value of a completion; a product of two parts
+    with credit, or a comparison, has none.
     """
-    values = np.asarray(_OPERATORS[operator](one.values, other.values), np.float64)
-    first, second = (0.0 if each.credit is None else each.credit for each in (one, other))
-    credit: Any = None
-    if one.credit is None and other.credit is None:
-        pass
-    elif operator in ("+", "-"):
-        credit = _OPERATORS[operator](first, second)
-    elif operator == "*" and (one.credit is None or other.credit is None):
-        credit = first * other.values[:, None] + second * one.values[:, None]
-    elif operator == "/" and other.credit is None:
-        credit = first / other.values[:, None]
-    return _Found(values, credit)
+    values = np.asarray(_OPERATORS[operator](left.values, right.values), np.float64)
+    left_credit = 0.0 if left.credit is None else left.credit
+    right_credit = 0.0 if right.credit is None else right.credit
+    if left.credit is None and right.credit is None:
+        return _RowValues(values)
+    credit = None
+    if operator in ("+", "-"):
+        credit = _OPERATORS[operator](left_credit, right_credit)
+    elif operator == "*" and (left.credit is None or right.credit is None):
+        credit = left_credit * right.values[:, None] + right_credit * left.values[:, None]
+    elif operator == "/" and right.credit is None:
+        credit = left_credit / right.values[:, None]
+    return _RowValues(values, credit)
 
 
 def _by_source(parts: Mapping[str, _Evaluate], name: str) -> _Evaluate:
-    def run(batch: _Batch, at: Positions) -> _Found:
-        values, credit = np.full(len(at), math.nan), None
-        sources = np.array([batch.rows[row].source for row in at], dtype=object)
+    def run(batch: _Batch, indices: _Indices) -> _RowValues:
+        values, credit = np.full(len(indices), math.nan), None
+        sources = np.array([batch.rows[row].source for row in indices], dtype=object)
         for source, evaluate in parts.items():
-            of = np.flatnonzero(sources == source)
-            if of.size:
-                found = evaluate(batch, at[of])
-                values[of] = found.values
-                if found.credit is not None:
+            selected = np.flatnonzero(sources == source)
+            if selected.size:
+                result = evaluate(batch, indices[selected])
+                values[selected] = result.values
+                if result.credit is not None:
                     if credit is None:
-                        credit = np.zeros((len(at), found.credit.shape[1]))
-                    credit[of] = found.credit
+                        credit = np.zeros((len(indices), result.credit.shape[1]))
+                    credit[selected] = result.credit
         for index in np.flatnonzero(np.isnan(values)):
             why = f"no reward for the source `{sources[index]}`"
-            values[index] = batch.stand_in(name, int(at[index]), why, ON_ERROR)
-        return _Found(values, credit)
+            values[index] = batch.record_failure(name, int(indices[index]), why, ON_ERROR)
+        return _RowValues(values, credit)
 
     return run
-
-
-def _prefixed(parts: Mapping[str, Values]) -> dict[str, Values]:
-    return {f"reward/{name}": values for name, values in parts.items()}

@@ -1,7 +1,8 @@
 """The parts of a reward: each word of the language as a function over rows.
 
-A scorer gives each row a number, or says why it has none; it raises for neither. What the user
-wrote, verifiers and regular expressions may take for ever and run in processes (`workers.py`).
+A scorer returns for each row a number or the reason why there is none; it does not raise. Functions
+of the user, verifiers and regular expressions may take for ever, so they run in processes
+(`worker_pool.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tunelang.dsl.vocabulary.base import RewardExpression, TextExpression
 from tunelang.dsl.vocabulary.custom import PIECES, Python
@@ -28,47 +28,48 @@ from tunelang.runtime.data.row_errors import MissingFieldError, WrongTypeError
 from tunelang.runtime.data.text_templates import lookup, render
 from tunelang.runtime.rewards import number_match
 from tunelang.runtime.workers.worker_pool import Result, Target, Workers
+from tunelang.runtime.workers.worker_process import Arguments
 
 TIMEOUT = 10.0
-"""Seconds for one verifier or regular expression; a `python` reward states its own."""
+"""Seconds for one verifier or regular expression; a `python` reward has its own `timeout`."""
 
 
 @dataclass(frozen=True)
 class CompletionRow:
-    """A completion with what a reward may ask about it."""
+    """A completion and the fields that a reward can read."""
 
-    fields: Mapping[str, Any]
+    fields: Arguments
     """The fields of the data and the roles, `completion` among them."""
     source: str
     """The name of the data that the prompt came from."""
     tokens: int
     """Number of tokens of the completion, the stop token included."""
-    pieces: Callable[[], list[str]] = list
-    """The texts of those tokens, which join to the completion."""
+    token_texts: Callable[[], list[str]] = list
+    """Returns the texts of those tokens, which join to the completion."""
 
 
 Scorer = Callable[[Sequence[CompletionRow]], Sequence[Result]]
-"""For each row its value, or those of its tokens, or why it has none."""
+"""Returns for each row its value, the values of its tokens, or the reason why it has none."""
 
 
 @dataclass(frozen=True)
 class RewardContext:
-    """What a reward refers to outside itself."""
+    """The declarations and sizes of a spec that a reward refers to."""
 
     declared: Mapping[str, RewardExpression] = field(default_factory=dict)
     """Declared reward -> its expression."""
     scorers: Mapping[str, Callable[[], Scorer]] = field(default_factory=dict)
-    """Declared reward of a kind of its own (a rubric) -> what makes what scores it."""
+    """Declared reward of a kind of its own (a rubric) -> a function that makes its scorer."""
     on_error: Mapping[str, float] = field(default_factory=dict)
-    """Declared reward of a kind of its own -> what stands in for a value that it has not."""
+    """Declared reward of a kind of its own -> its value where it fails."""
     on_devices: frozenset[str] = frozenset()
     """Declared rewards that a model on the devices scores."""
     generators: Mapping[str, Procedural] = field(default_factory=dict)
     """Procedural data by name, for `verified`."""
     folder: Path = Path()
-    """What the paths of `python` rewards are relative to: the folder of the spec."""
+    """The folder of the spec, to which paths of `python` rewards are relative."""
     max_tokens: int = 0
-    """The longest completion, for `overlong`."""
+    """Tokens of the longest completion, for `overlong`."""
     workers: int = min(8, os.cpu_count() or 1)
     """Processes for each part that needs some."""
 
@@ -81,7 +82,7 @@ class Pools:
         self._pools: dict[tuple[str, float], Workers] = {}
 
     def get(self, target: Target, timeout: float) -> Workers:
-        """Find or make the pool that calls a target with a time-out in seconds."""
+        """Return the pool that calls a target; `timeout` is in seconds."""
         key = (repr(target), timeout)
         if key not in self._pools:
             self._pools[key] = Workers(target, timeout, self._workers)
@@ -93,46 +94,46 @@ class Pools:
             pool.close()
 
 
-def scorer(leaf: RewardExpression, around: RewardContext, pools: Pools) -> Scorer:
-    """Make the scorer of one part.
+def scorer(leaf: RewardExpression, context: RewardContext, pools: Pools) -> Scorer:
+    """Make the scorer of one part of a reward.
 
     Raises `LoadError` for a Python function or a generator that cannot be loaded, `ValueError` for
     an `overlong` whose buffer is longer than the longest completion.
     """
     match leaf:
         case NumericMatch():
-            return _each(lambda row: _numeric_match(leaf, row))
+            return _row_by_row(lambda row: _numeric_match(leaf, row))
         case Exact():
-            return _each(lambda row: _exact(leaf, row))
+            return _row_by_row(lambda row: _exact(leaf, row))
         case Contains():
-            return _each(lambda row: _contains(leaf, row))
+            return _row_by_row(lambda row: _contains(leaf, row))
         case Length():
-            return _each(lambda row: float(row.tokens))
+            return _row_by_row(lambda row: float(row.tokens))
         case Overlong():
-            if leaf.buffer > around.max_tokens:
-                raise ValueError(f"overlong({leaf.buffer}) of at most {around.max_tokens} tokens")
-            return _each(lambda row: overlong(row.tokens, around.max_tokens, leaf.buffer))
+            if leaf.buffer > context.max_tokens:
+                raise ValueError(f"overlong({leaf.buffer}) of at most {context.max_tokens} tokens")
+            return _row_by_row(lambda row: overlong(row.tokens, context.max_tokens, leaf.buffer))
         case Matches():
             return _matches(leaf, pools)
         case Verified():
-            return _verified(leaf, around.generators, pools)
+            return _verified(leaf, context.generators, pools)
         case Python():
-            return _python(leaf, around.folder, pools)
+            return _python(leaf, context.folder, pools)
     raise TypeError(f"{type(leaf).__name__} is not a part of a reward")
 
 
 def overlong(tokens: int, max_tokens: int, buffer: int) -> float:
-    """Give DAPO's soft penalty on a completion of `tokens` tokens (arXiv:2503.14476, equation 13).
+    """Return DAPO's soft penalty on long completions (arXiv:2503.14476, equation 13).
 
     0 up to `max_tokens - buffer`, then linear to -1 at `max_tokens`, and -1 beyond.
     """
     return max(-1.0, min(0.0, (max_tokens - buffer - tokens) / buffer))
 
 
-def _each(one: Callable[[CompletionRow], Result]) -> Scorer:
+def _row_by_row(score_row: Callable[[CompletionRow], Result]) -> Scorer:
     def score(row: CompletionRow) -> Result:
         try:
-            return one(row)
+            return score_row(row)
         except (MissingFieldError, WrongTypeError) as error:
             return str(error)
 
@@ -148,12 +149,13 @@ def _numeric_match(leaf: NumericMatch, row: CompletionRow) -> Result:
 
 
 def _exact(leaf: Exact, row: CompletionRow) -> Result:
-    text, target = (_text(each, row, leaf.ignore_case) for each in (leaf.text, leaf.target))
+    text = _text(leaf.text, row, leaf.ignore_case)
+    target = _text(leaf.target, row, leaf.ignore_case)
     return float(text.strip() == target.strip())
 
 
 def _contains(leaf: Contains, row: CompletionRow) -> Result:
-    text, part = (_text(each, row, leaf.ignore_case) for each in (leaf.text, leaf.part))
+    text, part = _text(leaf.text, row, leaf.ignore_case), _text(leaf.part, row, leaf.ignore_case)
     # Every text contains the empty one: a reward for nothing.
     return float(part in text) if part else "the text to look for is empty"
 
@@ -164,7 +166,7 @@ def _text(template: TextExpression, row: CompletionRow, ignore_case: bool) -> st
 
 
 def _matches(leaf: Matches, pools: Pools) -> Scorer:
-    def arguments(row: CompletionRow) -> Mapping[str, Any]:
+    def arguments(row: CompletionRow) -> Arguments:
         return {"text": render(leaf.text, row.fields)}
 
     return lambda rows: _call(pools.get(("pattern", leaf.pattern), TIMEOUT), rows, arguments)
@@ -172,17 +174,17 @@ def _matches(leaf: Matches, pools: Pools) -> Scorer:
 
 def _python(leaf: Python, folder: Path, pools: Pools) -> Scorer:
     pool = pools.get(function_of(leaf, folder), leaf.timeout)
-    # A function that cannot be loaded is an error now, not at the first batch.
-    asked = PIECES in pool.start()[0]
+    # Starting it now reports a function that cannot be loaded before the first batch.
+    reads_tokens = PIECES in pool.start()[0]
 
-    def arguments(row: CompletionRow) -> Mapping[str, Any]:
-        return {**row.fields, PIECES: row.pieces()} if asked else row.fields
+    def arguments(row: CompletionRow) -> Arguments:
+        return {**row.fields, PIECES: row.token_texts()} if reads_tokens else row.fields
 
     return lambda rows: _call(pool, rows, arguments)
 
 
 def function_of(leaf: Python, folder: Path) -> Target:
-    """Return what a worker loads for a function, whose path is relative to `folder`."""
+    """Return the target that a worker loads for a function; its path is relative to `folder`."""
     path, _, function = leaf.reference.rpartition(":")
     return ("function", str((folder / Path(path).expanduser()).resolve()), function)
 
@@ -192,17 +194,17 @@ def _verified(leaf: Verified, generators: Mapping[str, Procedural], pools: Pools
     for pool in verifiers.values():
         pool.start()
 
-    def arguments(row: CompletionRow) -> Mapping[str, Any]:
+    def arguments(row: CompletionRow) -> Arguments:
         entry = {name: lookup(name, row.fields) for name in ("question", "answer", "metadata")}
         return {**entry, "text": render(leaf.text, row.fields)}
 
     def score(rows: Sequence[CompletionRow]) -> Sequence[Result]:
         results: list[Result] = [f"`{row.source}` is not procedural data" for row in rows]
         for source, pool in verifiers.items():
-            at = [index for index, row in enumerate(rows) if row.source == source]
-            if at:
-                found = _call(pool, [rows[index] for index in at], arguments)
-                for index, result in zip(at, found, strict=True):
+            indices = [index for index, row in enumerate(rows) if row.source == source]
+            if indices:
+                values = _call(pool, [rows[index] for index in indices], arguments)
+                for index, result in zip(indices, values, strict=True):
                     results[index] = result
         return results
 
@@ -217,16 +219,16 @@ def _generator(data: Procedural) -> Target:
 def _call(
     pool: Workers,
     rows: Sequence[CompletionRow],
-    arguments: Callable[[CompletionRow], Mapping[str, Any]],
+    arguments: Callable[[CompletionRow], Arguments],
 ) -> Sequence[Result]:
-    """Ask a pool about each row; one without arguments is not sent."""
+    """Call a pool with each row; a row whose arguments cannot be read gets the reason instead."""
     results: list[Result] = [""] * len(rows)
-    sent: dict[int, Mapping[str, Any]] = {}
-    for at, row in enumerate(rows):
+    sent: dict[int, Arguments] = {}
+    for index, row in enumerate(rows):
         try:
-            sent[at] = arguments(row)
+            sent[index] = arguments(row)
         except (MissingFieldError, WrongTypeError) as error:
-            results[at] = str(error)
-    for at, result in zip(sent, pool.call_all(list(sent.values())), strict=True):
-        results[at] = result
+            results[index] = str(error)
+    for index, result in zip(sent, pool.call_all(list(sent.values())), strict=True):
+        results[index] = result
     return results

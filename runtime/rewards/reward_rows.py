@@ -1,4 +1,4 @@
-"""From episodes to what a reward reads of them, and to the records that are shown with scores."""
+"""Turns episodes into the rows that rewards read, and into records with their scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROLES = ("prompt", "response", "target", "system")
 def reward_rows(
     renderer: Renderer, examples: Sequence[Example], episodes: Episodes, texts: Sequence[str]
 ) -> list[CompletionRow]:
-    """Return what a reward reads of each episode: episode `i` belongs to example `i // group`."""
+    """Return the row of each episode; episode `i` belongs to example `i // group`."""
     rows = []
     for index, (episode, text) in enumerate(zip(episodes, texts, strict=True)):
         example = examples[index // episodes.group]
@@ -42,7 +42,7 @@ def reward_rows(
 def sample_records(
     examples: Sequence[Example], episodes: Episodes, texts: Sequence[str], scores: Scores
 ) -> Iterator[SampleRecord]:
-    """Give each episode with its scores."""
+    """Yield each episode with its scores."""
     for index, text in enumerate(texts):
         yield SampleRecord(
             examples[index // episodes.group],

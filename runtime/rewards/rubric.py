@@ -1,7 +1,7 @@
 """Rubrics: a language model scores completions against criteria in plain words.
 
-The judge is asked for a number from 0 to 10 for each criterion, as JSON; what it says around that
-does not matter. Identical requests of a batch are sent once.
+The judge is asked for a number from 0 to 10 for each criterion, as JSON; other text in its answer
+is ignored. Identical requests of a batch are sent once.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ criterion, in their order."""
 
 Reply = str | Exception
 Ask = Callable[[Sequence[str]], Sequence[Reply]]
-"""Puts requests to a judge, and returns the answer to each or the error in its place."""
+"""Sends requests to a judge; returns for each the answer, or the error in its place."""
 
 
 @dataclass(eq=False)
 class JudgeDownError(TuneError):
-    """A judge answered none of the requests of a batch; `why` is what the first one got."""
+    """A judge answered none of the requests of a batch; `why` is the error of the first."""
 
     code = "reward-fails"
     judge: str
@@ -67,9 +67,9 @@ class JudgeDownError(TuneError):
 
 
 def rubric_scorer(kind: Rubric, ask: Ask, name: str) -> Scorer:
-    """Make the scorer of a rubric whose judge is put requests by `ask`; `name` is for messages.
+    """Make the scorer of a rubric; `ask` sends requests to its judge, `name` is for messages.
 
-    The scorer raises `JudgeDownError` where the judge answers nothing at all.
+    The scorer raises `JudgeDownError` where the judge answers no request.
     """
 
     def score(rows: Sequence[CompletionRow]) -> Sequence[Result]:
@@ -109,7 +109,7 @@ def request(kind: Rubric, row: CompletionRow) -> str:
 
 
 def verdict(kind: Rubric, reply: str) -> Result:
-    """Return the weighted mean of the scores in a judge's answer, 0 to 1, or what is wrong.
+    """Return the weighted mean of the scores in a judge's answer, 0 to 1, or the fault in it.
 
     The last JSON in the answer that has as many numbers as there are criteria counts.
     """
@@ -122,12 +122,12 @@ def verdict(kind: Rubric, reply: str) -> Result:
             clipped = [min(max(float(score), 0.0), HIGHEST) for score in scores]
             total = sum(w * s for w, s in zip(weights, clipped, strict=True))
             return total / (HIGHEST * sum(weights))
-    shown = " ".join(reply.split())
-    return f"the judge gave no {len(kind.criteria)} scores: {shown[:80]}"
+    excerpt = " ".join(reply.split())[:80]
+    return f"the judge gave no {len(kind.criteria)} scores: {excerpt}"
 
 
 def _json_values(text: str) -> Iterator[Any]:
-    """Give each object and list in JSON that stands in a text, not those inside another."""
+    """Yield the outermost JSON objects and lists in a text."""
     decoder = json.JSONDecoder()
     position = 0
     while (start := re.search(r"[{\[]", text[position:])) is not None:

@@ -1,8 +1,8 @@
 """Calls into functions that may raise, hang or crash, each in a process that can be ended.
 
 A thread cannot be stopped, and a regular expression or a parser in C does not even let other
-threads run; so whatever may take for ever runs in a process of its own, which is
-killed with all its children at the time-out and replaced at the next call.
+threads run; so functions that may take for ever run in processes of their own, which are
+killed with all their children at the time-out and replaced at the next call.
 
 `pebble.ProcessPool` kills at a time-out too, but the worker alone and not what it started; and its
 workers are processes of `multiprocessing`, which fork the trainer or import its main module, where
@@ -19,18 +19,18 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from typing_extensions import override
 
 from tunelang.dsl.diagnostics.tune_error import FailureText, SpecPlace, TuneError
 from tunelang.dsl.messages import run_failures
-from tunelang.runtime.workers.worker_process import Parameters, select_arguments
+from tunelang.runtime.workers.worker_process import Arguments, Parameters, select_arguments
 
 _LOADING_SECONDS = 120.0  # importing torch from a cold network disk takes a minute
 _SCRIPT = str(Path(__file__).with_name("worker_process.py"))
@@ -38,12 +38,12 @@ _SCRIPT = str(Path(__file__).with_name("worker_process.py"))
 Target = tuple[Any, ...]
 """A loader's name in `worker_process.LOADERS`, and its arguments."""
 Result = float | list[float] | str
-"""The value of a call, or why there is none."""
+"""The value of a call, or the reason why there is none."""
 
 
 @dataclass(eq=False)
 class LoadError(TuneError):
-    """A function could not be loaded: its `target`, and `why` in words or as a traceback."""
+    """A function, `target`, could not be loaded; `why` is a sentence or a traceback."""
 
     code = "reward-fails"
     target: Target
@@ -65,12 +65,12 @@ class _Worker:
     """One process and the connection to it."""
 
     def __init__(self, target: Target) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
+        parent_socket, child_socket = socket.socketpair()
+        with child_socket:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", _SCRIPT, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                # The accelerators are the trainer's: JAX in a reward would seize them.
+                [sys.executable, "-P", _SCRIPT, str(child_socket.fileno())],
+                pass_fds=[child_socket.fileno()],
+                # The trainer uses the accelerators: JAX in a reward would claim them.
                 env={**os.environ, "JAX_PLATFORMS": "cpu"},
                 stdin=subprocess.DEVNULL,
                 # Its own session: a time-out also ends what the function started, and Ctrl-C
@@ -79,8 +79,8 @@ class _Worker:
                 # What it prints must not break the display of the run.
                 stdout=sys.stderr.fileno() if _has_descriptor(sys.stderr) else subprocess.DEVNULL,
             )
-        self.connection = Connection(ours.detach())
-        with contextlib.suppress(OSError):  # it ended already: the reply says how
+        self.connection = Connection(parent_socket.detach())
+        with contextlib.suppress(OSError):  # it has ended already, which the reply reports
             self.connection.send(target)
         kind, loaded = self._reply(_LOADING_SECONDS)
         if kind != "loaded":
@@ -88,7 +88,7 @@ class _Worker:
             raise LoadError(target, loaded)
         self.parameters: Parameters = loaded
 
-    def call(self, fields: Mapping[str, Any], timeout: float) -> tuple[Result, bool]:
+    def call(self, fields: Arguments, timeout: float) -> tuple[Result, bool]:
         """Return the result, and whether the worker is fit for another call."""
         for name, required in self.parameters[0].items():
             if required and name not in fields:
@@ -103,7 +103,7 @@ class _Worker:
         return value, kind in ("value", "error")
 
     def kill(self) -> None:
-        """Kill the process and whatever it started; who waits for a reply wakes up."""
+        """Kill the process and its children; a thread that waits for its reply wakes up."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -129,7 +129,7 @@ class _Worker:
 
 
 class Workers:
-    """A pool of processes that call one function; `count` of them, started when first needed."""
+    """A pool of up to `count` processes that call one function, each started at its first use."""
 
     def __init__(self, target: Target, timeout: float, count: int) -> None:
         self._target = target
@@ -143,8 +143,9 @@ class Workers:
             self._free.put(None)
 
     def start(self) -> Parameters:
-        """Start one process now, and return what the function takes; raises `LoadError` where it
-        cannot be loaded.
+        """Start one process now and return the parameters of the function.
+
+        Raises `LoadError` where it cannot be loaded.
         """
         worker = self._free.get()
         try:
@@ -153,7 +154,7 @@ class Workers:
             self._free.put(worker)
         return worker.parameters
 
-    def call_all(self, rows: Sequence[Mapping[str, Any]]) -> list[Result]:
+    def call_all(self, rows: Sequence[Arguments]) -> list[Result]:
         """Call with each row of arguments, in order; never raises for what the function does."""
         return list(self._threads.map(self._call, rows))
 
@@ -167,7 +168,7 @@ class Workers:
         for worker in self._all:
             worker.end()
 
-    def _call(self, fields: Mapping[str, Any]) -> Result:
+    def _call(self, fields: Arguments) -> Result:
         if self._closed:
             return "the pool was closed"
         worker = self._free.get()
@@ -200,7 +201,7 @@ class Workers:
         worker.end()
 
 
-def _has_descriptor(stream: Any) -> bool:
+def _has_descriptor(stream: TextIO) -> bool:
     try:
         return int(stream.fileno()) >= 0
     except (AttributeError, OSError, ValueError):

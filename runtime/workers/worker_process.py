@@ -1,8 +1,8 @@
-"""The other side of `worker_pool.py`: a process that calls one function until it is closed.
+"""The script of a worker process, which calls one function until the connection closes.
 
 Run as a script (`python -P worker_process.py DESCRIPTOR`), with nothing but the standard library: a
 user's function starts in a bare interpreter, not in a copy of the trainer. Requests and replies are
-pickled tuples; the first request says what to load.
+pickled tuples; the first request is the target to load. `worker_pool.py` is the other end.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
+Function = Callable[..., Any]
+"""A function of the user, a verifier, or a match: any arguments, any result."""
+Arguments = Mapping[str, Any]
+"""Name -> value, which has to be picklable."""
 
-def load_function(path: str, name: str) -> Callable[..., Any]:
-    """Load a function of a Python file, which can import its neighbours."""
+
+def load_function(path: str, name: str) -> Function:
+    """Load a function of a Python file, which can import modules of its folder."""
     folder = os.path.dirname(path)
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -41,9 +46,9 @@ def load_function(path: str, name: str) -> Callable[..., Any]:
         raise AttributeError(f"`{file}` has no function `{name}`") from None
 
 
-def load_verifier(task: str, settings: Mapping[str, Any]) -> Callable[..., Any]:
+def load_verifier(task: str, settings: Arguments) -> Function:
     """Load the verifier of a reasoning-gym generator, as a function of `text` and the example."""
-    # Heavy, and needed in the processes of one reward only.
+    # A heavy import, which only the processes of one reward need.
     import reasoning_gym  # type: ignore[import-untyped]
 
     dataset = reasoning_gym.create_dataset(task, **settings)
@@ -52,13 +57,13 @@ def load_verifier(task: str, settings: Mapping[str, Any]) -> Callable[..., Any]:
     )
 
 
-def load_pattern(pattern: str) -> Callable[..., Any]:
-    """Compile an expression for the whole of `text`; an unlucky one may take for ever to match."""
+def load_pattern(pattern: str) -> Function:
+    """Compile a regular expression to match all of `text`; a match may take for ever."""
     compiled = re.compile(pattern, re.DOTALL)
     return lambda text: compiled.fullmatch(text) is not None
 
 
-LOADERS: dict[str, Callable[..., Callable[..., Any]]] = {
+LOADERS: dict[str, Callable[..., Function]] = {
     "function": load_function,
     "verifier": load_verifier,
     "pattern": load_pattern,
@@ -66,34 +71,38 @@ LOADERS: dict[str, Callable[..., Callable[..., Any]]] = {
 
 
 Parameters = tuple[dict[str, bool], bool]
-"""Named parameters with whether each is required, and whether others are taken as well."""
+"""Name of each parameter -> whether it is required; and whether it takes any other name."""
 
 
-def parameters(function: Callable[..., Any]) -> Parameters:
-    """Return what a function takes."""
-    found = inspect.signature(function).parameters.values()
-    others = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    named = {each.name: each.default is each.empty for each in found if each.kind not in others}
-    return named, any(each.kind is each.VAR_KEYWORD for each in found)
+def parameters(function: Function) -> Parameters:
+    """Return the parameters of a function."""
+    signature = inspect.signature(function).parameters.values()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = {
+        parameter.name: parameter.default is parameter.empty
+        for parameter in signature
+        if parameter.kind not in variadic
+    }
+    return required, any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature)
 
 
-def select_arguments(parameters: Parameters, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return of what there is what a function takes."""
-    named, others = parameters
-    return {name: value for name, value in given.items() if others or name in named}
+def select_arguments(parameters: Parameters, available: Arguments) -> dict[str, Any]:
+    """Return those of the available arguments that a function has parameters for."""
+    required, takes_any = parameters
+    return {name: value for name, value in available.items() if takes_any or name in required}
 
 
-def call(function: Callable[..., Any], arguments: Mapping[str, Any]) -> float | list[float]:
-    """Call the function; raises `ValueError` where its value is no number, nor a list of some."""
+def call(function: Function, arguments: Arguments) -> float | list[float]:
+    """Call a function; raises `ValueError` where it returns neither a number nor a list of them."""
     value = function(**arguments)
     if inspect.iscoroutine(value):
         value = asyncio.run(value)
     if hasattr(value, "tolist"):  # an array
         value = value.tolist()
-    return [_number(each) for each in value] if isinstance(value, list) else _number(value)
+    return [_number(item) for item in value] if isinstance(value, list) else _number(value)
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
         raise ValueError(f"it returned {_short(value)}, not a number")
     return float(value)
@@ -105,7 +114,7 @@ def _short(value: object) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Say in a line what was raised."""
+    """Describe an exception in one line."""
     # Messages of our own need no type; others say little without it.
     if type(error) is ValueError and str(error).startswith("it returned"):
         return str(error)
@@ -114,12 +123,12 @@ def describe_error(error: BaseException) -> str:
 
 
 def _short_line(text: str) -> str:
-    first = text.strip().partition("\n")[0]
-    return first if len(first) <= 200 else f"{first[:197]}..."
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= 200 else f"{line[:197]}..."
 
 
 def serve(connection: Connection) -> None:
-    """Load what the first request names, then answer requests until the connection closes."""
+    """Load the target of the first request, then answer requests until the connection closes."""
     requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def receive() -> None:
