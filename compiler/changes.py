@@ -17,41 +17,41 @@ _SHOWN = 60
 class Change:
     """One cause of a changed fingerprint.
 
-    `value`: an attribute has another value; `content`: a file or folder; `input`: a stage that is
-    read; `semantics`: this version of the program computes the stage in another way.
+    `value`: an attribute has another value; `content`: a file or folder has other content; `input`:
+    a stage that it reads has changed; `semantics`: this version computes the stage in another way.
     """
 
     kind: Literal["value", "content", "input", "semantics"]
     path: str
     """The key of the component: `optimizer.lr`, `data math: prompt`, `file data/math.jsonl`."""
     old: str | None
-    """None where there was none."""
+    """None if there was none."""
     new: str | None
-    """None where there is none any more."""
+    """None if there is none any more."""
 
 
 def changes(old: Fingerprint, new: Fingerprint) -> tuple[Change, ...]:
-    """What differs, causes only: that `data` leads to another digest because a file changed is not
-    told beside the file. Empty if and only if the digests are equal.
+    """Return the causes that changed a fingerprint: a changed file, but not the digest of the
+    `data` that reads it. Empty if and only if the digests are equal.
     """
     if old.digest == new.digest:
         return ()
     before, after = _groups(old), _groups(new)
-    found = list(_own("", before[""], after[""], old, new))
-    for title, held in after.items():
+    causes = list(_attribute_changes("", before[""], after[""], old, new))
+    for title, components in after.items():
         if title and title in before and old.components[title] != new.components[title]:
-            found += _part(title, before[title], held, old, new)
-    if not found:
-        found = [
+            causes += _part_changes(title, before[title], components, old, new)
+    if not causes:
+        causes = [
             Change("value", path, old.components.get(path), new.components.get(path))
             for path in {**after[""], **before[""]}
             if old.components.get(path) != new.components.get(path)
         ]
-    return tuple(found)
+    return tuple(causes)
 
 
 def wording(change: Change) -> str:
-    """A change as a sentence without a full stop, on one line."""
+    """Return a change as a sentence without a full stop, on one line."""
     title, _, path = change.path.rpartition(": ")
     where = f"`{path}` of `{title}`" if title else f"`{path}`"
     if change.kind == "semantics":
@@ -69,40 +69,42 @@ def wording(change: Change) -> str:
 
 
 def _groups(fingerprint: Fingerprint) -> dict[str, dict[str, str]]:
-    """Title of a part -> its components by path; those of the stage itself under ``""``."""
+    """Return the components of each part by path, those of the stage itself under ``""``."""
     groups: dict[str, dict[str, str]] = {"": {}}
-    for key, held in fingerprint.components.items():
+    for key, text in fingerprint.components.items():
         title, colon, path = key.partition(": ")
         if colon and title in groups:
-            groups[title][path] = held
+            groups[title][path] = text
         elif " " in key:
             groups[key] = {}
         else:
-            groups[""][key] = held
+            groups[""][key] = text
     return groups
 
 
-def _own(
+def _attribute_changes(
     title: str, before: dict[str, str], after: dict[str, str], old: Fingerprint, new: Fingerprint
 ) -> Iterator[Change]:
-    """The attributes of a stage or declaration that were written otherwise."""
-    told: list[str] = []
+    """Yield the changed attributes of a stage or declaration."""
+    changed: list[str] = []
     empty = [path for path in {**after, **before} if "[]" in (before.get(path), after.get(path))]
     for path in dict.fromkeys([*empty, *after, *before]):
-        was = _held(title, path, before, old.words)
-        now = _held(title, path, after, new.words)
-        if was == now or any(path.startswith((f"{t}.", f"{t}[")) for t in told):
+        was = _component(title, path, before, old.words)
+        now = _component(title, path, after, new.words)
+        if was == now or any(path.startswith((f"{parent}.", f"{parent}[")) for parent in changed):
             continue
         key = f"{title}: {path}" if title else path
         was_text, now_text = old.words.get(key, was), new.words.get(key, now)
         if was_text == now_text:
             continue
-        told.append(path)
+        changed.append(path)
         yield Change("semantics" if path == "semantics" else "value", key, was_text, now_text)
 
 
-def _held(title: str, path: str, components: dict[str, str], words: dict[str, str]) -> str | None:
-    """A component; of a list, which has one for each item, all in brackets."""
+def _component(
+    title: str, path: str, components: dict[str, str], words: dict[str, str]
+) -> str | None:
+    """Return a component; one that is a list as its items in brackets."""
     if path in components or f"{path}[0]" not in components:
         return components.get(path)
     prefix = f"{title}: " if title else ""
@@ -110,7 +112,7 @@ def _held(title: str, path: str, components: dict[str, str], words: dict[str, st
     return f"[{', '.join(words.get(prefix + key, components[key]) for key in items)}]"
 
 
-def _part(
+def _part_changes(
     title: str, before: dict[str, str], after: dict[str, str], old: Fingerprint, new: Fingerprint
 ) -> Iterator[Change]:
     noun = title.partition(" ")[0]
@@ -123,11 +125,11 @@ def _part(
     if noun == "stage":
         if before.get("branches") is None or before.get("branches") != after.get("branches"):
             yield Change("input", title, was, now)
-        before = {path: held for path, held in before.items() if path == "keep"}
-        after = {path: held for path, held in after.items() if path == "keep"}
+        before = {path: text for path, text in before.items() if path == "keep"}
+        after = {path: text for path, text in after.items() if path == "keep"}
         if not (before and after):
             return
-    yield from _own(title, before, after, old, new)
+    yield from _attribute_changes(title, before, after, old, new)
 
 
 def _value(text: str | None) -> str:
@@ -138,12 +140,12 @@ def _value(text: str | None) -> str:
 
 
 def _pair(old: str, new: str) -> tuple[str, str]:
-    """Two values; long ones from a little before the place where they part."""
+    """Return two values for a sentence; long ones from a little before their first difference."""
     if max(len(old), len(new)) <= _SHOWN:
         return _value(old), _value(new)
-    alike = 0
-    while alike < min(len(old), len(new)) and old[alike] == new[alike]:
-        alike += 1
-    start = max(alike - _SHOWN // 3, 0)
+    common = 0
+    while common < min(len(old), len(new)) and old[common] == new[common]:
+        common += 1
+    start = max(common - _SHOWN // 3, 0)
     mark = "…" if start else ""
     return mark + _value(old[start:]), mark + _value(new[start:])

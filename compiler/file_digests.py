@@ -56,7 +56,7 @@ class ContentError(TuneError):
 
 
 def digest(*parts: bytes) -> str:
-    """The digest of a sequence of byte strings; where one ends counts."""
+    """Return the digest of a sequence of byte strings and their lengths."""
     found = hashlib.sha256()
     for part in parts:
         found.update(len(part).to_bytes(8, "little"))
@@ -76,7 +76,7 @@ class Contents:
 
     @classmethod
     def load(cls, cache: Path | None) -> Contents:
-        """Contents with what the cache file holds; one that is missing or damaged is empty."""
+        """Load the cache file; a missing or damaged one is empty."""
         found = cls(cache)
         try:
             document = json.loads(cache.read_text("utf-8")) if cache is not None else {}
@@ -107,15 +107,17 @@ class Contents:
                 beside.unlink()
 
     def file(self, path: Path) -> str:
-        """The digest of a file's content. Raises `ContentError`."""
+        """Return the digest of a file's content. Raises `ContentError`."""
         return self._cached(path, "", _whole)
 
     def model(self, folder: Path) -> str:
-        """The digest of a model folder, as the module's text says. Raises `ContentError`."""
+        """Return the digest of a model folder, as the module docstring says. Raises
+        `ContentError`.
+        """
         return self._folder(folder, lambda name: name.endswith((*_DESCRIBING, ".safetensors")))
 
     def tokenizer(self, folder: Path) -> str:
-        """The digest of the tokenizer in a model folder. Raises `ContentError`."""
+        """Return the digest of the tokenizer in a model folder. Raises `ContentError`."""
         return self._folder(
             folder,
             lambda name: (
@@ -166,7 +168,7 @@ def _whole(path: Path) -> str:
 
 
 def _sampled(path: Path) -> str:
-    """Size, header and samples of a safetensors file; one without a header as a whole."""
+    """Return the size, header and samples of a safetensors file; all of a file without a header."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -1,17 +1,17 @@
-"""Fingerprints: what decides the result of a stage, by named components.
+"""Fingerprints of stages: digests of everything that decides a result, by named components.
 
-A fingerprint is the digest of a stage's own components: its attributes whose effect is `result`,
+A fingerprint is the digest of the components of a stage: its attributes whose effect is `result`,
 each as text of the language; the implementation of its kind with the version of its meaning; and
-the run's seed where it has none. What an attribute names enters as a digest of what it stands for,
-so names do not matter: a declaration by its components, a file by its content, an expression by its
-parts, a stage by its fingerprint, a selection by those of all its branches and the rule.
+the run's seed if it has none. A name enters as a digest of its target, so that names do not matter:
+a declaration by its components, a file by its content, an expression by its parts, a stage by its
+fingerprint, a selection by the fingerprints of all its branches and the rule.
 
-`keep` does not enter the stage that holds it (it changes no branch) but every reader of it.
+`keep` does not enter the stage that has it (it changes no branch) but every reader of the stage.
 
-Components are one flat dict. Keys without a space are the stage's own: `optimizer.lr`, `data`,
-`evals[0]`. Behind them stands, for explanation alone, what they lead to: `data math` is that
-declaration's digest, `data math: prompt` one of its components, `file data/math.jsonl` the digest
-of a file's content, `stage baseline` the fingerprint that was read.
+Components are one flat dict. Keys without a space belong to the stage: `optimizer.lr`, `data`,
+`evals[0]`. The others explain the digests among them: `data math` is the digest of a declaration,
+`data math: prompt` one of its components, `file data/math.jsonl` the digest of a file's content,
+`stage baseline` the fingerprint of a stage that is read.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from tunelang.dsl.vocabulary.tables import KINDS
 
 _Expression = TextExpression | Condition | DataExpression | RewardExpression
 _MARK = "#"
-"""In front of a digest among the components."""
+"""Precedes a digest among the components."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The digest of a node, and what it was made of."""
+    """The digest of a node with its components."""
 
     digest: str
     components: dict[str, str]
@@ -59,22 +59,24 @@ class Fingerprint:
 
 
 def fingerprints(graph: StageGraph, contents: Contents) -> dict[str, Fingerprint]:
-    """The fingerprint of every node. Raises `ContentError` for a file that cannot be read."""
-    book = _Book(graph, contents)
+    """Return the fingerprint of every node. Raises `ContentError` for a file that cannot be
+    read.
+    """
+    shared = _Fingerprints(graph, contents)
     declarations = graph.program.declarations
-    place = {name: at for at, name in enumerate(declarations)}
+    position = {name: index for index, name in enumerate(declarations)}
     for node in graph.nodes.values():
-        book.readings[node.id] = {
-            read.stage: book.reading(read.nodes, read.selection) for read in node.inputs
+        shared.readings[node.id] = {
+            read.stage: shared.reading(read.nodes, read.selection) for read in node.inputs
         }
-        for name in sorted((name for _, name in node.uses), key=place.__getitem__):
-            book.declared(declarations[name], node.id)  # in order, so that none recurses into many
-        writer = _Writer(book, node.id)
+        for name in sorted((name for _, name in node.uses), key=position.__getitem__):
+            shared.declared(declarations[name], node.id)  # in order: the recursion stays shallow
+        writer = _Writer(shared, node.id)
         writer.stage(node)
-        found = writer.part()
-        book.digests[node.id] = found.digest
-        book.found[node.id] = Fingerprint(found.digest, *_merged(found))
-    return book.found
+        part = writer.part()
+        shared.digests[node.id] = part.digest
+        shared.fingerprints[node.id] = Fingerprint(part.digest, *_merged(part))
+    return shared.fingerprints
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,13 @@ class _Part:
     components: dict[str, str]
     words: dict[str, str]
     parts: dict[str, _Part]
-    """Title -> what it leads to in turn."""
+    """Title -> a part that this one refers to."""
     text: str | None = None
     """For a declaration that is an expression, how the spec writes it."""
 
 
 def _merged(root: _Part) -> tuple[dict[str, str], dict[str, str]]:
-    """All components and words of a node, each part that it leads to once."""
+    """Return all components and words of a node; those of a part once."""
     components, words = dict(root.components), dict(root.words)
     pending = list(reversed(root.parts.items()))
     while pending:
@@ -101,42 +103,42 @@ def _merged(root: _Part) -> tuple[dict[str, str], dict[str, str]]:
         components[title] = _MARK + part.digest
         if part.text is not None:
             words[title] = part.text
-        components.update({f"{title}: {path}": held for path, held in part.components.items()})
-        words.update({f"{title}: {path}": held for path, held in part.words.items()})
+        components.update({f"{title}: {path}": text for path, text in part.components.items()})
+        words.update({f"{title}: {path}": text for path, text in part.words.items()})
         pending += reversed(part.parts.items())
     return components, words
 
 
 @dataclass
-class _Book:
+class _Fingerprints:
     """Fingerprints computed so far."""
 
     graph: StageGraph
     contents: Contents
     digests: dict[str, str] = field(default_factory=dict)
     """Node -> the digest of its fingerprint."""
-    found: dict[str, Fingerprint] = field(default_factory=dict)
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict)
     readings: dict[str, dict[str, _Part]] = field(default_factory=dict)
-    """Node -> for each stage that it reads, what is read."""
+    """Node -> stage that it reads -> the part that is read."""
     stages_behind: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Declaration -> the stages that it leads to."""
     parts: dict[tuple[str, tuple[str, ...]], _Part] = field(default_factory=dict)
     """Declaration, and the digests read from the stages behind it -> its part."""
 
     def reading(self, nodes: tuple[str, ...], selection: Selection | None) -> _Part:
-        """Return what a reader of a stage gets: one node, or the winner of a selection."""
+        """Return the part that a reader of a stage gets: one node, or the winner of a selection."""
         if selection is None:
             return _Part(self.digests[nodes[0]], {}, {}, {})
         digests = sorted(self.digests[node] for node in nodes)
         first = min(nodes, key=self.digests.__getitem__)
         rule = f"{selection.direction}({self.metric(selection.metric, first)})"
-        branches = _MARK + digest(*(held.encode() for held in digests))
+        branches = _MARK + digest(*(text.encode() for text in digests))
         components = {"branches": branches, "keep": rule}
         return _Part(_digest(components), components, {"keep": str(selection)}, {})
 
     def metric(self, name: str, node: str) -> str:
-        """A metric of a node without the names of declarations: `accuracy` is the first metric of
-        the eval with this digest.
+        """Return a metric of a node without the names of declarations: `accuracy` is the first
+        metric of the eval with this digest.
         """
         declared = self.graph.program.declarations.get(name)
         if declared is not None and declared.noun == "eval":
@@ -149,20 +151,22 @@ class _Book:
         return name
 
     def declared(self, declared: Declared, node: str) -> _Part:
-        """The part of a declaration as a node sees it: stages behind it in that node's branch."""
+        """Return the part of a declaration for a node, with the stages behind it in that node's
+        branch.
+        """
         readings = self.readings[node]
         behind = self.stages_behind.get(declared.name)
         if behind is not None:
-            held = self.parts.get((declared.name, tuple(readings[s].digest for s in behind)))
-            if held is not None:
-                return held
+            known_part = self.parts.get((declared.name, tuple(readings[s].digest for s in behind)))
+            if known_part is not None:
+                return known_part
         writer = _Writer(self, node)
         if isinstance(declared.value, Kind):
             writer.declared(declared)
             part = writer.part()
         else:
-            found = writer.expression(declared.value)
-            part = _Part(found, {}, {}, writer.parts, literal(declared.value))
+            expression = writer.expression(declared.value)
+            part = _Part(expression, {}, {}, writer.parts, literal(declared.value))
         behind = tuple(writer.stages)
         self.stages_behind[declared.name] = behind
         self.parts[declared.name, tuple(readings[s].digest for s in behind)] = part
@@ -173,30 +177,30 @@ class _Book:
 class _Writer:
     """Collects the components of one stage or declaration."""
 
-    book: _Book
+    shared: _Fingerprints
     node: str
     components: dict[str, str] = field(default_factory=dict)
     words: dict[str, str] = field(default_factory=dict)
     parts: dict[str, _Part] = field(default_factory=dict)
     stages: dict[str, None] = field(default_factory=dict)
-    """The stages that were met, here or in a part."""
+    """The stages that were read, directly or by a part."""
 
     def part(self) -> _Part:
         """Return the collected components."""
         return _Part(_digest(self.components), self.components, self.words, self.parts)
 
     def stage(self, node: StageNode) -> None:
-        """The components of a stage."""
+        """Add the components of a stage."""
         assert isinstance(node.value, Stage)
         implementation, version = node.value.semantics
         self.components |= {"kind": implementation, "semantics": str(version)}
         self.words["kind"] = node.kind
         self.fields("", node.value, KINDS["stage"][node.kind].attributes)
         if getattr(node.value, "seed", 0) is None:
-            self.components["run.seed"] = str(self.book.graph.program.run.seed)
+            self.components["run.seed"] = str(self.shared.graph.program.run.seed)
 
     def declared(self, declared: Declared) -> None:
-        """The components of `noun name : kind { ... }`."""
+        """Add the components of `noun name : kind { ... }`."""
         kind = declared.kind or ""
         self.components["kind"] = f"{declared.noun} {kind}"
         self.words["kind"] = kind
@@ -205,7 +209,7 @@ class _Writer:
         self.fields("", declared.value, KINDS[declared.noun][kind].attributes)
 
     def fields(self, prefix: str, node: Node, known: dict[str, Attribute]) -> None:
-        """Every field that changes the result."""
+        """Add every field that changes the result."""
         for name, info in type(node).model_fields.items():
             word = info.alias or name
             attribute = known.get(word)
@@ -215,7 +219,7 @@ class _Writer:
                 self.put(prefix + word, getattr(node, name), attribute.type, node)
 
     def put(self, path: str, value: object, want: types.Type | None, owner: Node) -> None:
-        """One value, by its path."""
+        """Add a value by its path."""
         match value:
             case TextExpression() | Condition() | DataExpression() | RewardExpression():
                 self.components[path] = _MARK + self.expression(value)
@@ -228,8 +232,8 @@ class _Writer:
                 self.fields(f"{path}.", value, attributes(type(value)))
             case tuple() if value:
                 item = want.item if isinstance(want, types.ListOf) else want
-                for at, part in enumerate(value):
-                    self.put(f"{path}[{at}]", part, item, owner)
+                for index, part in enumerate(value):
+                    self.put(f"{path}[{index}]", part, item, owner)
             case dict():
                 for key in sorted(value):
                     self.put(f"{path}.{key}", value[key], None, owner)
@@ -240,39 +244,41 @@ class _Writer:
             case _:
                 self.components[path] = literal(value, want)
 
-    # What stands for a name.
+    # Digests in place of names.
 
     def reference(self, reference: Reference | data.DataRef | rewards.RewardRef) -> str:
-        """The digest of what a reference stands for."""
-        declared = self.book.graph.program.declarations[reference.name]
+        """Return the digest of the declaration or stage that a reference names."""
+        declared = self.shared.graph.program.declarations[reference.name]
         step = getattr(reference, "step", None)
         if declared.noun == "stage":
-            part = self.book.readings[self.node][declared.name]
+            part = self.shared.readings[self.node][declared.name]
             self.stages[declared.name] = None
         else:
-            part = self.book.declared(declared, self.node)
-            self.stages.update(dict.fromkeys(self.book.stages_behind[declared.name]))
+            part = self.shared.declared(declared, self.node)
+            self.stages.update(dict.fromkeys(self.shared.stages_behind[declared.name]))
         self.parts[declared.title] = part
         return part.digest if step is None else digest(part.digest.encode(), str(step).encode())
 
     def path(self, text: str, want: types.Path, owner: Node) -> str:
-        """The content of what a path leads to; a hub id, or the path of an output, as it is."""
+        """Return the digest of the file or folder at a path; a hub id, or the path of an output, as
+        it is.
+        """
         file, _, function = text.rpartition(":") if want.what == "python" else (text, "", "")
-        path = self.book.graph.program.folder / Path(file).expanduser()
+        path = self.shared.graph.program.folder / Path(file).expanduser()
         if want.what == "output" or (want.what == "model" and not path.is_dir()):
             return literal(text, want)
-        contents, file = self.book.contents, file.removeprefix("./")
+        contents, file = self.shared.contents, file.removeprefix("./")
         if want.what != "model":
-            title, held = f"file {file}", contents.file(path)
+            title, content = f"file {file}", contents.file(path)
         elif isinstance(owner, models.TokenizerKind):
-            title, held = f"tokenizer files {file}", contents.tokenizer(path)
+            title, content = f"tokenizer files {file}", contents.tokenizer(path)
         else:
-            title, held = f"folder {file}", contents.model(path)
-        self.parts[title] = _Part(held, {}, {}, {})
-        return f"{_MARK}{held}" + (f":{function}" if function else "")
+            title, content = f"folder {file}", contents.model(path)
+        self.parts[title] = _Part(content, {}, {}, {})
+        return f"{_MARK}{content}" + (f":{function}" if function else "")
 
     def expression(self, value: Node) -> str:
-        """The digest of an expression; one that is just a name has the digest of what it names."""
+        """Return the digest of an expression; that of the declaration, if it is only a name."""
         match value:
             case data.DataRef() | rewards.RewardRef() | Reference():
                 return self.reference(value)
@@ -289,7 +295,7 @@ class _Writer:
         return _digest(self.canonical(value, None, value))
 
     def canonical(self, value: object, want: types.Type | None, owner: Node) -> Any:
-        """A value inside an expression as JSON, expressions and names as digests."""
+        """Return a value inside an expression as JSON, with expressions and names as digests."""
         match value:
             case Measure():
                 return [self.canonical(value.value, None, owner), value.unit]
@@ -337,7 +343,7 @@ def _digest(value: object) -> str:
 
 
 def _generator_version() -> str:
-    """The version of the package whose generators make procedural data."""
+    """Return the version of the package whose generators make procedural data."""
     from importlib.metadata import PackageNotFoundError, version  # slow to import
 
     try:

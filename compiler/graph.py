@@ -1,4 +1,4 @@
-"""The stage graph: one node for each stage and branch, and what each of them reads.
+"""The stage graph: one node for each stage and branch, and the inputs of each.
 
 A stage that fans out has a node for each of its branches. With `keep = best(...)` or
 `lowest(...)` the branches fold: a later stage reads a *selection* from all of them. With
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import networkx as nx
 from typing_extensions import override
@@ -29,15 +29,17 @@ from tunelang.dsl.vocabulary import training
 from tunelang.dsl.vocabulary.base import Kind
 
 MAX_NODES = 4096
-"""Nodes of one stage. One stage has at most 256 branches of its own; sweeps that are kept whole
-multiply.
+"""Nodes of one stage. One stage has at most 256 branches of its own; with `keep = all`
+their numbers multiply.
 """
 _LABEL_WIDTH = 32
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The value that a branch takes for one `each`: of which stage, where it stands, its text."""
+    """The value that a branch takes for one `each`: the stage, the path of the attribute, the
+    text.
+    """
 
     stage: str
     path: str
@@ -46,10 +48,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Selection:
-    """How the winner of a sweep is found.
+    """The rule that finds the winner of a sweep.
 
-    Equal values are told apart by the nodes' fingerprints (the smallest wins), so that the order
-    of the branches in the spec does not matter.
+    Of branches with equal values the one with the smallest fingerprint wins, so that the order of
+    the branches in the spec does not matter.
     """
 
     direction: Literal["best", "lowest"]
@@ -67,7 +69,7 @@ class Input:
     paths: tuple[str, ...]
     """The attributes through which it is read: `from`, `reference`, `reward`."""
     nodes: tuple[str, ...]
-    """The node that is read; with a selection, all that it selects from."""
+    """The node that is read; with a selection, all candidates."""
     selection: Selection | None = None
 
 
@@ -129,7 +131,7 @@ class UnknownStage(CommandError):
 
 
 def build(program: Program) -> StageGraph:
-    """The graph of a checked Program, in time linear in its nodes and references.
+    """Build the graph of a checked Program, in time linear in its nodes and references.
 
     Raises `GraphError` for a stage of more than `MAX_NODES` nodes, and for a sweep without a
     winner, which the checker reports before.
@@ -145,14 +147,14 @@ def build(program: Program) -> StageGraph:
     for node in builder.nodes.values():
         for read in node.inputs:
             edges.add_edges_from(((name, node.id) for name in read.nodes), paths=read.paths)
-    place = {name: at for at, name in enumerate(builder.nodes)}
-    order = nx.lexicographical_topological_sort(edges, key=place.__getitem__)
+    position = {name: index for index, name in enumerate(builder.nodes)}
+    order = nx.lexicographical_topological_sort(edges, key=position.__getitem__)
     nodes = {name: builder.nodes[name] for name in order}
     return StageGraph(program, nodes, builder.by_stage, builder.selections, edges)
 
 
 def named(graph: StageGraph, name: str) -> tuple[str, ...]:
-    """The nodes of a stage, or the one node with this id. Raises `UnknownStage`."""
+    """Return the nodes of a stage, or the one node with this id. Raises `UnknownStage`."""
     if name in graph.by_stage:
         return graph.by_stage[name]
     if name in graph.nodes:
@@ -161,13 +163,15 @@ def named(graph: StageGraph, name: str) -> tuple[str, ...]:
 
 
 def only(graph: StageGraph, names: Iterable[str]) -> tuple[str, ...]:
-    """These stages or nodes and no others, in order. Raises `UnknownStage`."""
+    """Return the nodes of these stages or ids, in order. Raises `UnknownStage`."""
     wanted = {node for name in names for node in named(graph, name)}
     return tuple(node for node in graph.nodes if node in wanted)
 
 
 def until(graph: StageGraph, names: Iterable[str]) -> tuple[str, ...]:
-    """These stages or nodes and all that they depend on, in order. Raises `UnknownStage`."""
+    """Return the nodes of these stages or ids and all that they depend on, in order. Raises
+    `UnknownStage`.
+    """
     wanted: set[str] = set()
     pending = list(only(graph, names))
     while pending:
@@ -179,10 +183,10 @@ def until(graph: StageGraph, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def models_of(graph: StageGraph, node: str) -> tuple[str, ...]:
-    """The declared models that a node's weights may descend from: several where the branches of a
-    sweep that it reads start from different ones.
+    """Return the declared models that a node's weights may descend from: several if the branches of
+    a sweep that it reads start from different ones.
     """
-    found: dict[str, None] = {}
+    sources: dict[str, None] = {}
     pending, seen = [node], {node}
     while pending:
         value = graph.nodes[pending[-1]].value
@@ -191,32 +195,32 @@ def models_of(graph: StageGraph, node: str) -> tuple[str, ...]:
         if source is None:
             continue
         if source.name not in inputs:
-            found[source.name] = None
+            sources[source.name] = None
             continue
         new = [name for name in inputs[source.name].nodes if name not in seen]
         seen.update(new)
         pending += new
-    return tuple(found)
+    return tuple(sources)
 
 
 def loras_of(graph: StageGraph, node: str) -> tuple[training.Lora, ...]:
-    """The adapters of the weights that a node works with, the one that it trains last.
+    """Return the adapters of the weights that a node works with; the one that it trains is last.
 
     Where the branches of a sweep that it starts from differ in theirs, the first branch decides.
     """
-    found: list[training.Lora] = []
+    adapters: list[training.Lora] = []
     while True:
-        value: Any = graph.nodes[node].value
-        adapter = getattr(value, "adapter", None)
-        if not isinstance(adapter, training.Adapter):
+        value = graph.nodes[node].value
+        adapter, source = getattr(value, "adapter", None), getattr(value, "from_", None)
+        if source is None or not isinstance(adapter, training.Adapter):
             break
         if isinstance(adapter, training.Lora):  # one that is continued is of a stage below
-            found.append(adapter)
-        read = next((e for e in graph.nodes[node].inputs if e.stage == value.from_.name), None)
+            adapters.append(adapter)
+        read = next((e for e in graph.nodes[node].inputs if e.stage == source.name), None)
         if read is None:
             break
         node = read.nodes[0]
-    return tuple(reversed(found))
+    return tuple(reversed(adapters))
 
 
 # Building.
@@ -224,8 +228,8 @@ def loras_of(graph: StageGraph, node: str) -> tuple[training.Lora, ...]:
 
 @dataclass
 class _Reach:
-    """What a value leads to without passing through a stage: stages with the attributes that lead
-    there, and other declarations. Dicts for their order.
+    """The stages that a value leads to without passing through a stage, with the attributes that
+    lead there, and the other declarations. Dicts for their order.
     """
 
     stages: dict[str, dict[str, None]] = field(default_factory=dict)
@@ -233,7 +237,7 @@ class _Reach:
 
 
 _Branching = dict[str, int]
-"""Stage that fans out -> its branch, for each sweep that a node belongs to."""
+"""Stage that fans out -> the index of its branch, for each sweep that a node belongs to."""
 
 
 @dataclass
@@ -244,37 +248,39 @@ class _Builder:
     selections: dict[str, Selection] = field(default_factory=dict)
     reached: dict[str, _Reach] = field(default_factory=dict)
     branching: dict[str, _Branching] = field(default_factory=dict)
-    """Node -> the branches that it stands for."""
+    """Node -> its branch of each sweep that it belongs to."""
 
     def reach(self, value: object) -> _Reach:
-        """The stages and declarations behind a value; what it refers to was visited before."""
-        found = _Reach()
+        """Return the stages and declarations that a value refers to, which were all visited
+        before.
+        """
+        reach = _Reach()
         for path, reference in references_in(value, ""):
             declared = self.program.declarations[reference.name]
             attribute = path.removeprefix(".").split(".")[0]
             if declared.noun == "stage":
-                found.stages.setdefault(declared.name, {})[attribute] = None
+                reach.stages.setdefault(declared.name, {})[attribute] = None
             elif declared.noun != "hardware":
-                found.uses[declared.noun, declared.name] = None
+                reach.uses[declared.noun, declared.name] = None
                 inner = self.reached[declared.name]
-                found.uses.update(inner.uses)
+                reach.uses.update(inner.uses)
                 for name in inner.stages:
-                    found.stages.setdefault(name, {})[attribute] = None
-        return found
+                    reach.stages.setdefault(name, {})[attribute] = None
+        return reach
 
     def stage(self, declared: Declared) -> None:
-        """Make the nodes of a stage."""
+        """Add the nodes of a stage."""
         branches = _distinct(declared.branches)
-        made: list[str] = []
-        for at, branch in enumerate(branches):
+        ids: list[str] = []
+        for index, branch in enumerate(branches):
             reach = self.reach(branch.value)
-            own: _Branching = {declared.name: at} if len(branches) > 1 else {}
+            own_branch: _Branching = {declared.name: index} if len(branches) > 1 else {}
             for inherited, inputs in self.join(declared.name, reach):
                 choices = self.inherited(inputs) + tuple(
                     Choice(declared.name, path, _shorten(text)) for path, text in branch.choices
                 )
                 node = StageNode(
-                    self.free(_identity(declared.name, choices)),
+                    self.unique_id(_identity(declared.name, choices)),
                     declared.name,
                     declared.kind or "",
                     choices,
@@ -283,19 +289,21 @@ class _Builder:
                     branch.value,
                 )
                 self.nodes[node.id] = node
-                self.branching[node.id] = inherited | own
-                made.append(node.id)
-                if len(made) > MAX_NODES:
+                self.branching[node.id] = inherited | own_branch
+                ids.append(node.id)
+                if len(ids) > MAX_NODES:
                     raise GraphError(declared.name, f"would fan out into more than {MAX_NODES}")
-        self.by_stage[declared.name] = tuple(made)
+        self.by_stage[declared.name] = tuple(ids)
         match getattr(branches[0].value, "keep", None):
-            case training.Best(metric=metric) if len(made) > 1:
+            case training.Best(metric=metric) if len(ids) > 1:
                 self.selections[declared.name] = Selection("best", metric)
-            case training.Lowest(metric=metric) if len(made) > 1:
+            case training.Lowest(metric=metric) if len(ids) > 1:
                 self.selections[declared.name] = Selection("lowest", metric)
 
     def join(self, reader: str, reach: _Reach) -> Iterator[tuple[_Branching, tuple[Input, ...]]]:
-        """Each way to pick a node of every stage that is read, sweeps agreeing with each other."""
+        """Yield each way to pick a node of every stage that is read, with one branch of each
+        sweep.
+        """
         ways: list[tuple[_Branching, tuple[Input, ...]]] = [({}, ())]
         for name, attributes in reach.stages.items():
             paths = tuple(attributes)
@@ -304,14 +312,16 @@ class _Builder:
                 (branching | more, (*inputs, read))
                 for branching, inputs in ways
                 for more, read in options
-                if all(branching.get(stage, at) == at for stage, at in more.items())
+                if all(branching.get(stage, branch) == branch for stage, branch in more.items())
             ]
             if len(ways) > MAX_NODES:
                 raise GraphError(reader, f"would fan out into more than {MAX_NODES}")
         yield from ways
 
     def options(self, name: str, paths: tuple[str, ...]) -> list[tuple[_Branching, Input]]:
-        """What a reference to a stage may mean: its selection, or any of its nodes."""
+        """Return the inputs that a reference to a stage may mean: its selection, or any of its
+        nodes.
+        """
         nodes = self.by_stage[name]
         if name in self.selections:
             return [({}, Input(name, paths, nodes, self.selections[name]))]
@@ -320,28 +330,32 @@ class _Builder:
         return [(self.branching[node], Input(name, paths, (node,))) for node in nodes]
 
     def keep(self, name: str) -> object:
-        """The winner that a stage names."""
+        """Return the rule by which a stage keeps branches."""
         return getattr(self.nodes[self.by_stage[name][0]].value, "keep", None)
 
     def inherited(self, inputs: tuple[Input, ...]) -> tuple[Choice, ...]:
-        """The choices of what is read, each once; those of a selection are made there."""
-        found: dict[Choice, None] = {}
+        """Return the choices of the nodes that are read, without duplicates; a selection has
+        none.
+        """
+        choices: dict[Choice, None] = {}
         for read in inputs:
             if read.selection is None:
-                found.update(dict.fromkeys(self.nodes[read.nodes[0]].choices))
-        return tuple(found)
+                choices.update(dict.fromkeys(self.nodes[read.nodes[0]].choices))
+        return tuple(choices)
 
-    def free(self, identity: str) -> str:
-        """An id that no node has: long choices may have been shortened to the same text."""
-        at, found = 1, identity
-        while found in self.nodes:
-            at += 1
-            found = f"{identity}#{at}"
-        return found
+    def unique_id(self, identity: str) -> str:
+        """Return an id that no node has: long choices may have been shortened to the same text."""
+        count, unique = 1, identity
+        while unique in self.nodes:
+            count += 1
+            unique = f"{identity}#{count}"
+        return unique
 
 
 def _distinct(branches: tuple[Branch, ...]) -> tuple[Branch, ...]:
-    """Branches that differ: an `each` inside a choice not taken makes copies of a branch."""
+    """Return the distinct branches: an `each` inside a choice not taken makes copies of a
+    branch.
+    """
     return tuple({branch.choices: branch for branch in branches}.values())
 
 

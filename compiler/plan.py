@@ -42,7 +42,7 @@ class State:
 
     @property
     def runs(self) -> bool:
-        """Whether a run computes anything for the node."""
+        """Return whether a run computes anything for the node."""
         return self.kind in ("to run", "resume")
 
 
@@ -71,7 +71,7 @@ class StagePlan:
 
     @property
     def digest(self) -> str:
-        """The fingerprint's digest, which names the stage's folder in the store."""
+        """Return the fingerprint's digest, which names the stage's folder in the store."""
         return self.fingerprint.digest
 
 
@@ -140,7 +140,7 @@ def missing_inputs(plan: Plan) -> tuple[tuple[str, str], ...]:
 
 
 def describe(state: State) -> str:
-    """A state in words, on one line: `to run: `optimizer.lr`: 1e-5 → 1e-6`."""
+    """Return a state in words, on one line: `to run: `optimizer.lr`: 1e-5 → 1e-6`."""
     match state.kind:
         case "resume":
             return f"resume at step {state.step}"

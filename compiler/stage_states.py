@@ -22,17 +22,17 @@ class StoreView(Protocol):
     """The queries that planning makes of a store; each answer holds for one moment."""
 
     def finished(self, digest: str) -> bool:
-        """Whether a stage with this fingerprint is done, with all that it wrote."""
+        """Return whether a stage with this fingerprint is done, with all that it wrote."""
 
     def resumable(self, digest: str) -> int | None:
-        """The step of the last whole checkpoint of a stage that is not done."""
+        """Return the step of the last whole checkpoint of a stage that is not done."""
 
     def begun(self, digest: str) -> bool:
-        """Whether a stage with this fingerprint has a folder."""
+        """Return whether a stage with this fingerprint has a folder."""
 
     def earlier(self, stage: str) -> Mapping[str, Json]:
-        """The fingerprints (`digest`, `components`, `words`) of a stage's nodes, by their ids, in
-        the last run that had the stage.
+        """Return the fingerprints (`digest`, `components`, `words`) of a stage's nodes, by their
+        ids, in the last run that had the stage.
         """
 
 

@@ -131,7 +131,7 @@ def key_shards(a: Architecture, tensor: int) -> int:
 
 
 def is_quantised(a: Architecture) -> bool:
-    """Whether the matrices of blocks are stored in less than two bytes a number."""
+    """Return whether the matrices of blocks are stored in less than two bytes a number."""
     return a.storage in ("nf4", "int8")
 
 

@@ -83,17 +83,17 @@ class StageCost(ABC):
 
     @property
     def forward_passes(self) -> ForwardPasses:
-        """The passes that only score the sequences of a step."""
+        """Return the passes that only score the sequences of a step."""
         return ForwardPasses()
 
     @property
     def rollout(self) -> RolloutRequest | None:
-        """The completions that a step samples; None where its sequences are given."""
+        """Return the completions that a step samples; None where its sequences are given."""
         return None
 
     @property
     def critic(self) -> SeparateCritic | None:
-        """The critic, where it has weights of its own."""
+        """Return the critic, where it has weights of its own."""
         return None
 
     @property
@@ -103,17 +103,19 @@ class StageCost(ABC):
 
     @property
     def attention(self) -> Kernel | None:
-        """The only kernel of attention that the stage's programs can use; None allows all."""
+        """Return the only kernel of attention that the stage's programs can use; None allows
+        all.
+        """
         return None
 
     @property
     def splits_sequences(self) -> bool:
-        """Whether sequences can be split over the axis `context`."""
+        """Return whether sequences can be split over the axis `context`."""
         return True
 
     @property
     def context_is_adjustable(self) -> bool:
-        """Whether a shorter context of the model makes the stage's sequences shorter."""
+        """Return whether a shorter context of the model makes the stage's sequences shorter."""
         return True
 
     @property
@@ -122,15 +124,15 @@ class StageCost(ABC):
         return ""
 
     def can_offload_reference(self, a: Architecture) -> bool:
-        """Whether the reference may wait in the memory of the host while weights are updated: it
-        scores completions before the first update.
+        """Return whether the reference may wait in the memory of the host while weights are
+        updated: it scores completions before the first update.
         """
         return self.rollout is not None and self.holds_reference(a)
 
     @abstractmethod
     def holds_reference(self, a: Architecture) -> bool:
-        """Whether parameters of a reference are in the devices during a step. Without its adapter
-        a model is its own reference.
+        """Return whether parameters of a reference are in the devices during a step. Without its
+        adapter a model is its own reference.
         """
 
     @abstractmethod
@@ -320,7 +322,7 @@ class PolicyCost(StageCost):
 
     @property
     def skips_flat_groups(self) -> bool:
-        """Whether micro-batches of groups without advantage are skipped (`useful_first`)."""
+        """Return whether micro-batches of groups without advantage are skipped (`useful_first`)."""
         return not self.stage.refill and self.stage.minibatches == 1
 
     @override

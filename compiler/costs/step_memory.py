@@ -238,7 +238,7 @@ def _head_copies(a: Architecture, layout: StageLayout) -> int:
 
 
 def _is_retiled(a: Architecture, sizes: ModelSizes, chip: Chip) -> bool:
-    """Whether XLA tiles the frozen arrays anew that are not quantised."""
+    """Return whether XLA tiles the frozen arrays anew that are not quantised."""
     return bool(a.adapters) and sizes.table_number_bytes == 2 and chip.name in _RETILED
 
 

@@ -1,4 +1,4 @@
-"""Drawings of the stage graph: a tree for a terminal, Mermaid, DOT. SVG stands in `svg`.
+"""Drawings of the stage graph: a tree for a terminal, Mermaid, DOT. SVG is in `svg`.
 
 All four show one `Picture`: a box for each model that a stage names itself, for each node, and for
 each selection among the branches of a sweep.
@@ -21,15 +21,15 @@ from tunelang.dsl.vocabulary import stages, utility_stages
 from tunelang.dsl.vocabulary.base import Reference
 
 _DEPTH = 12
-"""Levels of the tree in a terminal; what is deeper stands below as a tree of its own."""
+"""Levels of the tree in a terminal; deeper ones follow below as further trees."""
 _ALIKE = 8
-"""Branches without readers of their own that are listed one by one."""
+"""Branches without readers that are listed one by one."""
 _DATA_WIDTH = 24
 
 
 @dataclass(frozen=True)
 class Box:
-    """One thing in the picture."""
+    """A model, a node or a selection in the picture."""
 
     id: str
     name: str
@@ -41,7 +41,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Arrow:
-    """From what is read to its reader."""
+    """An arrow from an input to its reader."""
 
     tail: str
     head: str
@@ -58,7 +58,7 @@ class Picture:
 
 
 def picture(graph: StageGraph) -> Picture:
-    """A drawing before it has a form: boxes and arrows."""
+    """Return the boxes and arrows of a graph, which every form of drawing shows."""
     boxes: dict[str, Box] = {}
     arrows: list[Arrow] = []
     last = {nodes[-1]: stage for stage, nodes in graph.by_stage.items()}
@@ -83,12 +83,12 @@ def picture(graph: StageGraph) -> Picture:
 
 
 def _models(node: StageNode) -> dict[str, tuple[str, ...]]:
-    """Models that a stage names itself -> through which attributes."""
-    found: dict[str, dict[str, None]] = {}
+    """Return the models that a stage names itself, with the attributes that name them."""
+    models: dict[str, dict[str, None]] = {}
     for path, reference in references_in(node.value, ""):
         if isinstance(reference, Reference) and reference.noun == "model":
-            found.setdefault(reference.name, {})[path.removeprefix(".").split(".")[0]] = None
-    return {name: tuple(attributes) for name, attributes in found.items()}
+            models.setdefault(reference.name, {})[path.removeprefix(".").split(".")[0]] = None
+    return {name: tuple(attributes) for name, attributes in models.items()}
 
 
 def _label(attributes: tuple[str, ...]) -> str:
@@ -96,12 +96,14 @@ def _label(attributes: tuple[str, ...]) -> str:
 
 
 def _detail(node: StageNode, program: Program) -> str:
-    """The kind and what matters most, in a few words: `sft, 2 epochs on math`."""
+    """Return the kind of a stage and its most important values in a few words: `sft, 2 epochs on
+    math`.
+    """
     match node.value:
         case stages.Training():
             data = literal(node.value.data)
             if len(data) > _DATA_WIDTH:
-                sources = (found.source for found in source_rows(node.value.data, program, {}))
+                sources = (rows.source for rows in source_rows(node.value.data, program, {}))
                 data = " + ".join(dict.fromkeys(sources))
             return f"{node.kind}, {literal(node.value.length)} on {data}"
         case utility_stages.Export():
@@ -113,21 +115,20 @@ def _detail(node: StageNode, program: Program) -> str:
 
 
 def tree(picture: Picture, width: int = 100) -> str:
-    """The picture as a tree by what stages start from, in lines of at most `width` columns.
+    """Draw a picture as a tree by the starts of stages, in lines of at most `width` columns.
 
-    What a stage reads beside that stands behind it. A chain of more than `_DEPTH` stages goes on
-    below.
+    Its further inputs follow in words. A chain of more than `_DEPTH` stages continues below.
     """
-    parents, beside = _parents(picture)
+    parents, extra_inputs = _parents(picture)
     children: dict[str | None, list[str]] = defaultdict(list)
     for box in picture.boxes:
         children[parents[box]].append(box)
     lines: list[tuple[str, str]] = []
     pending = list(children[None])
-    for at, root in enumerate(pending):  # grows while it is gone through
-        if at:
+    for index, root in enumerate(pending):  # grows during the loop
+        if index:
             lines.append(("", ""))
-        lines += _subtree(root, picture, children, beside, pending)
+        lines += _subtree(root, picture, children, extra_inputs, pending)
     column = min(max((len(left) for left, _ in lines), default=0), width // 2)
     text = (f"{left:<{column}}  {detail}".rstrip() for left, detail in lines)
     return "".join(f"{line if len(line) <= width else line[: width - 1] + '…'}\n" for line in text)
@@ -137,10 +138,10 @@ def _subtree(
     root: str,
     picture: Picture,
     children: dict[str | None, list[str]],
-    beside: dict[str, list[str]],
+    extra_inputs: dict[str, list[str]],
     pending: list[str],
 ) -> Iterator[tuple[str, str]]:
-    """The lines of one tree: what stands left, and the detail. Deep ends go to `pending`."""
+    """Yield the lines of one tree: its left side, and the detail. Deep ends go to `pending`."""
     stack: list[tuple[str, str, str, int]] = [(root, "", "", 0)]
     while stack:
         name, lead, below, depth = stack.pop()
@@ -148,21 +149,21 @@ def _subtree(
             yield lead + name, ""
             continue
         box = picture.boxes[name]
-        reads = f", reads {', '.join(beside[name])}" if beside[name] else ""
-        own = _folded(children[name], picture, children)
-        if depth == _DEPTH and own:
+        reads = f", reads {', '.join(extra_inputs[name])}" if extra_inputs[name] else ""
+        shown = _folded(children[name], picture, children)
+        if depth == _DEPTH and shown:
             pending.append(name)
             yield f"{lead}{box.name} ↓", f"{box.detail}{reads}"
             continue
         yield lead + box.name, f"{box.detail}{reads}"
-        for at, child in reversed(list(enumerate(own))):
-            end = at == len(own) - 1
+        for index, child in reversed(list(enumerate(shown))):
+            end = index == len(shown) - 1
             inner = below + ("   " if end else "│  ")
             stack.append((child, below + ("└─ " if end else "├─ "), inner, depth + 1))
 
 
 def _folded(names: list[str], picture: Picture, children: dict[str | None, list[str]]) -> list[str]:
-    """Children with long rows of branches cut short; the rest is a line that counts them."""
+    """Return children with long rows of branches cut short by a line that counts the others."""
     leaves: dict[str, list[str]] = defaultdict(list)
     for name in names:
         box = picture.boxes[name]
@@ -179,12 +180,12 @@ def _folded(names: list[str], picture: Picture, children: dict[str | None, list[
 
 
 def _parents(picture: Picture) -> tuple[dict[str, str | None], dict[str, list[str]]]:
-    """The parent of each box in the tree, and what it reads beside, in words."""
+    """Return the parent of each box in the tree, and its further inputs in words."""
     incoming: dict[str, list[Arrow]] = defaultdict(list)
     for arrow in picture.arrows:
         incoming[arrow.head].append(arrow)
     parents: dict[str, str | None] = {}
-    beside: dict[str, list[str]] = defaultdict(list)
+    extra_inputs: dict[str, list[str]] = defaultdict(list)
     for name, box in picture.boxes.items():
         arrows = incoming[name]
         if box.shape == "selection":
@@ -196,12 +197,12 @@ def _parents(picture: Picture) -> tuple[dict[str, str | None], dict[str, list[st
         for arrow in arrows:
             if arrow is not main:
                 tail = picture.boxes[arrow.tail].name
-                beside[name].append(f"{tail} ({arrow.label})")
-    return parents, beside
+                extra_inputs[name].append(f"{tail} ({arrow.label})")
+    return parents, extra_inputs
 
 
 def _common(names: list[str], parents: dict[str, str | None]) -> str | None:
-    """The nearest box above all of these."""
+    """Return the nearest box above all of these."""
     paths = [list(_above(name, parents)) for name in names]
     shared = set(paths[0]).intersection(*paths[1:])
     return next((name for name in paths[0] if name in shared), None)
@@ -221,8 +222,8 @@ _DOT_SHAPES = {"model": "cylinder", "stage": "box", "selection": "hexagon"}
 
 
 def mermaid(picture: Picture) -> str:
-    """The picture as a Mermaid flow chart."""
-    names = {box: f"n{at}" for at, box in enumerate(picture.boxes)}
+    """Draw a picture as a Mermaid flow chart."""
+    names = {box: f"n{index}" for index, box in enumerate(picture.boxes)}
     lines = ["flowchart TD"]
     for box in picture.boxes.values():
         opening, closing = _MERMAID_SHAPES[box.shape]
@@ -235,13 +236,13 @@ def mermaid(picture: Picture) -> str:
 
 
 def _entities(text: str) -> str:
-    """Text in which nothing has a meaning to Mermaid, which reads `#60;` as `<`."""
+    """Replace characters that have a meaning to Mermaid by entities; it reads `#60;` as `<`."""
     return re.sub(r"[^\w .,=()/:+*%…-]", lambda match: f"#{ord(match.group())};", text)
 
 
 def dot(picture: Picture) -> str:
-    """The picture in the language of Graphviz."""
-    names = {box: f"n{at}" for at, box in enumerate(picture.boxes)}
+    """Draw a picture in the language of Graphviz."""
+    names = {box: f"n{index}" for index, box in enumerate(picture.boxes)}
     lines = ["digraph stages {", '  node [fontname="Helvetica", style=rounded];']
     for box in picture.boxes.values():
         label = f"{_quoted(box.name)}\\n{_quoted(box.detail)}"

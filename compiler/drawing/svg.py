@@ -1,6 +1,6 @@
 """The stage graph as SVG: a small layered layout (Sugiyama et al. 1981), and its drawing.
 
-Boxes stand in layers by the longest way from a start, so that every arrow leads down. Arrows over
+Boxes are in layers by the longest path from a start, so that every arrow leads down. Arrows over
 several layers pass through invisible points in between. Within a layer the order follows the mean
 place of neighbours (Eades and Wormald's barycentre), swept down and up a few times; then boxes move
 towards their neighbours as far as the order allows.
@@ -42,7 +42,7 @@ text{text-anchor:middle}
 
 @dataclass
 class _Point:
-    """A box, or a place that an arrow passes."""
+    """A box, or a point that an arrow passes."""
 
     layer: int
     width: float
@@ -54,7 +54,7 @@ class _Point:
 
 
 def svg(picture: Picture) -> str:
-    """The picture as an SVG document that follows the reader's light or dark theme."""
+    """Draw a picture as an SVG document that follows the reader's light or dark theme."""
     points, routes = _points(picture)
     layers: list[list[_Point]] = [[] for _ in range(1 + max((p.layer for p in points), default=-1))]
     for point in points:
@@ -80,7 +80,7 @@ def svg(picture: Picture) -> str:
 
 
 def _points(picture: Picture) -> tuple[list[_Point], list[tuple[list[_Point], str]]]:
-    """All points, and for each arrow the points that it passes with its label."""
+    """Return all points, and for each arrow the points that it passes with its label."""
     incoming: dict[str, list[str]] = defaultdict(list)
     outgoing: dict[str, list[str]] = defaultdict(list)
     for arrow in picture.arrows:
@@ -98,7 +98,9 @@ def _points(picture: Picture) -> tuple[list[_Point], list[tuple[list[_Point], st
     for arrow in picture.arrows:
         route = [boxes[arrow.tail]]
         if layer[arrow.head] - layer[arrow.tail] <= _LONGEST:
-            route += [_Point(at, 8.0) for at in range(layer[arrow.tail] + 1, layer[arrow.head])]
+            route += [
+                _Point(middle, 8.0) for middle in range(layer[arrow.tail] + 1, layer[arrow.head])
+            ]
         points += route[1:]
         route.append(boxes[arrow.head])
         for upper, lower in pairwise(route):
@@ -114,14 +116,14 @@ def _width(box: Box) -> float:
 
 def _order(layers: list[list[_Point]]) -> None:
     for layer in layers:
-        for at, point in enumerate(layer):
-            point.x = at
+        for index, point in enumerate(layer):
+            point.x = index
     for sweep in range(_SWEEPS):
         down = sweep % 2 == 0
         for layer in layers if down else reversed(layers):
             layer.sort(key=lambda p: _mean(p.above if down else p.below, p.x))
-            for at, point in enumerate(layer):
-                point.x = at
+            for index, point in enumerate(layer):
+                point.x = index
 
 
 def _mean(points: Iterable[_Point], otherwise: float) -> float:
@@ -139,15 +141,17 @@ def _place(layers: list[list[_Point]]) -> None:
 
 
 def _spread(layer: list[_Point], wanted: list[float]) -> None:
-    """Place a layer near the wanted places, in its order, without overlap: the mean of pushing
-    everything right as far as need be, and of pushing left. Each keeps the distances, so their
-    mean does.
+    """Place a layer near the wanted places, in its order and without overlap. The result is the
+    mean of pushing everything right as far as necessary and of pushing left: each keeps the
+    distances, and so does the mean.
     """
     right, left = list(wanted), list(wanted)
-    for at in range(1, len(layer)):
-        right[at] = max(right[at], right[at - 1] + _distance(layer[at - 1], layer[at]))
-    for at in range(len(layer) - 2, -1, -1):
-        left[at] = min(left[at], left[at + 1] - _distance(layer[at], layer[at + 1]))
+    for index in range(1, len(layer)):
+        right[index] = max(
+            right[index], right[index - 1] + _distance(layer[index - 1], layer[index])
+        )
+    for index in range(len(layer) - 2, -1, -1):
+        left[index] = min(left[index], left[index + 1] - _distance(layer[index], layer[index + 1]))
     for point, a, b in zip(layer, right, left, strict=True):
         point.x = (a + b) / 2
 
@@ -177,7 +181,7 @@ def _arrow(route: list[_Point], label: str) -> str:
     x, y = start.x, _top(start) + _HEIGHT
     path = f"M{x:.1f} {y:.1f}"
     for point in route[1:]:
-        # The head stands on a straight piece, or it would lean against the arrow.
+        # The head is on a straight line: on the curve it would lean.
         end = _top(point) + (-_HEAD if point.box is not None else _HEIGHT / 2)
         bend = (end - y) / 2
         path += f"C{x:.1f} {y + bend:.1f} {point.x:.1f} {end - bend:.1f} {point.x:.1f} {end:.1f}"
@@ -185,7 +189,7 @@ def _arrow(route: list[_Point], label: str) -> str:
     path += f"V{y + _HEAD:.1f}"
     drawn = f'<path class="arrow" marker-end="url(#head)" d="{path}"/>'
     if label:
-        at = (start.x + route[1].x) / 2
+        label_x = (start.x + route[1].x) / 2
         middle = _top(start) + _HEIGHT + (_ROW - _HEIGHT) / 2
-        drawn += f'<text class="label" x="{at:.1f}" y="{middle:.1f}">{escape(label)}</text>'
+        drawn += f'<text class="label" x="{label_x:.1f}" y="{middle:.1f}">{escape(label)}</text>'
     return drawn

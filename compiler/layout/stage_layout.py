@@ -91,7 +91,7 @@ class StageLayout:
 
     @property
     def bound(self) -> str:
-        """The cause that takes the longest in a step."""
+        """Return the cause that takes the longest in a step."""
         return max(self.times, key=self.times.__getitem__)
 
 

@@ -172,7 +172,7 @@ class Architecture:
 
     @property
     def gated(self) -> bool:
-        """Whether the feed-forward layer multiplies two projections."""
+        """Return whether the feed-forward layer multiplies two projections."""
         return self.activation in GATED
 
     @property

@@ -1,4 +1,4 @@
-"""The families of published checkpoints: what a `config.json` says, and what tensors are called.
+"""The families of published checkpoints: their configurations and the names of their tensors.
 
 A family is a row: how its configuration becomes an `Architecture`, and where the names of its
 tensors differ from Llama's. Names map one to one, so that the same table reads and writes.
@@ -86,7 +86,7 @@ class Family:
     choices: Callable[[Config], Fields]
     """Returns the fields of the architecture that differ from Llama's."""
     tied: bool = False
-    """Whether the head is the embedding where the configuration does not say."""
+    """Whether the head is the embedding if the configuration does not say."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Names of tensors that differ from Llama's."""
 
@@ -114,7 +114,7 @@ class UndescribedError(TuneError):
 
 
 class BadConfigError(Exception):
-    """A `config.json` that lacks something, or asks for what the decoder does not have."""
+    """A `config.json` that lacks a key, or describes a feature that the decoder does not have."""
 
 
 def architecture_of(config: Config) -> Architecture:
@@ -157,7 +157,7 @@ def family_of(config: Config) -> Family:
 def names_of(family: Family) -> dict[str, str]:
     """Return path of a parameter -> name of its tensor, `{}` for the layer and the expert.
 
-    Parameters of one tensor lie in it one below the other, in this order.
+    Parameters that share a tensor are concatenated along its first axis in this order.
     """
     return {**_LLAMA, **family.names}
 
@@ -197,29 +197,31 @@ def config_of(architecture: Architecture) -> Fields:
         },
     ]
     for trial in trials:
-        found = {**common, **trial}
-        if architecture_of(found) == replace(plain(a), dropout=0.0):
-            return found
+        config = {**common, **trial}
+        if architecture_of(config) == replace(plain(a), dropout=0.0):
+            return config
     raise UndescribedError
 
 
-# What the configurations say.
+# Configurations.
 
 
 def _rope(config: Config) -> Fields:
     """Read the base and scaling of rotary embeddings, as old and new configurations have them."""
     stated: Config = config.get("rope_parameters") or {}
-    whole: Config = stated.get("full_attention") or stated
-    local: Config | None = stated.get("sliding_attention")
-    scaling = whole or config.get("rope_scaling") or {}
-    found = {
-        "rope_base": float(whole.get("rope_theta", config.get("rope_theta", 10_000.0))),
+    global_layers: Config = stated.get("full_attention") or stated
+    local_layers: Config | None = stated.get("sliding_attention")
+    scaling = global_layers or config.get("rope_scaling") or {}
+    fields = {
+        "rope_base": float(global_layers.get("rope_theta", config.get("rope_theta", 10_000.0))),
         "rope_scaling": _scaling(scaling),
     }
-    base = config.get("rope_local_base_freq") if local is None else local["rope_theta"]
+    base = (
+        config.get("rope_local_base_freq") if local_layers is None else local_layers["rope_theta"]
+    )
     if base is not None:
-        found["rope_local_base"] = float(base)
-    return found
+        fields["rope_local_base"] = float(base)
+    return fields
 
 
 def _scaling(stated: Config) -> RopeScaling | None:
@@ -255,11 +257,11 @@ def _windows(config: Config, spans: tuple[Span, ...]) -> Fields:
         return {}
     stated = config.get("layer_types")
     if stated is not None:
-        spans = tuple("local" if each == "sliding_attention" else "global" for each in stated)
+        spans = tuple("local" if layer == "sliding_attention" else "global" for layer in stated)
     period = next(
         n
         for n in range(1, len(spans) + 1)
-        if all(span == spans[at % n] for at, span in enumerate(spans))
+        if all(span == spans[layer % n] for layer, span in enumerate(spans))
     )
     pattern = spans[:period]
     return {"pattern": pattern, "window": window} if "local" in pattern else {}
@@ -338,11 +340,11 @@ def _gemma2(config: Config) -> Fields:
 
 
 def _gemma3(config: Config) -> Fields:
-    every = config.get("sliding_window_pattern", 6)
+    period = config.get("sliding_window_pattern", 6)
     return {
         **_gemma2(config),
         "qk_norm": True,
-        **_windows(config, ("local",) * (every - 1) + ("global",)),
+        **_windows(config, ("local",) * (period - 1) + ("global",)),
     }
 
 

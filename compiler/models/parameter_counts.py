@@ -27,7 +27,7 @@ def _block_parameters(architecture: Architecture) -> dict[str, int]:
 
 
 def parameter_count(architecture: Architecture) -> int:
-    """How many numbers there are beside adapters; a tied head is counted once."""
+    """Count the numbers of a model without its adapters; a tied head is counted once."""
     a = architecture
     head = 1 if a.scores else a.vocabulary * (not a.tied)
     tables = a.vocabulary + head + (a.context if a.position == "learned" else 0)
@@ -36,13 +36,13 @@ def parameter_count(architecture: Architecture) -> int:
 
 
 def expert_count(architecture: Architecture) -> int:
-    """How many numbers the matrices of all experts hold."""
+    """Count the numbers in the matrices of all experts."""
     a = architecture
     return 0 if a.experts is None else a.layers * a.experts.count * 3 * a.width * a.experts.width
 
 
 def trained_count(architecture: Architecture) -> int:
-    """How many numbers are trained: those of the last adapter, or all."""
+    """Count the numbers that are trained: those of the last adapter, or all."""
     if not architecture.adapters:
         return parameter_count(architecture)
     head = architecture.width if architecture.scores else 0
@@ -63,13 +63,15 @@ def matmul_parameters(architecture: Architecture) -> int:
 
 
 def _mean_visible(length: int, window: int) -> float:
-    """Mean over `t < length` of `min(t + 1, window)`, the keys that a query attends to."""
+    """Return the mean over `t < length` of `min(t + 1, window)`, the keys that a query attends
+    to.
+    """
     window = min(window, length)
     return window - window * (window - 1) / (2 * length)
 
 
 def forward_flops(architecture: Architecture, length: int) -> float:
-    """FLOPs of the forward pass for one token of a sequence of `length` tokens.
+    """Return the FLOPs of the forward pass for one token of a sequence of `length` tokens.
 
     Two for each parameter of a matrix product, and `4 * heads * head_dim` for each key that is
     attended to, with causal masking and windows taken into account: what has to be computed, as
@@ -96,7 +98,9 @@ def train_flops(architecture: Architecture, length: int) -> float:
 
 
 def kv_bytes_per_token(architecture: Architecture, bytes_per_value: int) -> int:
-    """Bytes of the KV cache for each token of a slot; every layer keeps the whole length."""
+    """Return the bytes of the KV cache for each token of a slot; every layer has the full
+    length.
+    """
     a = architecture
     return 2 * a.layers * a.kv_heads * a.head_dim * bytes_per_value
 

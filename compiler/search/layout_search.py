@@ -157,11 +157,11 @@ class _Search:
 
     @property
     def best(self) -> StageLayout | None:
-        """The fastest layout so far."""
+        """Return the fastest layout so far."""
         return min(self.fitting, key=lambda layout: layout.seconds, default=None)
 
     def _is_hopeless(self, mesh: dict[str, int]) -> bool:
-        """Whether no mesh of as few devices can be faster than the best layout so far.
+        """Return whether no mesh of as few devices can be faster than the best layout so far.
 
         Fewer devices may be faster, where what they exchange takes longer than computing.
         """
@@ -172,7 +172,7 @@ class _Search:
         return _LEAST_COMPUTING * computing >= math.prod(mesh.values()) * seconds
 
     def _is_possible(self, mesh: dict[str, int]) -> bool:
-        """Whether the batch and the model divide over a mesh."""
+        """Return whether the batch and the model divide over a mesh."""
         a, shards = self.architecture, shards_of(mesh)
         if self.fitting and mesh["context"] > 1 and self.rows >= math.prod(mesh.values()):
             return False  # to split sequences costs more than to split the batch

@@ -63,7 +63,7 @@ class LaidOut:
 
     @property
     def planned(self) -> tuple[StageLayout, ...]:
-        """The layouts of the program that trains the branch, best first."""
+        """Return the layouts of the program that trains the branch, best first."""
         if self.sweep is not None and self.sweep.fused:
             return self.sweep.layouts
         return tuple(self.layouts)

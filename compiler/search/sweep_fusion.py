@@ -31,7 +31,7 @@ class Branch:
 
     @property
     def wish(self) -> str:
-        """The stage's attribute `sweep`: `auto`, `fused` or `in_turn`."""
+        """Return the stage's attribute `sweep`: `auto`, `fused` or `in_turn`."""
         return getattr(self.query.stage, "sweep", "auto")
 
 
@@ -51,7 +51,7 @@ class Sweep:
 
     @property
     def share(self) -> float | None:
-        """The time of one program over the time of one branch after another."""
+        """Return the time of one program over the time of one branch after another."""
         if not self.layouts:
             return None
         return self.layouts[0].seconds / (len(self.nodes) * self.alone.seconds)
@@ -98,7 +98,9 @@ def _fusible_kind(branch: Branch) -> Hashable:
 
 
 def _weigh(group: list[Branch], searched: dict[Hashable, tuple[StageLayout, ...]]) -> Sweep:
-    """Weigh one program for branches of a kind, at one step, against one after another."""
+    """Compare one program for the branches of a kind, at one step, with one branch after
+    another.
+    """
     first, demanded = group[0], group[0].wish == "fused"
     nodes = tuple(branch.planned.node for branch in group)
     why = cost_of(first.query.stage).why_in_turn
