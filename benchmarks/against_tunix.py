@@ -344,7 +344,7 @@ def grpo(given: Given) -> Found:
         batch = in_parts(batch_of(episodes, given["prompt"], given["tokens"]), part)
         scored = score(reference, batch.prompts, batch.prompt_lengths, batch.tokens)
         rewards = np.array([reward_of(episode.tokens) for episode in episodes])
-        found = advantages(rewards.reshape(-1, group), how="group_mean_std")
+        found = advantages(rewards.reshape(-1, group), baseline="group_mean_std")
         values = np.asarray(found.values, np.float32).reshape(-1, part)
         batch = dataclasses.replace(batch, advantages=values, reference=scored)
         state, metrics = update(state, placed(batch, program))

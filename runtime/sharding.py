@@ -56,7 +56,7 @@ OPTIONS: Mapping[str, Mapping[str, bool | int | str]] = MappingProxyType(
 """Options of the compilers, by platform.
 
 XLA for TPUs makes a product with a matrix that is split along its contracted axis in rounds, each
-of which reads and writes the whole result. Gathering the matrix first takes 5.0e9 cycles of a step
+of which reads and writes the entire result. Gathering the matrix first takes 5.0e9 cycles of a step
 of llama-3.1-8b on 8 v5p instead of 8.7e9 (2026-11, `python benchmarks/inside.py`, "Gathering before
 products on TPUs" in benchmarks/RESULTS.md), and MaxText's recipes have it so. Delete when
 `inside.py --options '{}'` shows no more cycles.
@@ -78,7 +78,7 @@ class Layout:
     def spec(self, axes: Axes, shape: Sequence[int]) -> PartitionSpec:
         """Return the partition of an array with these logical axes.
 
-        A dimension that the mesh axes do not divide stays whole: one key head shared by
+        A dimension that the mesh axes do not divide is not split: one key head shared by
         eight-way tensor parallelism is copied, as every implementation of it does.
         """
         if len(axes) != len(shape):
@@ -125,8 +125,7 @@ def make_layout(
 ) -> Layout:
     """Make a layout with the standard rules over a mesh with axes of these sizes.
 
-    Takes the first devices that there are, unless they are given. Raises `ValueError` where
-    there are too few.
+    Takes the first of `devices`, by default of all. Raises `ValueError` where they are too few.
     """
     count = data * fsdp * expert * context * tensor
     chosen = list(jax.devices() if devices is None else devices)[:count]
@@ -198,7 +197,8 @@ def shardings(tree: PyTree, layout: Layout, memory: str | None = None) -> PyTree
     """Return the shardings of a tree of parameters, or of an optimizer's state made from them.
 
     Returns a tree of the same structure. Moments keep the axis names of their parameters, so they
-    lie where these do, in a kind of `memory`; plain arrays (step counts) are whole on every device.
+    lie where these do, in a kind of `memory`; plain arrays (step counts) have a copy
+    on every device.
     """
 
     def place(node: PyTree) -> PyTree:

@@ -45,7 +45,7 @@ class Origin:
     path: Path | None
     """The checkpoint of all weights; None for the declared model's own."""
     adapters: tuple[tuple[Lora, Path], ...] = ()
-    """On top of them, each with its checkpoint."""
+    """The adapters on top of the weights, each with its checkpoint."""
     scores: bool = False
     """Whether they are of a reward model."""
     node: str | None = None

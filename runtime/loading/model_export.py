@@ -1,7 +1,7 @@
 """Models written as `transformers` loads them, and adapters as PEFT does.
 
-A folder may hold other things: what was written is listed in `MANIFEST`, and only what stands there
-is ever replaced or removed.
+A folder may hold other files: those of exports are listed in `MANIFEST`, and only they are ever
+replaced or removed.
 """
 
 from __future__ import annotations

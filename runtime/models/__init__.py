@@ -11,9 +11,9 @@
 - `matmul`: matrix products with cheaper gradients on CPUs.
 - `model_folder`: folders of published models, and the architectures that they describe.
 - `moe`: mixtures of experts, and their load-balance loss.
-- `parameters`: parameters as trees: merged, split by what is trained, named by path.
+- `parameters`: parameters as trees: merged, split into trained and frozen, named by path.
 - `primitives`: parameters with named axes, random weights, activations, dropout.
 - `quantization`: frozen matrices in four or eight bits.
-- `remat`: what a layer computes again in its backward pass.
+- `remat`: the values that a layer computes again in its backward pass.
 - `rope`: rotary position embeddings.
 """

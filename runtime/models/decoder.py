@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Float32, Int, Key
+from jaxtyping import Float, Float32, Int, Key, PyTree
 
 from tunelang.compiler.layout.stage_layout import Remat
 from tunelang.compiler.models.architecture import Architecture, plain
@@ -51,7 +51,7 @@ Extra = Literal["none", "keys and values", "maps"]
 """The further output of layers, next to hidden states: keys and values of their attention, or its
 maps with the hidden states of each layer."""
 Carry = TypeVar("Carry")
-RunLayer = Callable[[Block, Carry, Local, jax.Array], tuple[Carry, Any]]
+RunLayer = Callable[[Block, Carry, Local, jax.Array], tuple[Carry, PyTree]]
 """`(block, carry, local, index) -> (carry, extras)`: runs one layer within the scan."""
 
 _UNBOUNDED = 2**30
@@ -349,7 +349,7 @@ class Decoder(nnx.Module):
         kernel: Kernel,
         *,
         extra: Extra,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, PyTree]:
         """Return the hidden states of sequences, what `extra` names of all layers, and what the
         routers of experts say.
         """
@@ -375,8 +375,10 @@ class Decoder(nnx.Module):
 
         def run_layer(
             block: Block, x: jax.Array, local: Local, index: jax.Array
-        ) -> tuple[jax.Array, Any]:
-            def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+        ) -> tuple[jax.Array, PyTree]:
+            def attend(
+                query: jax.Array, key: jax.Array, value: jax.Array
+            ) -> tuple[jax.Array, PyTree]:
                 def attend_within(window: Window) -> jax.Array:
                     return attention.self_attention(
                         query,
@@ -419,7 +421,7 @@ class Decoder(nnx.Module):
 
     def _scan_layers(
         self, carry: Carry, run_layer: RunLayer[Carry], remat: Remat
-    ) -> tuple[Carry, Any]:
+    ) -> tuple[Carry, PyTree]:
         """Run the blocks; returns the last carry, and the layers' extras stacked.
 
         One layer after another, whatever the pattern: a scan keeps its input for the backward pass
@@ -432,14 +434,14 @@ class Decoder(nnx.Module):
 
         def run(
             carry: Carry, state: Params, index: jax.Array, local: jax.Array
-        ) -> tuple[Carry, Any]:
+        ) -> tuple[Carry, PyTree]:
             static: Local = a.pattern[0] == "local" if alike else local
             return run_layer(nnx.merge(graph, state), carry, static, index)
 
         run = rematerialize(run, remat, ranks)
         is_local = jnp.array([span == "local" for span in a.spans])
         inputs = stacked, jnp.arange(a.layers), is_local
-        result: tuple[Carry, Any] = jax.lax.scan(lambda carry, x: run(carry, *x), carry, inputs)
+        result: tuple[Carry, PyTree] = jax.lax.scan(lambda carry, x: run(carry, *x), carry, inputs)
         return result
 
 

@@ -22,10 +22,10 @@ class Cache:
     """Keys and values of the tokens so far, in slots that may be at different positions."""
 
     keys: tuple[jax.Array, ...]
-    """Of each layer `[slots, kv_heads, head_dim, capacity]`, already rotated. Both products of
-    attention then read a matrix as it lies."""
+    """The rotated keys of each layer, `[slots, kv_heads, head_dim, capacity]`: the order of axes in
+    which both products of attention read a matrix as it lies."""
     values: tuple[jax.Array, ...]
-    """Of each layer `[slots, kv_heads, capacity, head_dim]`."""
+    """The values of each layer, `[slots, kv_heads, capacity, head_dim]`."""
     lengths: jax.Array
     """`[slots]` int32: how many tokens of each slot are filled in; the rest is meaningless."""
 

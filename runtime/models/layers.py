@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.models.lora import column_norms, make_adapters
@@ -37,7 +37,7 @@ from tunelang.runtime.models.quantization import dequantized, frozen_product, qu
 from tunelang.runtime.models.rope import Rotation, rotate
 from tunelang.runtime.sharding import Layout
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, PyTree]]
 """`(query, key, value) -> (attended, extra)`: attention with or without a cache."""
 
 
@@ -167,7 +167,7 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """The projections around attention; how heads attend is given at the call."""
+    """The projections around attention; the call says how heads attend."""
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs) -> None:
         a = architecture
@@ -188,7 +188,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: jax.Array, rotation: Rotation | None, attend: Attend, keys: jax.Array | None = None
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, PyTree]:
         """Map `[batch, length, width]` to the same; returns the further output of `attend` too."""
         query, key, value = self.q(x, keys, 2), self.k(x, keys, 3), self.v(x, keys, 4)
         if self.q_norm is not None and self.k_norm is not None:
@@ -250,7 +250,7 @@ class Block(nnx.Module):
         attend: Attend,
         keys: jax.Array | None,
         layout: Layout | None = None,
-    ) -> tuple[jax.Array, Any, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, PyTree, tuple[jax.Array, jax.Array] | None]:
         """Map `[batch, length, width]` to the same.
 
         Returns the further output of `attend` too, and where there are experts the inputs of

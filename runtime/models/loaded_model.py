@@ -18,8 +18,8 @@ class Model:
     architecture: Architecture
     renderer: Renderer
     dtype: Any
-    """Of activations."""
+    """The dtype of activations."""
     storage: Storage = "f32"
-    """How weights are kept that are not trained."""
+    """The storage of frozen weights."""
     folder: Path | None = None
-    """Where its weights are; None for random ones."""
+    """The folder of its weights; None for random ones."""

@@ -1,4 +1,4 @@
-"""A decoder's parameters as trees: merging, splitting by what is trained, shapes without arrays."""
+"""A decoder's parameters as trees: merged, split into trained and frozen, as shapes only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.models.decoder import Decoder
@@ -49,8 +50,8 @@ def split_objective_params(params: Params) -> tuple[Params, Params]:
 def split_trainable(architecture: Architecture, params: Params) -> tuple[Params, Params]:
     """Return the parameters that are trained, and those that are frozen.
 
-    With adapters, the last of each matrix is trained, and what is no part of the pretrained model:
-    the head of a reward or value model, and parameters of the objective.
+    With adapters, the last of each matrix is trained, and the parameters that the pretrained model
+    lacks: the head of a reward or value model, and parameters of the objective.
     """
     if not architecture.adapters:
         return params, nnx.State({})
@@ -72,11 +73,11 @@ def abstract_decoder(
 
 
 def uses_dropout(architecture: Architecture) -> bool:
-    """Whether training draws what to drop."""
+    """Return whether training has dropout."""
     return bool(architecture.dropout or any(adapter.dropout for adapter in architecture.adapters))
 
 
-def arrays_by_path(tree: Any) -> Arrays:
+def arrays_by_path(tree: PyTree) -> Arrays:
     """Return the arrays of a tree of parameters, or of an optimizer's state made from them.
 
     `nnx.to_pure_dict` would do for parameters alone. An optimizer's state is of tuples too, and
@@ -91,9 +92,9 @@ def arrays_by_path(tree: Any) -> Arrays:
 
 
 def with_arrays(tree: Tree, arrays: Arrays) -> Tree:
-    """Return the tree with `arrays`, as `arrays_by_path` names them, in place of its own."""
+    """Return the tree with `arrays`, as `arrays_by_path` names them, in place of the tree's."""
 
-    def put(path: tuple[Any, ...], leaf: Any) -> Any:
+    def put(path: tuple[object, ...], leaf: PyTree) -> PyTree:
         array = arrays.get(jax.tree_util.keystr(path, simple=True, separator="."))
         if array is None:
             return leaf

@@ -50,7 +50,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 """The GELU is its tanh approximation, as Gemma and GPT-2 have it."""
 
 
-def recompute_in_backward(function: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+def recompute_in_backward(
+    function: Callable[..., jax.Array], *arguments: jax.Array | None
+) -> jax.Array:
     """Call an elementwise function, and keep only its arguments for the backward pass.
 
     Its intermediate values are quick to compute again, and in float32 they would take more memory

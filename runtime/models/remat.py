@@ -1,14 +1,16 @@
-"""Rematerialisation: what a layer keeps for its backward pass, and what it computes again."""
+"""Rematerialisation: the choice between saving a value for the backward pass and recomputing it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from tunelang.compiler.layout.stage_layout import Remat
+
+Result = TypeVar("Result")
 
 
 def save_weight_products(ranks: frozenset[int]) -> Callable[..., bool]:
@@ -31,8 +33,8 @@ def save_weight_products(ranks: frozenset[int]) -> Callable[..., bool]:
 
 
 def rematerialize(
-    function: Callable[..., Any], remat: Remat, ranks: frozenset[int]
-) -> Callable[..., Any]:
+    function: Callable[..., Result], remat: Remat, ranks: frozenset[int]
+) -> Callable[..., Result]:
     """Wrap a layer so that it keeps for its backward pass only what `remat` says."""
     if remat == "none":
         return function

@@ -40,7 +40,7 @@ class TopK(NamedTuple):
 
     ids: Int[Array, "batch length k"]
     log_probs: Float[Array, "batch length k"]
-    """Of the whole vocabulary, in nats, of the logits over the temperature."""
+    """Log-probabilities within the full vocabulary, in nats, of the logits over the temperature."""
 
 
 class Divergence(NamedTuple):

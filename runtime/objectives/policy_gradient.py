@@ -96,18 +96,18 @@ class Completions(NamedTuple):
     """
 
     now: Array
-    """By the parameters that are trained; the gradient flows through it."""
+    """The log-probabilities by the trained parameters; the gradient flows through them."""
     mask: Array
     """True on the tokens of the completion, the stop token included."""
     advantages: Array
-    """From `Advantages.values`, the same on all tokens of a completion; or from `values.gae`."""
+    """The advantages: `Advantages.values`, equal on all tokens of a completion, or `gae`'s."""
     old: Array | None = None
-    """By the trainer's program with the parameters that sampled; without it, these are `now`'s."""
+    """The same by the trainer's program with the parameters that sampled; None: `now`."""
     sampler: Array | None = None
-    """As the sampler reported them: `plain_log_prob` of `sampling.Draw`, so that only the
-    difference between the two programs is corrected; `log_prob` would count its filters too."""
+    """The same as the sampler reported them: `plain_log_prob` of `token_sampling.Draw`, so that
+    only the difference between the two programs is corrected; `log_prob` would count its filters too."""
     reference: Array | None = None
-    """By the reference model."""
+    """The same by the reference model."""
     entropy: Array | None = None
     """Entropy of the whole distribution at each token; the gradient flows through it."""
 
@@ -120,7 +120,7 @@ class Totals(NamedTuple):
     """
 
     denominator: Array
-    """What the loss sum is divided by, once it is added up over the whole step."""
+    """The divisor of the loss sum, once both are added up over the step."""
     tokens: Array
     """Number of tokens that count."""
     sums: dict[str, Array]
@@ -139,13 +139,13 @@ class Advantages(NamedTuple):
 # Before the loss.
 
 
-def advantages(rewards: Num[Array, "prompts group"], how: str | Custom) -> Advantages:
+def advantages(rewards: Num[Array, "prompts group"], baseline: str | Custom) -> Advantages:
     """Compute how much better each completion is than its group.
 
     Args:
       rewards: Of each completion, `[prompts, group]`.
-      how: `group_mean_std`, `(r - mean) / std`; `group_mean`, `r - mean`; `leave_one_out`, `r` less
-        the mean of the others; or a function of the user's.
+      baseline: `group_mean_std`, `(r - mean) / std`; `group_mean`, `r - mean`; `leave_one_out`, `r`
+        less the mean of the others; or a function of the user's.
 
     Returns:
       Advantages `[prompts, group]`. Rewards that differ by less than rounding (1e-6, relative above
@@ -167,7 +167,7 @@ def advantages(rewards: Num[Array, "prompts group"], how: str | Custom) -> Advan
     spread = rewards.max(-1) - rewards.min(-1)
     flat = spread <= 1e-6 * jnp.maximum(1.0, jnp.abs(rewards).max(-1))
     centred = rewards - rewards.mean(-1, keepdims=True)
-    match how:
+    match baseline:
         case "group_mean_std":
             variance = jnp.square(centred).sum(-1, keepdims=True) / (group - 1)
             values = centred / jnp.sqrt(jnp.where(flat[..., None], 1.0, variance))
@@ -176,10 +176,10 @@ def advantages(rewards: Num[Array, "prompts group"], how: str | Custom) -> Advan
         case "leave_one_out":
             values = centred * (group / (group - 1))
         case Custom():
-            values = how(rewards.shape, rewards=rewards)
+            values = baseline(rewards.shape, rewards=rewards)
             return Advantages(values, jnp.all(values == 0, axis=-1))
         case _:
-            raise ValueError(f"unknown advantage {how!r}")
+            raise ValueError(f"unknown advantage {baseline!r}")
     return Advantages(jnp.where(flat[..., None], 0.0, values), flat)
 
 
@@ -334,25 +334,25 @@ def metrics(loss: Scalar, totals: Totals) -> dict[str, Array]:
 # The roles; arrays are `[sequences, length]` with finite values everywhere.
 
 
-def ratios(log_ratio: Tokens, mask: Mask, how: str) -> Tokens:
+def ratios(log_ratio: Tokens, mask: Mask, level: str) -> Tokens:
     """Compute the ratio of the policy's probability to the sampling one's, on every token.
 
     Args:
       log_ratio: `log pi - log pi_old`, `[sequences, length]`.
       mask: True on tokens of the completion, `[sequences, length]`.
-      how: `token`, `pi(y_t) / pi_old(y_t)`; `sequence`, the geometric mean of these over the
+      level: `token`, `pi(y_t) / pi_old(y_t)`; `sequence`, the geometric mean of these over the
         completion; `sequence_token`, that value with the gradient of the token's own probability.
 
     References:
       GSPO, arXiv:2507.18071, equations 7 (`sequence`) and 14 (`sequence_token`).
 
     """
-    if how == "token":
+    if level == "token":
         return jnp.exp(_bounded(log_ratio))
     lengths = jnp.maximum(mask.sum(-1, keepdims=True, dtype=log_ratio.dtype), 1)
     mean = _masked(mask, log_ratio).sum(-1, keepdims=True) / lengths
     sequence = jnp.broadcast_to(jnp.exp(_bounded(mean)), log_ratio.shape)
-    if how == "sequence":
+    if level == "sequence":
         return sequence
     return lax.stop_gradient(sequence) * jnp.exp(log_ratio - lax.stop_gradient(log_ratio))
 

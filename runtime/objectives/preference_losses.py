@@ -30,14 +30,14 @@ class Pairs(NamedTuple):
     """
 
     chosen: Array
-    """Of the better answer, by the parameters that are trained; a gradient flows through it."""
+    """The log-probability of the better answer by the trained parameters; has a gradient."""
     rejected: Array
-    """Of the worse one; a gradient flows through it too."""
+    """The same of the worse answer; has a gradient too."""
     chosen_tokens: Array
     """Number of tokens of the better answer, the stop token included."""
     rejected_tokens: Array
     reference_chosen: Array | None = None
-    """Of the better answer, by the reference model."""
+    """The log-probability of the better answer by the reference model."""
     reference_rejected: Array | None = None
 
 

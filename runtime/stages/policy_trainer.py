@@ -269,7 +269,7 @@ class PolicyTrainer:
         batch = joined([chosen(sampled.batch, prompts) for sampled, prompts in kept])
         mask, flat = batch.mask, np.zeros(len(rewards), bool)
         if self.critic is None:
-            found = _advantages(jnp.asarray(rewards, jnp.float32), how=stage.advantage)
+            found = _advantages(jnp.asarray(rewards, jnp.float32), baseline=stage.advantage)
             batch = replace(batch, advantages=np.asarray(found.values))
             flat = np.asarray(found.flat)
             mask = mask & ~flat[:, None, None]

@@ -24,7 +24,7 @@ from tunelang.runtime.training.offload import offload
 from tunelang.runtime.user_functions import Custom
 
 STACKED = frozenset({"layers", "expert"})
-"""Axes along which whole weights are stacked."""
+"""Axes along which weights are stacked."""
 _ONE_SIDE = {"heads": "head", "kv_heads": "head", "head_dim": "head"}
 """Axes that together are one side of a matrix."""
 _TABLES = frozenset({"vocab", "position"})

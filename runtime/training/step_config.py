@@ -18,7 +18,7 @@ class StepConfig:
 
     layout: Layout
     dtype: DTypeLike = jnp.float32
-    """Of activations."""
+    """The dtype of activations."""
     micro_batches: int = 1
     """Parts of a batch that are run one after another."""
     remat: Remat = "none"
@@ -26,7 +26,7 @@ class StepConfig:
     chunk: int = 128
     """Tokens of a sequence whose logits are in memory at once."""
     seed: int = 0
-    """Of the dropout."""
+    """The seed of the dropout."""
     offloaded: bool = False
     """Whether the moments of the optimizer lie in the memory of the host."""
     branches: int = 1

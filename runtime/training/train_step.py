@@ -6,6 +6,7 @@ that neither micro-batches nor devices change it. Micro-batches are scanned, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -90,28 +91,19 @@ def train_step(
 ) -> StateProgram:
     """Return the program `(state, batch) -> (state, metrics)`.
 
-    Without an objective, it is the likelihood of the trained tokens. The batch has a leading axis:
-    `[steps, batch, length]`, and that many steps are made. Raises
-    `ValueError` when called with a batch that does not divide over micro-batches and devices.
+    Without an objective, it is the likelihood of the trained tokens. The batch has a leading axis,
+    `[steps, batch, length]`, and that many steps are made. Raises `ValueError` when called with a
+    batch that does not divide over micro-batches and devices.
     """
     objective = objective or LikelihoodObjective()
     graph, _ = abstract_decoder(architecture, config.dtype)
-    layout = config.layout
 
     def make_step(
         state: TrainState, read_only: ReadOnlyState, batch: Batch
     ) -> tuple[TrainState, StepMetrics]:
         rows = batch.tokens.shape[0]
-        parts = config.micro_batches * layout.batch_shards
-        if rows % parts:
-            raise ValueError(
-                f"{rows} sequences do not divide over {config.micro_batches} micro-batches on"
-                f" {layout.batch_shards} parts of the mesh"
-            )
-        keys = None
-        if uses_dropout(architecture):
-            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
+        _require_division(rows, config)
+        keys = _dropout_keys(state.step, rows, config) if uses_dropout(architecture) else None
 
         def models(params: Params) -> Models:
             trained, extra = split_objective_params(params)
@@ -138,6 +130,30 @@ def train_step(
         return jax.lax.scan(lambda state, batch: make_step(state, read_only, batch), state, batches)
 
     abstract = abstract_state(architecture, optimizer, config, objective.initial_params)
+    return StateProgram(_jit_steps(steps, abstract, config))
+
+
+def _require_division(rows: int, config: StepConfig) -> None:
+    if rows % (config.micro_batches * config.layout.batch_shards):
+        raise ValueError(
+            f"{rows} sequences do not divide over {config.micro_batches} micro-batches on"
+            f" {config.layout.batch_shards} parts of the mesh"
+        )
+
+
+def _dropout_keys(step: jax.Array, rows: int, config: StepConfig) -> jax.Array:
+    """Return a random key for each row of a step's batch."""
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    keys: jax.Array = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(rows))
+    return keys
+
+
+Steps = Callable[[TrainState, ReadOnlyState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def _jit_steps(steps: Steps, abstract: TrainState, config: StepConfig) -> jax.stages.Wrapped:
+    """Jit steps for states like `abstract`; over branches, if there are several."""
+    layout = config.layout
     places = state_shardings(abstract, config)
     everywhere = NamedSharding(layout.mesh, PartitionSpec())
     batch_place = NamedSharding(
@@ -149,7 +165,7 @@ def train_step(
         stacked = stack_branches(split_state(abstract)[0], config.branches)
         changing = jax.tree.map(lambda leaf: leaf.sharding, stacked)
         run = jax.vmap(steps, in_axes=(0, None, None))
-    jitted = jit(
+    return jit(
         run,
         layout,
         # Auxiliary parameters may lie anywhere: a reference can have a layout of its own.
@@ -157,7 +173,6 @@ def train_step(
         out_shardings=(changing, everywhere),
         donate_argnums=0,
     )
-    return StateProgram(jitted)
 
 
 def apply_gradient(
