@@ -53,7 +53,7 @@ from tunelang.runtime.data.sample_order import Order
 from tunelang.runtime.generation.engine import make_engine
 from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Prompt
-from tunelang.runtime.objectives import policy_gradient
+from tunelang.runtime.objectives.advantages import group_advantages
 from tunelang.runtime.objectives.policy_gradient import PolicySettings
 from tunelang.runtime.planning.local_devices import local_devices
 from tunelang.runtime.sharding import make_layout
@@ -334,7 +334,7 @@ def grpo(given: Given) -> Found:
     sampler = Sampler(engine, sampling, stop_ids=(), pad=0)
     update = policy_step(architecture, optimizer, schedule, PolicySettings.of(policy), program)
     score = score_program(architecture, program, given["temperature"])
-    advantages = jax.jit(policy_gradient.advantages, static_argnames="how")
+    advantages = jax.jit(group_advantages, static_argnames="baseline")
     part = math.gcd(group, given["prompts"] * group // program.micro_batches)
     state = random_state(architecture, optimizer, program, 0)
     reference = jax.tree.map(jnp.copy, state.params)

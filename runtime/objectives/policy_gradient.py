@@ -29,7 +29,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float
 
 from tunelang.compiler.search.sweep_fusion import at_unit_rate
 from tunelang.dsl.vocabulary.base import Function
@@ -96,18 +96,18 @@ class Completions(NamedTuple):
     """
 
     now: Array
-    """The log-probabilities by the trained parameters; the gradient flows through them."""
+    """Log-probabilities by the trained parameters; the gradient flows through them."""
     mask: Array
     """True on the tokens of the completion, the stop token included."""
     advantages: Array
-    """The advantages: `Advantages.values`, equal on all tokens of a completion, or `gae`'s."""
+    """`Advantages.values`, equal on all tokens of a completion, or the advantages of `gae`."""
     old: Array | None = None
-    """The same by the trainer's program with the parameters that sampled; None: `now`."""
+    """Log-probabilities by the trainer's program with the parameters that sampled; None: `now`."""
     sampler: Array | None = None
-    """The same as the sampler reported them: `plain_log_prob` of `token_sampling.Draw`, so that
-    only the difference between the two programs is corrected; `log_prob` would count its filters too."""
+    """Log-probabilities that the sampler reported: `plain_log_prob` of `token_sampling.Draw`. Only
+    the difference between the two programs is corrected; `log_prob` would count filters too."""
     reference: Array | None = None
-    """The same by the reference model."""
+    """Log-probabilities by the reference model."""
     entropy: Array | None = None
     """Entropy of the whole distribution at each token; the gradient flows through it."""
 
@@ -127,60 +127,7 @@ class Totals(NamedTuple):
     maxima: dict[str, Array]
 
 
-class Advantages(NamedTuple):
-    """Advantages of completions, and the groups that have none."""
-
-    values: Array
-    """`[prompts, group]`, float32."""
-    flat: Array
-    """`[prompts]`, true where all rewards of the group are equal: every advantage is 0."""
-
-
 # Before the loss.
-
-
-def advantages(rewards: Num[Array, "prompts group"], baseline: str | Custom) -> Advantages:
-    """Compute how much better each completion is than its group.
-
-    Args:
-      rewards: Of each completion, `[prompts, group]`.
-      baseline: `group_mean_std`, `(r - mean) / std`; `group_mean`, `r - mean`; `leave_one_out`, `r`
-        less the mean of the others; or a function of the user's.
-
-    Returns:
-      Advantages `[prompts, group]`. Rewards that differ by less than rounding (1e-6, relative above
-      1) count as equal: the division never blows up noise, and needs no epsilon.
-
-    Raises:
-      ValueError: For a group of one.
-
-    References:
-      GRPO, arXiv:2402.03300, section 4.1.2 (`group_mean_std`; ours has the sample deviation, over
-      `group - 1`, as TRL and verl). Dr. GRPO, arXiv:2503.20783 (`group_mean`). RLOO,
-      arXiv:2402.14740 (`leave_one_out`).
-
-    """
-    group = rewards.shape[-1]
-    if group < 2:
-        raise ValueError("a group of one completion has no advantage over itself")
-    rewards = rewards.astype(jnp.float32)
-    spread = rewards.max(-1) - rewards.min(-1)
-    flat = spread <= 1e-6 * jnp.maximum(1.0, jnp.abs(rewards).max(-1))
-    centred = rewards - rewards.mean(-1, keepdims=True)
-    match baseline:
-        case "group_mean_std":
-            variance = jnp.square(centred).sum(-1, keepdims=True) / (group - 1)
-            values = centred / jnp.sqrt(jnp.where(flat[..., None], 1.0, variance))
-        case "group_mean":
-            values = centred
-        case "leave_one_out":
-            values = centred * (group / (group - 1))
-        case Custom():
-            values = baseline(rewards.shape, rewards=rewards)
-            return Advantages(values, jnp.all(values == 0, axis=-1))
-        case _:
-            raise ValueError(f"unknown advantage {baseline!r}")
-    return Advantages(jnp.where(flat[..., None], 0.0, values), flat)
 
 
 def penalised(

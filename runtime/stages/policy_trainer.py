@@ -24,6 +24,7 @@ from tunelang.runtime.generation.episodes import Episodes, Prompt, completion_te
 from tunelang.runtime.models.loaded_model import Model
 from tunelang.runtime.models.parameters import Params
 from tunelang.runtime.objectives import policy_gradient
+from tunelang.runtime.objectives.advantages import group_advantages
 from tunelang.runtime.rewards.reward_functions import CompiledReward, Scores
 from tunelang.runtime.rewards.reward_rows import reward_rows, sample_records
 from tunelang.runtime.sharding import Layout, on_devices
@@ -49,7 +50,7 @@ _LENGTHS = 4
 """Completions are padded to the next of so many lengths: a compromise between compiled programs and
 padding."""
 
-_advantages = jax.jit(policy_gradient.advantages, static_argnames="how")
+_advantages = jax.jit(group_advantages, static_argnames="baseline")
 
 
 @dataclass(frozen=True)

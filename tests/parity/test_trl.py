@@ -20,6 +20,7 @@ from tunelang.dsl.vocabulary.policy_stages import POLICIES, Policy
 from tunelang.dsl.vocabulary.preference_stages import PREFERENCES, Kto, Preference
 from tunelang.dsl.vocabulary.training import K1, K3, Masked, Sampling, Truncated
 from tunelang.runtime.objectives import policy_gradient
+from tunelang.runtime.objectives.advantages import group_advantages
 from tunelang.runtime.objectives.policy_gradient import Completions, objective
 from tunelang.runtime.objectives.preference_losses import (
     Pairs,
@@ -467,7 +468,7 @@ def taught(kind, rollouts, attributes):
 
 def learnt(chosen, rollouts, rewards):
     """Compute the same by `objective`, and the metrics."""
-    of = policy_gradient.advantages(rewards, chosen.advantage).values.reshape(-1, 1)
+    of = group_advantages(rewards, chosen.advantage).values.reshape(-1, 1)
     given = {name: jnp.asarray(rollouts[name]) for name in ("old", "sampler", "reference")}
 
     def loss(now):

@@ -19,6 +19,7 @@ from tunelang.dsl.vocabulary.training import K1, K2, K3, Masked, Truncated
 from tunelang.runtime.models.decode_step import decode_step, decode_weights
 from tunelang.runtime.models.kv_cache import empty_cache, insert
 from tunelang.runtime.models.parameters import abstract_decoder
+from tunelang.runtime.objectives.advantages import group_advantages
 from tunelang.runtime.objectives.distill_losses import (
     Divergence,
     attention_transfer,
@@ -27,7 +28,7 @@ from tunelang.runtime.objectives.distill_losses import (
     top_k,
 )
 from tunelang.runtime.objectives.gae import value_losses
-from tunelang.runtime.objectives.policy_gradient import Completions, advantages, objective
+from tunelang.runtime.objectives.policy_gradient import Completions, objective
 from tunelang.runtime.objectives.preference_losses import bradley_terry
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.cross_entropy import LogitInputs, cross_entropy, token_scores
@@ -172,7 +173,7 @@ def test_advantages_values_and_scores_do_not_promote():
     for how in ("group_mean_std", "group_mean", "leave_one_out"):
         for dtype in (jnp.float32, jnp.int32):
             jax.eval_shape(
-                lambda rewards, how=how: advantages(rewards, how), floats(3, 4, dtype=dtype)
+                lambda rewards, how=how: group_advantages(rewards, how), floats(3, 4, dtype=dtype)
             )
     array = floats(5)
     trace_gradient(lambda *arrays: value_losses(*arrays, 0.2)[0], array, array, array)

@@ -20,6 +20,7 @@ from tunelang.dsl.vocabulary.preference_stages import Preference
 from tunelang.dsl.vocabulary.training import Clip, Sampling
 from tunelang.runtime.data.row_sources import open_rows
 from tunelang.runtime.objectives import policy_gradient
+from tunelang.runtime.objectives.advantages import group_advantages
 from tunelang.runtime.objectives.policy_gradient import Completions
 from tunelang.runtime.objectives.preference_losses import Pairs, pair_losses
 from tunelang.runtime.sharding import make_layout
@@ -130,8 +131,8 @@ def test_a_loss_of_pairs_equals_the_one_it_repeats(folder: Path) -> None:
 
 def test_an_advantage_and_a_policy_loss_equal_those_they_repeat(folder: Path) -> None:
     rewards = jnp.array([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]])
-    found = policy_gradient.advantages(rewards, loaded("advantage", folder))
-    expected = policy_gradient.advantages(rewards, "group_mean")
+    found = group_advantages(rewards, loaded("advantage", folder))
+    expected = group_advantages(rewards, "group_mean")
     np.testing.assert_allclose(found.values, expected.values)
     np.testing.assert_array_equal(found.flat, expected.flat)
 
@@ -157,7 +158,7 @@ def test_an_advantage_and_a_policy_loss_equal_those_they_repeat(folder: Path) ->
 )
 def test_what_a_function_does_wrong_is_said(folder: Path, name: str, why: str) -> None:
     with pytest.raises(CustomError) as caught:
-        policy_gradient.advantages(jnp.ones((2, 3)), loaded(name, folder))
+        group_advantages(jnp.ones((2, 3)), loaded(name, folder))
     assert caught.value.reference == f"mine.py:{name}"
     assert why in caught.value.why
 

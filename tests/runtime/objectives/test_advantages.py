@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tunelang.runtime.objectives import policy_gradient
+from tunelang.runtime.objectives.advantages import group_advantages
 
 
 def test_advantages_are_the_papers():
@@ -19,7 +19,7 @@ def test_advantages_are_the_papers():
         "leave_one_out": rewards - others,
     }
     for how, values in expected.items():
-        found = policy_gradient.advantages(jnp.asarray(rewards), how)
+        found = group_advantages(jnp.asarray(rewards), how)
         np.testing.assert_allclose(found.values, values, rtol=1e-5, atol=1e-6)
         assert not np.asarray(found.flat).any()
 
@@ -27,19 +27,19 @@ def test_advantages_are_the_papers():
 @pytest.mark.parametrize("how", ["group_mean_std", "group_mean", "leave_one_out"])
 def test_groups_without_variance_are_found(how):
     rewards = jnp.array([[1.0, 1.0, 1.0], [0.3, 0.1 + 0.2, 0.3], [0.0, 0.0, 0.01], [-5e3] * 3])
-    found = policy_gradient.advantages(rewards, how)
+    found = group_advantages(rewards, how)
     np.testing.assert_array_equal(found.flat, [True, True, False, True])
     assert not np.asarray(found.values)[[0, 1, 3]].any()
     assert np.asarray(found.values)[2].any()
 
 
 def test_fractions_count():
-    integers = policy_gradient.advantages(jnp.array([[0, 1, 1]]), "group_mean")
+    integers = group_advantages(jnp.array([[0, 1, 1]]), "group_mean")
     assert integers.values.dtype == jnp.float32
-    found = policy_gradient.advantages(jnp.array([[0.7, 0.2]]), "group_mean").values
+    found = group_advantages(jnp.array([[0.7, 0.2]]), "group_mean").values
     np.testing.assert_allclose(found, [[0.25, -0.25]], rtol=1e-6)
 
 
 def test_a_group_of_one_is_an_error():
     with pytest.raises(ValueError, match="group of one"):
-        policy_gradient.advantages(jnp.ones((3, 1)), "group_mean_std")
+        group_advantages(jnp.ones((3, 1)), "group_mean_std")
