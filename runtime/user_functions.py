@@ -50,7 +50,7 @@ class Custom:
     reference: str
     function: Callable[..., Any]
 
-    def __call__(self, shape: tuple[int, ...], **arguments: Any) -> Any:
+    def __call__(self, shape: tuple[int, ...], **arguments: object) -> Any:
         """Call the function with those of `arguments` that its parameters name.
 
         Raises `CustomError` if the function raises or its result has another shape.
@@ -74,7 +74,7 @@ def bound(node: _Node, folder: Path) -> _Node:
 
     Rewards stay as they are: they run elsewhere. Raises `CustomError`.
     """
-    changed: dict[str, Any] = {}
+    changed: dict[str, object] = {}
     known = attributes(type(node))
     for name, value in node:
         attribute = known.get(type(node).model_fields[name].alias or name)
@@ -113,7 +113,7 @@ def make_rows(kind: PythonData, folder: Path, cache: Path) -> Path:
     return path
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"a field cannot be written as JSON: {value!r:.80}")

@@ -112,7 +112,7 @@ def _stage(folder: StageFolder, samples: int, width: int) -> Iterator[str]:
         yield from _sample(sample, width)
 
 
-def _cell(row: Mapping[str, Any], name: str) -> str:
+def _cell(row: Mapping[str, object], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, int | float):
         return ""

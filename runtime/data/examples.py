@@ -42,7 +42,7 @@ class Example:
     """Name of the declared data that the row comes from."""
     row: int
     """Number of the row in its source."""
-    fields: Mapping[str, Any]
+    fields: Row
     prompt: str | None = None
     response: str | None = None
     target: str | None = None
@@ -125,7 +125,7 @@ def texts_of(example: Example) -> Iterator[str]:
             yield text
 
 
-def conversation(name: str, value: Any) -> tuple[Message, ...]:
+def conversation(name: str, value: object) -> tuple[Message, ...]:
     """Return the turns of a conversation, from a list of objects with `role` and `content`.
 
     Raises `WrongTypeError`.
@@ -135,7 +135,7 @@ def conversation(name: str, value: Any) -> tuple[Message, ...]:
     return tuple(_message(f"{name}[{index}]", item) for index, item in enumerate(value))
 
 
-def _message(name: str, item: Any) -> Message:
+def _message(name: str, item: object) -> Message:
     if not isinstance(item, Mapping):
         raise WrongTypeError(name, "an object with `role` and `content`", item)
     role, content = item.get("role"), item.get("content")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 from tunelang.dsl.vocabulary.base import Condition
 from tunelang.dsl.vocabulary.data import FieldValue, Literal, Operator
 from tunelang.runtime.data.examples import Example
 from tunelang.runtime.data.row_errors import WrongTypeError
-from tunelang.runtime.data.text_templates import lookup
+from tunelang.runtime.data.text_templates import lookup, python_scalar
 
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "<": operator.lt,
@@ -38,7 +38,9 @@ def holds(
     return value
 
 
-def _value(condition: Condition, example: Example, measure: Callable[[Example], int] | None) -> Any:
+def _value(
+    condition: Condition, example: Example, measure: Callable[[Example], int] | None
+) -> object:
     match condition:
         case Literal():
             return condition.value
@@ -47,8 +49,7 @@ def _value(condition: Condition, example: Example, measure: Callable[[Example], 
                 raise TypeError("`length` needs a tokenizer, and this use of the data has none")
             return measure(example)
         case FieldValue():
-            value = lookup(condition.name, example.fields)
-            return value.item() if getattr(value, "ndim", None) == 0 else value
+            return python_scalar(lookup(condition.name, example.fields))
         case Operator(operator=sign, operands=(operand,)):
             inner = _value(operand, example, measure)
             if sign == "not":
@@ -68,7 +69,7 @@ def _value(condition: Condition, example: Example, measure: Callable[[Example], 
     raise TypeError(f"not a condition: {type(condition).__name__}")
 
 
-def _binary(sign: str, left: tuple[Condition, Any], right: tuple[Condition, Any]) -> Any:
+def _binary(sign: str, left: tuple[Condition, object], right: tuple[Condition, object]) -> object:
     one, other = left[1], right[1]
     # CSV has no numbers, only text that reads as one.
     if isinstance(one, str) and _is_number(other):
@@ -85,25 +86,24 @@ def _binary(sign: str, left: tuple[Condition, Any], right: tuple[Condition, Any]
     return _BINARY[sign](first, second)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _as_number(text: str) -> Any:
+def _as_number(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
         return text
 
 
-def _number(condition: Condition, value: Any) -> int | float:
+def _number(condition: Condition, value: object) -> int | float:
     if not _is_number(value):
         raise WrongTypeError(_describe(condition), "a number", value)
-    number: int | float = value
-    return number
+    return value
 
 
-def _truth(condition: Condition, value: Any) -> bool:
+def _truth(condition: Condition, value: object) -> bool:
     if not isinstance(value, bool):
         raise WrongTypeError(_describe(condition), "true or false", value)
     return value

@@ -15,6 +15,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing_extensions import override
 from tunelang.dsl.diagnostics.tune_error import FailureText, TuneError
 from tunelang.dsl.messages import run_failures
 from tunelang.dsl.vocabulary.data import Procedural
+from tunelang.runtime.data.text_templates import Row
 from tunelang.runtime.store.atomic_files import replacing
 
 
@@ -45,7 +47,7 @@ class GeneratorError(TuneError):
 class Problems:
     """Generated problems as rows: `question`, `answer` (may be None) and `metadata`."""
 
-    def __init__(self, task: str, settings: dict[str, Any], path: Path, digest: str) -> None:
+    def __init__(self, task: str, settings: Mapping[str, object], path: Path, digest: str) -> None:
         self.digest = digest
         self._task = task
         self._settings = settings
@@ -56,23 +58,23 @@ class Problems:
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int) -> Row:
         if not 0 <= row < len(self):
             raise IndexError(row)
         start, end = int(self._offsets[row]), int(self._offsets[row + 1])
         # The cache is our own: JSON would turn the tuples that verifiers compare with into lists.
-        problem: dict[str, Any] = pickle.loads(os.pread(self._file.fileno(), end - start, start))
+        problem: Row = pickle.loads(os.pread(self._file.fileno(), end - start, start))
         return problem
 
     def place(self, row: int) -> str:
         """Return where the row stands, for a report."""
         return f"{self._task}: problem {row + 1}"
 
-    def content(self, row: dict[str, Any]) -> Any:
+    def content(self, row: Row) -> object:
         """Return the problem without its number, so that equal problems count as one."""
         return [row["question"], row["answer"]]
 
-    def score(self, answer: str, row: dict[str, Any]) -> float:
+    def score(self, answer: str, row: Row) -> float:
         """Return the generator's own score of an answer, from 0 to 1; raises what the generator
         raises.
         """
@@ -105,7 +107,7 @@ def generate(kind: Procedural, cache: Path) -> Problems:
     return Problems(kind.task, settings, path, digest)
 
 
-def _make(task: str, settings: dict[str, Any], path: Path) -> None:
+def _make(task: str, settings: Mapping[str, object], path: Path) -> None:
     """Write the problems, then the table of their offsets, whose file marks them as complete."""
     with replacing(path) as problems:
         order = json.dumps({"task": task, "settings": settings, "path": str(problems)})

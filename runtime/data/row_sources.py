@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,7 @@ from tunelang.dsl.vocabulary.data import (
 )
 from tunelang.runtime.data.procedural import generate
 from tunelang.runtime.data.row_errors import NotARowError
+from tunelang.runtime.data.text_templates import Row
 from tunelang.runtime.store.atomic_files import replacing
 from tunelang.runtime.user_functions import make_rows
 
@@ -50,13 +51,13 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int) -> Row:
         """Return the row; raises `NotARowError` where there is something else."""
 
     def place(self, row: int) -> str:
         """Return where the row stands, for a report: `train.jsonl:17`."""
 
-    def content(self, row: dict[str, Any]) -> Any:
+    def content(self, row: Row) -> object:
         """Return the part of a row by which it counts as equal to another one."""
 
 
@@ -108,7 +109,7 @@ class _Joined:
         index = int(np.searchsorted(self.ends, row, side="right"))
         return self.parts[index], row - (int(self.ends[index - 1]) if index else 0)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int) -> Row:
         part, inner = self._find(row)
         return part[inner]
 
@@ -116,14 +117,13 @@ class _Joined:
         part, inner = self._find(row)
         return part.place(inner)
 
-    def content(self, row: dict[str, Any]) -> Any:
+    def content(self, row: Row) -> object:
         return row
 
 
-def _joined(parts: list[Any]) -> Rows:
+def _joined(parts: Sequence[Rows]) -> Rows:
     if len(parts) == 1:
-        only: Rows = parts[0]
-        return only
+        return parts[0]
     digest = hashlib.blake2b("".join(part.digest for part in parts).encode(), digest_size=16)
     ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
     return _Joined(tuple(parts), ends, digest.hexdigest())
@@ -141,9 +141,7 @@ def file_digest(path: Path) -> str:
 class _Spans:
     """Rows that are spans of a file; `spans` `[rows, 2]` are offsets in bytes."""
 
-    def __init__(
-        self, path: Path, spans: NDArray[np.int64], parse: Callable[[str], dict[str, Any]]
-    ) -> None:
+    def __init__(self, path: Path, spans: NDArray[np.int64], parse: Callable[[str], Row]) -> None:
         self._path = path
         self._spans = spans
         self._parse = parse
@@ -154,7 +152,7 @@ class _Spans:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int) -> Row:
         start, end = map(int, self._spans[row])
         raw = os.pread(self._file.fileno(), end - start, start)
         try:
@@ -166,7 +164,7 @@ class _Spans:
         """Return file and line; lines are counted, which is slow and fast enough for reports."""
         return f"{self._path.name}:{_line_number(self._path, int(self._spans[row][0]))}"
 
-    def content(self, row: dict[str, Any]) -> Any:
+    def content(self, row: Row) -> object:
         return row
 
     def __del__(self) -> None:
@@ -246,7 +244,7 @@ def _pairs(flat: array[int]) -> NDArray[np.int64]:
     return np.frombuffer(flat, np.int64).reshape(-1, 2) if flat else np.zeros((0, 2), np.int64)
 
 
-def _object(line: str) -> dict[str, Any]:
+def _object(line: str) -> Row:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -256,7 +254,7 @@ def _object(line: str) -> dict[str, Any]:
     return value
 
 
-def _text(text: str) -> dict[str, Any]:
+def _text(text: str) -> Row:
     return {"text": text}
 
 
@@ -281,7 +279,7 @@ def _csv(path: Path, separator: str) -> _Spans:
                 spans.extend((offset, ends[0]))
             offset = ends[0]
 
-    def parse(record: str) -> dict[str, Any]:
+    def parse(record: str) -> Row:
         try:
             # One string, not its lines: `splitlines` would also cut at U+2028 and its like.
             cells = next(csv.reader([record], delimiter=separator), [])
@@ -330,16 +328,16 @@ class _Table:
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
+    def __getitem__(self, row: int) -> Row:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        fields: dict[str, Any] = self._table.slice(row, 1).to_pylist()[0]
+        fields: Row = self._table.slice(row, 1).to_pylist()[0]
         return fields
 
     def place(self, row: int) -> str:
         return f"{self._path.name}: row {row + 1}"
 
-    def content(self, row: dict[str, Any]) -> Any:
+    def content(self, row: Row) -> object:
         return row
 
 
@@ -358,7 +356,7 @@ def _write_arrow(path: Path, arrow: Path) -> None:
 # Content.
 
 
-def content_hash(content: Any, salt: int) -> float:
+def content_hash(content: object, salt: int) -> float:
     """Hash content to a number in [0, 1); the order of an object's fields does not matter."""
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, default=str)
     digest = hashlib.blake2b(text.encode(), digest_size=8, salt=salt.to_bytes(8, "little"))

@@ -17,11 +17,12 @@ from tunelang.dsl.vocabulary.data import After, Before, Between, TemplateText
 from tunelang.runtime.data.row_errors import MissingFieldError, WrongTypeError
 
 Row = Mapping[str, Any]
+"""Fields of a row by name."""
 
 _TOKEN = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
-def lookup(name: str, row: Row) -> Any:
+def lookup(name: str, row: Row) -> object:
     """Return the value of a field.
 
     Dots lead into objects by key and into lists by number, from 0; a column whose name itself has
@@ -29,7 +30,7 @@ def lookup(name: str, row: Row) -> Any:
     """
     if name in row:
         return row[name]
-    value: Any = row
+    value: object = row
     for part in name.split("."):
         if isinstance(value, list) and part.isdigit() and int(part) < len(value):
             value = value[int(part)]
@@ -78,16 +79,22 @@ def _between(text: str, start: str, end: str) -> str:
     return ""
 
 
-def as_text(name: str, value: Any) -> str:
+def as_text(name: str, value: object) -> str:
     """Return a field's value as text; `WrongTypeError` for null, lists, objects and bytes."""
     # Subclasses of str and of numbers occur: NumPy scalars in generated problems.
     if isinstance(value, str):
         return str(value)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
-        value = value.item()
+    value = python_scalar(value)
     if isinstance(value, bool | int | float):
         return json.dumps(value)
     raise WrongTypeError(name, "text or a number", value)
+
+
+def python_scalar(value: object) -> object:
+    """Return a zero-dimensional array as a number of Python; any other value as it is."""
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return value.item()
+    return value
 
 
 def fields(expression: TextExpression) -> Iterator[str]:

@@ -6,7 +6,6 @@ import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -30,7 +29,7 @@ _GPUS = {
 """Facts of a device for XLA's GPU compiler (CUDA's device queries, NVIDIA's white papers)."""
 
 
-def compilable(devices: Devices) -> Sequence[Any]:
+def compilable(devices: Devices) -> Sequence[jax.Device]:
     """Return devices to compile for.
 
     Those of a TPU topology need libtpu, those of NVIDIA the plug-in for CUDA; simulated ones need
@@ -43,13 +42,13 @@ def compilable(devices: Devices) -> Sequence[Any]:
     return _gpu(devices)
 
 
-def _tpu(devices: Devices) -> Sequence[Any]:
+def _tpu(devices: Devices) -> Sequence[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise MissingExtraError("tpu", "on")
     name = devices.chip.name
     shape = [*devices.shape, *[1] * (3 - len(devices.shape))]
     bounds = [min(size, most) for size, most in zip(shape, (2, 2, 1), strict=True)]
-    more: dict[str, Any] = {"chip_config_name": "megacore"} if name == "v4" else {}
+    more: dict[str, str | int] = {"chip_config_name": "megacore"} if name == "v4" else {}
     if devices.groups > 1:
         more["num_slices"] = devices.groups
     with _environment(_TPU_ENVIRONMENT):
@@ -62,7 +61,7 @@ def _tpu(devices: Devices) -> Sequence[Any]:
     return list(topology.devices)
 
 
-def _gpu(devices: Devices) -> Sequence[Any]:
+def _gpu(devices: Devices) -> Sequence[jax.Device]:
     needed = ("jax_cuda13_plugin", "nvidia", "nvidia.cudnn")
     if any(importlib.util.find_spec(name) is None for name in needed):
         raise MissingExtraError("cuda", "on")

@@ -26,7 +26,8 @@ PART_SUFFIX = ".part"
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
-Row = dict[str, Any]
+JsonObject = dict[str, Any]
+"""A parsed JSON object."""
 
 
 @dataclass(eq=False)
@@ -97,7 +98,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write a value as JSON, atomically. Raises `StoreError`."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
     write_atomically(path, text.encode())
@@ -159,15 +160,15 @@ def _write_all(handle: int, content: bytes) -> None:
 
 
 @dataclass(frozen=True)
-class Rows:
+class JsonLines:
     """Content of a file of JSON lines."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[JsonObject, ...]
     damaged: int
     """Number of lines that are no JSON object: cut off by a crash, or damaged on disk."""
 
 
-def read_rows(path: Path) -> Rows:
+def read_rows(path: Path) -> JsonLines:
     """Return all rows of a file of JSON lines, which another process may append to.
 
     A file that does not exist has no rows. Raises `StoreError`.
@@ -176,8 +177,8 @@ def read_rows(path: Path) -> Rows:
         try:
             content = path.read_bytes()
         except FileNotFoundError:
-            return Rows((), 0)
-    rows: list[Row] = []
+            return JsonLines((), 0)
+    rows: list[JsonObject] = []
     damaged = 0
     for line in content.splitlines():
         if not line.strip():
@@ -187,10 +188,10 @@ def read_rows(path: Path) -> Rows:
             damaged += 1
         else:
             rows.append(row)
-    return Rows(tuple(rows), damaged)
+    return JsonLines(tuple(rows), damaged)
 
 
-def _row(line: bytes) -> Row | None:
+def _row(line: bytes) -> JsonObject | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -198,7 +199,7 @@ def _row(line: bytes) -> Row | None:
     return row if isinstance(row, dict) else None
 
 
-def numbers(row: Row) -> Row:
+def numbers(row: JsonObject) -> JsonObject:
     """Return a row of metrics with `NaN` and infinities, which are text in the file, as floats."""
     return {
         name: _NON_FINITE.get(value, value) if isinstance(value, str) else value
@@ -206,12 +207,12 @@ def numbers(row: Row) -> Row:
     }
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
+def _line(row: Mapping[str, object]) -> bytes:
     text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     """Return a value with `NaN`, `Infinity` and `-Infinity` as text.
 
     JSON has no such numbers, and readers in other languages refuse a file that has them.
@@ -244,7 +245,7 @@ class RowWriter:
                 os.close(self._handle)
                 raise
 
-    def append(self, row: Mapping[str, Any]) -> None:
+    def append(self, row: Mapping[str, object]) -> None:
         """Append a row. Raises `StoreError`; then the file is as it was before."""
         line = _line(row)
         with raising_store_errors("write", self.path):
@@ -293,7 +294,7 @@ def _end_of_lines(handle: int) -> int:
     return 0
 
 
-def keep_rows(path: Path, keep: Callable[[Row], bool]) -> int:
+def keep_rows(path: Path, keep: Callable[[JsonObject], bool]) -> int:
     """Keep only the complete rows that `keep` accepts; returns how many were removed.
 
     The file is rewritten atomically. Raises `StoreError`.

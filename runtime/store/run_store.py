@@ -26,12 +26,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tunelang.runtime.store.atomic_files import (
     PART_SUFFIX,
-    Row,
-    Rows,
+    JsonLines,
+    JsonObject,
     RowWriter,
     StoreError,
     keep_rows,
@@ -45,8 +44,6 @@ from tunelang.runtime.store.atomic_files import (
     write_json,
 )
 from tunelang.runtime.store.locks import Holder, lock
-
-Json = dict[str, Any]
 
 _UNLISTED = ("log", "lock", "done")
 """Files that may change after a stage is done."""
@@ -75,12 +72,12 @@ class StageFolder:
         """Path of the stage's log."""
         return self.path / "log"
 
-    def stage(self) -> Json | None:
+    def stage(self) -> JsonObject | None:
         """Return the content of `stage.json`; None if no work began. Raises `StoreError`."""
         content = read_json(self.path / "stage.json")
         return content if isinstance(content, dict) else None
 
-    def done(self) -> Json | None:
+    def done(self) -> JsonObject | None:
         """Return the content of `done` if the files it lists exist. Raises `StoreError`."""
         path = self.path / "done"
         manifest = read_json(path)
@@ -108,18 +105,18 @@ class StageFolder:
                 return ()
             return tuple(sorted(int(e.name) for e in entries if e.name.isdecimal() and e.is_dir()))
 
-    def metrics(self) -> Rows:
+    def metrics(self) -> JsonLines:
         """Return the metrics so far, with non-finite numbers as floats. Raises `StoreError`."""
         content = read_rows(self.path / "metrics.jsonl")
-        return Rows(tuple(numbers(row) for row in content.rows), content.damaged)
+        return JsonLines(tuple(numbers(row) for row in content.rows), content.damaged)
 
-    def samples(self) -> Rows:
+    def samples(self) -> JsonLines:
         """Return the completions so far. Raises `StoreError`."""
         return read_rows(self.path / "samples.jsonl")
 
     # Under the lock.
 
-    def begin(self, stage: Json) -> None:
+    def begin(self, stage: JsonObject) -> None:
         """Start from nothing: remove what an earlier attempt left, and write `stage.json`.
 
         Raises `StoreError`.
@@ -152,7 +149,7 @@ class StageFolder:
     def forget_evals(self, step: int) -> None:
         """Remove what evals reported at a step, which will run again. Raises `StoreError`."""
 
-        def other(row: Row) -> bool:
+        def other(row: JsonObject) -> bool:
             return (
                 row.get("step") != step or "loss" in row or ("reward" in row and "eval" not in row)
             )
@@ -172,7 +169,7 @@ class StageFolder:
         """Open the completions to append rows `{"step": ..., ...}`. Raises `StoreError`."""
         return RowWriter(self.path / "samples.jsonl")
 
-    def finish(self, summary: Json) -> None:
+    def finish(self, summary: JsonObject) -> None:
         """Mark the stage as done: sync all files, then write `done`.
 
         `summary` is stored in it, such as the final metrics. Raises `StoreError`.
@@ -206,7 +203,7 @@ class Store:
     """A store; one that does not exist reads as empty, and reading does not create it."""
 
     root: Path
-    _plans: dict[str, dict[str, dict[str, Json]]] = field(
+    _plans: dict[str, dict[str, dict[str, JsonObject]]] = field(
         default_factory=dict, repr=False, compare=False
     )
     """Run -> stage -> node -> fingerprint, as far as runs were read."""
@@ -227,7 +224,7 @@ class Store:
         """Return whether work on a stage began. Raises `StoreError`."""
         return self.folder(digest).stage() is not None
 
-    def earlier(self, stage: str) -> dict[str, Json]:
+    def earlier(self, stage: str) -> dict[str, JsonObject]:
         """Return the fingerprints of a stage's nodes by id, in the last run that had the stage.
 
         Raises `StoreError`.
@@ -276,7 +273,7 @@ class Store:
 
     # Runs.
 
-    def begin_run(self, spec: str, command: tuple[str, ...], plan: Json) -> str:
+    def begin_run(self, spec: str, command: tuple[str, ...], plan: JsonObject) -> str:
         """Enter a run with its plan as JSON; returns its id. Raises `StoreError`."""
         now = time.time()
         stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(now))
@@ -299,9 +296,9 @@ class Store:
         entry = self._entry(run)
         write_json(self._run_path(run), {**entry, "ended": time.time(), "outcome": outcome})
 
-    def plan(self, run: str) -> Json:
+    def plan(self, run: str) -> JsonObject:
         """Return the plan of a run, as JSON. Raises `StoreError`."""
-        plan: Json = self._entry(run)["plan"]
+        plan: JsonObject = self._entry(run)["plan"]
         return plan
 
     def _run_path(self, run: str) -> Path:
@@ -317,23 +314,23 @@ class Store:
         entries = (name for name in names if name.endswith(".json") and not name.startswith("."))
         return sorted((name.removesuffix(".json") for name in entries), reverse=True)
 
-    def _entry(self, run: str) -> Json:
+    def _entry(self, run: str) -> JsonObject:
         path = self._run_path(run)
         entry = read_json(path)
         if not isinstance(entry, dict):
             raise StoreError("read", path, "there is no such run")
         return entry
 
-    def _fingerprints(self, run: str) -> dict[str, dict[str, Json]]:
+    def _fingerprints(self, run: str) -> dict[str, dict[str, JsonObject]]:
         if run not in self._plans:
-            by_stage: dict[str, dict[str, Json]] = {}
+            by_stage: dict[str, dict[str, JsonObject]] = {}
             for stage in self.plan(run)["stages"]:
                 by_stage.setdefault(stage["stage"], {})[stage["node"]] = stage["fingerprint"]
             self._plans[run] = by_stage
         return self._plans[run]
 
 
-def _step(row: Row) -> float:
+def _step(row: JsonObject) -> float:
     """Return the step of a row; infinity for a row without one."""
     step = row.get("step")
     return step if isinstance(step, int) else float("inf")

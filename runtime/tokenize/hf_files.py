@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class NoTokenizerFileError(TuneError):
 
 
 def tokenizer_files(
-    renderer: Renderer, published: dict[str, Any], context: int
+    renderer: Renderer, published: Mapping[str, object], context: int
 ) -> dict[str, bytes]:
     """Return name -> content of the files of a tokenizer with its chat template.
 
@@ -139,7 +139,7 @@ def _sentencepiece(source: bytes) -> tokenizers.Tokenizer:
         vocabulary = [
             (p.piece, never if p.type in (_UNKNOWN, _CONTROL, _BYTE) else p.score) for p in entries
         ]
-        model: Any = models.Unigram(vocabulary, unknown, trainer.byte_fallback)
+        model: models.Model = models.Unigram(vocabulary, unknown, trainer.byte_fallback)
     else:
         ids = {piece.piece: index for index, piece in enumerate(entries)}
         model = models.BPE(
@@ -150,7 +150,7 @@ def _sentencepiece(source: bytes) -> tokenizers.Tokenizer:
             byte_fallback=trainer.byte_fallback,
         )
     target = tokenizers.Tokenizer(model)
-    steps: list[Any] = []
+    steps: list[normalizers.Normalizer] = []
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
@@ -158,7 +158,11 @@ def _sentencepiece(source: bytes) -> tokenizers.Tokenizer:
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
     target.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
-    back: list[Any] = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    back: list[decoders.Decoder] = [
+        decoders.Replace(_SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if rules.add_dummy_prefix:
         back.append(decoders.Strip(" ", 1, 0))
     target.decoder = decoders.Sequence(back)

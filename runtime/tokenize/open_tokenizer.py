@@ -27,6 +27,9 @@ from tunelang.runtime.tokenize.tokenizers import Bytes, HuggingFace, SentencePie
 _SENTENCE_BYTES = 4096
 _NEWLINE = "\n"
 
+Configuration = dict[str, Any]
+"""A parsed `tokenizer_config.json` or `tokenizer.json`."""
+
 
 @dataclass(eq=False)
 class BadTokenizerError(TuneError):
@@ -71,7 +74,7 @@ def open_renderer(
     are added to it. Raises `BadTokenizerError` or `VocabularySizeError`.
     """
     published: str | None = None
-    config: dict[str, Any] = {}
+    config: Configuration = {}
     source = Path()
     if isinstance(kind, models.HuggingFace):
         try:
@@ -129,7 +132,7 @@ def _marks(source: str) -> set[str]:
     return set(re.findall(r"<\|?[\w/]+\|?>|\[/?[A-Z_]+\]", source))
 
 
-def _configuration(folder: Path) -> dict[str, Any]:
+def _configuration(folder: Path) -> Configuration:
     """Return `tokenizer_config.json` with the chat template, which may be in a separate file."""
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
@@ -148,7 +151,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
 
 
 def _hugging_face(
-    folder: Path, config: dict[str, Any], template: ChatTemplate, added: tuple[str, ...]
+    folder: Path, config: Configuration, template: ChatTemplate, added: tuple[str, ...]
 ) -> HuggingFace:
     path = folder / "tokenizer.json"
     text = _read(path).decode("utf-8", "replace")
@@ -175,7 +178,7 @@ def _hugging_face(
         raise BadTokenizerError(path, "the tokenizers library cannot read it") from None
 
 
-def _adds_start(written: dict[str, Any], start: str | None, template: ChatTemplate) -> bool:
+def _adds_start(written: Configuration, start: str | None, template: ChatTemplate) -> bool:
     """Return whether sequences begin with the start token.
 
     Many configurations name a `bos_token` that the model was never trained with (GPT-2's): it

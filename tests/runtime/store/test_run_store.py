@@ -17,7 +17,7 @@ import pytest
 
 from tunelang.runtime.store import atomic_files
 from tunelang.runtime.store.atomic_files import (
-    Row,
+    JsonObject,
     RowWriter,
     StoreError,
     keep_rows,
@@ -227,7 +227,7 @@ def test_a_folder_of_another_process_is_locked(tmp_path: Path) -> None:
         pass
 
 
-def entry(node: str, digest: str) -> Row:
+def entry(node: str, digest: str) -> JsonObject:
     return {"node": node, "stage": node.split("[")[0], "fingerprint": {"digest": digest}}
 
 
