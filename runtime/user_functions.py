@@ -28,7 +28,7 @@ _Node = TypeVar("_Node", bound=Node)
 
 @dataclass(eq=False)
 class CustomError(TuneError):
-    """The function at `reference` cannot be loaded, raised, or returned something else; `why`."""
+    """A function at `reference` cannot be loaded, raises, or returns the wrong shape; `why`."""
 
     code = "python-function"
     reference: str

@@ -42,13 +42,13 @@ def spec(tmp_path: Path) -> Path:
     return path
 
 
-def test_check_right(spec: Path) -> None:
+def test_check_accepts_a_right_spec(spec: Path) -> None:
     done = tune("check", str(spec))
     assert (done.returncode, done.stdout) == (0, "")
     assert "OK, 0 stages, 1 warning" in done.stderr
 
 
-def test_check_wrong(tmp_path: Path) -> None:
+def test_check_reports_errors_of_a_wrong_spec(tmp_path: Path) -> None:
     (tmp_path / "spec.tune").write_text(WRONG)
     done = tune("check", "spec.tune", cwd=tmp_path)
     assert done.returncode == 1
@@ -57,14 +57,14 @@ def test_check_wrong(tmp_path: Path) -> None:
     assert "\x1b" not in done.stderr
 
 
-def test_check_standard_input_and_override() -> None:
+def test_check_reads_standard_input_and_overrides() -> None:
     text = "param a : number = 1\nlet b = a\ndata c = b\n"
     done = tune("check", "-", "--set", "a=x", stdin=text)
     assert done.returncode == 1
     assert "--> --set on the command line" in done.stderr
 
 
-def test_check_several_goes_on(tmp_path: Path, spec: Path) -> None:
+def test_check_of_several_specs_continues_after_an_error(tmp_path: Path, spec: Path) -> None:
     (tmp_path / "wrong.tune").write_text(WRONG)
     done = tune("check", str(tmp_path / "wrong.tune"), str(spec), str(tmp_path / "none.tune"))
     assert done.returncode == 1
@@ -72,7 +72,7 @@ def test_check_several_goes_on(tmp_path: Path, spec: Path) -> None:
     assert "no such file or directory" in done.stderr
 
 
-def test_check_json(tmp_path: Path) -> None:
+def test_check_json_lists_diagnostics(tmp_path: Path) -> None:
     (tmp_path / "spec.tune").write_text('let 🙂 = 1\nlet a = "🙂" + nothing\n')
     done = tune("check", "--json", "spec.tune", cwd=tmp_path)
     (document,) = json.loads(done.stdout)
@@ -90,7 +90,7 @@ def test_check_show_json_has_the_program(spec: Path) -> None:
     assert document["program"]["declarations"]["gemma"]["value"]["path"] == "google/gemma-2b"
 
 
-def test_not_text(tmp_path: Path) -> None:
+def test_file_that_is_no_text_is_reported(tmp_path: Path) -> None:
     (tmp_path / "spec.tune").write_bytes(b"\xff\xfe\x00")
     for command in (["check"], ["fmt"]):
         done = tune(*command, "spec.tune", cwd=tmp_path)
@@ -100,7 +100,7 @@ def test_not_text(tmp_path: Path) -> None:
     assert tune("check", str(tmp_path)).returncode == 1
 
 
-def test_fmt_in_place_keeps_the_mode(spec: Path) -> None:
+def test_fmt_in_place_keeps_the_file_mode(spec: Path) -> None:
     spec.chmod(0o640)
     done = tune("fmt", str(spec))
     assert done.returncode == 0
@@ -119,12 +119,12 @@ def test_fmt_check_and_diff_change_nothing(spec: Path) -> None:
     assert spec.read_text() == RIGHT
 
 
-def test_fmt_standard_input() -> None:
+def test_fmt_formats_standard_input() -> None:
     done = tune("fmt", "-", stdin=RIGHT)
     assert (done.returncode, done.stdout) == (0, TIDY)
 
 
-def test_fmt_leaves_wrong_files_alone(tmp_path: Path) -> None:
+def test_fmt_leaves_wrong_files_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "spec.tune"
     path.write_text("let a = (1\n")
     done = tune("fmt", str(path))
@@ -133,7 +133,7 @@ def test_fmt_leaves_wrong_files_alone(tmp_path: Path) -> None:
     assert path.read_text() == "let a = (1\n"
 
 
-def test_explain() -> None:
+def test_explain_prints_words_and_codes() -> None:
     assert "    optimizer = adamw(lr = 2e-4)" in tune("explain", "unknown-attribute").stdout
     assert "arXiv:2503.14476" in tune("explain", "dapo").stdout
     assert "default: `8`" in tune("explain", "grpo.group").stdout
@@ -147,7 +147,7 @@ def test_schema_is_json() -> None:
     assert "$defs" in json.loads(tune("schema").stdout)
 
 
-def test_wrong_command_line() -> None:
+def test_wrong_command_line_exits_with_2() -> None:
     assert tune("chekc").returncode == 2
     assert tune("check").returncode == 2
 
@@ -155,7 +155,7 @@ def test_wrong_command_line() -> None:
 @pytest.mark.parametrize(
     "arguments", [["check", "-"], ["fmt", "-"], ["explain", "grpo"], ["schema"]]
 )
-def test_jax_is_not_imported(arguments: list[str]) -> None:
+def test_short_commands_do_not_import_jax(arguments: list[str]) -> None:
     script = (
         "import sys\nfrom tunelang.runtime.cli import main\nsys.argv[0] = 'tune'\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
@@ -175,7 +175,9 @@ def test_jax_is_not_imported(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("variable", "colored"), [("", True), ("1", False)])
-def test_color_on_a_terminal_unless_no_color(tmp_path: Path, variable: str, colored: bool) -> None:
+def test_output_is_coloured_on_a_terminal_unless_no_color(
+    tmp_path: Path, variable: str, colored: bool
+) -> None:
     (tmp_path / "spec.tune").write_text(WRONG)
     leader, follower = pty.openpty()
     environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
@@ -193,14 +195,14 @@ def test_color_on_a_terminal_unless_no_color(tmp_path: Path, variable: str, colo
     os.close(leader)
 
 
-def test_user_code_is_not_run(tmp_path: Path) -> None:
+def test_check_does_not_run_user_code(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("open('ran', 'w')\ndef score(completion):\n    return 1.0\n")
     (tmp_path / "spec.tune").write_text('reward mine = python("mine.py:score")\n')
     assert tune("check", "spec.tune", cwd=tmp_path).returncode == 0
     assert not (tmp_path / "ran").exists()
 
 
-def test_check_renders_examples_with_what_is_trained(tmp_path: Path) -> None:
+def test_check_render_marks_trained_tokens(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(
         '{"question": "one", "answer": "two"}\n{"question": "three", "answer": "four"}\n'
     )
@@ -217,12 +219,12 @@ def test_check_renders_examples_with_what_is_trained(tmp_path: Path) -> None:
         stage tuned : sft { from = first, data = rows, length = 1 steps, batch = 1 sequences }
         """
     )
-    found = tune("check", "spec.tune", "--render", "rows", "-n", "1", cwd=tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert "rows, row 0, by tuned: " in found.stdout
-    assert "one" in found.stdout.partition("⟦")[0]
-    assert "⟦two" in found.stdout
-    assert "three" not in found.stdout
+    result = tune("check", "spec.tune", "--render", "rows", "-n", "1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "rows, row 0, by tuned: " in result.stdout
+    assert "one" in result.stdout.partition("⟦")[0]
+    assert "⟦two" in result.stdout
+    assert "three" not in result.stdout
     long = tune("check", "spec.tune", "--render", "book", cwd=tmp_path)
     assert "tokens are not shown]" in long.stdout
     assert len(long.stdout) < 1000
@@ -243,7 +245,7 @@ stage s : sft { from = m, data = d, batch = 16 sequences, length = 1 steps }
 """
 
 
-def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
+def test_plan_that_does_not_fit_is_refused_with_remedies(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"q": "1+1=", "a": "2"}\n')
     (tmp_path / "spec.tune").write_text(PINNED)
     done = tune("plan", "spec.tune", cwd=tmp_path)
@@ -253,7 +255,7 @@ def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
     assert "or 2 × a100 (" in done.stderr
 
 
-def test_a_pinned_mesh_is_held_against_the_hardware_of_the_command(tmp_path: Path) -> None:
+def test_pinned_mesh_is_checked_against_the_hardware_of_the_command(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"q": "1+1=", "a": "2"}\n')
     pinned = PINNED.replace("1 steps", "1 steps, mesh = axes(fsdp = 4, tensor = 4)")
     (tmp_path / "spec.tune").write_text(pinned)

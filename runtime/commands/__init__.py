@@ -1,4 +1,4 @@
-"""The commands of `tune`, and how they print things.
+"""The commands of `tune`, and the texts that they print.
 
 - `check_specs`: `tune check`.
 - `format_specs`: `tune fmt`.

@@ -49,7 +49,7 @@ def check_specs(specs: Sequence[str], sets: Sequence[str], show: bool, as_json: 
 
 
 def summary(checked: Checked) -> str:
-    """Say in a line how a check went: `OK, 2 stages, 1 warning`."""
+    """Summarise a check in a line: `OK, 2 stages, 1 warning`."""
     diagnostics = checked.diagnostics
     warnings = len(diagnostics) + diagnostics.dropped - diagnostics.errors
     if checked.program is None:

@@ -18,7 +18,7 @@ from tunelang.runtime.store.run_store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
-    """How completions are generated and how many are printed."""
+    """Options of `tune generate`."""
 
     temperature: float | None
     """None is 0, or 1 with `best_of`."""
@@ -69,7 +69,7 @@ class GenerateOptions:
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are sampled."""
+        """Return the options of sampling as a value of the vocabulary."""
         temperature = self.temperature
         if temperature is None:
             temperature = 1.0 if self.best_of else 0.0

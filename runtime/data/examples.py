@@ -1,4 +1,4 @@
-"""From a row to an example: the roles (prompt, response, messages, ...) that a stage reads.
+"""Turns rows into examples with the roles (prompt, response, messages, ...) that stages read.
 
 A row is what a file holds; an example is what the spec says that the row means.
 """
@@ -28,7 +28,7 @@ SPEAKERS = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """A turn of a conversation."""
 
     role: str
     content: str

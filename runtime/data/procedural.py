@@ -33,7 +33,7 @@ from tunelang.runtime.store.atomic_files import replacing
 
 @dataclass(eq=False)
 class GeneratorError(TuneError):
-    """The generator of a `task` refused its settings or failed, for the `reason` it gave."""
+    """A generator refused its settings or failed: its `task`, and the `reason` it gave."""
 
     code = "generator-fails"
     task: str

@@ -1,4 +1,4 @@
-"""The devices of this machine, and those that a stage is planned for."""
+"""Describes the devices of this machine, and looks up those that a stage is planned for."""
 
 from __future__ import annotations
 

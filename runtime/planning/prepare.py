@@ -1,4 +1,4 @@
-"""From a checked spec to a plan, for the devices of this machine or for hardware elsewhere."""
+"""Plans a checked spec, for the devices of this machine or for other hardware."""
 
 from __future__ import annotations
 

@@ -3,5 +3,5 @@
 - `run_store`: the store: folders of stages, the index of runs.
 - `atomic_files`: files that are replaced atomically, lines that are appended completely.
 - `locks`: locks between processes, and who holds them.
-- `export_manifest`: which files of an exported folder a stage wrote.
+- `export_manifest`: the folder of an export, and the files that the stage wrote.
 """

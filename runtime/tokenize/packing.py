@@ -1,4 +1,4 @@
-"""Which examples share a sequence, planned ahead as a table; and the arrays of a batch.
+"""Plans which examples share a sequence as a table, and makes the arrays of batches.
 
 Examples are taken in windows of the stream and packed by first-fit decreasing (Johnson 1973: at
 most 11/9 of the best number of bins). The bins of a window are then put in a pseudo-random order,

@@ -1,4 +1,4 @@
-"""Rows by number from every kind of file, and rows that break."""
+"""Random access to the rows of every kind of file, and errors of rows."""
 
 import json
 import os
@@ -19,70 +19,70 @@ from tunelang.runtime.data.row_errors import BadRowError, NoRowsError, NotARowEr
 from tunelang.runtime.data.row_sources import Rows, open_rows
 
 
-def rows_of(kind: data.DataKind, folder: Path) -> Rows:
+def open_source(kind: data.DataKind, folder: Path) -> Rows:
     return open_rows(kind, folder, cache=folder / "cache")
 
 
-def everything(rows: Rows) -> list[dict[str, object]]:
-    return [rows[at] for at in range(len(rows))]
+def read_all(rows: Rows) -> list[dict[str, object]]:
+    return [rows[row] for row in range(len(rows))]
 
 
-def test_jsonl(tmp_path: Path) -> None:
+def test_jsonl_rows_skip_blank_lines_and_have_places(tmp_path: Path) -> None:
     expected = [{"q": "é🙂\u2028 line"}, {"q": "b"}, {"q": "c", "n": 1}]
     lines = [json.dumps(row, ensure_ascii=False) for row in expected]
     body = "\ufeff" + lines[0] + "\r\n\n   \n" + lines[1] + "\n" + lines[2]
     (tmp_path / "a.jsonl").write_bytes(body.encode())
-    rows = rows_of(data.Jsonl(path=("a.jsonl",)), tmp_path)
-    assert everything(rows) == expected
-    assert [rows.place(at) for at in range(3)] == ["a.jsonl:1", "a.jsonl:4", "a.jsonl:5"]
+    rows = open_source(data.Jsonl(path=("a.jsonl",)), tmp_path)
+    assert read_all(rows) == expected
+    assert [rows.place(row) for row in range(3)] == ["a.jsonl:1", "a.jsonl:4", "a.jsonl:5"]
 
 
-def test_several_files_are_read_one_after_another(tmp_path: Path) -> None:
+def test_several_files_are_read_in_order(tmp_path: Path) -> None:
     rows = questions(7)
     names = [
         write_jsonl(tmp_path / f"{start}.jsonl", rows[start:end])
         for start, end in ((0, 3), (3, 4), (4, 7))
     ]
     (tmp_path / "empty.jsonl").write_text("")
-    found = rows_of(data.Jsonl(path=(names[0], "empty.jsonl", *names[1:])), tmp_path)
-    assert everything(found) == rows
-    assert found.place(3) == "3.jsonl:1"
+    joined = open_source(data.Jsonl(path=(names[0], "empty.jsonl", *names[1:])), tmp_path)
+    assert read_all(joined) == rows
+    assert joined.place(3) == "3.jsonl:1"
     with pytest.raises(IndexError):
-        found[7]
+        joined[7]
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [("{", "not JSON"), ("[1]", "not a JSON object"), ("[" * 100_000, "not JSON")],
 )
-def test_lines_that_are_no_rows(tmp_path: Path, line: str, reason: str) -> None:
+def test_lines_that_are_no_objects_raise(tmp_path: Path, line: str, reason: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", [line])
     with pytest.raises(NotARowError) as caught:
-        rows_of(data.Jsonl(path=("a.jsonl",)), tmp_path)[0]
+        open_source(data.Jsonl(path=("a.jsonl",)), tmp_path)[0]
     assert caught.value.reason == reason
     assert len(caught.value.excerpt) <= 80
 
 
-def test_rows_that_are_not_utf8(tmp_path: Path) -> None:
+def test_rows_that_are_not_utf8_raise(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"q": "\xff"}\n')
     with pytest.raises(NotARowError) as caught:
-        rows_of(data.Jsonl(path=("a.jsonl",)), tmp_path)[0]
+        open_source(data.Jsonl(path=("a.jsonl",)), tmp_path)[0]
     assert caught.value.reason == "not UTF-8"
 
 
-def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
+def test_digest_depends_on_the_content_alone(tmp_path: Path) -> None:
     def digest(rows: list[dict[str, object]]) -> str:
         write_jsonl(tmp_path / "a.jsonl", rows)
-        return rows_of(data.Jsonl(path=("a.jsonl",)), tmp_path).digest
+        return open_source(data.Jsonl(path=("a.jsonl",)), tmp_path).digest
 
     assert digest(questions(3)) == digest(questions(3)) != digest(questions(4))
 
 
-def test_csv(tmp_path: Path) -> None:
+def test_csv_rows_are_read_by_column_name(tmp_path: Path) -> None:
     body = 'q;a\r\nplain;é🙂\r\n"two\r\nlines; ""quoted""";x\r\n\r\nun"quoted;y\r\n'
     (tmp_path / "a.csv").write_bytes(body.encode())
-    rows = rows_of(data.Csv(path=("a.csv",), separator=";"), tmp_path)
-    assert everything(rows) == [
+    rows = open_source(data.Csv(path=("a.csv",), separator=";"), tmp_path)
+    assert read_all(rows) == [
         {"q": "plain", "a": "é🙂"},
         {"q": 'two\r\nlines; "quoted"', "a": "x"},
         {"q": 'un"quoted', "a": "y"},
@@ -99,7 +99,7 @@ def test_csv(tmp_path: Path) -> None:
         min_size=1,
     )
 )
-def test_csv_like_the_csv_module(
+def test_csv_rows_equal_those_of_the_csv_module(
     table: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     import csv
@@ -107,36 +107,36 @@ def test_csv_like_the_csv_module(
     folder = tmp_path_factory.mktemp("csv")
     with (folder / "a.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("q", "a"), *table])
-    rows = rows_of(data.Csv(path=("a.csv",)), folder)
-    assert everything(rows) == [{"q": q, "a": a} for q, a in table]
+    rows = open_source(data.Csv(path=("a.csv",)), folder)
+    assert read_all(rows) == [{"q": q, "a": a} for q, a in table]
 
 
-def test_csv_rows_with_the_wrong_number_of_cells(tmp_path: Path) -> None:
+def test_csv_rows_with_the_wrong_number_of_cells_raise(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("q,a\n1,2\n3\n4,5,6\n")
-    rows = rows_of(data.Csv(path=("a.csv",)), tmp_path)
+    rows = open_source(data.Csv(path=("a.csv",)), tmp_path)
     assert rows[0] == {"q": "1", "a": "2"}
-    for at in (1, 2):
+    for row in (1, 2):
         with pytest.raises(NotARowError):
-            rows[at]
+            rows[row]
 
 
-def test_a_csv_row_that_is_not_csv(tmp_path: Path) -> None:
+def test_malformed_csv_row_raises(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"q,a\nx\ry,2\n4,5\n")
-    rows = rows_of(data.Csv(path=("a.csv",)), tmp_path)
+    rows = open_source(data.Csv(path=("a.csv",)), tmp_path)
     assert rows[1] == {"q": "4", "a": "5"}
     with pytest.raises(NotARowError, match="not CSV"):
         rows[0]
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet_rows_have_random_access(tmp_path: Path) -> None:
     expected = [
         {"q": f"{n}🙂", "m": [{"role": "user", "content": "x"}] * (n % 3)} for n in range(50)
     ]
     pq.write_table(pa.Table.from_pylist(expected), tmp_path / "a.parquet", row_group_size=7)
     kind = data.Parquet(path=("a.parquet",))
-    rows = rows_of(kind, tmp_path)
-    assert [rows[at] for at in reversed(range(50))] == expected[::-1]
-    assert everything(rows_of(kind, tmp_path)) == expected
+    rows = open_source(kind, tmp_path)
+    assert [rows[row] for row in reversed(range(50))] == expected[::-1]
+    assert read_all(open_source(kind, tmp_path)) == expected
     assert rows.place(7) == "a.parquet: row 8"
 
 
@@ -148,10 +148,10 @@ def test_parquet(tmp_path: Path) -> None:
         ("paragraph", ["one\ntwo", "three 🙂"]),
     ],
 )
-def test_text(tmp_path: Path, rows: str, expected: list[str]) -> None:
+def test_text_files_are_split_into_rows(tmp_path: Path, rows: str, expected: list[str]) -> None:
     (tmp_path / "a.txt").write_bytes("\none\ntwo\r\n\n \n\nthree 🙂".encode())
-    found = rows_of(data.TextFiles(path=("a.txt",), rows=rows), tmp_path)
-    assert [row["text"] for row in everything(found)] == expected
+    opened = open_source(data.TextFiles(path=("a.txt",), rows=rows), tmp_path)
+    assert [row["text"] for row in read_all(opened)] == expected
 
 
 def procedural(task: str, size: int = 3, **values: int) -> data.Procedural:
@@ -159,8 +159,8 @@ def procedural(task: str, size: int = 3, **values: int) -> data.Procedural:
     return data.Procedural(task=task, size=size, seed=3, settings=settings)
 
 
-def test_procedural(tmp_path: Path) -> None:
-    rows = rows_of(procedural("knights_knaves", n_people=3), tmp_path)
+def test_generated_problems_have_prompt_response_and_target(tmp_path: Path) -> None:
+    rows = open_source(procedural("knights_knaves", n_people=3), tmp_path)
     assert isinstance(rows, Problems)
     assert len(rows) == 3
     assert rows[1] == rows[1]
@@ -173,15 +173,15 @@ def test_procedural(tmp_path: Path) -> None:
     assert example.response == example.target == example.fields["answer"]
 
 
-def test_problems_without_one_right_answer(tmp_path: Path) -> None:
-    """Many answers colour a graph: there is none to compare with, but a verifier."""
+def test_problems_without_one_right_answer_have_no_response(tmp_path: Path) -> None:
+    """Many answers colour a graph: a verifier replaces the target."""
     stream = library(tmp_path, d=procedural("graph_color")).stream(ref(), seed=0)
     assert len(stream) == 3
     assert batch(stream, 0, 1)[0].response is None
 
 
 @pytest.mark.slow
-def test_the_same_problems_in_every_process(tmp_path: Path) -> None:
+def test_generated_problems_are_equal_in_every_process(tmp_path: Path) -> None:
     """This generator goes through a set of strings, whose order changes from process to process."""
     code = (
         "import sys; from pathlib import Path; from tunelang.dsl.vocabulary import data;"
@@ -190,7 +190,7 @@ def test_the_same_problems_in_every_process(tmp_path: Path) -> None:
         "rows = open_rows(kind, Path(), cache=Path(sys.argv[1]));"
         "print([rows[at]['question'] for at in range(2)])"
     )
-    found = [
+    outputs = [
         subprocess.run(
             [sys.executable, "-c", code, str(tmp_path / seed)],
             env={**os.environ, "PYTHONHASHSEED": seed},
@@ -200,7 +200,7 @@ def test_the_same_problems_in_every_process(tmp_path: Path) -> None:
         ).stdout
         for seed in ("1", "2")
     ]
-    assert found[0] == found[1]
+    assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize(
@@ -210,9 +210,11 @@ def test_the_same_problems_in_every_process(tmp_path: Path) -> None:
         (procedural("no_such_task"), "no_such_task"),
     ],
 )
-def test_generators_that_refuse(tmp_path: Path, kind: data.Procedural, reason: str) -> None:
+def test_refused_settings_of_generators_raise(
+    tmp_path: Path, kind: data.Procedural, reason: str
+) -> None:
     with pytest.raises(GeneratorError) as caught:
-        rows_of(kind, tmp_path)
+        open_source(kind, tmp_path)
     assert reason in caught.value.reason
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -244,7 +246,7 @@ def test_only_the_first_bad_rows_are_shown(tmp_path: Path) -> None:
     assert (stream.bad.total, len(stream.bad.shown)) == (50, 5)
 
 
-def test_a_bad_row_stops_where_that_is_wanted(tmp_path: Path) -> None:
+def test_bad_row_raises_under_the_policy_stop(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", BROKEN)
     with pytest.raises(BadRowError) as caught:
         library(tmp_path, d=jsonl("a.jsonl", on_bad_row="stop")).stream(ref(), seed=0)
@@ -252,14 +254,14 @@ def test_a_bad_row_stops_where_that_is_wanted(tmp_path: Path) -> None:
     assert isinstance(caught.value.cause, NotARowError)
 
 
-def test_no_row_left_is_an_error(tmp_path: Path) -> None:
+def test_source_without_usable_rows_raises(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", BROKEN[1:4])
     with pytest.raises(NoRowsError) as caught:
         library(tmp_path, d=jsonl("a.jsonl")).stream(ref(), seed=0)
     assert caught.value.dropped.total == 3
 
 
-def test_conversations(tmp_path: Path) -> None:
+def test_malformed_conversations_are_dropped(tmp_path: Path) -> None:
     good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     bad = [[], "text", [{"role": "someone", "content": "a"}], [{"role": "user"}], [3]]
     write_jsonl(tmp_path / "a.jsonl", [{"m": good}, *({"m": value} for value in bad)])

@@ -32,11 +32,11 @@ ROW = {
         ("no fields", "no fields"),
     ],
 )
-def test_renders(template: str, expected: str) -> None:
+def test_templates_render_fields_of_a_row(template: str, expected: str) -> None:
     assert render(text(template), ROW) == expected
 
 
-def test_text_from_a_row_is_not_a_template() -> None:
+def test_braces_in_a_row_are_no_template() -> None:
     assert render(text("{q}"), {"q": "{n} {{"}) == "{n} {{"
 
 
@@ -54,25 +54,25 @@ def test_text_from_a_row_is_not_a_template() -> None:
         (After(marker=":", text=Before(marker=";", text=text("x: y; z: w"))), "y"),
     ],
 )
-def test_functions(expression: TextExpression, expected: str) -> None:
+def test_text_functions_cut_at_markers(expression: TextExpression, expected: str) -> None:
     assert render(expression, {}) == expected
 
 
-def test_a_missing_field_is_named() -> None:
+def test_missing_field_raises_with_its_name() -> None:
     with pytest.raises(MissingFieldError) as caught:
         render(text("{meta.depth}"), ROW)
     assert (caught.value.name, caught.value.known) == ("meta.depth", ("level",))
 
 
 @pytest.mark.parametrize("name", ["none", "meta"])
-def test_a_value_that_is_no_text_is_named(name: str) -> None:
+def test_value_that_is_no_text_raises_with_its_field(name: str) -> None:
     with pytest.raises(WrongTypeError) as caught:
         render(text(f"{{{name}}}"), ROW)
     value: Any = ROW[name]
     assert (caught.value.name, caught.value.value) == (name, value)
 
 
-def test_fields() -> None:
+def test_fields_lists_the_fields_of_an_expression() -> None:
     assert list(fields(After(marker="#", text=text("{a} {{b}} {c.d}")))) == ["a", "c.d"]
     assert sole_field(text("{messages}")) == "messages"
     assert sole_field(text("{messages} ")) is None

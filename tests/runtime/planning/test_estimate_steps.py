@@ -31,18 +31,18 @@ data mixed = 75% * d + 25% * few
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("lengths")
+    path = tmp_path_factory.mktemp("lengths")
     for name, count in (("rows", ROWS), ("few", 100)):
         lines = (
-            json.dumps({"q": "x" * (LONG - at % 7), "a": "y" * (at % 7), "more": "z" * 30}) + "\n"
-            for at in range(count)
+            json.dumps({"q": "x" * (LONG - row % 7), "a": "y" * (row % 7), "more": "z" * 30}) + "\n"
+            for row in range(count)
         )
-        (found / f"{name}.jsonl").write_text("".join(lines))
-    (found / "book.txt").write_text("\n\n".join("word " * 20 for _ in range(1000)))
-    return found
+        (path / f"{name}.jsonl").write_text("".join(lines))
+    (path / "book.txt").write_text("\n\n".join("word " * 20 for _ in range(1000)))
+    return path
 
 
-def estimated(folder: Path, stage: str) -> tuple[int, bool] | None:
+def estimate(folder: Path, stage: str) -> tuple[int, bool] | None:
     checked = program(SOURCES + stage, folder)
     value = checked.declarations["s"].branches[0].value
     assert isinstance(value, Training)
@@ -64,23 +64,23 @@ def estimated(folder: Path, stage: str) -> tuple[int, bool] | None:
         ("data = d, length = 1M tokens", 1e6 / (16 * 128)),
     ],
 )
-def test_supervised(folder: Path, more: str, expected: float) -> None:
-    found = estimated(folder, f"stage s : sft {{ from = m, batch = 16 sequences, {more} }}")
-    assert found is not None
-    assert found[0] == pytest.approx(expected, rel=0.02, abs=1)
-    assert found[1] == more.endswith("steps")
+def test_steps_of_supervised_stages_are_estimated(folder: Path, more: str, expected: float) -> None:
+    steps = estimate(folder, f"stage s : sft {{ from = m, batch = 16 sequences, {more} }}")
+    assert steps is not None
+    assert steps[0] == pytest.approx(expected, rel=0.02, abs=1)
+    assert steps[1] == more.endswith("steps")
 
 
-def test_text_and_prompts(folder: Path) -> None:
+def test_steps_on_text_and_prompts_are_estimated(folder: Path) -> None:
     text = "stage s : pretrain { from = m, data = book, length = 1 epoch, batch = 16 sequences }"
-    assert estimated(folder, text) == (pytest.approx(102_000 / (16 * 128), rel=0.02), False)
+    assert estimate(folder, text) == (pytest.approx(102_000 / (16 * 128), rel=0.02), False)
     policy = (
         "stage s : grpo { from = m, data = made, batch = 8 prompts, group = 4, length = 2 epochs\n"
         '  reward = exact("{completion}", "{target}"), rollout = sampling(max_tokens = 8) }'
     )
-    assert estimated(folder, policy) == (75, False)
+    assert estimate(folder, policy) == (75, False)
 
 
-def test_what_only_the_data_knows(folder: Path) -> None:
+def test_steps_are_unknown_where_conditions_decide(folder: Path) -> None:
     text = "stage s : sft { from = m, data = DATA, length = 1 epoch, batch = 16 sequences }"
-    assert estimated(folder, text.replace("DATA", "d.where(length < 9)")) is None
+    assert estimate(folder, text.replace("DATA", "d.where(length < 9)")) is None

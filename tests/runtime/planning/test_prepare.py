@@ -37,7 +37,7 @@ def plan(tmp_path: Path, text: str) -> Prepared:
         ('chosen = "{a}", rejected = "{b}"', 128),
     ],
 )
-def test_labelled_answers_are_planned_at_the_context_and_pairs_at_twice_as_much(
+def test_labelled_answers_are_planned_at_the_context_and_pairs_at_twice_the_context(
     tmp_path: Path, roles: str, length: int
 ) -> None:
     assert plan(tmp_path, KTO.format(roles=roles)).layout("s").length == length

@@ -1,4 +1,4 @@
-"""Programs of every kind of stage, compiled for devices that are simulated or not there."""
+"""Programs of every kind of stage, compiled for simulated and for absent devices."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tunelang.runtime.stages.stage_kinds import kind_of
 SMALL = Architecture(
     vocabulary=128, layers=2, width=32, heads=4, kv_heads=2, head_dim=8, mlp=64, context=64
 )
-REST: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "optimizer": AdamW.unvalidated(lr=1e-4), "length": Measure.unvalidated(value=10, unit="steps"),
 }  # fmt: skip
 BATCH = Measure.unvalidated(value=8, unit="sequences")
@@ -49,9 +49,9 @@ CHIP = replace(CHIPS["h200"], name="simulated")
 DEVICES = Devices(CHIP, 8, True)
 
 
-def programs(stage, *rest):
+def abstract_programs(stage, *arguments):
     """The programs of a stage, by its kind."""
-    return kind_of(stage).abstract_programs(stage, *rest)
+    return kind_of(stage).abstract_programs(stage, *arguments)
 
 
 def query(stage: Training, a: Architecture, dtype_bytes: int, devices: Devices) -> LayoutQuery:
@@ -64,58 +64,62 @@ def lay_out(
     return best_layout(replace(query(stage, a, dtype_bytes, devices), **more))
 
 
-def found(
+def compile_programs(
     stage: Training,
     a: Architecture = SMALL,
     mesh: dict[str, int] | None = None,
     branches: int = 1,
 ) -> dict[str, Any]:
-    """Rehearse a stage on simulated devices; by the programs' names."""
+    """Compile the programs of a stage for simulated devices; name -> report."""
     if mesh is not None:
         stage = stage.model_copy(update={"mesh": Axes.unvalidated(**mesh)})
     planned = lay_out(stage, a, 4, DEVICES, teacher=SMALL, branches=branches)
     layout = make_layout(**planned.mesh)
     shapes = Shapes(a, "f32", SMALL)
-    made = {p.name: p for p in programs(stage, shapes, planned, layout)}
-    return {name: measure(program, program.lower()) for name, program in made.items()}
+    by_name = {p.name: p for p in abstract_programs(stage, shapes, planned, layout)}
+    return {name: measure(program, program.lower()) for name, program in by_name.items()}
 
 
 SUPERVISED = [
-    Sft.unvalidated(batch=BATCH, **REST),
-    Preference.unvalidated(batch=BATCH, **REST),
-    Preference.unvalidated(batch=BATCH, reference_log_probs="live", **REST),
-    Kto.unvalidated(batch=BATCH, **REST),
-    RewardModel.unvalidated(batch=BATCH, **REST),
-    Distill.unvalidated(batch=BATCH, **REST),
-    Distill.unvalidated(batch=BATCH, top_k=4, teacher_log_probs="ahead", **REST),
+    Sft.unvalidated(batch=BATCH, **COMMON),
+    Preference.unvalidated(batch=BATCH, **COMMON),
+    Preference.unvalidated(batch=BATCH, reference_log_probs="live", **COMMON),
+    Kto.unvalidated(batch=BATCH, **COMMON),
+    RewardModel.unvalidated(batch=BATCH, **COMMON),
+    Distill.unvalidated(batch=BATCH, **COMMON),
+    Distill.unvalidated(batch=BATCH, top_k=4, teacher_log_probs="ahead", **COMMON),
 ]
 
 
 @pytest.mark.parametrize("stage", SUPERVISED, ids=lambda s: type(s).__name__)
-def test_supervised_stages(stage: Training) -> None:
-    made = found(stage)
+def test_programs_of_supervised_stages_compile(stage: Training) -> None:
+    reports = compile_programs(stage)
     ahead = isinstance(stage, Preference) and stage.reference_log_probs == "ahead"
-    assert set(made) == ({"train", "reference"} if ahead else {"train"})
-    for each in made.values():
-        assert each.peak > 0
-        assert not each.findings
+    assert set(reports) == ({"train", "reference"} if ahead else {"train"})
+    for report in reports.values():
+        assert report.peak > 0
+        assert not report.findings
 
 
 @pytest.mark.parametrize("trained", ["all", "adapters"])
-def test_the_plan_says_what_a_program_is_given(trained: str) -> None:
+def test_planned_memory_equals_the_arguments_of_the_program(trained: str) -> None:
     a = replace(SMALL, width=128, mlp=1024, heads=8, kv_heads=4, head_dim=16)
     if trained == "adapters":
         a = adapted(a, (Lora.unvalidated(rank=8),), "bf16")
     pin = {"mesh": Axes.unvalidated(fsdp=4, tensor=2)}
-    planned = lay_out(Sft.unvalidated(batch=BATCH, **REST, **pin), a, 2, DEVICES)
+    planned = lay_out(Sft.unvalidated(batch=BATCH, **COMMON, **pin), a, 2, DEVICES)
     layout = make_layout(**planned.mesh)
     program = next(
-        iter(programs(Sft.unvalidated(batch=BATCH, **REST), Shapes(a, "bf16"), planned, layout))
+        iter(
+            abstract_programs(
+                Sft.unvalidated(batch=BATCH, **COMMON), Shapes(a, "bf16"), planned, layout
+            )
+        )
     )
-    given = program.lower().compile().memory_analysis()
-    assert given is not None
+    memory = program.lower().compile().memory_analysis()
+    assert memory is not None
     said = planned.memory["parameters"] + planned.memory["optimizer"]
-    assert given.argument_size_in_bytes == pytest.approx(said, rel=0.05)
+    assert memory.argument_size_in_bytes == pytest.approx(said, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -129,38 +133,40 @@ def test_the_plan_says_what_a_program_is_given(trained: str) -> None:
             rollout=ROLLOUT,
             minibatches=2,
             kl=K3.unvalidated(coefficient=0.1),
-            **REST,
+            **COMMON,
         ),
     ],
     ids=lambda s: type(s).__name__,
 )
-def test_the_options_of_the_compiler_reach_every_program(
+def test_compiler_options_reach_every_program(
     stage: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sharding, "OPTIONS", {"cpu": {"xla_no_such_option": True}})
     planned = lay_out(stage, SMALL, 4, DEVICES)
     layout = make_layout(**planned.mesh)
-    made = list(programs(stage, Shapes(SMALL, "f32", SMALL), planned, layout))
-    assert made
-    for program in made:
+    compiled = list(abstract_programs(stage, Shapes(SMALL, "f32", SMALL), planned, layout))
+    assert compiled
+    for program in compiled:
         with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
             program.lower().compile()
 
 
-def test_the_gradient_of_a_table_is_summed_whole_for_the_head_alone() -> None:
-    """What is looked up is exchanged, not what it is looked up in."""
+def test_only_the_gradient_of_the_head_is_summed_unsplit() -> None:
+    """Embeddings that are looked up are exchanged, not the table."""
     large = replace(SMALL, vocabulary=4096)
     table = 4 * large.vocabulary * large.width
-    exchanged = found(SUPERVISED[0], large, {"data": 2, "fsdp": 4})["train"].exchanged
+    exchanged = compile_programs(SUPERVISED[0], large, {"data": 2, "fsdp": 4})["train"].exchanged
     assert exchanged["all-gather"][1] < 1.5 * table
     assert exchanged["all-reduce"][1] < 1.5 * table
     assert exchanged["all-to-all"][1] < 0.1 * table
 
 
 @pytest.mark.parametrize("stage", [SUPERVISED[0], SUPERVISED[2]], ids=lambda s: type(s).__name__)
-def test_branches_gather_what_is_frozen_once(stage: Training) -> None:
+def test_branches_gather_frozen_weights_once(stage: Training) -> None:
     adapter = adapted(replace(SMALL, width=64, mlp=256), (Lora.unvalidated(rank=1),), "f32")
-    one, three = (found(stage, adapter, {"fsdp": 4}, branches)["train"] for branches in (1, 3))
+    one, three = (
+        compile_programs(stage, adapter, {"fsdp": 4}, branches)["train"] for branches in (1, 3)
+    )
     assert not three.findings
     gathered, together = one.exchanged["all-gather"][1], three.exchanged["all-gather"][1]
     assert gathered < together < 1.3 * gathered
@@ -170,7 +176,7 @@ def test_branches_gather_what_is_frozen_once(stage: Training) -> None:
     ("stage", "expected"),
     [
         (
-            Policy.unvalidated(batch=8, group=2, rollout=ROLLOUT, **REST),
+            Policy.unvalidated(batch=8, group=2, rollout=ROLLOUT, **COMMON),
             {"train", "prefill", "decode"},
         ),
         (
@@ -180,63 +186,70 @@ def test_branches_gather_what_is_frozen_once(stage: Training) -> None:
                 rollout=ROLLOUT,
                 minibatches=2,
                 kl=K3.unvalidated(coefficient=0.1),
-                **REST,
+                **COMMON,
             ),
             {"train", "score", "prefill", "decode"},
         ),
         (
-            Ppo.unvalidated(batch=8, rollout=ROLLOUT, passes=1, minibatches=1, **REST),
+            Ppo.unvalidated(batch=8, rollout=ROLLOUT, passes=1, minibatches=1, **COMMON),
             {"train", "prefill", "decode"},
         ),
         (
             Ppo.unvalidated(
-                batch=8, rollout=ROLLOUT, critic=Critic.unvalidated(trunk="shared"), **REST
+                batch=8, rollout=ROLLOUT, critic=Critic.unvalidated(trunk="shared"), **COMMON
             ),
             {"train", "score", "prefill", "decode"},
         ),
     ],
 )
-def test_policy_stages(stage: Training, expected: set[str]) -> None:
-    made = found(stage)
-    assert set(made) == expected
-    for each in made.values():
-        assert each.peak > 0
-        assert not each.findings
+def test_programs_of_policy_stages_compile(stage: Training, expected: set[str]) -> None:
+    reports = compile_programs(stage)
+    assert set(reports) == expected
+    for report in reports.values():
+        assert report.peak > 0
+        assert not report.findings
 
 
-def test_judges() -> None:
-    stage = Policy.unvalidated(batch=8, group=2, rollout=ROLLOUT, **REST)
+def test_judges_are_compiled_and_counted() -> None:
+    stage = Policy.unvalidated(batch=8, group=2, rollout=ROLLOUT, **COMMON)
     judges = Judge(SMALL, 4, speaks=True), Judge(replace(SMALL, scores=True), 4, speaks=False)
     planned = lay_out(stage, SMALL, 4, DEVICES, judges=judges)
     layout = make_layout(**planned.mesh)
-    made = {p.name: p for p in programs(stage, Shapes(SMALL, "f32", None, judges), planned, layout)}
-    assert set(made) == {"train", "judge 1 prefill", "judge 1 decode", "judge 2"} | {
+    compiled = {
+        p.name: p
+        for p in abstract_programs(stage, Shapes(SMALL, "f32", None, judges), planned, layout)
+    }
+    assert set(compiled) == {"train", "judge 1 prefill", "judge 1 decode", "judge 2"} | {
         "prefill", "decode",
     }  # fmt: skip
     for name in ("judge 1 decode", "judge 2"):
         # With the whole state of the stage, and the other judge.
-        assert made[name].resident_bytes > made["train"].donated + planned.memory["judges"] // 4
-        assert measure(made[name], made[name].lower()).peak > 0
+        stage_bytes = compiled["train"].donated + planned.memory["judges"] // 4
+        assert compiled[name].resident_bytes > stage_bytes
+        assert measure(compiled[name], compiled[name].lower()).peak > 0
 
 
-def test_an_adapter_takes_less(tmp_path: Path) -> None:
-    whole = found(Sft.unvalidated(batch=BATCH, **REST), mesh={"fsdp": 8})["train"]
+def test_adapter_needs_less_memory(tmp_path: Path) -> None:
+    full = compile_programs(Sft.unvalidated(batch=BATCH, **COMMON), mesh={"fsdp": 8})["train"]
     lora = adapted(SMALL, (Lora.unvalidated(rank=2),), "f32")
-    assert found(Sft.unvalidated(batch=BATCH, **REST), lora, {"fsdp": 8})["train"].peak < whole.peak
+    assert (
+        compile_programs(Sft.unvalidated(batch=BATCH, **COMMON), lora, {"fsdp": 8})["train"].peak
+        < full.peak
+    )
 
 
-def test_exchanges_are_counted() -> None:
-    stage = Sft.unvalidated(batch=BATCH, packing=False, **REST)
-    alone = found(stage, mesh={})["train"]
+def test_collectives_are_counted() -> None:
+    stage = Sft.unvalidated(batch=BATCH, packing=False, **COMMON)
+    alone = compile_programs(stage, mesh={})["train"]
     assert not alone.exchanged
-    copies = found(stage, mesh={"data": 8})["train"].exchanged
+    copies = compile_programs(stage, mesh={"data": 8})["train"].exchanged
     # Gradients are summed over the copies: each once, and that of the table, which is the head
     # too, once for either.
     numbers = parameter_count(SMALL) + SMALL.vocabulary * SMALL.width
     assert copies["all-reduce"][1] == pytest.approx(4 * numbers, rel=0.01)
 
 
-def test_loops_count_as_often_as_they_turn() -> None:
+def test_collectives_in_loops_count_once_an_iteration() -> None:
     text = """HloModule m
 %add (a: f32[], b: f32[]) -> f32[] {
   ROOT %s = f32[] add(%a, %b)
@@ -257,7 +270,7 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
 
 
 @pytest.mark.parametrize("count", ["s32", "u32"])
-def test_loops_of_tpus_turn_until_their_condition_says(count: str) -> None:
+def test_trip_count_of_tpu_loops_is_read_from_the_condition(count: str) -> None:
     text = """HloModule m
 %body.1 (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %k = f32[2,4]{1,0:T(8,128)} custom-call(%x), kernel_metadata={
@@ -282,19 +295,19 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
     assert collectives.exchanged(text) == {"all-gather": (18, 18 * 128)}
 
 
-def test_what_is_not_donated_is_found() -> None:
+def test_state_that_is_not_donated_is_reported() -> None:
     shapes = jax.ShapeDtypeStruct((1024, 1024), "float32")
     program = AbstractProgram(
         "p", lambda: jax.jit(lambda a: a + 1).lower(shapes), donated=4 * 2**20
     )
-    kept = measure(program, program.lower())
-    assert "not donated" in kept.findings[0]
-    given = measure(program, jax.jit(lambda a: a + 1, donate_argnums=0).lower(shapes))
-    assert not given.findings
+    copied = measure(program, program.lower())
+    assert "not donated" in copied.findings[0]
+    donated = measure(program, jax.jit(lambda a: a + 1, donate_argnums=0).lower(shapes))
+    assert not donated.findings
 
 
-def test_what_is_gathered_needlessly_is_found() -> None:
-    """Each in a program that makes the mistake; that the real ones do not is tested above."""
+def test_needless_gathers_are_reported() -> None:
+    """Each program makes one mistake; the tests above show that the real programs make none."""
     layout = make_layout(fsdp=8)
     a = replace(SMALL, vocabulary=256, width=64)
 
@@ -307,30 +320,30 @@ def test_what_is_gathered_needlessly_is_found() -> None:
 
     def chunks(hidden: Any, head: Any) -> Any:
         def body(head: Any, part: Any) -> tuple[Any, Any]:  # it changes, so that it must be
-            own = layout.constrain(jnp.cos(head), (None, "embed"))
-            return own, jnp.sum(part @ layout.constrain(own, (None, None)).T)
+            gathered = layout.constrain(jnp.cos(head), (None, "embed"))
+            return gathered, jnp.sum(part @ layout.constrain(gathered, (None, None)).T)
 
         return jax.lax.scan(body, head, hidden.swapaxes(0, 1))[1]
 
     def logits(hidden: Any, head: Any) -> Any:
-        found = hidden.reshape(8, 128, 64) @ layout.constrain(head, (None, None)).T
-        return layout.constrain(jnp.sin(found), (None, None, None))
+        findings = hidden.reshape(8, 128, 64) @ layout.constrain(head, (None, None)).T
+        return layout.constrain(jnp.sin(findings), (None, None, None))
 
     def stacked(hidden: Any, layers: Any) -> Any:
         return jnp.einsum("bcsd,lde->lbcse", hidden, layout.constrain(layers, (None, None, None)))
 
-    for function, given, said in (
+    for function, argument, said in (
         (chunks, head, "the head is gathered in each turn of a loop"),
         (logits, head, "logits are gathered whole"),
         (stacked, layers, "the weights of all layers are gathered at once"),
     ):
-        text = jax.jit(function).lower(hidden, given).compile().as_text() or ""
-        found = list(collectives.wasteful(text, a, 1))
-        assert len(found) == 1, (said, found)
-        assert found[0].startswith(said)
+        text = jax.jit(function).lower(hidden, argument).compile().as_text() or ""
+        findings = list(collectives.wasteful(text, a, 1))
+        assert len(findings) == 1, (said, findings)
+        assert findings[0].startswith(said)
 
 
-def test_evaluations_and_stages_that_measure(
+def test_programs_of_evaluations_are_rehearsed_and_cached(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = tiny.workspace(tmp_path)
@@ -347,7 +360,7 @@ eval likeliest : generate { data = sums, beams = 2, max_tokens = 4, score = corr
     prepared, store = tiny.planned(spec)
     cache = store.root / "cache"
     names = {
-        node: [each.name for each in rehearse(prepared, node, cache)]
+        node: [report.name for report in rehearse(prepared, node, cache)]
         for node in ("baseline", "tries", "compared")
     }
     assert names == {
@@ -355,18 +368,18 @@ eval likeliest : generate { data = sums, beams = 2, max_tokens = 4, score = corr
         "tries": ["prefill", "decode"],
         "compared": ["accuracy prefill", "accuracy decode", "likeliest search", "fluency"],
     }
-    kept = list(cache.glob("rehearsal-*"))
+    cached = list(cache.glob("rehearsal-*"))
     list(rehearse(prepared, "tries", cache))
-    assert len(list(cache.glob("rehearsal-*"))) == len(kept)
+    assert len(list(cache.glob("rehearsal-*"))) == len(cached)
     monkeypatch.setattr(
         "tunelang.runtime.rehearsal.rehearse.OPTIONS", {"cpu": {"xla_an_option": 1}}
     )
     list(rehearse(prepared, "tries", cache))
-    assert len(list(cache.glob("rehearsal-*"))) == len(kept) + 2
+    assert len(list(cache.glob("rehearsal-*"))) == len(cached) + 2
 
 
 def refused(stage: Training, devices: Devices, peak: int, cache: Path) -> list[str]:
-    """What would make a stage fit whose program takes `peak` bytes."""
+    """Remedies for a stage whose program takes `peak` bytes."""
     planned = lay_out(stage, SMALL, 4, replace(devices, chip=replace(devices.chip, memory=2**30)))
     prepared: Any = SimpleNamespace(
         graph=SimpleNamespace(nodes={"s": SimpleNamespace(value=stage)}),
@@ -379,8 +392,8 @@ def refused(stage: Training, devices: Devices, peak: int, cache: Path) -> list[s
     return list(remedies(prepared, "s", Rehearsed("train", peak, 0.0), cache))
 
 
-def test_what_would_make_a_refused_program_fit_is_compiled(tmp_path: Path) -> None:
-    stage = Sft.unvalidated(batch=Measure.unvalidated(value=64, unit="sequences"), **REST)
+def test_remedy_of_a_refused_program_is_compiled(tmp_path: Path) -> None:
+    stage = Sft.unvalidated(batch=Measure.unvalidated(value=64, unit="sequences"), **COMMON)
     planned = lay_out(stage, SMALL, 4, DEVICES).total
     devices = replace(DEVICES, chip=replace(CHIP, memory=2 * planned))
     (said,) = refused(stage, devices, 3 * planned, tmp_path)
@@ -388,19 +401,19 @@ def test_what_would_make_a_refused_program_fit_is_compiled(tmp_path: Path) -> No
     assert said.endswith(", as the compiler says")
 
 
-def test_what_no_layout_makes_fit_needs_another_stage(tmp_path: Path) -> None:
-    stage = Sft.unvalidated(batch=Measure.unvalidated(value=64, unit="sequences"), **REST)
+def test_remedies_change_the_stage_if_no_layout_fits(tmp_path: Path) -> None:
+    stage = Sft.unvalidated(batch=Measure.unvalidated(value=64, unit="sequences"), **COMMON)
     none = Devices(replace(CHIPS["h200"], memory=1), 8, False)
     with pytest.raises(DoesNotFitError) as caught:
         lay_out(stage, SMALL, 4, none)
     smallest = caught.value.nearest.total
     devices = replace(none, chip=replace(none.chip, memory=int(1.15 * smallest)))
     said = refused(stage, devices, smallest + devices.chip.memory, tmp_path)
-    assert any(each.startswith("16 × h200: ") for each in said)
-    assert all(each.endswith(", by the estimate") for each in said)
+    assert any(report.startswith("16 × h200: ") for report in said)
+    assert all(report.endswith(", by the estimate") for report in said)
 
 
-def test_axes_that_do_not_divide_are_named() -> None:
+def test_axes_that_do_not_divide_are_reported() -> None:
     said = unsplit(SMALL, make_layout(fsdp=1, tensor=4))
     assert said == ["`kv_heads` of 2 is copied: 4 do not divide it"]
     assert unsplit(SMALL, make_layout(fsdp=4, tensor=2)) == []
@@ -408,7 +421,7 @@ def test_axes_that_do_not_divide_are_named() -> None:
 
 def plan(architecture: Architecture, devices: Devices, **more: Any) -> tuple[Training, StageLayout]:
     stage = Sft.unvalidated(
-        batch=Measure.unvalidated(value=16, unit="sequences"), **{**REST, **more}
+        batch=Measure.unvalidated(value=16, unit="sequences"), **{**COMMON, **more}
     )
     return stage, lay_out(stage, architecture, 2, devices)
 
@@ -421,28 +434,28 @@ BIGGER = Architecture(
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:4x4"])
-def test_tpus_that_are_not_here(topology: str) -> None:
+def test_programs_compile_for_absent_tpus(topology: str) -> None:
     devices = declared(models.Tpu.unvalidated(topology=topology, slices=1, price=None))
     assert devices is not None
     stage, planned = plan(BIGGER, devices)
     layout = make_layout(**planned.mesh, devices=compilable(devices))
-    program = next(iter(programs(stage, Shapes(BIGGER, "bf16"), planned, layout)))
+    program = next(iter(abstract_programs(stage, Shapes(BIGGER, "bf16"), planned, layout)))
     said = measure(program, program.lower())
     assert 0 < said.peak < devices.chip.memory
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_what_does_not_fit_is_refused_by_the_compiler() -> None:
+def test_program_that_does_not_fit_is_refused_by_the_compiler() -> None:
     devices = Devices(CHIPS["v5e"], 4, False, (2, 2))
     a = replace(BIGGER, layers=64, width=4096, mlp=16_384, heads=32, kv_heads=32, head_dim=128)
-    stage = Sft.unvalidated(batch=Measure.unvalidated(value=16, unit="sequences"), **REST)
+    stage = Sft.unvalidated(batch=Measure.unvalidated(value=16, unit="sequences"), **COMMON)
     planned = StageLayout(
         mesh={"data": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 1}, rows=16, length=256,
         micro_batches=1, remat="none", slots=None, kernel="splash",
     )  # fmt: skip
     layout = make_layout(**planned.mesh, devices=compilable(devices))
-    program = next(iter(programs(stage, Shapes(a, "bf16"), planned, layout)))
+    program = next(iter(abstract_programs(stage, Shapes(a, "bf16"), planned, layout)))
     said = measure(program, program.lower())
     assert "RESOURCE_EXHAUSTED" in said.refused
     assert said.peak > devices.chip.memory
@@ -457,7 +470,7 @@ def test_what_does_not_fit_is_refused_by_the_compiler() -> None:
     ],
     ids=["gpu", "tpu"],
 )
-def test_what_lies_at_the_host_does_not_count(devices: Devices, plug_in: str) -> None:
+def test_memory_of_the_host_does_not_count(devices: Devices, plug_in: str) -> None:
     if importlib.util.find_spec(plug_in) is None:
         pytest.skip(f"{plug_in} is not installed")
     a = replace(BIGGER, layers=8, width=512, mlp=2048, head_dim=128)
@@ -466,7 +479,7 @@ def test_what_lies_at_the_host_does_not_count(devices: Devices, plug_in: str) ->
         pin = {"offload": where, "mesh": Axes.unvalidated(fsdp=devices.count)}
         stage, planned = plan(a, devices, **pin)
         layout = make_layout(**planned.mesh, devices=compilable(devices))
-        program = next(iter(programs(stage, Shapes(a, "bf16"), planned, layout)))
+        program = next(iter(abstract_programs(stage, Shapes(a, "bf16"), planned, layout)))
         peaks[where] = measure(program, program.lower()).peak
         assert peaks[where] == pytest.approx(planned.total, rel=0.5)
     saved = peaks["none"] - peaks["optimizer"]
@@ -479,10 +492,10 @@ def test_matrices_are_gathered_ahead_of_their_products() -> None:
     devices = Devices(CHIPS["v6e"], 8, False, (2, 4))
     a = adapted(replace(BIGGER, width=1024, mlp=4096, context=1024), (Lora.unvalidated(),), "bf16")
     pin = {"mesh": Axes.unvalidated(fsdp=8), "remat": "full"}
-    stage = Sft.unvalidated(batch=Measure.unvalidated(value=16, unit="sequences"), **REST, **pin)
+    stage = Sft.unvalidated(batch=Measure.unvalidated(value=16, unit="sequences"), **COMMON, **pin)
     planned = lay_out(stage, a, 2, devices)
     layout = make_layout(**planned.mesh, devices=compilable(devices))
-    program = next(iter(programs(stage, Shapes(a, "bf16"), planned, layout)))
+    program = next(iter(abstract_programs(stage, Shapes(a, "bf16"), planned, layout)))
     exchanged = measure(program, program.lower()).exchanged
     assert "all-gather" in exchanged
     assert "collective-permute" not in exchanged
@@ -490,14 +503,14 @@ def test_matrices_are_gathered_ahead_of_their_products() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_frozen_weights_are_tiled_anew_for_one_pass_at_a_time() -> None:
+def test_frozen_weights_are_tiled_for_one_pass_at_a_time() -> None:
     devices = Devices(CHIPS["tpu7x"], 8, False, (2, 2, 1))
     a = replace(BIGGER, layers=16, width=2048, mlp=8192, heads=16, kv_heads=16, head_dim=128)
     a = adapted(a, (Lora.unvalidated(),), "bf16")
     pin = {"mesh": Axes.unvalidated(fsdp=2, tensor=4), "remat": "full"}
-    stage = Sft.unvalidated(batch=Measure.unvalidated(value=2, unit="sequences"), **REST, **pin)
+    stage = Sft.unvalidated(batch=Measure.unvalidated(value=2, unit="sequences"), **COMMON, **pin)
     planned = lay_out(stage, a, 2, devices)
     layout = make_layout(**planned.mesh, devices=compilable(devices))
-    program = next(iter(programs(stage, Shapes(a, "bf16"), planned, layout)))
+    program = next(iter(abstract_programs(stage, Shapes(a, "bf16"), planned, layout)))
     # Itself, and a copy; with those of both passes it is 2.8.
     assert measure(program, program.lower()).peak < 2.4 * planned.memory["parameters"]

@@ -1,4 +1,4 @@
-"""The store: files whole or not at all, locks between processes, what counts as done."""
+"""The store: atomic files, locks between processes, and when a stage counts as done."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ from tunelang.runtime.store.run_store import Store, root
 # Files.
 
 
-def test_a_full_disk_leaves_the_old_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.json"
     atomic_files.write_json(path, {"a": 1})
 
@@ -48,7 +46,7 @@ def test_a_full_disk_leaves_the_old_content(
     assert os.listdir(tmp_path) == ["file.json"]
 
 
-def test_a_row_that_does_not_fit_leaves_no_part(
+def test_row_that_does_not_fit_leaves_no_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with RowWriter(tmp_path / "rows") as rows:
@@ -69,7 +67,7 @@ def test_a_row_that_does_not_fit_leaves_no_part(
     assert read_rows(tmp_path / "rows").rows == ({"step": 1}, {"step": 3})
 
 
-def test_numbers_that_are_not_finite_come_back(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_read_back(tmp_path: Path) -> None:
     with RowWriter(tmp_path / "rows") as rows:
         rows.append({"step": 1, "a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1})
     text = (tmp_path / "rows").read_text()
@@ -79,12 +77,12 @@ def test_numbers_that_are_not_finite_come_back(tmp_path: Path) -> None:
     assert row == {"step": 1, "b": math.inf, "c": -math.inf, "d": 0.1}
 
 
-def test_damaged_lines_are_counted_and_cut_ones_removed(tmp_path: Path) -> None:
+def test_damaged_lines_are_counted_and_cut_lines_removed(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     path.write_bytes(b'{"step":1}\n\xff\xfe\n[1]\n\n{"step":2}\n{"ste')
-    found = read_rows(path)
-    assert found.rows == ({"step": 1}, {"step": 2})
-    assert found.damaged == 3
+    content = read_rows(path)
+    assert content.rows == ({"step": 1}, {"step": 2})
+    assert content.damaged == 3
     with RowWriter(path) as rows:
         rows.append({"step": 3})
     assert read_rows(path).rows[-1] == {"step": 3}
@@ -92,7 +90,7 @@ def test_damaged_lines_are_counted_and_cut_ones_removed(tmp_path: Path) -> None:
     assert path.read_text() == '{"step":1}\n{"step":2}\n'
 
 
-def test_files_are_whole_after_kill(tmp_path: Path) -> None:
+def test_files_are_complete_after_a_kill(tmp_path: Path) -> None:
     script = """
 import sys
 from pathlib import Path
@@ -130,7 +128,7 @@ with lock(Path(sys.argv[1])):
 """
 
 
-def test_a_lock_refuses_waits_and_ends_with_its_process(tmp_path: Path) -> None:
+def test_lock_refuses_waits_and_ends_with_its_process(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True
@@ -139,21 +137,21 @@ def test_a_lock_refuses_waits_and_ends_with_its_process(tmp_path: Path) -> None:
     process.stdout.readline()
     with pytest.raises(Locked, match=f"held by process {process.pid} on"), lock(path):
         pass
-    told: list[object] = []
+    holders: list[object] = []
 
-    def then_kill(held: object) -> None:
-        told.append(held)
+    def record_and_kill(holder: object) -> None:
+        holders.append(holder)
         process.kill()
 
-    with lock(path, wait=30, on_wait=then_kill):
-        assert len(told) == 1
-        found = read_holder(path)
-        assert found is not None
-        assert found.pid == os.getpid()
+    with lock(path, wait=30, on_wait=record_and_kill):
+        assert len(holders) == 1
+        last_holder = read_holder(path)
+        assert last_holder is not None
+        assert last_holder.pid == os.getpid()
     process.communicate()
 
 
-def test_a_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+def test_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with lock(path):
         child = subprocess.Popen(["sleep", "30"])
@@ -168,7 +166,7 @@ def test_a_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 DIGEST = "0123456789abcdef" * 2
 
 
-def begun(store: Store) -> None:
+def begin_stage(store: Store) -> None:
     with store.hold(DIGEST) as folder:
         folder.begin({"kind": "sft"})
         for step in (2, 4, 6):
@@ -179,7 +177,7 @@ def begun(store: Store) -> None:
             rows.append({"step": 6, "accuracy.score": 0.5})
 
 
-def test_reading_a_store_that_is_not_there_makes_nothing(tmp_path: Path) -> None:
+def test_reading_a_missing_store_creates_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     assert not store.finished(DIGEST)
     assert store.resumable(DIGEST) is None
@@ -188,9 +186,9 @@ def test_reading_a_store_that_is_not_there_makes_nothing(tmp_path: Path) -> None
     assert not (tmp_path / "store").exists()
 
 
-def test_a_stage_is_done_when_all_of_it_is_there(tmp_path: Path) -> None:
+def test_stage_is_done_only_with_all_of_its_files(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    begun(store)
+    begin_stage(store)
     assert store.begun(DIGEST)
     assert store.resumable(DIGEST) == 6
     assert not store.finished(DIGEST)
@@ -205,9 +203,9 @@ def test_a_stage_is_done_when_all_of_it_is_there(tmp_path: Path) -> None:
     assert not store.finished(DIGEST)
 
 
-def test_resuming_takes_back_what_was_reported_later(tmp_path: Path) -> None:
+def test_resuming_removes_later_reports(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    begun(store)
+    begin_stage(store)
     with store.hold(DIGEST) as folder:
         folder.forget_evals(6)
         assert [row["step"] for row in folder.metrics().rows] == [2, 4, 6]
@@ -221,7 +219,7 @@ def test_resuming_takes_back_what_was_reported_later(tmp_path: Path) -> None:
         assert folder.metrics().rows == ()
 
 
-def test_a_folder_of_another_process_is_locked(tmp_path: Path) -> None:
+def test_folder_of_another_process_is_locked(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.hold(DIGEST), pytest.raises(Locked), store.hold(DIGEST):
         pass
@@ -231,7 +229,7 @@ def entry(node: str, digest: str) -> JsonObject:
     return {"node": node, "stage": node.split("[")[0], "fingerprint": {"digest": digest}}
 
 
-def test_runs_and_the_last_fingerprints_of_a_stage(tmp_path: Path) -> None:
+def test_earlier_fingerprints_are_those_of_the_last_run(tmp_path: Path) -> None:
     store = Store(tmp_path)
     first = store.begin_run("a.tune", ("run",), {"stages": [entry("s[x=1]", "1"), entry("t", "2")]})
     store.end_run(first, "done")
@@ -247,7 +245,7 @@ def test_runs_and_the_last_fingerprints_of_a_stage(tmp_path: Path) -> None:
         store.plan(first)
 
 
-def test_where_the_store_is(tmp_path: Path) -> None:
+def test_store_is_next_to_the_spec_by_default(tmp_path: Path) -> None:
     spec = tmp_path / "a.tune"
     assert root(spec, None, {}) == tmp_path / ".tune"
     assert root(spec, None, {"TUNE_STORE": "/elsewhere"}) == Path("/elsewhere")

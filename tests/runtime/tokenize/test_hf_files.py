@@ -21,23 +21,23 @@ HARD = [
 ]  # fmt: skip
 
 
-def trained(algorithm: str, **given: object) -> models.Trained:
+def trained_kind(algorithm: str, **settings: object) -> models.Trained:
     return models.Trained.model_construct(
         data=None, vocabulary=700, algorithm=algorithm, byte_fallback=True, split_digits=True,
-        **{"chat": None, "special": (), **given},
+        **{"chat": None, "special": (), **settings},
     )  # fmt: skip
 
 
 KINDS = {
     "bytes": models.Bytes(special=("<think>",)),
-    "unigram": trained("unigram", special=("<think>",)),
-    "bpe": trained("bpe", chat="chatml"),
+    "unigram": trained_kind("unigram", special=("<think>",)),
+    "bpe": trained_kind("bpe", chat="chatml"),
     "llama 2": models.SentencePiece(path=str(LLAMA)),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_same_ids(name: str, tmp_path: Path) -> None:
+def test_written_tokenizer_gives_the_same_ids(name: str, tmp_path: Path) -> None:
     if name == "llama 2" and not LLAMA.exists():
         pytest.skip("the model is not beside this checkout")
     renderer = open_renderer(
@@ -49,8 +49,8 @@ def test_the_same_ids(name: str, tmp_path: Path) -> None:
         ids = ours.encode(text)
         assert theirs.encode(text, add_special_tokens=False).ids == ids, text
         assert theirs.decode(ids, skip_special_tokens=False) == ours.decode(ids), text
-    for token, at in ours.special.items():
-        assert theirs.token_to_id(token) == at
+    for token, id in ours.special.items():
+        assert theirs.token_to_id(token) == id
     assert theirs.get_vocab_size() == ours.size
     files = tokenizer_files(renderer, {}, 128)
     assert ("tokenizer.model" in files) is (name != "bytes")

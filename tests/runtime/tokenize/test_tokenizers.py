@@ -46,9 +46,9 @@ def llama_model() -> bytes:
 
 def byte_level() -> str:
     """A tokenizer of GPT-2's kind."""
-    made = hf.Tokenizer(hf.models.BPE())
-    made.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = hf.decoders.ByteLevel()
+    built = hf.Tokenizer(hf.models.BPE())
+    built.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = hf.decoders.ByteLevel()
     alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
     trainer = hf.trainers.BpeTrainer(
         vocab_size=400,
@@ -56,16 +56,16 @@ def byte_level() -> str:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    made.train_from_iterator(LINES, trainer)
-    made.add_tokens(["<think>"])
-    return made.to_str()
+    built.train_from_iterator(LINES, trainer)
+    built.add_tokens(["<think>"])
+    return built.to_str()
 
 
 def metaspace() -> str:
     """A tokenizer of Llama 2's kind: a space in front of the first word, bytes as a fallback."""
-    made = hf.Tokenizer(hf.models.BPE(unk_token="<unk>", byte_fallback=True))
-    made.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    made.decoder = hf.decoders.Sequence(
+    built = hf.Tokenizer(hf.models.BPE(unk_token="<unk>", byte_fallback=True))
+    built.pre_tokenizer = hf.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    built.decoder = hf.decoders.Sequence(
         [
             hf.decoders.Replace("▁", " "),
             hf.decoders.ByteFallback(),
@@ -75,20 +75,20 @@ def metaspace() -> str:
     )
     special = ["<unk>", "<s>", "</s>"]
     trainer = hf.trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
-    made.train_from_iterator(LINES, trainer)
-    written = json.loads(made.to_str())
+    built.train_from_iterator(LINES, trainer)
+    written = json.loads(built.to_str())
     vocabulary = written["model"]["vocab"]
     for byte in range(256):
         vocabulary[f"<0x{byte:02X}>"] = len(vocabulary)
-    made = hf.Tokenizer.from_str(json.dumps(written))
-    made.post_processor = hf.processors.TemplateProcessing(
+    built = hf.Tokenizer.from_str(json.dumps(written))
+    built.post_processor = hf.processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
     )
-    return made.to_str()
+    return built.to_str()
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_sentencepiece_parity(llama_model: bytes, text: str) -> None:
+def test_sentencepiece_ids_equal_those_of_the_library(llama_model: bytes, text: str) -> None:
     original = sentencepiece.SentencePieceProcessor(model_proto=llama_model)
     ours = SentencePiece(llama_model, ["<|im_start|>", "<|im_end|>"])
     ids = ours.encode(text)
@@ -97,7 +97,7 @@ def test_sentencepiece_parity(llama_model: bytes, text: str) -> None:
     assert not set(ids) & set(ours.special.values())
 
 
-def test_sentencepiece_ids(llama_model: bytes) -> None:
+def test_sentencepiece_special_ids_and_size(llama_model: bytes) -> None:
     ours = SentencePiece(llama_model, ["<think>", "</s>"])
     assert (ours.start, ours.end, ours.pad, ours.size) == (1, 2, 0, 32_001)
     assert ours.special == {"<unk>": 0, "<s>": 1, "</s>": 2, "<think>": 32_000}
@@ -108,7 +108,7 @@ def test_sentencepiece_ids(llama_model: bytes) -> None:
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_text_in_the_middle_of_a_sequence(llama_model: bytes, text: str) -> None:
+def test_continued_text_gets_no_leading_space(llama_model: bytes, text: str) -> None:
     for ours in (SentencePiece(llama_model), HuggingFace(byte_level()), HuggingFace(metaspace())):
         if isinstance(ours, HuggingFace) and "▁" in text:
             continue  # Metaspace reads its own sign as a space.
@@ -117,7 +117,7 @@ def test_text_in_the_middle_of_a_sequence(llama_model: bytes, text: str) -> None
         assert ours.decode(ids, continues=True) == expected
 
 
-def test_pieces_that_the_model_would_find_in_any_text() -> None:
+def test_guarded_pieces_in_text_are_cut_apart() -> None:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CODE), model_writer=model, vocab_size=420, byte_fallback=True,
@@ -135,7 +135,7 @@ def test_pieces_that_the_model_would_find_in_any_text() -> None:
 
 @pytest.mark.parametrize("make", [byte_level, metaspace])
 @pytest.mark.parametrize("text", HARD)
-def test_hugging_face_parity(make: Callable[[], str], text: str) -> None:
+def test_hugging_face_ids_equal_those_of_the_library(make: Callable[[], str], text: str) -> None:
     written = make()
     original = hf.Tokenizer.from_str(written)
     original.encode_special_tokens = True
@@ -146,7 +146,7 @@ def test_hugging_face_parity(make: Callable[[], str], text: str) -> None:
     assert not set(ids) & set(ours.special.values())
 
 
-def test_hugging_face_ids() -> None:
+def test_hugging_face_special_ids_and_size() -> None:
     ours = HuggingFace(byte_level(), end="<|endoftext|>", added=["<tool>"])
     assert (ours.start, ours.end, ours.pad) == (None, 0, 0)
     assert ours.special["<tool>"] == ours.size - 1
@@ -155,50 +155,52 @@ def test_hugging_face_ids() -> None:
     assert len(ours.encode("<think>")) == 1
 
 
-def test_hugging_face_continuation_like_one_text() -> None:
-    """Text behind a special token is encoded as inside a whole text."""
+def test_hugging_face_continuation_equals_one_text() -> None:
+    """Text after a special token is encoded as in the middle of a text."""
     written = metaspace()
-    whole = hf.Tokenizer.from_str(written).encode("the fox</s>jumps over", add_special_tokens=False)
+    encoding = hf.Tokenizer.from_str(written).encode(
+        "the fox</s>jumps over", add_special_tokens=False
+    )
     ours = HuggingFace(written)
     ids = [
         *ours.encode("the fox"),
         ours.special["</s>"],
         *ours.encode("jumps over", continues=True),
     ]
-    assert ids == whole.ids
+    assert ids == encoding.ids
 
 
 @pytest.mark.parametrize("text", [text for text in HARD if text.strip()])
-def test_a_conversation_like_one_text(text: str) -> None:
+def test_ids_of_a_conversation_equal_those_of_one_text(text: str) -> None:
     """Where a text names no special token, the ids are those of the whole rendering at once."""
     if "<|im_" in text:
         pytest.skip("the library alone takes special tokens in a text for its own")
     written = byte_level()
     ours = Renderer(HuggingFace(written, end="<|im_end|>"), NAMED["chatml"])
-    turns = "".join(f"<|im_start|>{who}\n{text}<|im_end|>\n" for who in ("system", "user"))
-    whole = f"{turns}<|im_start|>assistant\n"
-    expected = hf.Tokenizer.from_str(written).encode(whole, add_special_tokens=False)
+    prefix = "".join(f"<|im_start|>{who}\n{text}<|im_end|>\n" for who in ("system", "user"))
+    rendering = f"{prefix}<|im_start|>assistant\n"
+    expected = hf.Tokenizer.from_str(written).encode(rendering, add_special_tokens=False)
     assert ours.prompt(pair(text, "answer", system=text)) == expected.ids
 
 
-def test_end_tokens_that_the_file_does_not_call_special() -> None:
+def test_end_token_that_the_file_does_not_mark_is_special() -> None:
     ours = HuggingFace(byte_level(), end="<think>")
     assert ours.end == ours.special["<think>"]
     assert ours.end not in ours.encode("a <think> b")
     assert ours.decode(ours.encode("a <think> b")) == "a <think> b"
 
 
-def test_declared_tokens_that_are_there_keep_their_id() -> None:
+def test_declared_tokens_of_the_file_keep_their_id() -> None:
     written = byte_level()
-    there = hf.Tokenizer.from_str(written).token_to_id("<think>")
+    known = hf.Tokenizer.from_str(written).token_to_id("<think>")
     ours = HuggingFace(written, added=["<think>", "</think>"])
-    assert ours.special["<think>"] == there
+    assert ours.special["<think>"] == known
     assert ours.special["</think>"] == ours.size - 1 == HuggingFace(written).size
-    assert there not in ours.encode("<think>")
+    assert known not in ours.encode("<think>")
 
 
 @given(st.text())
-def test_bytes_round_trip(text: str) -> None:
+def test_bytes_decode_to_the_encoded_text(text: str) -> None:
     tokenizer = Bytes(["<think>"])
     ids = tokenizer.encode(text)
     assert max(ids, default=0) < 256
@@ -206,25 +208,25 @@ def test_bytes_round_trip(text: str) -> None:
 
 
 @given(st.lists(st.integers(0, 259), max_size=40))
-def test_bytes_stream_equals_whole(ids: list[int]) -> None:
+def test_streamed_bytes_equal_the_decoded_text(ids: list[int]) -> None:
     tokenizer = Bytes(["<think>"])
     stream = StreamDecoder(tokenizer)
-    pieces = [stream.push(id) for id in ids]
-    assert "".join(pieces) + stream.finish() == tokenizer.decode(ids)
+    parts = [stream.push(id) for id in ids]
+    assert "".join(parts) + stream.finish() == tokenizer.decode(ids)
 
 
-def test_lone_surrogates() -> None:
+def test_lone_surrogates_become_replacement_characters() -> None:
     assert Bytes().decode(Bytes().encode("a\ud800b")) == "a\ufffdb"
 
 
-def test_ids_outside_of_the_vocabulary() -> None:
+def test_ids_outside_of_the_vocabulary_raise() -> None:
     with pytest.raises(UnknownIdError) as caught:
         Bytes().decode([3, 259])
     assert (caught.value.id, caught.value.size) == (259, 259)
 
 
 @pytest.mark.parametrize("text", HARD)
-def test_streaming(llama_model: bytes, text: str) -> None:
+def test_streamed_text_equals_the_decoded_text(llama_model: bytes, text: str) -> None:
     choices: tuple[Tokenizer, ...] = (
         Bytes(),
         SentencePiece(llama_model),
@@ -234,19 +236,19 @@ def test_streaming(llama_model: bytes, text: str) -> None:
     for tokenizer in choices:
         ids = tokenizer.encode(text, continues=True)
         stream = StreamDecoder(tokenizer)
-        pieces = [stream.push(id) for id in ids]
-        assert "".join(pieces) + stream.finish() == tokenizer.decode(ids, continues=True)
-        assert not any("\ufffd" in piece for piece in pieces)
+        parts = [stream.push(id) for id in ids]
+        assert "".join(parts) + stream.finish() == tokenizer.decode(ids, continues=True)
+        assert not any("\ufffd" in piece for piece in parts)
 
 
-def trained(**settings: object) -> models.Trained:
+def trained_kind(**settings: object) -> models.Trained:
     return models.Trained(data=DataExpression(), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("algorithm", ["unigram", "bpe", "char"])
-def test_trained(tmp_path: Path, algorithm: str) -> None:
+def test_trained_tokenizer_restores_texts_and_is_cached(tmp_path: Path, algorithm: str) -> None:
     size = 420 if algorithm != "char" else 310
-    kind = trained(vocabulary=size, algorithm=algorithm, special=("<think>",), chat="chatml")
+    kind = trained_kind(vocabulary=size, algorithm=algorithm, special=("<think>",), chat="chatml")
     first = open_renderer(kind, tmp_path, cache=tmp_path / "a", texts=lambda: CODE)
     second = open_renderer(kind, tmp_path, cache=tmp_path / "b", texts=lambda: CODE)
     tokenizer = first.tokenizer
@@ -266,31 +268,31 @@ def test_trained(tmp_path: Path, algorithm: str) -> None:
     assert len(list((tmp_path / "a").iterdir())) == 2
 
 
-def test_a_vocabulary_that_the_data_cannot_fill(tmp_path: Path) -> None:
+def test_vocabulary_that_the_data_cannot_fill_raises(tmp_path: Path) -> None:
     with pytest.raises(VocabularySizeError) as caught:
-        open_renderer(trained(vocabulary=9000), tmp_path, cache=tmp_path, texts=lambda: LINES)
+        open_renderer(trained_kind(vocabulary=9000), tmp_path, cache=tmp_path, texts=lambda: LINES)
     assert caught.value.wanted == 9000
-    possible = trained(vocabulary=caught.value.possible)
+    possible = trained_kind(vocabulary=caught.value.possible)
     open_renderer(possible, tmp_path, cache=tmp_path, texts=lambda: LINES)
 
 
 @pytest.mark.parametrize("algorithm", ["unigram", "char"])
-def test_a_vocabulary_that_loses_characters(tmp_path: Path, algorithm: str) -> None:
-    small = trained(vocabulary=20, algorithm=algorithm, byte_fallback=False)
+def test_vocabulary_that_loses_characters_raises(tmp_path: Path, algorithm: str) -> None:
+    small = trained_kind(vocabulary=20, algorithm=algorithm, byte_fallback=False)
     with pytest.raises(VocabularySizeError) as caught:
         open_renderer(small, tmp_path, cache=tmp_path, texts=lambda: LINES)
     assert 20 < caught.value.possible < 60
 
 
 def test_long_lines_take_part_in_the_fit(tmp_path: Path) -> None:
-    """SentencePiece skips sentences above 4,192 bytes without a word."""
-    kind = trained(vocabulary=290, byte_fallback=True, algorithm="char")
+    """SentencePiece skips sentences above 4,192 bytes without a warning."""
+    kind = trained_kind(vocabulary=290, byte_fallback=True, algorithm="char")
     renderer = open_renderer(kind, tmp_path, cache=tmp_path, texts=lambda: ["xyzxyzxyz" * 2000])
     assert len(renderer.tokenizer.encode("x")) == 1
     assert renderer.tokenizer.encode("x")[0] > 259
 
 
-def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
+def test_files_that_are_no_tokenizer_raise(tmp_path: Path) -> None:
     (tmp_path / "a.model").write_bytes(b"\x00nonsense")
     (tmp_path / "tokenizer.json").write_text("{}")
     for kind in (
@@ -304,7 +306,7 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
         assert caught.value.reason
 
 
-def test_hugging_face_folder(tmp_path: Path) -> None:
+def test_hugging_face_folder_opens_with_its_template(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(byte_level())
     (tmp_path / "tokenizer_config.json").write_text(
         '{"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"},'
