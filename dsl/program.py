@@ -53,17 +53,17 @@ class Declared:
 
     @property
     def values(self) -> list[Any]:
-        """The value; for a stage, that of each branch."""
+        """Return the value; for a stage, that of each branch."""
         return [branch.value for branch in self.branches] or [self.value]
 
     @property
     def title(self) -> str:
-        """`data math`."""
+        """Return the noun and the name: `data math`."""
         return f"{self.noun} {self.name}"
 
     @property
     def fans_out(self) -> bool:
-        """Whether the stage has more than one branch of its own."""
+        """Return whether the stage has more than one branch of its own."""
         return len(self.branches) > 1
 
 
@@ -83,11 +83,11 @@ class Program:
     """Path of a value, such as `stage.baseline.optimizer.lr`, to where it came from."""
 
     def of(self, noun: str) -> list[Declared]:
-        """The declarations of one noun."""
+        """Return the declarations of one noun."""
         return [declared for declared in self.declarations.values() if declared.noun == noun]
 
     def json(self) -> dict[str, object]:
-        """The Program as plain data, valid by `tune schema`."""
+        """Return the Program as plain data, valid by `tune schema`."""
         return {
             "run": plain(self.run),
             "declarations": {name: _declared(d) for name, d in self.declarations.items()},

@@ -45,7 +45,7 @@ class Code:
 
     @property
     def needs_run(self) -> bool:
-        """Whether only planning or running finds it, so that no example of a spec shows it."""
+        """Return whether only planning or running finds the error, so that no spec can show it."""
         return self.text.startswith(("While planning:", "While running:"))
 
 
@@ -73,5 +73,5 @@ def _read() -> dict[str, Code]:
 
 
 def codes() -> dict[str, Code]:
-    """Every code by its name, in the order of the registry."""
+    """Return every code by its name, in the order of the registry."""
     return _read()

@@ -88,5 +88,5 @@ class Diagnostics:
 
     @property
     def errors(self) -> int:
-        """The number of errors, including those beyond `MAX_DIAGNOSTICS`."""
+        """Return the number of errors, including those beyond `MAX_DIAGNOSTICS`."""
         return self.dropped + sum(d.severity == "error" for d in self._seen.values())

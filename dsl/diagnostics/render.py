@@ -21,12 +21,12 @@ _STYLES = {
 
 
 def text(diagnostics: Iterable[Diagnostic], color: bool = False) -> str:
-    """All diagnostics, each followed by an empty line."""
+    """Render all diagnostics, with an empty line after each."""
     return "".join(f"{_Frame(d, color).render()}\n" for d in diagnostics)
 
 
 def summary(errors: int, warnings: int) -> str:
-    """`2 errors, 1 warning`."""
+    """Count diagnostics in words: `2 errors, 1 warning`."""
     parts = [
         f"{n} {word}{'' if n == 1 else 's'}"
         for n, word in ((errors, "error"), (warnings, "warning"))
@@ -36,7 +36,9 @@ def summary(errors: int, warnings: int) -> str:
 
 
 def json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, object]]:
-    """Diagnostics in the shape of the Language Server Protocol, with the file and the fix."""
+    """Return diagnostics in the shape of the Language Server Protocol, with the file and the
+    fix.
+    """
     out: list[dict[str, object]] = []
     for d in diagnostics:
         message = "\n".join([d.title, *d.notes, *([d.help] if d.help else [])])
@@ -65,7 +67,7 @@ def json(diagnostics: Iterable[Diagnostic]) -> list[dict[str, object]]:
 
 
 def lsp_range(span: Span) -> dict[str, object]:
-    """A span as lines and UTF-16 columns, both from 0."""
+    """Return a span as lines and UTF-16 columns, both from 0."""
     return {
         "start": _lsp_position(span.source, span.start),
         "end": _lsp_position(span.source, span.end),
@@ -89,15 +91,15 @@ class _Frame:
         self.gutter = max((len(str(line)) for line in lines), default=1)
 
     def paint(self, style: str, content: str) -> str:
-        """Colour where the output shows it."""
+        """Colour a text if the output shows colours."""
         return f"\x1b[{_STYLES[style]}m{content}\x1b[0m" if self.color and content else content
 
     def bar(self, mark: str = "|") -> str:
-        """The empty gutter."""
+        """Return the empty gutter."""
         return f"{' ' * self.gutter} {self.paint('bar', mark)}"
 
     def render(self) -> str:
-        """The whole frame."""
+        """Return the whole frame."""
         d = self.d
         head = self.paint(d.severity, f"{d.severity}[{d.code}]")
         out = [f"{head}{self.paint('title', f': {_clean(d.title)}')}"]
@@ -132,8 +134,8 @@ class _Frame:
         return [first, *(f"{indent}{line}" for line in lines[1:])]
 
     def _lines(self, source: Source, labels: list[tuple[Label, bool]]) -> list[str]:
-        """The source lines of the labels in order of the text, marked `^` (the place) or `-`
-        (others).
+        """Return the source lines of the labels in order of the text, marked `^` (the place)
+        or `-` (others).
         """
         by_line: dict[int, list[tuple[Label, bool]]] = {}
         for label, main in labels:
@@ -150,7 +152,9 @@ class _Frame:
         return out
 
     def _source_line(self, source: Source, line: int, focus: int) -> tuple[str, int]:
-        """A line with its number, cut to a window round `focus`; and where the window starts."""
+        """Return a line with its number, cut to a window round `focus`, and the start of the
+        window.
+        """
         raw = source.line(line)
         room = WIDTH - self.gutter - 3
         start = 0
@@ -191,7 +195,7 @@ class _Frame:
         return out
 
     def _fix(self) -> list[str]:
-        """The edits as a diff of whole lines; nothing where a line is too long to read."""
+        """Return the edits as a diff of whole lines; nothing where a line is too long to read."""
         out: list[str] = []
         for edit in self.d.fix:
             source = edit.span.source
@@ -226,12 +230,12 @@ def _place(span: Span) -> str:
 
 
 def _clean(text: str) -> str:
-    """Words of a message, which may quote the user's text, as a terminal may show them."""
+    """Make a message, which may quote the user's text, safe for a terminal."""
     return "".join(_visible(c) for c in text)
 
 
 def _visible(character: str) -> str:
-    """A character as a terminal may show it: tabs as four spaces, control characters as a box."""
+    """Make a character safe for a terminal: a tab is four spaces, a control character a box."""
     if character == "\t":
         return "    "
     return character if character.isprintable() else "�"

@@ -22,7 +22,7 @@ def _contradiction(span: Span, title: str, label: str, help: str) -> Diagnostic:
 
 
 def custom_loss_with_clip(span: Span, stage: policy_stages.Policy) -> Diagnostic:
-    """A `loss` of the user's, which replaces the clipped one."""
+    """Say that the user's `loss` replaces the clipped one."""
     assert stage.clip is not None
     return _contradiction(
         span,
@@ -33,7 +33,7 @@ def custom_loss_with_clip(span: Span, stage: policy_stages.Policy) -> Diagnostic
 
 
 def kl_target_without_penalty(span: Span, _: policy_stages.Ppo) -> Diagnostic:
-    """A `kl_target`, but no divergence in the reward whose coefficient could adapt."""
+    """Say that `kl_target` needs a divergence in the reward, whose coefficient it adapts."""
     return _contradiction(
         span,
         "`kl_target` needs a KL term in the reward",
@@ -43,7 +43,7 @@ def kl_target_without_penalty(span: Span, _: policy_stages.Ppo) -> Diagnostic:
 
 
 def value_model_with_shared_trunk(span: Span, _: policy_stages.Ppo) -> Diagnostic:
-    """A `value_model` for a critic that is a head on the policy."""
+    """Say that `value_model` has no effect on a critic that is a head on the policy."""
     return _contradiction(
         span,
         "a critic with a shared trunk starts from the policy",
@@ -56,7 +56,7 @@ def value_model_with_shared_trunk(span: Span, _: policy_stages.Ppo) -> Diagnosti
 
 
 def every_log_prob_stored(span: Span, _: supervised_stages.Distill) -> Diagnostic:
-    """Stored log-probabilities of the whole vocabulary."""
+    """Say that log-probabilities of the whole vocabulary cannot be stored."""
     return _contradiction(
         span,
         "log-probabilities of the whole vocabulary are too many to store",
@@ -66,7 +66,7 @@ def every_log_prob_stored(span: Span, _: supervised_stages.Distill) -> Diagnosti
 
 
 def stored_before_sampling(span: Span, _: supervised_stages.Distill) -> Diagnostic:
-    """Log-probabilities stored ahead of answers that are sampled during training."""
+    """Say that a teacher cannot score ahead answers that are sampled during training."""
     return _contradiction(
         span,
         "the teacher cannot score answers ahead that are sampled during training",
@@ -76,7 +76,7 @@ def stored_before_sampling(span: Span, _: supervised_stages.Distill) -> Diagnost
 
 
 def hidden_states_stored(span: Span, _: supervised_stages.Distill) -> Diagnostic:
-    """A loss on hidden states or attention, which are never stored."""
+    """Say that hidden states and attention are never stored ahead."""
     return _contradiction(
         span,
         "only log-probabilities can be stored ahead",
@@ -86,7 +86,7 @@ def hidden_states_stored(span: Span, _: supervised_stages.Distill) -> Diagnostic
 
 
 def packed_examples(span: Span, _: supervised_stages.Distill) -> Diagnostic:
-    """Packing, but a loss that needs one example a sequence."""
+    """Say that a loss needs one example a sequence, without packing."""
     return _contradiction(
         span,
         "this needs one example in each sequence",
@@ -99,7 +99,7 @@ def packed_examples(span: Span, _: supervised_stages.Distill) -> Diagnostic:
 
 
 def unread_label_smoothing(span: Span, stage: preference_stages.Preference) -> Diagnostic:
-    """`label_smoothing` with a loss that does not read it."""
+    """Say that the loss does not read `label_smoothing`."""
     loss = stage.loss if isinstance(stage.loss, str) else stage.loss.word
     return _contradiction(
         span,
@@ -110,7 +110,7 @@ def unread_label_smoothing(span: Span, stage: preference_stages.Preference) -> D
 
 
 def mostly_wrong_labels(span: Span, _: preference_stages.Preference) -> Diagnostic:
-    """A `label_smoothing` of a half or more."""
+    """Say that a `label_smoothing` is a half or more."""
     return _contradiction(
         span,
         "this says that half of the labels or more are wrong",
@@ -123,7 +123,7 @@ def mostly_wrong_labels(span: Span, _: preference_stages.Preference) -> Diagnost
 
 
 def weights_for_models(span: Span, stage: utility_stages.Merge) -> Diagnostic:
-    """A merge whose weights are not as many as its models."""
+    """Say that a merge has another number of weights than of models."""
     weights = len(getattr(stage.method, "weights", None) or ())
     return _contradiction(
         span,
@@ -134,7 +134,7 @@ def weights_for_models(span: Span, stage: utility_stages.Merge) -> Diagnostic:
 
 
 def slerp_of_models(span: Span, stage: utility_stages.Merge) -> Diagnostic:
-    """`slerp` of more than two models."""
+    """Say that `slerp` merges two models only."""
     return _contradiction(
         span,
         f"`slerp` merges two models, and these are {1 + len(stage.others)}",
@@ -147,7 +147,7 @@ def slerp_of_models(span: Span, stage: utility_stages.Merge) -> Diagnostic:
 
 
 def sampling_with_beams(span: Span, _: rewards.Generate) -> Diagnostic:
-    """Attributes of sampling beside a beam search."""
+    """Say that a beam search ignores the attributes of sampling."""
     return _contradiction(
         span,
         "a beam search does not sample",
@@ -157,7 +157,7 @@ def sampling_with_beams(span: Span, _: rewards.Generate) -> Diagnostic:
 
 
 def more_samples_than_beams(span: Span, value: rewards.Generate) -> Diagnostic:
-    """More completions than the beam search keeps."""
+    """Say that a beam search has fewer beams than completions to return."""
     return _contradiction(
         span,
         f"{value.beams} beams cannot find {value.samples} completions",
@@ -167,7 +167,7 @@ def more_samples_than_beams(span: Span, value: rewards.Generate) -> Diagnostic:
 
 
 def ranking_of_one(span: Span, _: rewards.Generate) -> Diagnostic:
-    """`rank` with one completion for each prompt."""
+    """Say that `rank` needs more than one completion for each prompt."""
     return _contradiction(
         span,
         "`rank` needs several completions to choose from",

@@ -45,7 +45,9 @@ def unknown_attribute(
     known: Mapping[str, Attribute],
     written: Collection[str],
 ) -> Diagnostic:
-    """A name that is not an attribute here: led over from another tool, misspelt, or elsewhere."""
+    """Say that a name is no attribute here: a word of another tool, misspelt, or of another
+    kind.
+    """
     what = "argument" if owner.noun == "function" else "attribute"
     title = f"{_short(owner)} has no {what} {quoted(name)}"
     label = f"not an {what} of {owner.title}"
@@ -87,7 +89,7 @@ def unknown_attribute(
 
 
 def misspelt(name: str, owner: Owner, known: list[str]) -> str | None:
-    """The attribute that a name was meant for, unless it is a word of another tool."""
+    """Return the attribute that a name was meant for, unless it is a word of another tool."""
     near = nearest(name, known)
     same = near is not None and near.replace("_", "") == name.replace("_", "").lower()
     return near if same or name not in _foreign(owner) else None
@@ -104,7 +106,7 @@ def _short(owner: Owner) -> str:
 
 
 def _plain(text: str) -> bool:
-    """Whether a value can be moved as it stands: a number, a name or text."""
+    """Return whether a value can be moved unchanged: a number, a name or text."""
     return "\n" not in text and "(" not in text and len(text) < 60
 
 
@@ -134,14 +136,16 @@ def _elsewhere(name: str, owner: Owner) -> str | None:
 
 
 def meant_by(unknown: Iterable[str], owner: Owner) -> set[str]:
-    """The attributes that words of other tools stand for: they are not missing as well."""
+    """Return the attributes that words of other tools stand for, which are not reported as
+    missing.
+    """
     table = _foreign(owner)
     meant = {table[name].line.split(" =")[0] for name in unknown if name in table}
     return meant | {"batch" for name in unknown if "batch" in name}
 
 
 def missing_attribute(owner: Owner, missing: Sequence[Attribute]) -> Diagnostic:
-    """Required attributes that are not there."""
+    """Say that required attributes are missing."""
     names = listed([attribute.name for attribute in missing])
     what = "argument" if owner.noun == "function" else "attribute"
     many = "s" if len(missing) > 1 else ""
@@ -168,7 +172,7 @@ def _sentence(doc: str) -> str:
 
 
 def repeated(span: Span, name: str, owner: str, first: Span | None = None) -> Diagnostic:
-    """An attribute is set twice."""
+    """Say that an attribute is set twice."""
     seconds = [Label(first, "first set here")] if first else []
     return error(
         "repeated-attribute",
@@ -180,7 +184,7 @@ def repeated(span: Span, name: str, owner: str, first: Span | None = None) -> Di
 
 
 def needs_name(span: Span, owner: str, free: Sequence[Attribute]) -> Diagnostic:
-    """A positional argument too many."""
+    """Say that a call has a positional argument too many."""
     required = [attribute.name for attribute in free if attribute.required]
     names = [attribute.name for attribute in free]
     if len(required) == 1:
@@ -202,7 +206,7 @@ def needs_name(span: Span, owner: str, free: Sequence[Attribute]) -> Diagnostic:
 
 
 def needs_names(span: Span, function: str) -> Diagnostic:
-    """Functions that take nothing but names."""
+    """Say that a function takes its arguments by name only."""
     example = {
         "settings": "settings(n_people = 2)",
         "split": "math.split(test = 5%)",
@@ -214,7 +218,7 @@ def needs_names(span: Span, function: str) -> Diagnostic:
 
 
 def param_without_type(item: nodes.Declaration) -> Diagnostic:
-    """`param lr = 1e-5`."""
+    """Say that a `param` has no type, as in `param lr = 1e-5`."""
     end = Span(item.name.span.source, item.name.span.end, item.name.span.end)
     return error(
         "missing-type",
@@ -226,7 +230,7 @@ def param_without_type(item: nodes.Declaration) -> Diagnostic:
 
 
 def unknown_type(span: Span, names: list[str]) -> Diagnostic:
-    """`param lr : float`."""
+    """Say that a type does not exist, as in `param lr : float`."""
     word = span.text
     meant = {"float": "number", "int": "integer", "bool": "flag", "str": "text", "string": "text",
              "boolean": "flag", "double": "number", "path": "text"}.get(word)  # fmt: skip

@@ -15,7 +15,7 @@ from tunelang.dsl.vocabulary.base import Measure
 
 
 def missing_sizes(span: Span, missing: Sequence[str], all_of_them: bool) -> Diagnostic:
-    """A transformer without its sizes."""
+    """Say that a transformer lacks sizes."""
     help = 'or take those of a well-known model: `preset = "qwen3-0.6b"`' if all_of_them else None
     return error(
         "missing-attribute",
@@ -27,7 +27,7 @@ def missing_sizes(span: Span, missing: Sequence[str], all_of_them: bool) -> Diag
 
 
 def heads(span: Span, count: int, size: int, key: bool) -> Diagnostic:
-    """Heads that do not divide the width, or key heads that do not divide the query heads."""
+    """Say that heads do not divide the width, or key heads the query heads."""
     near = [n for n in range(max(1, count // 2), count * 2) if size % n == 0]
     near.sort(key=lambda n: (abs(n - count), n))
     nearest_two = ", ".join(str(n) for n in sorted(near[:2]))
@@ -42,12 +42,12 @@ def heads(span: Span, count: int, size: int, key: bool) -> Diagnostic:
 
 
 def too_many_active(span: Span, active: int, count: int) -> Diagnostic:
-    """More active experts than there are."""
+    """Say that more experts are active than exist."""
     return error("out-of-range", "more active experts than experts", span, f"{active} of {count}")
 
 
 def unknown_topology(span: Span, text: str, known: Mapping[str, Sequence[str]]) -> Diagnostic:
-    """A slice that does not exist."""
+    """Say that a TPU slice does not exist."""
     generation, _, shape = text.partition(":")
     if generation not in known:
         near = {"v7x": "tpu7x", "v7": "tpu7x", "v5": "v5p", "v5litepod": "v5e"}.get(
@@ -65,7 +65,7 @@ def unknown_topology(span: Span, text: str, known: Mapping[str, Sequence[str]]) 
 
 
 def mesh_size(span: Span, size: int, devices: int, hardware: Declared) -> Diagnostic:
-    """A pinned mesh that is not the size of the hardware."""
+    """Say that a pinned mesh has another number of devices than the hardware."""
     return error(
         "mesh-does-not-fit",
         f"this mesh has {size} devices, and `{hardware.name}` has {devices}",
@@ -86,7 +86,7 @@ def batch_does_not_divide(
     group: int,
     pinned: Span,
 ) -> Diagnostic:
-    """A batch that does not divide over the pinned mesh and micro-batch."""
+    """Say that a batch does not divide over the pinned mesh and micro-batch."""
     product = " × ".join(f"{name} {size}" for name, size in parts)
     left = f"{formula} = {sequences}" if formula != str(sequences) else formula
     unit = step // _gcd(step, group)
@@ -110,7 +110,7 @@ def _gcd(a: int, b: int) -> int:
 
 
 def minibatches(span: Span, prompts: int, group: int, count: int) -> Diagnostic:
-    """Updates that do not divide the step's completions."""
+    """Say that minibatches do not divide the completions of a step."""
     total = prompts * group
     return error(
         "does-not-divide",
@@ -121,7 +121,7 @@ def minibatches(span: Span, prompts: int, group: int, count: int) -> Diagnostic:
 
 
 def warmup_too_long(span: Span, warmup: Measure, length: Measure, where: Span) -> Diagnostic:
-    """A warm-up that outlasts the run."""
+    """Say that a warm-up is longer than the stage."""
     return error(
         "warmup-too-long",
         "the warm-up is longer than the stage",
@@ -139,7 +139,7 @@ def _measure(measure: Measure) -> str:
 def beyond_context(
     span: Span, completion: int, prompt: int, context: int, model: str, where: Span | None
 ) -> Diagnostic:
-    """Prompt and completion are longer than the model's context."""
+    """Say that prompt and completion are longer than the model's context."""
     if prompt:
         label = f"prompt {prompt:,} + completion {completion:,} = {prompt + completion:,} tokens"
     else:
@@ -156,7 +156,7 @@ def beyond_context(
 
 
 def never_evaluated(span: Span, length: Measure) -> Diagnostic:
-    """`eval_every` beyond the end."""
+    """Say that the stage ends before `eval_every`."""
     return error(
         "no-effect",
         f"the stage ends after {_measure(length)}, before this",
@@ -170,7 +170,7 @@ def never_evaluated(span: Span, length: Measure) -> Diagnostic:
 
 
 def group_too_small(span: Span, stage: Declared) -> Diagnostic:
-    """A group of one."""
+    """Say that a group has one completion, and so nothing to compare."""
     return error(
         "group-too-small",
         f"{stage.kind} compares the completions of a group: one is not enough",
@@ -181,7 +181,7 @@ def group_too_small(span: Span, stage: Declared) -> Diagnostic:
 
 
 def greedy(span: Span, stage: Declared) -> Diagnostic:
-    """Temperature 0 in a rollout."""
+    """Say that a rollout at temperature 0 gives equal completions."""
     return error(
         "greedy-rollout",
         "at temperature 0 all completions of a group are the same",
@@ -192,7 +192,7 @@ def greedy(span: Span, stage: Declared) -> Diagnostic:
 
 
 def greedy_samples(span: Span, samples: int) -> Diagnostic:
-    """Several samples at temperature 0."""
+    """Say that several samples at temperature 0 are equal."""
     return error(
         "greedy-rollout",
         "at temperature 0 all samples of a prompt are the same",
@@ -203,7 +203,7 @@ def greedy_samples(span: Span, samples: int) -> Diagnostic:
 
 
 def reference_without_kl(span: Span) -> Diagnostic:
-    """A reference that nothing measures from."""
+    """Say that a reference is set but no divergence from it is measured."""
     return error(
         "no-effect",
         "a `reference` without `kl` has no effect",
@@ -214,7 +214,7 @@ def reference_without_kl(span: Span) -> Diagnostic:
 
 
 def overlong_buffer(span: Span, buffer: int, limit: int, where: Span) -> Diagnostic:
-    """A penalty that starts below zero tokens."""
+    """Say that a penalty for length would start below zero tokens."""
     return error(
         "out-of-range",
         "the penalty would start before the first token",
@@ -225,7 +225,7 @@ def overlong_buffer(span: Span, buffer: int, limit: int, where: Span) -> Diagnos
 
 
 def constant_reward(span: Span) -> Diagnostic:
-    """A reward that no completion changes."""
+    """Say that a reward does not depend on the completion."""
     return error(
         "constant-reward",
         "no part of this reward depends on the completion",
@@ -246,7 +246,7 @@ def missing_role(
     roles: frozenset[str],
     needs: Sequence[Sequence[str]],
 ) -> Diagnostic:
-    """Data without what the stage trains on."""
+    """Say that the data lacks roles that the stage trains on."""
     need = max(needs, key=lambda need: len(roles.intersection(need)))
     others = ", or ".join(listed(other) for other in needs if other != need)
     missing = [role for role in need if role not in roles]
@@ -274,7 +274,7 @@ def missing_role(
 
 
 def trains_on_eval(span: Span, measured: Declared, path: str) -> Diagnostic:
-    """The eval's data is the training data."""
+    """Say that an eval measures rows that the stage trains on."""
     return error(
         "trains-on-eval",
         f"`{measured.name}` is measured on rows that this stage trains on",
@@ -287,7 +287,7 @@ def trains_on_eval(span: Span, measured: Declared, path: str) -> Diagnostic:
 
 
 def adapter_of_random(span: Span, model: Declared) -> Diagnostic:
-    """An adapter on weights that nothing has trained."""
+    """Say that an adapter would be on random weights."""
     return error(
         "adapter-of-random",
         f"the weights of `{model.name}` are random, and an adapter would leave them random",
@@ -297,7 +297,7 @@ def adapter_of_random(span: Span, model: Declared) -> Diagnostic:
 
 
 def nothing_to_continue(span: Span, start: Declared) -> Diagnostic:
-    """`continued` behind what has no adapter."""
+    """Say that `continued` starts from a stage without an adapter."""
     return error(
         "nothing-to-continue",
         f"`{start.name}` has no adapter to continue",
@@ -307,7 +307,7 @@ def nothing_to_continue(span: Span, start: Declared) -> Diagnostic:
 
 
 def quantized_without_adapter(span: Span, stage: Declared, weights: str) -> Diagnostic:
-    """Frozen weights in fewer bits, but nothing to train beside them."""
+    """Say that quantised weights are frozen, and that there is no adapter to train."""
     return error(
         "quantized-needs-adapter",
         f"weights in {weights} are frozen: `{stage.name}` has nothing to train",
@@ -317,7 +317,7 @@ def quantized_without_adapter(span: Span, stage: Declared, weights: str) -> Diag
 
 
 def eval_of_reward_model(span: Span, model: str, eval_name: str) -> Diagnostic:
-    """An eval that samples answers, of a reward model."""
+    """Say that an eval samples answers, which a reward model cannot give."""
     return error(
         "contradiction",
         f"`{eval_name}` samples answers, and `{model}` only scores them",
@@ -328,7 +328,7 @@ def eval_of_reward_model(span: Span, model: str, eval_name: str) -> Diagnostic:
 
 
 def yields_other(span: Span, stage: Declared, wanted: Sequence[str]) -> Diagnostic:
-    """A stage in a place where what it yields is of no use."""
+    """Say that a stage yields something else than its reader needs."""
     does = {
         "model": "yields a model",
         "scores": "yields a reward model",
@@ -351,7 +351,7 @@ def yields_other(span: Span, stage: Declared, wanted: Sequence[str]) -> Diagnost
 
 
 def every_branch(span: Span, path: str) -> Diagnostic:
-    """An export of all branches of a sweep."""
+    """Say that an export would write every branch of a sweep to one path."""
     return error(
         "same-output",
         f"every branch would be written to `{path}`",
@@ -362,7 +362,7 @@ def every_branch(span: Span, path: str) -> Diagnostic:
 
 
 def same_output(span: Span, path: str, other: Span) -> Diagnostic:
-    """Two stages write to one folder."""
+    """Say that two stages write to one path."""
     return error(
         "same-output", f"two stages write to `{path}`", span, seconds=[Label(other, "and here")]
     )
@@ -372,7 +372,7 @@ def same_output(span: Span, path: str, other: Span) -> Diagnostic:
 
 
 def no_winner(span: Span, stage: Declared, where: Span) -> Diagnostic:
-    """A stage that fans out is used where one model is needed."""
+    """Say that a reader needs one model, and the stage has several branches."""
     branches = f"{len(stage.branches)} branches" if stage.fans_out else "several branches"
     return error(
         "fan-out-without-winner",
@@ -385,7 +385,7 @@ def no_winner(span: Span, stage: Declared, where: Span) -> Diagnostic:
 
 
 def keep_without_each(span: Span) -> Diagnostic:
-    """A winner of one."""
+    """Say that `keep` chooses among one branch."""
     return error(
         "no-effect",
         "`keep` chooses among branches, and this stage has one",
@@ -398,7 +398,7 @@ def keep_without_each(span: Span) -> Diagnostic:
 def metric_not_measured(
     span: Span, measured: Declared, stage: Declared, where: Span | None
 ) -> Diagnostic:
-    """The winner's metric is an eval that the stage does not run."""
+    """Say that the stage does not run the eval by which it chooses the winner."""
     fix: tuple[Edit, ...] = ()
     seconds: list[Label] = []
     if where is not None:
@@ -418,7 +418,7 @@ def metric_not_measured(
 
 
 def unknown_metric(span: Span, name: str, stage: Declared, known: list[str]) -> Diagnostic:
-    """A winner by what nothing measures."""
+    """Say that the stage yields no metric of the name."""
     help = choose(name, known, "it yields") or f"it yields {listed(known)}"
     return error(
         "unknown-metric",

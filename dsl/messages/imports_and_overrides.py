@@ -22,7 +22,7 @@ from tunelang.dsl.syntax.source import Span
 
 
 def import_cycle(span: Span, names: Sequence[str]) -> Diagnostic:
-    """Files that import one another."""
+    """Say that files import each other."""
     return error(
         "import-cycle",
         "this import leads back to this file",
@@ -32,7 +32,7 @@ def import_cycle(span: Span, names: Sequence[str]) -> Diagnostic:
 
 
 def unreadable_import(span: Span, path: Path, problem: Exception) -> Diagnostic:
-    """An imported file is not there or not text."""
+    """Say that an imported file does not exist or is no text."""
     if isinstance(problem, FileNotFoundError):
         try:
             neighbours = [p.name for p in path.parent.iterdir() if p.suffix == ".tune"]
@@ -47,7 +47,7 @@ def unreadable_import(span: Span, path: Path, problem: Exception) -> Diagnostic:
 
 
 def run_in_import(span: Span) -> Diagnostic:
-    """The run block of an imported file does not apply."""
+    """Warn that the `run` block of an imported file does not apply."""
     return error(
         "run-in-import",
         "the `run` block of an imported file does not apply",
@@ -58,7 +58,7 @@ def run_in_import(span: Span) -> Diagnostic:
 
 
 def nameless_parameter(span: Span, params: list[str]) -> Diagnostic:
-    """`import ... with (1)`."""
+    """Say that a parameter of an import has no name, as in `import ... with (1)`."""
     help = f"its parameters are {listed(params)}" if params else "it declares no `param`"
     return error(
         "needs-name", "parameters of an import must be named", span, "which one?", help=help
@@ -66,7 +66,7 @@ def nameless_parameter(span: Span, params: list[str]) -> Diagnostic:
 
 
 def unknown_parameter(span: Span, name: str, params: list[str]) -> Diagnostic:
-    """`import ... with (nmae = 1)`."""
+    """Say that an imported file has no such parameter, as in `import ... with (nmae = 1)`."""
     help = choose(name, params, "its parameters are") or "it declares no `param`"
     return error(
         "unknown-attribute",
@@ -78,7 +78,7 @@ def unknown_parameter(span: Span, name: str, params: list[str]) -> Diagnostic:
 
 
 def unknown_in_import(span: Span, prefix: str, name: str, names: list[str]) -> Diagnostic:
-    """`base.nothing`."""
+    """Say that an import declares no such name, as in `base.nothing`."""
     help = choose(name, names, f"`{prefix}` has")
     return error(
         "unknown-name",
@@ -93,7 +93,7 @@ def unknown_in_import(span: Span, prefix: str, name: str, names: list[str]) -> D
 
 
 def bad_override(span: Span) -> Diagnostic:
-    """`--set` without `name=`."""
+    """Say that a `--set` has no `name=`."""
     return error(
         "bad-override",
         "an override is `NAME=EXPRESSION`",
@@ -103,7 +103,9 @@ def bad_override(span: Span) -> Diagnostic:
 
 
 def override_needs_quotes(span: Span, path: str) -> Diagnostic:
-    """`--set model.gemma.path=google/gemma-2b`: the shell took the quotes, or there were none."""
+    """Say that text needs quotes, as in `--set model.gemma.path=google/gemma-2b`: the shell
+    may have removed them.
+    """
     text = span.text.strip().strip("'")
     return error(
         "bad-override",
@@ -114,7 +116,7 @@ def override_needs_quotes(span: Span, path: str) -> Diagnostic:
 
 
 def unknown_override(span: Span, path: str, noun: str, names: list[str]) -> Diagnostic:
-    """The path leads nowhere."""
+    """Say that nothing has the path of a `--set`."""
     last = path.split(".")[1] if noun != "param" and "." in path else path
     help = choose(last, names, "there is")
     if help is None and noun == "param":
@@ -123,7 +125,7 @@ def unknown_override(span: Span, path: str, noun: str, names: list[str]) -> Diag
 
 
 def override_needs_noun(span: Span, symbol: NamedDeclaration, rest: list[str]) -> Diagnostic:
-    """`--set baseline.batch=...`, or `--set math=...`."""
+    """Say that a path lacks its noun, as in `--set baseline.batch=...`."""
     path = ".".join([symbol.noun, symbol.name, *rest])
     what = "only a `param` is set by its bare name"
     return error(
@@ -135,7 +137,7 @@ def override_needs_noun(span: Span, symbol: NamedDeclaration, rest: list[str]) -
 
 
 def override_needs_attribute(span: Span, symbol: NamedDeclaration) -> Diagnostic:
-    """`--set stage.baseline=...`."""
+    """Say that a path names a block, as in `--set stage.baseline=...`."""
     path = f"{symbol.noun}.{symbol.name}"
     return error(
         "bad-override",
@@ -146,7 +148,7 @@ def override_needs_attribute(span: Span, symbol: NamedDeclaration) -> Diagnostic
 
 
 def override_of_expression(span: Span, symbol: NamedDeclaration) -> Diagnostic:
-    """`--set data.general.path=...` where `general` is an expression."""
+    """Say that an expression has no attributes, as in `--set data.general.path=...`."""
     path = f"{symbol.noun}.{symbol.name}"
     return error(
         "bad-override",
@@ -157,5 +159,7 @@ def override_of_expression(span: Span, symbol: NamedDeclaration) -> Diagnostic:
 
 
 def override_needs_call(span: Span, name: str) -> Diagnostic:
-    """`--set stage.x.optimizer.lr=...` where the optimizer is no call."""
+    """Say that a value is no call, as in `--set stage.x.optimizer.lr=...` for an optimizer
+    that is a name.
+    """
     return error("bad-override", f"there is no call here whose {quoted(name)} could be set", span)

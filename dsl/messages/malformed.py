@@ -23,7 +23,7 @@ _PARTNER = {"{": "}", "(": ")", "[": "]", "}": "{", ")": "(", "]": "["}
 
 
 def unreadable(source: Source, problem: Exception) -> Diagnostic:
-    """The spec itself cannot be read."""
+    """Say that the spec cannot be read."""
     if isinstance(problem, UnicodeDecodeError):
         what = f"it is not UTF-8 text (byte {problem.start + 1})"
     elif isinstance(problem, OSError) and problem.strerror:
@@ -34,7 +34,7 @@ def unreadable(source: Source, problem: Exception) -> Diagnostic:
 
 
 def stray_character(span: Span) -> Diagnostic:
-    """A character that no token starts with."""
+    """Say that no token starts with a character."""
     character = span.text
     shown = character if character.isprintable() else f"U+{ord(character):04X}"
     if character == ";":
@@ -63,7 +63,7 @@ def stray_character(span: Span) -> Diagnostic:
 
 
 def unclosed_text(span: Span) -> Diagnostic:
-    """A text literal without its end."""
+    """Say that a text literal has no end."""
     if span.text.startswith('"""'):
         return error("unclosed-text", 'this text has no closing `"""`', span, "opened here")
     return error(
@@ -76,7 +76,7 @@ def unclosed_text(span: Span) -> Diagnostic:
 
 
 def other_quotes(span: Span) -> Diagnostic:
-    """`'text'`, or text in typographic quotes."""
+    """Say that text is in single or typographic quotes."""
     body = span.text[1:-1].replace('"', '\\"')
     single = span.text[0] == "'"
     code = "single-quotes" if single else "unexpected-character"
@@ -87,7 +87,7 @@ def other_quotes(span: Span) -> Diagnostic:
 
 
 def unknown_escape(span: Span, escape: str) -> Diagnostic:
-    """An unknown letter behind a backslash in text."""
+    """Say that a backslash precedes an unknown letter in text."""
     offset = span.text.find(escape)
     place = Span(
         span.source, span.start + max(offset, 0), span.start + max(offset, 0) + len(escape)
@@ -102,7 +102,7 @@ def unknown_escape(span: Span, escape: str) -> Diagnostic:
 
 
 def other_comment(span: Span) -> Diagnostic:
-    """`// text` or `/* text */`."""
+    """Say that a comment is written `// text` or `/* text */`."""
     fix: tuple[Edit, ...] = ()
     if span.text.startswith("//"):
         fix = (Edit(Span(span.source, span.start, span.start + 2), "#"),)
@@ -118,7 +118,7 @@ _UNIT_WORDS = {
 
 
 def unknown_unit(span: Span, word: str) -> Diagnostic:
-    """A number followed by a word that is no unit."""
+    """Say that a number is followed by a word that is no unit."""
     parts = re.match(r"([\d._]+)[ \t]*(%?)[ \t]*(.*)", span.text)
     if parts is not None and parts.group(2) and parts.group(3):
         named = f"{parts.group(1)}% * {parts.group(3)}"
@@ -156,12 +156,12 @@ def unknown_unit(span: Span, word: str) -> Diagnostic:
 
 
 def number_too_large(span: Span) -> Diagnostic:
-    """Beyond what a double holds."""
+    """Say that a number is too large for a double."""
     return error("number-too-large", "this number is too large", span, "beyond 1e300")
 
 
 def unclosed_bracket(span: Span) -> Diagnostic:
-    """An opening bracket without its partner."""
+    """Say that an opening bracket is never closed."""
     mark = span.text
     return error(
         "unclosed-bracket",
@@ -172,7 +172,7 @@ def unclosed_bracket(span: Span) -> Diagnostic:
 
 
 def unopened_bracket(span: Span) -> Diagnostic:
-    """A closing bracket without its partner."""
+    """Say that a closing bracket was never opened."""
     mark = span.text
     return error(
         "unopened-bracket",
@@ -184,13 +184,13 @@ def unopened_bracket(span: Span) -> Diagnostic:
 
 
 def missing_brace(span: Span) -> Diagnostic:
-    """`stage rl : grpo` and attributes below it."""
+    """Say that attributes follow `stage rl : grpo` without a brace."""
     end = Span(span.source, span.end, span.end)
     return error("missing-brace", "`{` is missing here", end, fix=Edit(end, " {"))
 
 
 def nested_declaration(span: Span) -> Diagnostic:
-    """A declaration inside the block of another."""
+    """Say that a declaration is inside the block of another."""
     return error(
         "nested-block",
         "declarations cannot be inside a block",
@@ -200,15 +200,15 @@ def nested_declaration(span: Span) -> Diagnostic:
 
 
 def too_deep(span: Span) -> Diagnostic:
-    """Nesting beyond what is sensible."""
+    """Say that brackets are nested too deeply."""
     return error("too-deep", "this is nested too deeply", span, help="name a part of it with `let`")
 
 
 def too_many_errors(span: Span) -> Diagnostic:
-    """The rest of the file was not read."""
+    """Say that the rest of the file was not read."""
     return error("too-many-errors", "too many errors: the rest of the file was not read", span)
 
 
 def no_value(span: Span) -> Diagnostic:
-    """`--set a=`."""
+    """Say that a `--set` has no value, as in `--set a=`."""
     return error("missing-value", "there is no value after `=`", span)

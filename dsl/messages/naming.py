@@ -50,7 +50,7 @@ class NamedDeclaration(Protocol):
 def unknown_noun(
     item: nodes.Declaration, nouns: list[str], kinds: Mapping[str, Mapping[str, object]]
 ) -> Diagnostic:
-    """`modle gemma : pretrained`."""
+    """Say that a noun does not exist, as in `modle gemma : pretrained`."""
     word, span = item.noun.text, item.noun.span
     meant = foreign.NOUNS.get(word) or nearest(word, nouns)
     if meant is None and item.kind is not None:
@@ -74,7 +74,7 @@ def unknown_noun(
 def unknown_kind(
     item: nodes.Declaration, kind: nodes.Name, kinds: Mapping[str, Mapping[str, object]]
 ) -> Diagnostic:
-    """`stage s : stf`."""
+    """Say that a noun has no such kind, as in `stage s : stf`."""
     noun, word = item.noun.text, kind.text
     title = f"{quoted(word)} is not a kind of {noun}"
     kinds_of_noun = list(kinds.get(noun, {}))
@@ -113,7 +113,7 @@ def unknown_kind(
 
 
 def needs_kind(item: nodes.Declaration, kinds: Mapping[str, KindInfo]) -> Diagnostic:
-    """`model m = gemma`."""
+    """Say that a declaration lacks its kind, as in `model m = gemma`."""
     noun, name = item.noun.text, item.name.text
     return error(
         "missing-kind",
@@ -124,7 +124,7 @@ def needs_kind(item: nodes.Declaration, kinds: Mapping[str, KindInfo]) -> Diagno
 
 
 def name_taken(span: Span, taken: NamedDeclaration) -> Diagnostic:
-    """A name is declared twice."""
+    """Say that a name is declared twice."""
     return error(
         "name-taken",
         f"{quoted(taken.local_name)} is already declared",
@@ -137,7 +137,7 @@ def name_taken(span: Span, taken: NamedDeclaration) -> Diagnostic:
 def name_taken_by_import(
     span: Span, taken: NamedDeclaration, other: NamedDeclaration
 ) -> Diagnostic:
-    """An import brings a name in that is there already."""
+    """Say that an import brings in a name that is already declared."""
     name = taken.local_name
     return error(
         "name-taken",
@@ -149,7 +149,7 @@ def name_taken_by_import(
 
 
 def cycle(symbols: Sequence[NamedDeclaration], spans: Sequence[Span]) -> Diagnostic:
-    """Declarations that need one another."""
+    """Say that declarations depend on each other."""
     names = [symbol.name for symbol in symbols]
     path = " → ".join([*names, names[0]])
     nouns = {symbol.noun for symbol in symbols}
@@ -176,7 +176,7 @@ def cycle(symbols: Sequence[NamedDeclaration], spans: Sequence[Span]) -> Diagnos
 
 
 def second_run(span: Span, first: Span) -> Diagnostic:
-    """Two run blocks."""
+    """Say that a spec has two `run` blocks."""
     head = Span(span.source, span.start, span.start + 3)
     return error(
         "name-taken",
@@ -188,7 +188,7 @@ def second_run(span: Span, first: Span) -> Diagnostic:
 
 
 def unused(symbol: NamedDeclaration) -> Diagnostic:
-    """Declared for nothing."""
+    """Warn that a declaration is never used."""
     return error(
         "unused",
         f"{symbol.noun} {quoted(symbol.local_name)} is never used",
@@ -205,7 +205,7 @@ def unused(symbol: NamedDeclaration) -> Diagnostic:
 
 
 def unknown_name(span: Span, name: str, names: list[str], want: types.Type) -> Diagnostic:
-    """A name that nothing declares."""
+    """Say that a name is not declared."""
     title = f"{quoted(name)} is not declared"
     value = foreign.NAMES.get(name)
     if isinstance(want, types.Of) and want.family == "text":
@@ -256,7 +256,7 @@ def unknown_name(span: Span, name: str, names: list[str], want: types.Type) -> D
 def wrong_noun(
     span: Span, owner: str, symbol: NamedDeclaration, nouns: Sequence[str]
 ) -> Diagnostic:
-    """A `reward` where `data` is wanted."""
+    """Say that a name has the wrong noun: a `reward` where `data` is needed."""
     wanted = " or ".join(article(noun) for noun in nouns)
     return error(
         "wrong-noun",
@@ -269,7 +269,7 @@ def wrong_noun(
 
 
 def unknown_function(span: Span, name: str, near: list[str], every: list[str]) -> Diagnostic:
-    """`adamw2(lr = 1)`."""
+    """Say that a function does not exist, as in `adamw2(lr = 1)`."""
     meant = foreign.FUNCTIONS.get(name)
     title = f"there is no function {quoted(name)}"
     if name in foreign.ADVICE:
@@ -287,7 +287,7 @@ def unknown_function(span: Span, name: str, near: list[str], every: list[str]) -
 
 
 def not_a_function(span: Span, symbol: NamedDeclaration) -> Diagnostic:
-    """`math(1)`."""
+    """Say that a declared name is called, as in `math(1)`."""
     return error(
         "unknown-function",
         f"`{symbol.name}` is {article(symbol.noun)}, not a function",
@@ -297,12 +297,12 @@ def not_a_function(span: Span, symbol: NamedDeclaration) -> Diagnostic:
 
 
 def not_callable(span: Span, value: object) -> Diagnostic:
-    """`f(1)(2)`."""
+    """Say that a value is called, as in `f(1)(2)`."""
     return error("unexpected-token", f"{describe(value)} takes no arguments", span)
 
 
 def unknown_method(span: Span, name: str, value: object, methods: list[str]) -> Diagnostic:
-    """`math.tkae(3)`."""
+    """Say that a value has no such method, as in `math.tkae(3)`."""
     help = choose(name, methods, "there is")
     if help is None and methods:
         help = f"there is {listed(methods)}"
@@ -318,7 +318,7 @@ def unknown_method(span: Span, name: str, value: object, methods: list[str]) -> 
 
 
 def unknown_part(span: Span, name: str, parts: list[str]) -> Diagnostic:
-    """`.split(test = 5%).valid`."""
+    """Say that a split has no such part, as in `.split(test = 5%).valid`."""
     return error(
         "unknown-method",
         f"this split has no part {quoted(name)}",

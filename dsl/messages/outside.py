@@ -30,7 +30,7 @@ def _seconds(used: Use) -> list[Label]:
 
 
 def missing_file(span: Span, name: str, path: Path, neighbours: Sequence[str]) -> Diagnostic:
-    """A file that does not exist."""
+    """Say that a file does not exist."""
     return error(
         "missing-file",
         f"there is no file {quoted(name, 60)}",
@@ -40,13 +40,13 @@ def missing_file(span: Span, name: str, path: Path, neighbours: Sequence[str]) -
 
 
 def missing_folder(span: Span, name: str, path: Path, neighbours: Sequence[str]) -> Diagnostic:
-    """A model folder that does not exist."""
+    """Say that a model folder does not exist."""
     help = _near(name, path, neighbours) or "a model on the hub is `organisation/name`"
     return error("missing-file", f"there is no folder {quoted(name, 60)}", span, help=help)
 
 
 def _near(name: str, path: Path, neighbours: Sequence[str]) -> str | None:
-    """The nearest name in the folder, or the first folder of the path that is not there."""
+    """Return the nearest name in the folder, or the first missing folder of the path."""
     if not path.parent.is_dir():
         missing = path.parent
         while missing.parent != missing and not missing.parent.is_dir():
@@ -68,7 +68,7 @@ def _near(name: str, path: Path, neighbours: Sequence[str]) -> str | None:
 
 
 def not_a_file(span: Span, name: str, path: Path) -> Diagnostic:
-    """A folder where a file is wanted."""
+    """Say that a path names a folder and not a file."""
     inside = sorted(p.name for p in path.iterdir())[:SHORT_LIST] if path.is_dir() else []
     return error(
         "missing-file",
@@ -79,13 +79,13 @@ def not_a_file(span: Span, name: str, path: Path) -> Diagnostic:
 
 
 def bad_file(span: Span, name: str, problem: str, line: int | None) -> Diagnostic:
-    """A file that is not what it should be."""
+    """Say that a file has the wrong content."""
     where = f", line {line}" if line is not None else ""
     return error("bad-file", f"{quoted(name, 60)}{where}: {problem}", span)
 
 
 def context_too_long(span: Span, longest: int) -> Diagnostic:
-    """A context beyond what the model was made for."""
+    """Say that a context is longer than the model supports."""
     return error(
         "beyond-context",
         "the context is longer than the model was trained for",
@@ -95,7 +95,7 @@ def context_too_long(span: Span, longest: int) -> Diagnostic:
 
 
 def divided_turns(span: Span) -> Diagnostic:
-    """`on_long_row = divide` for prompts and answers."""
+    """Say that `on_long_row = divide` cannot divide prompts and answers."""
     return error(
         "unknown-choice",
         "only plain text can be divided",
@@ -109,7 +109,7 @@ def divided_turns(span: Span) -> Diagnostic:
 
 
 def unknown_field(span: Span, name: str, fields: list[str], data: str, used: Use) -> Diagnostic:
-    """A field that the data does not have."""
+    """Say that the data has no such field."""
     fields = sorted(fields)
     shown = listed(fields) if len(fields) <= 12 else f"{listed(fields[:12])}, ..."
     near = nearest(name, fields)
@@ -133,7 +133,7 @@ def unknown_field(span: Span, name: str, fields: list[str], data: str, used: Use
 def role_not_there(
     span: Span, role: str, source: str, roles: frozenset[str], used: Use
 ) -> Diagnostic:
-    """A reward reads `{target}`, and the data has none."""
+    """Say that a reward reads a role such as `{target}` that the data lacks."""
     has = listed([r for r in ROLES if r in roles]) or "none"
     return error(
         "unknown-field",
@@ -146,7 +146,7 @@ def role_not_there(
 
 
 def constant_template(span: Span, role: str) -> Diagnostic:
-    """`prompt = "{{question}}"`, or no field at all."""
+    """Say that a template reads no field, as in `prompt = "{{question}}"`."""
     doubled = "{{" in span.text
     return error(
         "bad-template",
@@ -159,7 +159,7 @@ def constant_template(span: Span, role: str) -> Diagnostic:
 
 
 def instructions_lack(span: Span, name: str) -> Diagnostic:
-    """A rubric's instructions without what is judged."""
+    """Say that a rubric's instructions lack a field to judge."""
     return error("bad-template", f"these instructions do not contain `{{{name}}}`", span)
 
 
@@ -167,7 +167,7 @@ def instructions_lack(span: Span, name: str) -> Diagnostic:
 
 
 def needs_procedural(span: Span, source: str, used: Use) -> Diagnostic:
-    """`verified()` over data that no generator made."""
+    """Say that `verified()` scores data that no generator made."""
     return error(
         "needs-procedural",
         f"`verified()` cannot score `{source}`, which is not from a generator",
@@ -178,7 +178,7 @@ def needs_procedural(span: Span, source: str, used: Use) -> Diagnostic:
 
 
 def unknown_source(span: Span, name: str, names: list[str], used: Use) -> Diagnostic:
-    """`by_source` names what is not in the mixture."""
+    """Say that `by_source` names data that is not in the mixture."""
     return error(
         "unknown-source",
         f"{quoted(name)} is not a source of this data",
@@ -190,7 +190,7 @@ def unknown_source(span: Span, name: str, names: list[str], used: Use) -> Diagno
 
 
 def source_without_reward(span: Span, names: list[str], used: Use) -> Diagnostic:
-    """`by_source` leaves a source of the mixture out."""
+    """Say that `by_source` omits a source of the mixture."""
     return error(
         "unknown-source",
         f"{listed(names)} would have no reward",
@@ -201,7 +201,7 @@ def source_without_reward(span: Span, names: list[str], used: Use) -> Diagnostic
 
 
 def unknown_python_function(span: Span, name: str, file: str, functions: list[str]) -> Diagnostic:
-    """A function that the file does not have."""
+    """Say that a Python file has no such function."""
     help = choose(name, functions, "it has")
     return error(
         "python-function", f"{quoted(file, 50)} has no function {quoted(name)}", span, help=help
@@ -209,7 +209,7 @@ def unknown_python_function(span: Span, name: str, file: str, functions: list[st
 
 
 def awaited_function(span: Span, name: str) -> Diagnostic:
-    """`async def`, or a generator."""
+    """Say that a function is `async def` or a generator."""
     return error(
         "python-function",
         f"calling {quoted(name, 50)} does not return a value",
@@ -220,7 +220,7 @@ def awaited_function(span: Span, name: str) -> Diagnostic:
 
 
 def no_completion_parameter(span: Span, name: str, parameters: list[str]) -> Diagnostic:
-    """A reward that does not take the completion."""
+    """Say that a reward function takes no completion."""
     takes = f"it takes {listed(parameters)}" if parameters else "it takes nothing"
     return error(
         "python-function",
@@ -234,7 +234,7 @@ def no_completion_parameter(span: Span, name: str, parameters: list[str]) -> Dia
 def unknown_parameter_field(
     span: Span, name: str, parameter: str, known: list[str], used: Use
 ) -> Diagnostic:
-    """A parameter of a reward that no field fills."""
+    """Say that no field fills a parameter of a reward function."""
     return error(
         "python-function",
         f"no value for the parameter `{parameter}` of {quoted(name, 40)}",
@@ -246,7 +246,7 @@ def unknown_parameter_field(
 
 
 def unfilled_parameter(span: Span, name: str, parameter: str, supplied: list[str]) -> Diagnostic:
-    """A parameter of a function that it is not given."""
+    """Say that a parameter of a function receives no value."""
     return error(
         "python-function",
         f"no value for the parameter `{parameter}` of {quoted(name, 40)}",
@@ -257,13 +257,13 @@ def unfilled_parameter(span: Span, name: str, parameter: str, supplied: list[str
 
 
 def unknown_argument_of(span: Span, name: str, function: str, known: list[str]) -> Diagnostic:
-    """A setting that a function does not take."""
+    """Say that a function does not take a setting."""
     title = f"{quoted(function, 40)} has no parameter `{name}`"
     return error("python-function", title, span, help=choose(name, known, "it has"))
 
 
 def only_of_rewards(span: Span, name: str) -> Diagnostic:
-    """`timeout` of a function that is part of a compiled program."""
+    """Say that a function in a compiled program has no `timeout`."""
     title = f"`{name}` has no effect here"
     label = "the function is compiled into the step"
     return error("python-function", title, span, label, help=f"leave `{name}` out")
@@ -273,7 +273,7 @@ def only_of_rewards(span: Span, name: str) -> Diagnostic:
 
 
 def no_generators(span: Span) -> Diagnostic:
-    """reasoning-gym is not installed."""
+    """Say that reasoning-gym is not installed."""
     return error(
         "missing-package",
         "procedural data needs the package `reasoning-gym`",
@@ -283,7 +283,7 @@ def no_generators(span: Span) -> Diagnostic:
 
 
 def unknown_task(span: Span, name: str, tasks: list[str]) -> Diagnostic:
-    """A generator that does not exist."""
+    """Say that a generator does not exist."""
     near = nearest(name, tasks)
     parts = [p for p in name.split("_") if len(p) > 3]
     related = sorted(t for t in tasks if any(p in t for p in parts))[:SHORT_LIST]
@@ -297,7 +297,7 @@ def unknown_task(span: Span, name: str, tasks: list[str]) -> Diagnostic:
 
 
 def unknown_setting(span: Span, name: str, task: str, known: list[str]) -> Diagnostic:
-    """A setting that the generator does not have."""
+    """Say that a generator has no such setting."""
     if name in ("size", "seed"):
         return error(
             "unknown-attribute",

@@ -33,8 +33,9 @@ def does_not_fit(
     pinned: Sequence[str],
     remedies: Iterable[tuple[str, int]],
 ) -> FailureText:
-    """No layout fits: `layout` is the smallest, which needs `needed` bytes in its `parts`; a
-    device has `memory`, of which a plan takes `usable`. A remedy comes with the bytes it needs.
+    """Say that no layout fits: `layout` is the smallest, which needs `needed` bytes in its
+    `parts`; a device has `memory`, of which a plan takes `usable`. A remedy comes with the
+    bytes it needs.
     """
     largest = sorted(parts.items(), key=lambda part: -part[1])[:4]
     shares = ", ".join(f"{name} {size_text(size)}" for name, size in largest)
@@ -60,17 +61,19 @@ def does_not_fit(
 
 
 def no_layout(why: str) -> FailureText:
-    """A value that the spec sets contradicts the devices, the batch or the model."""
+    """Say that a value of the spec contradicts the devices, the batch or the model."""
     return FailureText(why)
 
 
 def no_graph(stage: str, problem: str) -> FailureText:
-    """The graph of stages cannot be built."""
+    """Say that the graph of stages cannot be built."""
     return FailureText(f"`{stage}` {problem}")
 
 
 def no_target(target: str, known: Sequence[str], why: str) -> FailureText:
-    """An adapter's target is no matrix of the model, or one that the adapter cannot be on."""
+    """Say that an adapter's target is no matrix of the model, or one that the adapter cannot
+    be on.
+    """
     title = why or f"no matrix of the model is called `{target}`"
     return FailureText(title, help=f"the model has {listed(known)}")
 
@@ -79,12 +82,12 @@ def no_target(target: str, known: Sequence[str], why: str) -> FailureText:
 
 
 def not_built(feature: str) -> FailureText:
-    """The language has something that this version cannot run."""
+    """Say that this version cannot run a feature of the language."""
     return FailureText(f"{feature} is not supported yet")
 
 
 def devices_missing(stage: str, wanted: str, available: str) -> FailureText:
-    """The stage names hardware that this machine does not have."""
+    """Say that this machine lacks the hardware of a stage."""
     return FailureText(f"`{stage}` runs on {wanted}, but this machine has {available}")
 
 
@@ -92,13 +95,13 @@ _COMPILERS = {"tpu": "the compiler for TPUs", "cuda": "the compiler for NVIDIA G
 
 
 def missing_extra(extra: str) -> FailureText:
-    """An optional package is not installed: the `extra` that installs it."""
+    """Say that an optional package is not installed, and name the `extra` that installs it."""
     package = _COMPILERS.get(extra, f"the package `{extra}`")
     return FailureText(f"{package} is not installed", help=f"pip install 'tunelang[{extra}]'")
 
 
 def missing_input(missing: str, stage: str) -> FailureText:
-    """A stage reads another that is not done and not part of this run."""
+    """Say that a stage reads another that is neither done nor part of this run."""
     return FailureText(
         f"`{missing}` is not done, and this command does not run it",
         help=f"run it first: `tune run SPEC --until {stage or missing}`",
@@ -106,7 +109,7 @@ def missing_input(missing: str, stage: str) -> FailureText:
 
 
 def no_metric(stage: str, metric: str, known: Sequence[str]) -> FailureText:
-    """No branch of a sweep has the metric that decides it."""
+    """Say that no branch of a sweep has the metric that decides it."""
     shown = listed(known[:_LISTED_METRICS])
     return FailureText(
         f"no branch of `{stage}` has the metric `{metric}`",
@@ -115,7 +118,7 @@ def no_metric(stage: str, metric: str, known: Sequence[str]) -> FailureText:
 
 
 def no_checkpoint(stage: str, step: int) -> FailureText:
-    """A stage starts from a step whose checkpoint another stage did not keep."""
+    """Say that a stage starts from a step whose checkpoint was not kept."""
     return FailureText(
         f"`{stage}` has no checkpoint of step {step}",
         help=f"run it again: `tune run SPEC --force {stage}`",
@@ -123,27 +126,27 @@ def no_checkpoint(stage: str, step: int) -> FailureText:
 
 
 def not_alike(first: str, other: str) -> FailureText:
-    """Two models to merge have different architectures."""
+    """Say that two models to merge have different architectures."""
     return FailureText(f"`{first}` and `{other}` do not have the same architecture")
 
 
 def other_tokenizer(name: str) -> FailureText:
-    """A teacher or value model has another tokenizer than the trained model."""
+    """Say that a teacher or value model has another tokenizer than the trained model."""
     return FailureText(f"`{name}` does not have the tokenizer of the model that is trained")
 
 
 def bad_weights(folder: str, problems: Sequence[str]) -> FailureText:
-    """The weights of a pretrained model cannot be used."""
+    """Say that the weights of a pretrained model cannot be used."""
     return FailureText(f"the weights in `{folder}` cannot be used", notes=problems)
 
 
 def bad_tokenizer(path: Path, reason: str) -> FailureText:
-    """The file of a tokenizer is missing or cannot be read."""
+    """Say that the file of a tokenizer is missing or cannot be read."""
     return FailureText(f"{path}: {reason}")
 
 
 def vocabulary_size(wanted: int, possible: int) -> FailureText:
-    """A tokenizer of the wanted size cannot be trained on the data."""
+    """Say that a tokenizer of the wanted size cannot be trained on the data."""
     return FailureText(
         f"the data does not yield a vocabulary of {wanted:,} tokens",
         help=f"the nearest size that works: `vocabulary = {possible}`",
@@ -154,17 +157,17 @@ def vocabulary_size(wanted: int, possible: int) -> FailureText:
 
 
 def no_row(reason: str, excerpt: str) -> FailureText:
-    """A place in a file does not hold a row."""
+    """Say that a line of a file is no row."""
     return FailureText(f"{reason}: {excerpt}")
 
 
 def too_long(length: int, limit: int) -> FailureText:
-    """A row has more tokens than fit."""
+    """Say that a row has more tokens than fit."""
     return FailureText(f"{length:,} tokens, but only {limit:,} fit")
 
 
 def missing_field(name: str, known: Sequence[str]) -> FailureText:
-    """A row lacks a field."""
+    """Say that a row lacks a field."""
     among = ", ".join(f"`{each}`" for each in known)
     return FailureText(f"no field `{name}` among {among}" if known else f"no field `{name}`")
 
@@ -176,46 +179,46 @@ _JSON_TYPES = {
 
 
 def wrong_type(name: str, expected: str, value: object) -> FailureText:
-    """A field has a value of another type than its use needs."""
+    """Say that the value of a field has the wrong type."""
     actual = _JSON_TYPES.get(type(value).__name__, type(value).__name__)
     return FailureText(f"field `{name}` is {actual}, not {expected}")
 
 
 def empty_mask(rendered: str) -> FailureText:
-    """A conversation has no token to train on."""
+    """Say that a conversation has no token to train on."""
     return FailureText(f"no token of it would be trained: {excerpt(rendered)}")
 
 
 def truncated_answer(answer: str) -> FailureText:
-    """A chat template does not write all of an answer."""
+    """Say that a chat template omits a part of an answer."""
     return FailureText(f"the chat template leaves out a part of the answer: {excerpt(answer)}")
 
 
 def template_rewrites(turn: int, rendered: str) -> FailureText:
-    """A chat template changes a turn (from 0) when the conversation continues."""
+    """Say that a chat template changes a turn (from 0) when the conversation continues."""
     return FailureText(f"the chat template rewrites turn {turn + 1}: {excerpt(rendered)}")
 
 
 def no_stop_token() -> FailureText:
-    """Neither the tokenizer nor the chat template has a token that ends an answer."""
+    """Say that neither the tokenizer nor the chat template has a token that ends an answer."""
     return FailureText(
         "no token ends an answer: the tokenizer has none, and the chat template writes none"
     )
 
 
 def template_failed(reason: str, line: int | None) -> FailureText:
-    """A chat template does not parse, or raises an error."""
+    """Say that a chat template does not parse, or raises an error."""
     where = f" (line {line})" if line else ""
     return FailureText(f"the chat template failed{where}: {reason}")
 
 
 def bad_row(place: str, problem: str) -> FailureText:
-    """A row cannot be used, and its policy is to stop."""
+    """Say that a row cannot be used, and that its policy is to stop."""
     return FailureText(f"{place}: {problem}")
 
 
 def no_rows(source: str, rows: Sequence[tuple[str, str]]) -> FailureText:
-    """No row of the data can be used; `rows` are places and problems of the first."""
+    """Say that no row of the data can be used; `rows` are places and problems of the first."""
     notes = [f"{place}: {problem}" for place, problem in rows]
     if not rows:
         return FailureText(
@@ -225,12 +228,12 @@ def no_rows(source: str, rows: Sequence[tuple[str, str]]) -> FailureText:
 
 
 def dropped_rows(count: int) -> str:
-    """Rows of the data were not used."""
+    """Warn that rows of the data were dropped."""
     return f"warning: {plural(count, 'row')} {'was' if count == 1 else 'were'} dropped"
 
 
 def generator_failed(task: str, reason: str) -> FailureText:
-    """A generator of procedural data refused its settings or raised an error."""
+    """Say that a generator of procedural data refused its settings or raised an error."""
     return FailureText(f"the generator `{task}` failed", notes=[reason])
 
 
@@ -244,17 +247,19 @@ def excerpt(value: object) -> str:
 
 
 def python_function(reference: str, why: str) -> FailureText:
-    """A Python function cannot be loaded, failed, or returned the wrong thing."""
+    """Say that a Python function cannot be loaded, failed, or returned a wrong value."""
     return FailureText(f"{reference}: {why}", help="`--traceback` shows where in the file")
 
 
 def reward_not_loaded(why: str) -> FailureText:
-    """A reward function or judge cannot be loaded; the last line of `why` says the reason."""
+    """Say that a reward function or judge cannot be loaded; the last line of `why` is the
+    reason.
+    """
     return FailureText("a reward cannot be loaded", notes=[why.strip().splitlines()[-1]])
 
 
 def judge_down(judge: str, why: str) -> FailureText:
-    """A judge answered none of its requests."""
+    """Say that a judge answered none of its requests."""
     return FailureText(
         f"the judge of `{judge}` no longer answers: {why}",
         help="run the same command to continue from the last checkpoint",
@@ -262,7 +267,7 @@ def judge_down(judge: str, why: str) -> FailureText:
 
 
 def unscored(part: str, why: str) -> str:
-    """A reward has no score for any completion of `tune generate`."""
+    """Say that a reward has no score for any completion of `tune generate`."""
     return f"the reward scores no completion: {part}: {why}"
 
 
@@ -270,7 +275,7 @@ def unscored(part: str, why: str) -> str:
 
 
 def diverged(metric: str, step: int) -> FailureText:
-    """A metric became infinite or not a number."""
+    """Say that a metric became infinite or not a number."""
     return FailureText(
         f"the {metric.replace('_', ' ')} of step {step} is not a finite number",
         help="try a lower learning rate or a smaller `clip_norm`; the last checkpoint is kept",
@@ -278,7 +283,7 @@ def diverged(metric: str, step: int) -> FailureText:
 
 
 def foreign_file(path: Path) -> FailureText:
-    """An export would overwrite a file that it did not write."""
+    """Say that an export would overwrite a file that it did not write."""
     return FailureText(
         f"{path} exists, and this stage did not write it",
         help="choose another `path`, or move the file: other files are never overwritten",
@@ -286,7 +291,7 @@ def foreign_file(path: Path) -> FailureText:
 
 
 def adapter_not_separable(why: str) -> FailureText:
-    """An adapter cannot be exported without the model's weights."""
+    """Say that an adapter cannot be exported without the model's weights."""
     return FailureText(
         "the adapter cannot be written by itself",
         help="`adapter = merged` writes all weights",
@@ -295,7 +300,7 @@ def adapter_not_separable(why: str) -> FailureText:
 
 
 def no_family() -> FailureText:
-    """No family of `transformers` has the architecture of the model."""
+    """Say that no family of `transformers` has the architecture of the model."""
     return FailureText(
         "no family of `transformers` that `tune` writes has this architecture",
         help="it writes models with swiglu, rms and rope, as Llama, Mistral or Qwen 3",
@@ -303,17 +308,17 @@ def no_family() -> FailureText:
 
 
 def no_tokenizer_file(why: str) -> FailureText:
-    """A tokenizer has no form as `tokenizer.json`."""
+    """Say that a tokenizer cannot be written as `tokenizer.json`."""
     return FailureText(f"the tokenizer cannot be written as `tokenizer.json`: {why}")
 
 
 def store_failed(action: str, path: Path, reason: str) -> FailureText:
-    """The store could not read, write or lock a file."""
+    """Say that the store could not read, write or lock a file."""
     return FailureText(f"cannot {action} {path}: {reason}")
 
 
 def checkpoint_failed(action: str, path: Path, reason: str, stage: str) -> FailureText:
-    """A checkpoint cannot be written or read."""
+    """Say that a checkpoint cannot be written or read."""
     remedy = f"remove {path} to continue from the checkpoint before, or `--force {stage}`"
     return FailureText(
         f"cannot {action} {path}: {reason}", help=remedy if action == "read" else None
@@ -321,12 +326,12 @@ def checkpoint_failed(action: str, path: Path, reason: str, stage: str) -> Failu
 
 
 def unreadable(path: object, reason: str | None) -> FailureText:
-    """A file that the spec names cannot be read."""
+    """Say that a file of the spec cannot be read."""
     return FailureText(f"{path}: {reason}")
 
 
 def unexpected(kind: str, message: str) -> FailureText:
-    """An error that has no class of its own: the name of its type, and what it says."""
+    """Report an error without a class of its own: the name of its type, and its text."""
     lines = message.strip().splitlines()
     title = f"{kind}: {lines[0][:_LONGEST_TITLE]}" if lines else kind
     return FailureText(title, help=_AT_FAULT)
@@ -336,21 +341,21 @@ def unexpected(kind: str, message: str) -> FailureText:
 
 
 def unknown_stage(name: str, known: Sequence[str]) -> str:
-    """No stage has the name."""
+    """Say that no stage has the name."""
     return f"no stage is called `{name}`: the spec has {listed(known) or 'none'}"
 
 
 def unknown_reward(name: str, known: Sequence[str]) -> str:
-    """No reward has the name."""
+    """Say that no reward has the name."""
     return f"no reward is called `{name}`: the spec declares {listed(known) or 'none'}"
 
 
 def unread_data(name: str, known: Sequence[str]) -> str:
-    """No stage reads data of the name."""
+    """Say that no stage reads data of the name."""
     return f"no stage reads data called `{name}`: the stages read {listed(known) or 'none'}"
 
 
 def unknown_hardware(name: str, why: str, known: Sequence[str]) -> str:
-    """Nothing declared has the name, and it names no hardware either."""
+    """Say that a name is neither declared nor a known hardware."""
     declared = listed(known) or "none"
     return f"no hardware is called `{name}`: {why}; the spec declares {declared}"

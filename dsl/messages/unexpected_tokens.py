@@ -15,7 +15,7 @@ _OPERATORS = {"PLUS", "MINUS", "STAR", "SLASH", "COMPARE", "AND", "OR", "NOT", "
 
 
 def syntax_error(tokens: list[Lexeme], bad: object) -> Diagnostic:
-    """A token that does not fit: the likeliest cause, else what stood there."""
+    """Say that a token does not fit, by the likeliest cause."""
     index = next((i for i, token in enumerate(tokens) if token is bad), len(tokens))
     return _Misfit(tokens, index).diagnose()
 
@@ -38,15 +38,15 @@ class _Misfit:
         self.inside = stack[-1] if stack else ""
 
     def type_at(self, back: int) -> str:
-        """The type of the token `back` places before the misfit."""
+        """Return the type of the token `back` places before the misfit."""
         return self.tokens[self.at - back].type if self.at >= back else ""
 
     def starts_attribute(self, back: int) -> bool:
-        """Whether the token `back` places before stands where an attribute's name does."""
+        """Return whether the token `back` places before is in the place of an attribute's name."""
         return self.inside == "LBRACE" and self.type_at(back + 1) in ("SEP", "LBRACE")
 
     def diagnose(self) -> Diagnostic:
-        """The first explanation that fits."""
+        """Return the first explanation that fits."""
         for explain in (
             self._top_level, self._colon, self._quoted_name, self._dangling,
             self._double_equals, self._nested_block, self._missing_value,
@@ -154,7 +154,7 @@ class _Misfit:
         return None
 
     def _dangling(self) -> Diagnostic | None:
-        """`a +` at a line's end: the next line's name and `=` were read on."""
+        """Explain `a +` at the end of a line, which joins the name and `=` of the next line."""
         if self.kind not in ("EQUALS", "COLON") or self.at < 2:
             return None
         operator, name = self.tokens[self.at - 2], self.tokens[self.at - 1]

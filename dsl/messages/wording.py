@@ -35,14 +35,14 @@ def error(
     fix: Edit | tuple[Edit, ...] = (),
     severity: Severity = "error",
 ) -> Diagnostic:
-    """A diagnostic; `help` says what to do, `fix` does it."""
+    """Return a diagnostic; `help` is advice, `fix` an edit that follows it."""
     edits = (fix,) if isinstance(fix, Edit) else fix
     others = tuple(second for second in seconds if second.span != span)
     return Diagnostic(code, title, Label(span, label), others, tuple(notes), help, edits, severity)
 
 
 def quoted(text: str, longest: int = 40) -> str:
-    """A user's text in backticks, on one line, shortened in the middle if it is long."""
+    """Return a user's text in backticks, on one line, shortened in the middle if it is long."""
     text = " ".join(text.split())
     if len(text) > longest:
         half = (longest - 1) // 2
@@ -51,8 +51,8 @@ def quoted(text: str, longest: int = 40) -> str:
 
 
 def distance(a: str, b: str, limit: int) -> int:
-    """Edits (insert, delete, replace, swap neighbours) from `a` to `b`; beyond `limit`, `limit +
-    1`.
+    """Count the edits (insert, delete, replace, swap neighbours) from `a` to `b`; beyond
+    `limit`, return `limit + 1`.
     """
     if abs(len(a) - len(b)) > limit:
         return limit + 1
@@ -71,7 +71,9 @@ def distance(a: str, b: str, limit: int) -> int:
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The name that was probably meant: within a third of the word's length, or the same parts."""
+    """Return the name that was probably meant: within a third of the length of the word, or
+    of equal parts.
+    """
     if len(word) > _LONGEST_COMPARED:
         return None
     limit = max(1, len(word) // 3)
@@ -92,7 +94,7 @@ def nearest(word: str, names: Iterable[str]) -> str | None:
 
 
 def listed(names: Sequence[str], last: str = "and") -> str:
-    """`a`, `b` and `c`."""
+    """Return words as `a`, `b` and `c`."""
     marked = [f"`{name}`" for name in names]
     if len(marked) < 2:
         return "".join(marked)
@@ -100,7 +102,7 @@ def listed(names: Sequence[str], last: str = "and") -> str:
 
 
 def choose(word: str, names: Sequence[str], what: str) -> str | None:
-    """The help for an unknown word: the nearest name, else all names if they are few."""
+    """Return the help for an unknown word: the nearest name, or all names if they are few."""
     near = nearest(word, names)
     if near is not None:
         return f"did you mean `{near}`?"
@@ -110,13 +112,13 @@ def choose(word: str, names: Sequence[str], what: str) -> str | None:
 
 
 def replace_fix(span: Span, word: str, names: Iterable[str]) -> tuple[Edit, ...]:
-    """The edit that puts the nearest name in the place of a word."""
+    """Return the edit that replaces a word by the nearest name."""
     near = nearest(word, names)
     return (Edit(span, near),) if near is not None else ()
 
 
 def plural(count: int, one: str) -> str:
-    """`1 row`, `2 rows`."""
+    """Return a count with its noun: `1 row`, `2 rows`."""
     return f"{count:,} {one}{'' if count == 1 else 's'}"
 
 
@@ -157,7 +159,7 @@ def describe(value: object) -> str:
 
 
 def article(word: str) -> str:
-    """`an eval`, `a stage`; `data` and `hardware` take none."""
+    """Return a noun with its article: `an eval`, `a stage`; `data` and `hardware` have none."""
     if word in ("data", "hardware", "settings", "experts", "text", "sampling"):
         return word
     spoken_with_vowel = word in ("sft", "rloo", "sgd") or word[0] in "aeiou"

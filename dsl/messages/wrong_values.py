@@ -23,7 +23,7 @@ def wrong_type(
     help: str | None,
     seconds: Sequence[Label],
 ) -> Diagnostic:
-    """A value of another type than is wanted."""
+    """Say that a value has the wrong type."""
     got = describe(value)
     fix: tuple[Edit, ...] = ()
     if isinstance(value, str) and isinstance(want, types.Pattern):
@@ -63,7 +63,7 @@ def _reads_as_number(text: str) -> bool:
 def missing_unit(
     span: Span, owner: str, value: Quantity, accepted: Sequence[str], share: bool
 ) -> Diagnostic:
-    """A bare number where the unit decides."""
+    """Say that a number lacks the unit that decides its meaning."""
     number = value.written or units.show(value.value)
     is_whole = value.value == int(value.value)
     fitting = [
@@ -84,12 +84,12 @@ def missing_unit(
 
 
 def not_whole(span: Span, owner: str, value: Quantity) -> Diagnostic:
-    """`layers = 2.5`."""
+    """Say that a number must be whole, as in `layers = 2.5`."""
     return error("not-whole", f"{owner} is a whole number", span, f"{value} is not")
 
 
 def out_of_range(span: Span, owner: str, value: Quantity, want: types.Number) -> Diagnostic:
-    """A number beyond its bounds."""
+    """Say that a number is out of its bounds."""
     return error(
         "out-of-range",
         f"{owner} is out of range",
@@ -100,7 +100,7 @@ def out_of_range(span: Span, owner: str, value: Quantity, want: types.Number) ->
 
 
 def share_out_of_range(span: Span, owner: str, value: Quantity) -> Diagnostic:
-    """`20` or `120%` where a part of a whole is wanted."""
+    """Say that a share is above 100% or lacks its `%`, as in `20` or `120%`."""
     if value.dimension is None and 1 < value.value <= 100:
         percent = f"{units.show(value.value)}%"
         return error(
@@ -117,7 +117,7 @@ def share_out_of_range(span: Span, owner: str, value: Quantity) -> Diagnostic:
 
 
 def empty_list(span: Span, owner: str, want: types.ListOf) -> Diagnostic:
-    """`path = []`."""
+    """Say that a list is empty, as in `path = []`."""
     return error(
         "out-of-range", f"{owner} needs at least {plural(want.low, 'item')}", span, "empty"
     )
@@ -126,7 +126,7 @@ def empty_list(span: Span, owner: str, want: types.ListOf) -> Diagnostic:
 def unknown_choice(
     span: Span, owner: str, word: str, words: Sequence[str], quoted: bool = False
 ) -> Diagnostic:
-    """A word that is not one of the choices."""
+    """Say that a word is not one of the choices."""
     meant = foreign.NAMES.get(word)
     if meant not in words:
         meant = nearest(word, words)
@@ -139,7 +139,7 @@ def unknown_choice(
 
 
 def quoted_choice(span: Span, word: str) -> Diagnostic:
-    """`decay = "cosine"`."""
+    """Say that a choice is in quotes, as in `decay = "cosine"`."""
     return error(
         "quoted-choice",
         f"the choice `{word}` is written without quotes",
@@ -152,7 +152,7 @@ def quoted_choice(span: Span, word: str) -> Diagnostic:
 
 
 def wrong_operand(span: Span, operator: str, values: Sequence[object]) -> Diagnostic:
-    """An operator over values that it does not take."""
+    """Say that an operator does not take its values."""
     described = " and ".join(dict.fromkeys(describe(value) for value in values))
     help = None
     if any(isinstance(value, DataExpression) for value in values):
@@ -161,19 +161,19 @@ def wrong_operand(span: Span, operator: str, values: Sequence[object]) -> Diagno
 
 
 def unit_mismatch(span: Span, operator: str, left: Quantity, right: Quantity) -> Diagnostic:
-    """`2 epochs + 3 steps`."""
+    """Say that units differ, as in `2 epochs + 3 steps`."""
     names = [units.DIMENSION_NAMES.get(v.dimension, "a number") for v in (left, right)]
     verb = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}.get(operator, "compare")
     return error("unit-mismatch", f"cannot {verb} {names[0]} and {names[1]}", span)
 
 
 def division_by_zero(span: Span) -> Diagnostic:
-    """`1 / 0`."""
+    """Say that a number is divided by zero."""
     return error("out-of-range", "division by zero", span)
 
 
 def weight_not_percent(span: Span, weight: Quantity) -> Diagnostic:
-    """`0.8 * a` over data."""
+    """Say that the weight of data is no percentage, as in `0.8 * a`."""
     help = "mix data with percentages: `80% * a + 20% * b`"
     if weight.dimension is None and 0 < weight.value <= 1:
         help = f"write {units.show(float(weight.value), '%')}"
@@ -187,7 +187,7 @@ def weight_not_percent(span: Span, weight: Quantity) -> Diagnostic:
 
 
 def weights(span: Span, shares: Sequence[float]) -> Diagnostic:
-    """A mixture whose shares do not add up."""
+    """Say that the shares of a mixture do not add up."""
     total = units.show(round(sum(shares), 12), "%")
     parts = " + ".join(units.show(share, "%") for share in shares)
     label = f"{parts} = {total}" if 1 < len(shares) <= 8 else f"{total} in all"
@@ -199,7 +199,7 @@ def weights(span: Span, shares: Sequence[float]) -> Diagnostic:
 
 
 def mixture_without_weights(span: Span, count: int, some: bool) -> Diagnostic:
-    """`a + b` over data."""
+    """Say that a mixture lacks its weights, as in `a + b`."""
     title = "each part of a mixture needs a share" if some else "a mixture needs shares"
     share = units.show(round(1 / count, 4), "%")
     example = " + ".join(f"{share} * {name}" for name in ("a", "b", "c", "d")[: min(count, 4)])
@@ -209,7 +209,7 @@ def mixture_without_weights(span: Span, count: int, some: bool) -> Diagnostic:
 
 
 def split_needs_part(span: Span, split: data.Split) -> Diagnostic:
-    """`math.split(test = 5%)` as data."""
+    """Say that a split is used without one of its parts, as in `math.split(test = 5%)`."""
     parts = [*split.parts, "train"]
     return error(
         "split-needs-part",
@@ -220,7 +220,7 @@ def split_needs_part(span: Span, split: data.Split) -> Diagnostic:
 
 
 def split_too_large(span: Span, parts: Mapping[str, float]) -> Diagnostic:
-    """Parts that leave nothing, or one called `train`."""
+    """Say that the parts of a split leave no rows, or that one is called `train`."""
     if "train" in parts:
         return error(
             "out-of-range",
@@ -238,7 +238,7 @@ def split_too_large(span: Span, parts: Mapping[str, float]) -> Diagnostic:
 
 
 def lone_brace(span: Span, brace: str) -> Diagnostic:
-    """`{` without `}`."""
+    """Say that a `{` has no `}`."""
     return error(
         "bad-template",
         f"`{brace}` is not closed in this template",
@@ -248,7 +248,7 @@ def lone_brace(span: Span, brace: str) -> Diagnostic:
 
 
 def bad_field_name(span: Span, name: str) -> Diagnostic:
-    """`{}`, `{a b}` or `{a[0].b}`."""
+    """Say that a template names no field, as in `{}`, `{a b}` or `{a[0].b}`."""
     field = f"{{{name}}}"
     offset = span.text.find(field)
     place = (
@@ -266,7 +266,7 @@ def bad_field_name(span: Span, name: str) -> Diagnostic:
 
 
 def bad_regex(span: Span, at: int | None, what: str) -> Diagnostic:
-    """A regular expression that does not compile, pointed at inside the literal."""
+    """Say that a regular expression does not compile, at the place inside the literal."""
     place = span
     if at is not None:
         raw = span.text
@@ -280,12 +280,12 @@ def bad_regex(span: Span, at: int | None, what: str) -> Diagnostic:
 
 
 def empty_path(span: Span, owner: str) -> Diagnostic:
-    """`path = ""`."""
+    """Say that a path is empty."""
     return error("out-of-range", f"{owner} is empty", span)
 
 
 def bad_python_reference(span: Span, text: str) -> Diagnostic:
-    """`python("mine.py")`."""
+    """Say that a reference names no function, as in `python("mine.py")`."""
     help = "write `file.py:function`"
     if "." in text and ":" not in text and not text.endswith(".py"):
         module, _, function = text.rpartition(".")
@@ -294,7 +294,7 @@ def bad_python_reference(span: Span, text: str) -> Diagnostic:
 
 
 def not_a_condition(span: Span) -> Diagnostic:
-    """`where(f(x))`."""
+    """Say that an expression is no condition, as in `where(f(x))`."""
     return error(
         "wrong-type",
         "a condition compares fields of an example",
@@ -304,7 +304,7 @@ def not_a_condition(span: Span) -> Diagnostic:
 
 
 def not_a_metric(span: Span) -> Diagnostic:
-    """`best(1)`."""
+    """Say that an expression is no metric, as in `best(1)`."""
     return error(
         "wrong-type",
         "a metric must be a name",
@@ -317,7 +317,7 @@ def not_a_metric(span: Span) -> Diagnostic:
 
 
 def each_outside(span: Span) -> Diagnostic:
-    """`each` in a `let` or in data."""
+    """Say that `each` is outside a stage, in a `let` or in data."""
     return error(
         "each-outside-stage",
         "only a stage fans out",
@@ -328,12 +328,12 @@ def each_outside(span: Span) -> Diagnostic:
 
 
 def each_name(span: Span) -> Diagnostic:
-    """`each(lr = 1)`."""
+    """Say that a value of `each` has a name, as in `each(lr = 1)`."""
     return error("unknown-attribute", "`each` takes values, without names", span)
 
 
 def each_too_few(span: Span, count: int, listed: nodes.ListOf | None) -> Diagnostic:
-    """`each(1)`."""
+    """Say that `each` has fewer than two values, as in `each(1)`."""
     if listed is not None:
         plain = f"each({listed.span.text[1:-1].strip()})"
         return error("out-of-range", "`each` takes values, not a list", span, fix=Edit(span, plain))
@@ -342,7 +342,7 @@ def each_too_few(span: Span, count: int, listed: nodes.ListOf | None) -> Diagnos
 
 
 def too_many_branches(span: Span, sizes: Sequence[int], limit: int) -> Diagnostic:
-    """A product of `each` beyond what anybody runs."""
+    """Say that `each` calls multiply to too many branches."""
     total = 1
     for size in sizes:
         total *= size

@@ -39,7 +39,7 @@ class _State:
 
 
 def parse(source: Source) -> tuple[nodes.File, list[Diagnostic]]:
-    """A source as a syntax tree, and everything that is wrong with its form.
+    """Return a source as a syntax tree, with all errors of its syntax.
 
     Never raises for bad text: items that cannot be read are left out and reported.
     """
@@ -62,8 +62,8 @@ def parse(source: Source) -> tuple[nodes.File, list[Diagnostic]]:
 
 
 def parse_expression(source: Source) -> tuple[nodes.Expr | None, list[Diagnostic]]:
-    """The right side of a `--set name=expression`, by the same grammar; the source is the whole of
-    it.
+    """Parse the right side of a `--set name=expression` by the same grammar; the source is
+    the whole option.
     """
     lexed = lex(source)
     state = _State(source, lexed.diagnostics)
@@ -85,7 +85,7 @@ def parse_expression(source: Source) -> tuple[nodes.Expr | None, list[Diagnostic
 
 
 def _docs(comments: list[Comment], source: Source) -> dict[int, str]:
-    """Line after a run of `##` lines -> their text."""
+    """Return the text of each run of `##` lines by the line after it."""
     docs: dict[int, str] = {}
     for comment in comments:
         if comment.alone and comment.text.startswith("##"):
@@ -95,7 +95,7 @@ def _docs(comments: list[Comment], source: Source) -> dict[int, str]:
 
 
 def _starts_item(tokens: list[Lexeme], index: int) -> bool:
-    """Whether an item starts here: two names and `:` or `=`, an import, a run block."""
+    """Return whether an item starts here: two names and `:` or `=`, an import, a run block."""
     token = tokens[index]
     if token.type != "NAME" or (index and tokens[index - 1].last_line == token.line):
         return False
@@ -163,12 +163,12 @@ def _column(token: Lexeme) -> int:
 
 
 def _inside(outer: Lexeme, token: Lexeme) -> bool:
-    """Whether a declaration is indented as if it were inside another."""
+    """Return whether a declaration is indented as if it were inside another."""
     return _column(token) > _column(outer)
 
 
 def _lacks_brace(chunk: list[Lexeme], tokens: list[Lexeme], index: int) -> bool:
-    """Whether `noun name : kind` is followed by attributes without a `{`."""
+    """Return whether `noun name : kind` is followed by attributes without a `{`."""
     head = [token.type for token in chunk] == ["NAME", "NAME", "COLON", "NAME"]
     follows = [token.type for token in tokens[index : index + 2]]
     return head and follows in (["NAME", "EQUALS"], ["NAME", "COLON"])
@@ -308,7 +308,9 @@ def _after(token: Lexeme, kind: str) -> Lexeme:
 
 
 def _without_attribute(tokens: list[Lexeme], bad: object) -> list[Lexeme]:
-    """The tokens less the attribute in which `bad` stands; raises `_Unreadable` outside a block."""
+    """Return the tokens without the attribute that contains `bad`; raises `_Unreadable`
+    outside a block.
+    """
     where = next((index for index, token in enumerate(tokens) if token is bad), len(tokens) - 1)
     block = next((index for index, token in enumerate(tokens) if token.type == "LBRACE"), where)
     start, depth = block + 1, 0
@@ -323,7 +325,7 @@ def _without_attribute(tokens: list[Lexeme], bad: object) -> list[Lexeme]:
 
 
 def _too_deep(item: nodes.Item) -> bool:
-    """Whether an expression is nested too deeply for the recursive evaluation."""
+    """Return whether an expression is nested too deeply for the recursive evaluation."""
     level: list[nodes.Expr] = []
     if isinstance(item, nodes.Declaration):
         level = [part for part in (item.type, item.value) if part is not None]

@@ -24,13 +24,13 @@ class _NoLexer(Lexer):
     def __init__(self, lexer_conf: object) -> None: ...
 
     def lex(self, *_: object) -> NoReturn:
-        """Never called."""
+        """Do nothing: lark never calls it."""
         raise AssertionError("tokens are fed by hand")
 
 
 @cache
 def item_parser() -> Lark:
-    """The parser of one item, built once a process."""
+    """Return the parser of one item, built once a process."""
     text = resources.files("tunelang.dsl.parsing").joinpath("grammar.lark").read_text("utf-8")
     return Lark(
         text,
@@ -43,7 +43,8 @@ def item_parser() -> Lark:
 
 
 def _cache(grammar: str) -> str | bool:
-    """The file that keeps the parser's tables between processes; without a folder for it, none.
+    """Return the file that keeps the tables of the parser between processes; None without a
+    folder for it.
 
     Making the tables takes longer than checking a spec. Lark makes them again if the file is
     unusable.
@@ -59,8 +60,8 @@ def _cache(grammar: str) -> str | bool:
 
 
 def parse_item(tokens: list[Lexeme]) -> nodes.Item:
-    """The tokens of one item as a node; raises lark's `UnexpectedToken` at the first that does not
-    fit.
+    """Return the tokens of one item as a node; raises lark's `UnexpectedToken` at the first
+    that does not fit.
     """
     interactive = item_parser().parse_interactive()
     for token in tokens:
@@ -88,23 +89,23 @@ class _Builder(Transformer[Token, Any]):
     """One method for each rule or alias of the grammar."""
 
     def kinded(self, c: Children) -> nodes.Declaration:
-        """`noun name : kind { ... }`."""
+        """Convert `noun name : kind { ... }`."""
         return nodes.Declaration(_name(c[0]), _name(c[1]), _around(c), _name(c[3]), c[4])
 
     def bound(self, c: Children) -> nodes.Declaration:
-        """`noun name = value`."""
+        """Convert `noun name = value`."""
         return nodes.Declaration(_name(c[0]), _name(c[1]), _around(c), value=c[3])
 
     def typed(self, c: Children) -> nodes.Declaration:
-        """`param name : type = value`."""
+        """Convert `param name : type = value`."""
         return nodes.Declaration(_name(c[0]), _name(c[1]), _around(c), type=c[3], value=c[5])
 
     def run(self, c: Children) -> nodes.Run:
-        """`run { ... }`."""
+        """Convert `run { ... }`."""
         return nodes.Run(c[1], _around(c))
 
     def import_(self, c: Children) -> nodes.Import:
-        """`import "path" as prefix with (...)`."""
+        """Convert `import "path" as prefix with (...)`."""
         prefix = next(
             (c[i + 1] for i, t in enumerate(c) if isinstance(t, Lexeme) and t.type == "AS"), None
         )
@@ -113,74 +114,74 @@ class _Builder(Transformer[Token, Any]):
         return nodes.Import(path, prefix and _name(prefix), arguments, _around(c))
 
     def block(self, c: Children) -> nodes.Block:
-        """`{ ... }`."""
+        """Convert `{ ... }`."""
         return nodes.Block(tuple(x for x in c if isinstance(x, nodes.Attribute)), _around(c))
 
     def attribute(self, c: Children) -> nodes.Attribute:
-        """`name = value`."""
+        """Convert `name = value`."""
         return nodes.Attribute(_name(c[0]), c[2], _around(c))
 
     def name(self, c: Children) -> nodes.Name:
-        """A bare word."""
+        """Convert a bare word."""
         return _name(c[0])
 
     def type_call(self, c: Children) -> nodes.Chain:
-        """`choice(a, b)` as a parameter's type."""
+        """Convert `choice(a, b)` as a parameter's type."""
         call = nodes.Call(c[2], c[1].span.to(c[3].span))
         return nodes.Chain(_name(c[0]), (call,), _around(c))
 
     def number(self, c: Children) -> nodes.Number:
-        """A number with its unit."""
+        """Convert a number with its unit."""
         return nodes.Number(c[0].meaning, c[0].span)
 
     def text(self, c: Children) -> nodes.Text:
-        """Text."""
+        """Convert text."""
         return nodes.Text(c[0].meaning, c[0].span)
 
     def regex(self, c: Children) -> nodes.Regex:
-        """A regular expression."""
+        """Convert a regular expression."""
         return nodes.Regex(c[0].meaning, c[0].span)
 
     def constant(self, c: Children) -> nodes.Constant:
-        """`true`, `false`, `none`."""
+        """Convert `true`, `false` or `none`."""
         value = {"TRUE": True, "FALSE": False, "NONE": None}[c[0].type]
         return nodes.Constant(value, c[0].span)
 
     def list_of(self, c: Children) -> nodes.ListOf:
-        """`[a, b]`."""
+        """Convert `[a, b]`."""
         items = tuple(x for x in c if not isinstance(x, Lexeme))
         return nodes.ListOf(items, _around(c))
 
     def group(self, c: Children) -> nodes.Group:
-        """`(a)`."""
+        """Convert `(a)`."""
         return nodes.Group(c[1], _around(c))
 
     def member(self, c: Children) -> nodes.Member:
-        """`.name`."""
+        """Convert `.name`."""
         return nodes.Member(_name(c[1]), _around(c))
 
     def call(self, c: Children) -> nodes.Call:
-        """`(arguments)`."""
+        """Convert `(arguments)`."""
         return nodes.Call(c[1], _around([c[0], c[2]]))
 
     def arguments(self, c: Children) -> tuple[nodes.Argument, ...]:
-        """The arguments of a call."""
+        """Convert the arguments of a call."""
         return tuple(x for x in c if isinstance(x, nodes.Argument))
 
     def named(self, c: Children) -> nodes.Argument:
-        """`name = value` in a call."""
+        """Convert `name = value` in a call."""
         return nodes.Argument(_name(c[0]), c[2], _around(c))
 
     def positional(self, c: Children) -> nodes.Argument:
-        """A value in a call."""
+        """Convert a value in a call."""
         return nodes.Argument(None, c[0], c[0].span)
 
     def chain(self, c: Children) -> nodes.Chain:
-        """Members and calls after an operand."""
+        """Convert members and calls after an operand."""
         return nodes.Chain(c[0], tuple(c[1:]), _around(c))
 
     def unary(self, c: Children) -> nodes.Unary:
-        """`-x`, `not x`."""
+        """Convert `-x` or `not x`."""
         return nodes.Unary(c[0].text, c[1], _around(c))
 
     def _operation(self, c: Children) -> nodes.Operation:
@@ -190,5 +191,5 @@ class _Builder(Transformer[Token, Any]):
     logic = compare = arithmetic = _operation
 
     def conditional(self, c: Children) -> nodes.Conditional:
-        """`a if c else b`."""
+        """Convert `a if c else b`."""
         return nodes.Conditional(c[0], c[2], c[4], _around(c))

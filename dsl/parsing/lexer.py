@@ -122,13 +122,13 @@ def lex(source: Source) -> Tokens:
 
 
 def _after_operand(out: Tokens, line: int) -> bool:
-    """Whether a slash at this place divides: an operand ends before it on the line."""
+    """Return whether a slash at this place divides: an operand ends before it on the line."""
     before = out.tokens[-1] if out.tokens else None
     return before is not None and before.type in OPERAND_ENDS and before.last_line == line
 
 
 def _stands_as_name(out: Tokens, line: int) -> bool:
-    """Whether a number is in the place of a name, as in `model gemma-2b`, and so has no unit."""
+    """Return whether a number is in the place of a name, as in `model gemma-2b`, without a unit."""
     before = [token.type for token in out.tokens[-3:] if token.line == line]
     return before[-1:] == ["NAME"] or before == ["NAME", "NAME", "MINUS"]
 

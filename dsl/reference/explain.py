@@ -49,7 +49,7 @@ TOPICS: dict[str, str] = {
 
 
 def topics() -> list[str]:
-    """Every name that can be explained."""
+    """Return every name that can be explained."""
     names = [*NOUNS, "run", *TOPICS, *FUNCTIONS, *data.METHODS, *FORMS, *codes()]
     for table in KINDS.values():
         for word, info in table.items():
@@ -62,7 +62,7 @@ def topics() -> list[str]:
 
 
 def explain(name: str) -> str | None:
-    """The documentation of a name as Markdown; None if there is no such name.
+    """Return the documentation of a name as Markdown; None if there is no such name.
 
     A name that means several things, such as `text`, is explained in each sense.
     """
@@ -117,7 +117,7 @@ def overview() -> str:
 
 
 def reference() -> str:
-    """Everything, as one Markdown document."""
+    """Return the documentation of everything as one Markdown document."""
     parts = ["# Reference of the `.tune` language\n"]
     for name in NOUNS:
         parts.append(f"## `{name}`\n\n{NOUNS[name]}\n")
@@ -138,7 +138,7 @@ def _deeper(text: str) -> str:
 
 
 def noun(name: str) -> str:
-    """A noun with its kinds."""
+    """Describe a noun with its kinds."""
     out = [f"# `{name}`", "", NOUNS[name], ""]
     for word, info in KINDS.get(name, {}).items():
         out.append(f"- `{word}`: {info.doc.splitlines()[0]}")
@@ -153,7 +153,7 @@ def noun(name: str) -> str:
 
 
 def kind(info: KindInfo) -> str:
-    """A kind with its attributes."""
+    """Describe a kind with its attributes."""
     title = f"`{info.noun} NAME : {info.word} {{ ... }}`" if info.noun != "run" else "`run { ... }`"
     out = [f"# {title}", "", info.doc, ""]
     if info.presets:
@@ -172,7 +172,7 @@ def kind(info: KindInfo) -> str:
 
 
 def function(model: type[Function]) -> str:
-    """A function or method with its arguments."""
+    """Describe a function or method with its arguments."""
     known = attributes(model)
     names = [a.name if a.positional else f"{a.name} = ..." for a in known.values()]
     variadic = getattr(model, "variadic", None)
@@ -193,7 +193,7 @@ def function(model: type[Function]) -> str:
 
 
 def attribute(a: Attribute, full: bool = False) -> str:
-    """An attribute as an item of a list, or with everything there is to know of it."""
+    """Describe an attribute as an item of a list, or in full."""
     default = "" if a.required else f"; default `{literal(a.default, a.type)}`"
     if not full:
         return f"- `{a.name}`: {a.type.describe()}{default}. {a.doc}"
@@ -210,7 +210,7 @@ def attribute(a: Attribute, full: bool = False) -> str:
 
 
 def code(entry: Code) -> str:
-    """A kind of diagnostic with a wrong and a right example."""
+    """Describe a kind of diagnostic with a wrong and a right example."""
     flag = "" if not entry.arguments else "".join(f" --set {a!r}" for a in entry.arguments)
     out = [f"# `{entry.name}`", "", entry.text, ""]
     if entry.wrong:
@@ -225,7 +225,7 @@ def _indented(text: str) -> list[str]:
 
 
 def unit(name: str) -> list[str]:
-    """A scale or unit."""
+    """Describe a scale or unit."""
     if name in units.SCALES:
         return [f"# `{name}`\n\nA scale: `3{name}` is {3 * units.SCALES[name]:,}.\n"]
     if name in units.UNITS:
@@ -251,7 +251,7 @@ def _owners(word: str) -> list[tuple[str, dict[str, Attribute]]]:
 
 
 def _choice(word: str) -> list[str]:
-    """The attributes that a bare word may be the value of."""
+    """Describe the attributes that a bare word may be the value of."""
     places: list[str] = []
     for owner in dict.fromkeys([*(w for t in KINDS.values() for w in t), *FUNCTIONS]):
         for _, known in _owners(owner):
@@ -275,7 +275,7 @@ def _words(want: types.Type) -> tuple[str, ...]:
 
 
 def _foreign(word: str) -> list[str]:
-    """A word of another tool, and what leads from it to ours."""
+    """Describe a word of another tool by its equivalent here."""
     texts: list[str] = []
     for table in (*foreign.BY_NOUN.values(), foreign.FUNCTION):
         entry = table.get(word)
@@ -291,7 +291,7 @@ def _foreign(word: str) -> list[str]:
 
 
 def _everywhere(name: str) -> list[str]:
-    """An attribute by its bare name, in each place that has it; equal ones once."""
+    """Describe an attribute by its bare name in each place that has it; equal descriptions once."""
     seen: dict[str, list[str]] = {}
     owners = [
         *(word for table in KINDS.values() for word in table),

@@ -38,7 +38,7 @@ _PRECEDENCE = {
 
 
 def literal(value: object, want: types.Type | None = None) -> str:
-    """A value as it would be written in a spec; `want` decides on units and quotes."""
+    """Return a value as a spec would write it; `want` decides on units and quotes."""
     if isinstance(want, types.ListOf) and isinstance(value, tuple):
         return "[" + ", ".join(literal(item, want.item) for item in value) + "]"
     if isinstance(want, types.Either):
@@ -100,7 +100,7 @@ def _number(value: float, want: types.Type | None) -> str:
 
 
 def expression(node: Node, outer: int = 0) -> str:
-    """A call or an expression over data, rewards or conditions."""
+    """Return a call or an expression over data, rewards or conditions as text."""
     match node:
         case data.TemplateText():
             return _string(node.text, None)
@@ -137,7 +137,7 @@ def _operator(operator: str, operands: tuple[Node, ...], outer: int) -> str:
 
 
 def _call(node: Function) -> str:
-    """`word(argument = value, ...)` with the arguments that differ from their defaults."""
+    """Return `word(argument = value, ...)` with the arguments that differ from their defaults."""
     variadic = getattr(type(node), "variadic", None)
     if variadic is not None:
         values = getattr(node, variadic).items()
@@ -159,7 +159,7 @@ def _fields(node: Node, known: dict[str, Attribute]) -> list[tuple[Attribute, ob
 
 
 def show(program: Program) -> str:
-    """Every declaration with every attribute, and behind each value where it came from."""
+    """Return every declaration with every attribute, and the origin of each value."""
     parts = [_block("run {", "run", program.run, RUN.attributes, program)]
     parts += [_declared(declared, program) for declared in program.declarations.values()]
     return "\n\n".join(parts) + "\n"
@@ -194,7 +194,7 @@ def _block(
 
 
 def _swept(stage: Declared | None) -> dict[str, list[str]]:
-    """Path of an attribute -> the values that its `each` takes over the branches."""
+    """Return for each attribute with an `each` its values over the branches, by path."""
     values_of: dict[str, list[str]] = {}
     for branch in stage.branches if stage is not None else ():
         for path, text in branch.choices:
@@ -212,8 +212,8 @@ def _rows(
     program: Program,
     swept: dict[str, list[str]],
 ) -> list[tuple[str, str, str]]:
-    """The line of an attribute; a call that the spec wrote takes a line for each of its
-    arguments.
+    """Return the line of an attribute; a call that the spec wrote takes a line for each of
+    its arguments.
     """
     origin = _origin(path, program)
     relative = path.split(".", 2)[2] if path.count(".") > 1 else path

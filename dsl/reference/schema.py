@@ -19,7 +19,9 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def schema() -> Json:
-    """The schema, with a definition for each kind (`stage.sft`) and function (`function.adamw`)."""
+    """Return the schema, with a definition for each kind (`stage.sft`) and function
+    (`function.adamw`).
+    """
     definitions: Json = {"reference": _object(
         {"noun": {"enum": list(NOUNS)}, "name": {"type": "string"}, "step": {"type": ["integer",
         "null"]}}, ["noun", "name", "step"],

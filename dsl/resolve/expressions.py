@@ -357,8 +357,8 @@ class Evaluator:
         return self.value(chosen, want, attribute)
 
     def _metric(self, node: nodes.Expr) -> object:
-        """`accuracy`, `accuracy.pass_at_k`, `loss`, `math.reward`: checked against the stage in
-        `rules`.
+        """Return a metric as `accuracy`, `accuracy.pass_at_k`, `loss` or `math.reward`; the
+        rules check it against the stage.
         """
         names: list[str] = []
         if isinstance(node, nodes.Name):

@@ -15,7 +15,7 @@ from tunelang.dsl.vocabulary.tables import KINDS, NOUNS
 
 
 def read(path: Path, name: str | None = None) -> Source:
-    """A file as a source; raises `OSError`, or `UnicodeDecodeError` where it is not UTF-8."""
+    """Read a file as a source; raises `OSError`, or `UnicodeDecodeError` if it is not UTF-8."""
     text = path.read_bytes().decode("utf-8-sig")
     return Source(name or str(path), text, path.parent)
 

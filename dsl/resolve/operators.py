@@ -25,7 +25,7 @@ class _Sum(DataExpression):
 
 
 def unary(operator: str, value: object, span: Span, complain: Complain) -> object:
-    """`-x`, `+x`, `not x`."""
+    """Apply `-x`, `+x` or `not x`."""
     if value is INVALID:
         return INVALID
     if operator == "not" and isinstance(value, bool):
@@ -45,7 +45,7 @@ def unary(operator: str, value: object, span: Span, complain: Complain) -> objec
 def binary(
     operator: str, left: object, right: object, span: Span, right_span: Span, complain: Complain
 ) -> object:
-    """`left operator right`; the value, or `INVALID` after a report."""
+    """Apply `left operator right`; return the value, or `INVALID` after a report."""
     if operator in ("and", "or"):
         if isinstance(left, bool) and isinstance(right, bool):
             return (left and right) if operator == "and" else (left or right)
@@ -159,7 +159,9 @@ def _data(
 
 
 def finish(value: object, span: Span, complain: Complain) -> object:
-    """A whole run of operators: added data must be weighted, and the weights add to 100%."""
+    """Return the value of a sequence of operators; data that was added needs weights, which
+    sum to 100%.
+    """
     if not isinstance(value, _Sum):
         return value
     weights = [part.weight if isinstance(part, data.Weighted) else None for part in value.parts]

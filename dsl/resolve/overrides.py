@@ -47,7 +47,7 @@ def apply(overrides: list[str], loaded: Loaded, diagnostics: Diagnostics) -> Non
 
 
 def _wanted(loaded: Loaded, path: list[str]) -> types.Type | None:
-    """The type of what a path leads to, where that is an attribute of a block."""
+    """Return the type of the attribute that a path leads to, if it is one of a block."""
     if path[0] == "run" and len(path) == 2:
         attribute = RUN.attributes.get(path[1])
         return attribute.type if attribute else None
@@ -66,7 +66,7 @@ def _is_text(want: types.Type | None) -> bool:
 
 
 def _reads_as_text(value: nodes.Expr | None, root: Module) -> bool:
-    """Whether an expression may be text: anything but words and operators without quotes."""
+    """Return whether an expression may be text; unquoted words and operators may not."""
     if isinstance(value, nodes.Name):
         return value.text in root.names
     return isinstance(value, nodes.Text | nodes.Constant | nodes.ListOf | nodes.Conditional)
@@ -105,7 +105,7 @@ class _Override:
         return imports_and_overrides.unknown_override(self.target, ".".join(path), "param", names)
 
     def _find(self, module: Module, path: list[str]) -> tuple[Symbol | None, list[str]]:
-        """The symbol that a path starts with, and the rest of the path."""
+        """Return the symbol at the start of a path, and the remaining path."""
         while len(path) > 1 and path[0] in module.prefixes and path[0] not in module.names:
             module, path = module.prefixes[path[0]], path[1:]
         return (module.names.get(path[0]), path[1:]) if path else (None, [])
@@ -128,7 +128,7 @@ class _Override:
     def _block(
         self, block: nodes.Block, path: list[str], symbol: Symbol | None = None
     ) -> nodes.Block | Diagnostic:
-        """The block with the attribute at `path` replaced or added."""
+        """Return a block with the attribute at `path` replaced or added."""
         name = nodes.Name(path[0], self.target)
         existing = next((a for a in block.attributes if a.name.text == path[0]), None)
         value: nodes.Expr | Diagnostic = self.value
@@ -154,7 +154,7 @@ class _Override:
     def _call(
         self, node: nodes.Expr | None, path: list[str], symbol: Symbol | None
     ) -> nodes.Expr | Diagnostic:
-        """A call with one argument replaced or added; a name stands for the `let` behind it."""
+        """Return a call with one argument replaced or added; a name is followed to its `let`."""
         if isinstance(node, nodes.Name) and symbol is not None:
             target = symbol.module.names.get(node.text)
             if target is not None and target.noun == "let":
@@ -177,15 +177,15 @@ class _Override:
         return replace(node, links=(*node.links[:-1], replace(call, arguments=arguments)))
 
     def _known(self, symbol: Symbol | None) -> dict[str, Attribute]:
-        """The attributes of a declaration's kind."""
+        """Return the attributes of a declaration's kind."""
         if symbol is None or symbol.declaration.kind is None:
             return RUN.attributes if symbol is None else {}
         info = KINDS[symbol.noun].get(symbol.declaration.kind.text)
         return info.attributes if info else {}
 
     def _default(self, symbol: Symbol | None, name: str) -> nodes.Expr | None:
-        """The default of an attribute as an empty call, where it is a call: `rollout.max_tokens`
-        alone.
+        """Return the default of an attribute as an empty call, where it is a call:
+        `rollout.max_tokens` alone.
         """
         attribute = self._known(symbol).get(name)
         if attribute is None or not isinstance(attribute.default, Function):

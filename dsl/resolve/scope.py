@@ -25,17 +25,17 @@ class Symbol:
 
     @property
     def local_name(self) -> str:
-        """The name as its own file declares it: `math`."""
+        """Return the name as its own file declares it: `math`."""
         return self.declaration.name.text
 
     @property
     def span(self) -> Span:
-        """The place of the name in its declaration."""
+        """Return the place of the name in its declaration."""
         return self.declaration.name.span
 
     @property
     def title(self) -> str:
-        """`data math`."""
+        """Return the noun and the name: `data math`."""
         return f"{self.noun} {self.name}"
 
 
@@ -55,7 +55,9 @@ class Module:
     """An import could not be read, so that any name may be declared."""
 
     def excuses(self, name: str) -> bool:
-        """Whether an unknown name is the consequence of an error that was reported already."""
+        """Return whether an unknown name is the consequence of an error that was reported
+        already.
+        """
         return self.anything or name in self.broken
 
     def declare(self, declaration: nodes.Declaration, diagnostics: Diagnostics) -> Symbol | None:

@@ -35,7 +35,7 @@ class Sample:
 
 
 def sample(path: Path, kind: str, separator: str = ",") -> Sample:
-    """The fields of a data file by its first rows.
+    """Return the fields of a data file, from its first rows.
 
     Raises `BadFile` where the file is not of its kind, `OSError` where it cannot be read.
     """
@@ -127,7 +127,7 @@ def neighbours(path: Path) -> list[str]:
 
 
 def model_config(path: Path) -> dict[str, object]:
-    """The `config.json` of a model folder; raises `BadFile` where there is none to read."""
+    """Read the `config.json` of a model folder; raises `BadFile` if it cannot be read."""
     try:
         config = json.loads((path / "config.json").read_text("utf-8"))
     except OSError:
@@ -160,7 +160,9 @@ class PythonFunction:
 
 
 def python_functions(path: Path) -> dict[str, PythonFunction]:
-    """The functions at the top level of a Python file; raises `BadFile` where it does not parse."""
+    """Return the functions at the top level of a Python file; raises `BadFile` where it does
+    not parse.
+    """
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError) as error:
@@ -184,13 +186,13 @@ def python_functions(path: Path) -> dict[str, PythonFunction]:
 
 @cache
 def _generators() -> Path | None:
-    """The folder of reasoning-gym; None where it is not installed."""
+    """Return the folder of reasoning-gym; None where it is not installed."""
     spec = importlib.util.find_spec("reasoning_gym")
     return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
 def _registered(text: str) -> dict[str, str]:
-    """The generators that a file of reasoning-gym registers -> the class of their settings."""
+    """Return the settings class of each generator that a file of reasoning-gym registers."""
     constants = dict(re.findall(r'^([A-Z_]+) = "(\w+)"', text, re.MULTILINE))
     calls = re.findall(r"^register_dataset\(\s*([\w\"]+),\s*\w+,\s*(\w+)", text, re.MULTILINE)
     return {constants.get(name, name.strip('"')): config for name, config in calls}
@@ -198,8 +200,8 @@ def _registered(text: str) -> dict[str, str]:
 
 @cache
 def procedural_tasks() -> dict[str, Path] | None:
-    """The generators of reasoning-gym and the files that define them; None where it is not
-    installed.
+    """Return the generators of reasoning-gym and the files that define them; None where it is
+    not installed.
 
     Found by reading the package's files, not by importing it.
     """
@@ -214,7 +216,7 @@ def procedural_tasks() -> dict[str, Path] | None:
 
 @cache
 def procedural_file(task: str) -> Path | None:
-    """The file that defines a generator; None if there is none of that name."""
+    """Return the file that defines a generator; None if there is none of that name."""
     folder = _generators()
     if folder is None or not task.isidentifier():
         return None
@@ -225,8 +227,8 @@ def procedural_file(task: str) -> Path | None:
 
 
 def procedural_settings(task: str) -> list[str] | None:
-    """The settings of a generator, from the fields of its configuration; None where they cannot be
-    read.
+    """Return the settings of a generator, from the fields of its configuration; None where
+    they cannot be read.
     """
     path = procedural_file(task)
     if path is None:

@@ -50,7 +50,7 @@ def _check_metric(
 
 
 def inherits_branches(context: RuleContext, declared: Declared) -> bool:
-    """Whether a stage fans out because a stage that it uses keeps all of its branches."""
+    """Return whether a stage fans out because a stage that it uses keeps all of its branches."""
     for branch in declared.branches:
         for _, reference in references_in(branch.value, ""):
             used = context.declared(reference.name)

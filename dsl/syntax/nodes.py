@@ -212,7 +212,7 @@ class File:
 
 
 def children(node: Expr) -> Iterator[Expr]:
-    """The expressions directly inside one, in the order of the text."""
+    """Return the expressions directly inside one, in the order of the text."""
     match node:
         case ListOf():
             yield from node.items
@@ -235,7 +235,7 @@ def children(node: Expr) -> Iterator[Expr]:
 
 
 def walk(node: Expr) -> Iterator[Expr]:
-    """An expression and everything inside it, in the order of the text, without recursion."""
+    """Yield an expression and everything inside it, in the order of the text, without recursion."""
     pending = [node]
     while pending:
         current = pending.pop()

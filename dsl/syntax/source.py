@@ -22,7 +22,7 @@ class Source:
 
     @cached_property
     def line_starts(self) -> list[int]:
-        """Offset of the first character of each line."""
+        """Return the offset of the first character of each line."""
         starts = [0]
         find = self.text.find
         offset = find("\n")
@@ -32,12 +32,12 @@ class Source:
         return starts
 
     def position(self, offset: int) -> tuple[int, int]:
-        """Line and column of an offset, both from 0, in characters."""
+        """Return line and column of an offset, both from 0, in characters."""
         line = bisect_right(self.line_starts, offset) - 1
         return line, offset - self.line_starts[line]
 
     def line(self, number: int) -> str:
-        """The text of line `number` (from 0), without its line end."""
+        """Return the text of line `number` (from 0), without its line end."""
         starts = self.line_starts
         end = starts[number + 1] if number + 1 < len(starts) else len(self.text)
         return self.text[starts[number] : end].rstrip("\r\n")
@@ -53,16 +53,16 @@ class Span:
 
     @property
     def text(self) -> str:
-        """The characters that the span covers."""
+        """Return the characters that the span covers."""
         return self.source.text[self.start : self.end]
 
     @property
     def place(self) -> str:
-        """`file:line`, both as an editor counts them."""
+        """Return `file:line`, from 1 as in an editor."""
         if self.source.kind == "override":
             return self.source.name
         return f"{self.source.name}:{self.source.position(self.start)[0] + 1}"
 
     def to(self, other: Span) -> Span:
-        """The span from the start of this one to the end of `other`."""
+        """Return the span from the start of this one to the end of `other`."""
         return Span(self.source, self.start, max(self.end, other.end))

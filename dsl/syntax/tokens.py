@@ -58,11 +58,11 @@ class Lexeme:
 
     @property
     def text(self) -> str:
-        """The characters of the token; empty for one that stands for a line end."""
+        """Return the characters of the token; empty for one that stands for a line end."""
         return self.span.text
 
     def retyped(self, type: str) -> Lexeme:
-        """The same token as another terminal of the grammar."""
+        """Return the same token as another terminal of the grammar."""
         return Lexeme(type, self.span, self.line, self.last_line, self.meaning)
 
 

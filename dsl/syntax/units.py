@@ -73,7 +73,7 @@ class Quantity:
 
 
 def parse(text: str) -> Quantity:
-    """A number token as a quantity.
+    """Parse a number token as a quantity.
 
     Raises `UnknownUnit` for an unknown scale or unit and `NumberTooLarge` beyond 1e300.
     """
@@ -113,13 +113,15 @@ def parse(text: str) -> Quantity:
 
 
 def tidy(text: str) -> str:
-    """A number as the formatter writes it: `20%`, `2 epochs`, `16 GiB` or `16GiB` as it was."""
+    """Return a number as the formatter writes it: `20%`, `2 epochs`, `16 GiB`; a space is kept."""
     text = re.sub(r"[ \t]+", " ", text).replace(" %", "%")
     return re.sub(rf"(?<=[\dkMBTGi])({'|'.join(COUNTED)})\b", r" \1", text)
 
 
 def show(value: int | float, dimension: str | None = None) -> str:
-    """A value in base units as it would be written in a spec, exact: `parse(show(x)) == x`."""
+    """Return a value in base units as it would be written in a spec, exact: `parse(show(x))
+    == x`.
+    """
     if dimension == "%":
         percent = (Decimal(repr(value)) * 100).normalize()
         return f"{percent:f}%"

@@ -117,17 +117,17 @@ def result(
     positional: bool = False,
     alias: str | None = None,
 ) -> Any:
-    """A field that changes what a stage computes."""
+    """Declare a field that changes what a stage computes."""
     return _attribute("result", doc, example, default, positional, alias)
 
 
 def placement(doc: str, example: str, default: object = ..., *, positional: bool = False) -> Any:
-    """A field that changes where or how a stage runs, not what it computes."""
+    """Declare a field that changes where or how a stage runs, not what it computes."""
     return _attribute("placement", doc, example, default, positional, None)
 
 
 def observe(doc: str, example: str, default: object = ..., *, positional: bool = False) -> Any:
-    """A field that changes what is logged or shown."""
+    """Declare a field that changes what is logged or shown."""
     return _attribute("observe", doc, example, default, positional, None)
 
 
@@ -149,7 +149,7 @@ class Attribute:
 
 @cache
 def attributes(model: type[Node]) -> dict[str, Attribute]:
-    """The attributes of a model by the name that a spec uses, in order of declaration."""
+    """Return the attributes of a model by the name that a spec uses, in order of declaration."""
     by_name: dict[str, Attribute] = {}
     for name, field in model.model_fields.items():
         extra = field.json_schema_extra
@@ -184,7 +184,7 @@ class KindInfo:
 
     @cached_property
     def attributes(self) -> dict[str, Attribute]:
-        """The attributes, with the defaults of this kind."""
+        """Return the attributes, with the defaults of this kind."""
         own = dict(attributes(self.model))
         for name, default in self.presets:
             own[name] = _with_default(own[name], default)
@@ -197,7 +197,7 @@ def _with_default(attribute: Attribute, default: object) -> Attribute:
 
 
 def doc_of(model: type[Node]) -> str:
-    """The documentation of a model: its docstring, unwrapped into paragraphs."""
+    """Return the documentation of a model: its docstring, unwrapped into paragraphs."""
     text = inspect.getdoc(model) or ""
     return "\n\n".join(re.sub(r"\s*\n\s*", " ", part) for part in text.split("\n\n"))
 

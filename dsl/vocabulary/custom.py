@@ -37,5 +37,5 @@ class Python(RewardExpression):
 
     @property
     def name(self) -> str:
-        """The name of the function."""
+        """Return the name of the function."""
         return self.reference.rpartition(":")[2]

@@ -212,7 +212,7 @@ class Sampled(DataKind):
 
 
 def sampled_roles(kind: Sampled) -> dict[str, str]:
-    """The roles that sampled data implies beside prompt and target, with their fields."""
+    """Return the roles, besides prompt and target, that sampled data implies, with their fields."""
     if kind.rows == "pairs":
         return {"chosen": "chosen", "rejected": "rejected"}
     return {"response": "completion"}

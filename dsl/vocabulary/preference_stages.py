@@ -44,7 +44,7 @@ class Compared(Supervised):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads the reference."""
+        """Return whether the loss reads the reference."""
         return True
 
 
@@ -122,7 +122,7 @@ class Preference(Compared):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads the reference."""
+        """Return whether the loss reads the reference."""
         return not self.reference_free and self.loss != "odds_ratio"
 
 

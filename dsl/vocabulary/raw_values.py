@@ -35,8 +35,8 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
 def template_fields(text: str) -> tuple[list[tuple[str, int]], int | None]:
-    """The fields of a template with their offsets, and the offset of a brace that has no
-    partner.
+    """Return the fields of a template with their offsets, and the offset of a brace that has
+    no partner.
     """
     fields: list[tuple[str, int]] = []
     for match in _FIELD.finditer(text):

@@ -249,7 +249,7 @@ class EvalKind(Kind):
 
     @property
     def measures(self) -> dict[str, str]:
-        """The metrics that this eval yields, with their documentation."""
+        """Return the metrics that this eval yields, with their documentation."""
         return self.metrics
 
     data: Data = result("The examples.", "data = math_test")
@@ -322,18 +322,18 @@ class Generate(EvalKind):
 
     @property
     def ks(self) -> tuple[int, ...]:
-        """The `k` for which pass@k is reported: 1, 2, 4, ... and `samples`."""
+        """Return the `k` for which pass@k is reported: 1, 2, 4, ... and `samples`."""
         powers = (1 << power for power in range((self.samples - 1).bit_length()))
         return (*powers, self.samples)
 
     @staticmethod
     def called(reward: RewardExpression) -> str:
-        """The metric of a further reward."""
+        """Return the metric of a further reward."""
         return reward.name if isinstance(reward, RewardRef) else reward.word or "reward"
 
     @property
     def measures(self) -> dict[str, str]:
-        """The metrics that this eval yields, with their documentation."""
+        """Return the metrics that this eval yields, with their documentation."""
         measures = dict(self.metrics)
         if self.samples > 1:
             measures |= {

@@ -62,7 +62,7 @@ class Stage(Kind):
 
     @property
     def models_run(self) -> tuple[Reference, ...]:
-        """The models that a stage runs as they are, without training them."""
+        """Return the models that a stage runs as they are, without training them."""
         return ()
 
 
@@ -147,5 +147,5 @@ class Training(Stage):
 
     @property
     def teacher_reference(self) -> Reference | None:
-        """The model that this one imitates, if it does."""
+        """Return the model that this one imitates, if it does."""
         return None

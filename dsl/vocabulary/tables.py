@@ -109,5 +109,5 @@ FORMS: dict[str, str] = {
 
 @cache
 def functions_of(family: str) -> tuple[str, ...]:
-    """The words of a family's functions."""
+    """Return the words of a family's functions."""
     return tuple(word for word, function in FUNCTIONS.items() if function.family == family)

@@ -27,7 +27,7 @@ class Type:
         raise NotImplementedError
 
     def json(self) -> Json:
-        """JSON Schema of the value in a resolved Program."""
+        """Return the JSON Schema of the value in a resolved Program."""
         raise NotImplementedError
 
 
@@ -65,7 +65,7 @@ class Number(Type):
         return {"type": "number", **{k: v for k, v in limits.items() if v is not None}}
 
     def admits(self, value: float) -> bool:
-        """Whether a value is within the bounds."""
+        """Return whether a value is within the bounds."""
         return not (
             (self.low is not None and value < self.low)
             or (self.high is not None and value > self.high)
@@ -112,7 +112,7 @@ class Amount(Type):
 
     @property
     def measured(self) -> bool:
-        """Whether the value keeps its unit."""
+        """Return whether the value keeps its unit."""
         return len(self.units) > 1 or self.share
 
     @override
@@ -215,7 +215,7 @@ class Path(Type):
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path has the form of an id on the Hugging Face hub: `organisation/name`."""
+    """Return whether a path has the form of an id on the Hugging Face hub: `organisation/name`."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None
 
 
@@ -413,7 +413,7 @@ class Anything(Type):
 
 
 def count(*units: str, low: int = 1, share: bool = False) -> Amount:
-    """An `Amount` of the given units."""
+    """Return an `Amount` of the given units."""
     assert all(unit in COUNTED for unit in units)
     return Amount(units, low, share)
 
