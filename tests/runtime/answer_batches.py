@@ -11,7 +11,7 @@ import numpy as np
 from optax import identity
 
 from tests.runtime.architectures import LLAMA
-from tests.runtime.training.test_train_step import ADAMW
+from tests.runtime.training_helpers import ADAMW
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.runtime.sharding import make_layout, shardings
 from tunelang.runtime.training.objective import Batch, Objective

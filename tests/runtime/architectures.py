@@ -1,4 +1,4 @@
-"""Small architectures, each with the choices of a family, that the tests go over."""
+"""Small architectures, one for each combination of choices that a family of models makes."""
 
 from tunelang.compiler.models.architecture import (
     Architecture,

@@ -1,4 +1,4 @@
-"""What the tests of data share: small programs, real files where they are at hand, hard texts."""
+"""Small programs, rows, examples and difficult texts for tests of data and tokenizers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HARD = (
 
 
 def shared(name: str) -> Path:
-    """A real file, or a skip where it is not at hand."""
+    """Return the path of a real file, or skip the test where there is none."""
     path = SHARED / name
     if not path.exists():
         pytest.skip(f"needs ../shared/data/{name}, which is not part of the project")
@@ -40,42 +40,50 @@ def shared(name: str) -> Path:
 
 
 def text(template: str) -> data.TemplateText:
+    """Make a text template."""
     return data.TemplateText(text=template)
 
 
 def ref(name: str = "d") -> data.DataRef:
+    """Refer to a data set."""
     return data.DataRef(name=name)
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> str:
+    """Write rows, or lines as they are; returns the file's name."""
     lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path.name
 
 
 def questions(count: int, tag: str = "") -> list[dict[str, Any]]:
+    """Make rows of a question, an answer of varying length and a number."""
     return [{"q": f"{tag}{n}?", "a": "yes " * (n % 7 + 1), "n": n} for n in range(count)]
 
 
 def jsonl(name: str, **settings: Any) -> data.Jsonl:
+    """Declare a file of `questions`."""
     roles = {"prompt": text("{q}"), "response": text("{a}")}
     return data.Jsonl(path=(name,), **{**roles, **settings})
 
 
 def library(folder: Path, **kinds: Any) -> Library:
+    """Open data sets that are declared by name."""
     declarations = {name: Declared("data", name, "jsonl", kind, "") for name, kind in kinds.items()}
     return Library(Program(declarations, Run(), folder, {}), folder / "cache")
 
 
 def chat(*turns: tuple[str, str]) -> Example:
+    """Make an example of messages, each a role and a text."""
     messages = tuple(Message(role, content) for role, content in turns)
     return Example("d", 0, {}, messages=messages)
 
 
 def pair(prompt: str, response: str, system: str | None = None) -> Example:
+    """Make an example of a prompt and a response."""
     return Example("d", 0, {}, prompt=prompt, response=response, system=system)
 
 
 def batch(stream: Stream, step: int, size: int) -> list[Example]:
-    """The examples of the batch of a step."""
+    """Read the examples of the batch of a step."""
     return stream.examples_at(batch_positions(step, size))

@@ -1,4 +1,4 @@
-"""The decoder once more, in numpy and float64: plain loops over layers, heads and tokens.
+"""A second decoder in numpy and float64: plain loops over layers, heads and tokens.
 
 It shares nothing with the decoder but the parameters.
 """
@@ -14,13 +14,14 @@ from tunelang.compiler.models.architecture import Architecture, LinearScaling
 
 
 def arrays(state: Any) -> Any:
-    """Parameters as nested dictionaries of float64."""
+    """Turn parameters into nested dictionaries of float64."""
     if hasattr(state, "items"):
         return {name: arrays(value) for name, value in state.items()}
     return np.asarray(state.get_value(), np.float64)
 
 
 def norm(a: Architecture, weights: dict, x: np.ndarray) -> np.ndarray:
+    """Normalize the axes of the scale."""
     axes = tuple(range(-weights["scale"].ndim, 0))
     if a.norm == "layer":
         x = x - x.mean(axes, keepdims=True)
@@ -30,10 +31,12 @@ def norm(a: Architecture, weights: dict, x: np.ndarray) -> np.ndarray:
 
 
 def linear(weights: dict, x: np.ndarray, contracted: int = 1) -> np.ndarray:
+    """Multiply by a matrix over the last `contracted` axes, and add a bias."""
     return np.tensordot(x, weights["weight"], contracted) + weights.get("bias", 0)
 
 
 def frequency(a: Architecture, local: bool, i: int) -> float:
+    """Compute the angle by which pair `i` turns from one position to the next."""
     base, scaling = a.rope_base, a.rope_scaling
     if local and a.rope_local_base is not None:
         base, scaling = a.rope_local_base, None
@@ -54,7 +57,7 @@ def frequency(a: Architecture, local: bool, i: int) -> float:
 
 
 def rotate(a: Architecture, local: bool, x: np.ndarray, position: int) -> np.ndarray:
-    """One token's `[heads, head_dim]`."""
+    """Turn the heads `[heads, head_dim]` of one token."""
     if a.position != "rope":
         return x
     out, half = np.empty_like(x), a.head_dim // 2
@@ -67,6 +70,7 @@ def rotate(a: Architecture, local: bool, x: np.ndarray, position: int) -> np.nda
 
 
 def activate(name: str, x: np.ndarray) -> np.ndarray:
+    """Apply an activation by its name."""
     if name == "relu":
         return np.maximum(x, 0)
     if name == "swiglu":
@@ -75,12 +79,12 @@ def activate(name: str, x: np.ndarray) -> np.ndarray:
 
 
 def attend(a: Architecture, local: bool, w: dict, x: np.ndarray) -> np.ndarray:
-    """One sequence, `[length, width]` to the same."""
+    """Attend within one sequence `[length, width]`."""
     q, k, v = (linear(w[name], x) for name in "qkv")
     if a.qk_norm:
         q, k = norm(a, w["q_norm"], q), norm(a, w["k_norm"], k)
-    q = np.stack([rotate(a, local, each, t) for t, each in enumerate(q)])
-    k = np.stack([rotate(a, local, each, t) for t, each in enumerate(k)])
+    q = np.stack([rotate(a, local, vectors, t) for t, vectors in enumerate(q)])
+    k = np.stack([rotate(a, local, vectors, t) for t, vectors in enumerate(k)])
     scale = a.head_dim**-0.5 if a.query_scale is None else a.query_scale
     out = np.zeros_like(q)
     for t in range(len(x)):
@@ -96,7 +100,7 @@ def attend(a: Architecture, local: bool, w: dict, x: np.ndarray) -> np.ndarray:
 
 
 def mixture(a: Architecture, w: dict, x: np.ndarray) -> np.ndarray:
-    """Each token by itself, through its experts one after another."""
+    """Run each token through its experts, one after another."""
     out = np.zeros_like(x)
     for t, token in enumerate(x):
         logits = token @ w["router"]
@@ -105,12 +109,13 @@ def mixture(a: Architecture, w: dict, x: np.ndarray) -> np.ndarray:
         chosen = np.argsort(-share)[: a.experts.active]
         total = share[chosen].sum() if a.experts.normalised else 1.0
         for e in chosen:
-            own = {name: {"weight": value[e]} for name, value in w["experts"].items()}
-            out[t] += share[e] / total * feed_forward(a, own, token[None])[0]
+            expert = {name: {"weight": value[e]} for name, value in w["experts"].items()}
+            out[t] += share[e] / total * feed_forward(a, expert, token[None])[0]
     return out
 
 
 def feed_forward(a: Architecture, w: dict, x: np.ndarray) -> np.ndarray:
+    """Run the feed-forward layer, dense or of experts."""
     if "router" in w:
         return mixture(a, w, x)
     up = linear(w["up"], x)
@@ -121,7 +126,7 @@ def feed_forward(a: Architecture, w: dict, x: np.ndarray) -> np.ndarray:
 
 
 def logits(a: Architecture, params: Any, tokens: np.ndarray) -> np.ndarray:
-    """One sequence, `[length]` to `[length, vocab]`."""
+    """Compute the logits `[length, vocab]` of one sequence `[length]`."""
     w = arrays(params)
     x = w["embedding"][tokens] * a.embedding_scale
     if a.position == "learned":
@@ -142,5 +147,5 @@ def logits(a: Architecture, params: Any, tokens: np.ndarray) -> np.ndarray:
         x = x + maybe(block, "attention_out_norm", y)
         y = feed_forward(a, block["mlp"], maybe(block, "mlp_norm", x))
         x = x + maybe(block, "mlp_out_norm", y)
-    found = norm(a, w["norm"], x) @ w.get("head", w["embedding"]).T
-    return found if a.logit_cap is None else a.logit_cap * np.tanh(found / a.logit_cap)
+    result = norm(a, w["norm"], x) @ w.get("head", w["embedding"]).T
+    return result if a.logit_cap is None else a.logit_cap * np.tanh(result / a.logit_cap)

@@ -1,4 +1,4 @@
-"""Nothing in models and losses relies on implicit promotion of ranks or dtypes.
+"""Models and losses do not rely on implicit promotion of ranks or dtypes.
 
 Programs are traced, not compiled. Strictness is not on for all tests, since optax promotes the
 count of steps when it corrects moments for their bias, and so do expected values in tests.
@@ -14,7 +14,7 @@ from jax import ShapeDtypeStruct
 
 from tests.runtime.architectures import FAMILIES
 from tests.runtime.models.test_lora import CHAINS, adapted
-from tests.runtime.objectives.test_policy_gradient import POLICIES, row
+from tests.runtime.objectives.test_policy_gradient import POLICIES, preset_stage
 from tunelang.dsl.vocabulary.training import K1, K2, K3, Masked, Truncated
 from tunelang.runtime.models.decode_step import decode_step, decode_weights
 from tunelang.runtime.models.kv_cache import empty_cache, insert
@@ -35,22 +35,26 @@ from tunelang.runtime.training.cross_entropy import LogitInputs, cross_entropy, 
 
 
 @pytest.fixture(autouse=True)
-def strict():
+def forbid_promotion():
+    """Turn implicit promotion into errors."""
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
 
 
 def floats(*shape, dtype=jnp.float32):
+    """Describe an array."""
     return ShapeDtypeStruct(shape, dtype)
 
 
 def trace_gradient(loss, *arrays):
+    """Trace the gradient of a loss by its first argument."""
     jax.eval_shape(
         jax.grad(lambda first, *rest: jnp.sum(loss(first, *rest)), allow_int=True), *arrays
     )
 
 
 def trace_decoder(architecture, dtype, layout):
+    """Trace every program of a decoder."""
     graph, params = abstract_decoder(architecture, dtype)
     tokens = floats(4, 10, dtype=jnp.int32)
 
@@ -162,7 +166,7 @@ def test_policy_losses_do_not_promote(name):
         for correction in (Truncated, Masked)
     ]
     for choice in choices:
-        policy = row(name, **choice)
+        policy = preset_stage(name, **choice)
         trace_gradient(
             lambda now, batch, policy=policy: objective(policy, batch._replace(now=now))[0],
             batch.now, batch,

@@ -1,4 +1,4 @@
-"""Functions of the user's own against what they repeat, and what is said of those that fail."""
+"""Functions of the user against the built-in words that they repeat; errors of those that fail."""
 
 from __future__ import annotations
 
@@ -70,79 +70,87 @@ def odd():
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """A folder with `mine.py` and a module that it imports."""
     (tmp_path / "mine.py").write_text(SOURCE)
     (tmp_path / "neighbour.py").write_text("def centre(x): return x - x.mean(1, keepdims=True)\n")
     return tmp_path
 
 
-def own(name: str) -> Python:
+def python_reference(name: str) -> Python:
+    """Refer to a function of `mine.py`."""
     return Python(reference=f"mine.py:{name}")
 
 
-def loaded(name: str, folder: Path) -> Custom:
-    stage = bound(Policy.unvalidated(advantage=own(name)), folder)
+def load_advantage(name: str, folder: Path) -> Custom:
+    """Load a function of `mine.py`, as an advantage."""
+    stage = bound(Policy.unvalidated(advantage=python_reference(name)), folder)
     assert isinstance(stage.advantage, Custom)
     return stage.advantage
 
 
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 4}])
-def test_a_loss_equals_the_cross_entropy_it_repeats(folder: Path, mesh: dict[str, int]) -> None:
+def test_user_loss_equals_the_cross_entropy(folder: Path, mesh: dict[str, int]) -> None:
     keys = jax.random.split(jax.random.key(0), 4)
     hidden, head = jax.random.normal(keys[0], (4, 10, 6)), jax.random.normal(keys[1], (24, 6))
     targets = jax.random.randint(keys[2], (4, 10), 0, 24)
     weights = jax.random.uniform(keys[3], (4, 10))
     layout = make_layout(**mesh) if mesh else None
-    function = loaded("surprise", folder)
+    function = load_advantage("surprise", folder)
 
-    def mine(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    def user_loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
         return custom_loss(
             hidden, head, targets, weights, function, chunk=4, cap=2.0, layout=layout
         )
 
-    def plain(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    def built_in_loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
         return cross_entropy(hidden, head, targets, weights, chunk=4, cap=2.0, layout=layout)[0]
 
-    found, expected = (
-        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, head) for loss in (mine, plain)
+    actual, expected = (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(hidden, head)
+        for loss in (user_loss, built_in_loss)
     )
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), actual, expected
     )
 
 
-def test_a_schedule_equals_the_one_it_repeats(folder: Path) -> None:
+def test_user_schedule_equals_the_cosine(folder: Path) -> None:
     plain = AdamW.unvalidated(
         lr=3e-4, warmup=Measure.unvalidated(value=0.1, unit="%"), decay="cosine"
     )
-    mine = bound(plain.model_copy(update={"decay": own("cosine")}), folder)
+    user_stage = bound(plain.model_copy(update={"decay": python_reference("cosine")}), folder)
     for step in (0, 3, 10, 57, 99):
-        assert learning_rate(mine, 100)(step) == pytest.approx(learning_rate(plain, 100)(step))
+        assert learning_rate(user_stage, 100)(step) == pytest.approx(
+            learning_rate(plain, 100)(step)
+        )
 
 
-def test_a_loss_of_pairs_equals_the_one_it_repeats(folder: Path) -> None:
+def test_user_pair_loss_equals_the_sigmoid(folder: Path) -> None:
     arrays = [jax.random.normal(key, (5,)) for key in jax.random.split(jax.random.key(1), 4)]
     tokens = jnp.ones(5)
     pairs = Pairs(arrays[0], arrays[1], tokens, tokens, arrays[2], arrays[3])
-    mine = bound(Preference.unvalidated(loss=own("sigmoid")), folder)
+    user_stage = bound(Preference.unvalidated(loss=python_reference("sigmoid")), folder)
     np.testing.assert_allclose(
-        pair_losses(mine, pairs)[0], pair_losses(Preference.unvalidated(), pairs)[0], rtol=1e-6
+        pair_losses(user_stage, pairs)[0],
+        pair_losses(Preference.unvalidated(), pairs)[0],
+        rtol=1e-6,
     )
 
 
-def test_an_advantage_and_a_policy_loss_equal_those_they_repeat(folder: Path) -> None:
+def test_user_advantage_and_policy_loss_equal_the_built_in_ones(folder: Path) -> None:
     rewards = jnp.array([[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]])
-    found = group_advantages(rewards, loaded("advantage", folder))
+    actual = group_advantages(rewards, load_advantage("advantage", folder))
     expected = group_advantages(rewards, "group_mean")
-    np.testing.assert_allclose(found.values, expected.values)
-    np.testing.assert_array_equal(found.flat, expected.flat)
+    np.testing.assert_allclose(actual.values, expected.values)
+    np.testing.assert_array_equal(actual.flat, expected.flat)
 
     keys = jax.random.split(jax.random.key(2), 3)
     now, old, advantage = (jax.random.normal(key, (2, 4)) for key in keys)
     batch = Completions(now, jnp.ones((2, 4), bool), advantage, old)
     plain = Policy.unvalidated(clip=None, rollout=Sampling.unvalidated())
-    mine = bound(plain.model_copy(update={"loss": own("reinforce")}), folder)
+    user_stage = bound(plain.model_copy(update={"loss": python_reference("reinforce")}), folder)
     np.testing.assert_allclose(
-        policy_gradient.objective(mine, batch)[0],
+        policy_gradient.objective(user_stage, batch)[0],
         policy_gradient.objective(plain, batch)[0],
         rtol=1e-6,
     )
@@ -156,49 +164,49 @@ def test_an_advantage_and_a_policy_loss_equal_those_they_repeat(folder: Path) ->
     ("name", "why"),
     [("mean", "it returned the shape (2,), not (2, 3)"), ("broken", "AttributeError")],
 )
-def test_what_a_function_does_wrong_is_said(folder: Path, name: str, why: str) -> None:
+def test_error_in_a_user_function_names_it(folder: Path, name: str, why: str) -> None:
     with pytest.raises(CustomError) as caught:
-        group_advantages(jnp.ones((2, 3)), loaded(name, folder))
+        group_advantages(jnp.ones((2, 3)), load_advantage(name, folder))
     assert caught.value.reference == f"mine.py:{name}"
     assert why in caught.value.why
 
 
-def test_what_cannot_be_loaded_is_said(folder: Path) -> None:
+def test_unloadable_function_is_an_error(folder: Path) -> None:
     (folder / "bad.py").write_text("import nothing_like_this\ndef f(rewards): return rewards\n")
     with pytest.raises(CustomError, match="nothing_like_this"):
         bound(Policy.unvalidated(advantage=Python(reference="bad.py:f")), folder)
 
 
-def test_a_stage_without_functions_is_itself(folder: Path) -> None:
-    stage = Policy.unvalidated(reward=own("mean"), optimizer=AdamW.unvalidated(lr=1.0))
+def test_stage_without_user_functions_is_unchanged(folder: Path) -> None:
+    stage = Policy.unvalidated(reward=python_reference("mean"), optimizer=AdamW.unvalidated(lr=1.0))
     assert bound(stage, folder) is stage  # rewards run in processes of their own
 
 
-def test_rows_are_made_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_rows_are_made_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = folder / "cache"
     kind = PythonData.unvalidated(
         function="mine.py:rows", settings=Settings.unvalidated(values={"count": 3})
     )
     for _ in range(2):
-        found = open_rows(kind, folder, cache=cache)
-        assert [found[row] for row in range(len(found))] == [
+        rows = open_rows(kind, folder, cache=cache)
+        assert [rows[row] for row in range(len(rows))] == [
             {"number": 0, "name": "a"}, {"number": 1, "name": "b"}, {"number": 2, "name": "a"},
         ]  # fmt: skip
     assert capsys.readouterr().out == "made 3\n"
-    assert found.place(1) == "mine.py:rows: row 2"
-    digest = found.digest
+    assert rows.place(1) == "mine.py:rows: row 2"
+    digest = rows.digest
     (folder / "mine.py").write_text(SOURCE.replace('of=("a", "b")', 'of=("c", "d")'))
     assert open_rows(kind, folder, cache=cache).digest != digest
 
 
-def test_rows_that_are_none_are_said(folder: Path) -> None:
+def test_row_that_is_no_dict_is_an_error(folder: Path) -> None:
     cache = folder / "cache"
     with pytest.raises(CustomError, match="a row has to be a dict, and one is 2"):
         make_rows(PythonData.unvalidated(function="mine.py:odd"), folder, cache)
     assert not list(cache.glob("*.jsonl"))
 
 
-def test_the_functions_of_the_example() -> None:
+def test_functions_of_the_example_work() -> None:
     folder = Path(__file__).parents[2] / "specs" / "custom"
 
     def example(name: str) -> Any:

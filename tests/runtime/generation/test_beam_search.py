@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 
 from tests.runtime.architectures import FAMILIES
+from tests.runtime.decoders import small_decoder
 from tests.runtime.models.test_lora import ALL, LORA, adapted, random_decoder
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.generation.beam_search import beam_search, make_search
 from tunelang.runtime.generation.engine import make_engine
 from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Prompt
-from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.sharding import make_layout, shardings
 
 CAPACITY, MAX_TOKENS = 32, 7
@@ -29,13 +29,6 @@ NAMES = ("llama", "gemma2", "gpt2", "mistral", "moe")
 def prompts(lengths=(1, 20, 4, 17, 2), vocabulary=47):
     rng = np.random.default_rng(0)
     return [Prompt(rng.integers(0, vocabulary, length).tolist(), 0) for length in lengths]
-
-
-def moved(architecture):
-    """Parameters off their initial values, so that no distribution is flat."""
-    graph, params = nnx.split(Decoder(architecture, nnx.Rngs(0)))
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    return graph, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params)
 
 
 def search(
@@ -63,7 +56,7 @@ def equal(one, other):
 def test_enough_beams_find_the_best_of_all_completions(name):
     vocabulary, depth, stops = 4, 3, (1, 2)
     architecture = replace(FAMILIES[name], vocabulary=vocabulary)
-    graph, params = moved(architecture)
+    graph, params = small_decoder(architecture)
     every = [
         each
         for length in range(1, depth + 1)
@@ -107,7 +100,7 @@ def test_enough_beams_find_the_best_of_all_completions(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_one_beam_is_greedy(name):
     architecture = FAMILIES[name]
-    _, params = moved(architecture)
+    _, params = small_decoder(architecture)
     engine = make_engine(architecture, slots=5, capacity=CAPACITY)
     sampler = Sampler(engine, Sampling(max_tokens=MAX_TOKENS, temperature=0.0), MANY, PAD)
     greedy = sampler.sample(params, prompts(), group=1, seed=0)
@@ -122,7 +115,7 @@ def test_one_beam_is_greedy(name):
 @pytest.mark.parametrize("name", ["gemma2"])
 def test_a_batch_is_its_prompts_one_by_one(name):
     architecture = FAMILIES[name]
-    _, params = moved(architecture)
+    _, params = small_decoder(architecture)
     sizes = {"beams": 3, "capacity": CAPACITY}
     alone, two, all_ = (make_search(architecture, prompts=n, **sizes) for n in (1, 2, 8))
     for length_penalty in (0.0, 1.0):
@@ -141,7 +134,7 @@ def test_a_batch_is_its_prompts_one_by_one(name):
 
 def test_more_beams_find_no_worse():
     architecture = FAMILIES["llama"]
-    _, params = moved(architecture)
+    _, params = small_decoder(architecture)
     scores = [
         search(architecture, params, beams=beams, stop_ids=(), length_penalty=0.0).scores.sum()
         for beams in (1, 8)
@@ -160,7 +153,7 @@ def test_adapters_are_those_merged():
 @pytest.mark.parametrize("name", ["gemma2"])
 def test_a_mesh_changes_nothing(name):
     architecture = FAMILIES[name]
-    _, params = moved(architecture)
+    _, params = small_decoder(architecture)
     layout = make_layout(data=2, fsdp=2, tensor=2)
     placed = jax.device_put(params, shardings(params, layout))
     expected = search(architecture, params, returned=3)
@@ -171,7 +164,7 @@ def test_a_mesh_changes_nothing(name):
 
 def test_compiled_once_for_a_length():
     architecture = FAMILIES["llama"]
-    _, params = moved(architecture)
+    _, params = small_decoder(architecture)
     made = make_search(architecture, prompts=2, beams=3, capacity=CAPACITY)
     search(architecture, params, made=made)
     assert made.run._cache_size() == 2  # prompts of up to 16 tokens, and longer ones
@@ -181,7 +174,7 @@ def test_compiled_once_for_a_length():
 
 def test_bfloat16():
     architecture = FAMILIES["gemma2"]
-    found = search(architecture, moved(architecture)[1], dtype=jnp.bfloat16)
+    found = search(architecture, small_decoder(architecture)[1], dtype=jnp.bfloat16)
     assert np.isfinite(found.scores).all()
 
 

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from tests.runtime.architectures import FAMILIES
+from tests.runtime.decoders import small_decoder
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.generation.engine import make_engine
 from tunelang.runtime.generation.episode_sampler import Sampler
 from tunelang.runtime.generation.episodes import Prompt
-from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.sharding import (
     DECODE_RULES,
     Layout,
@@ -40,24 +40,6 @@ def prompts(lengths=LENGTHS):
 
 
 @pytest.fixture(scope="module")
-def model():
-    """Parameters by family, moved off their initial values so that no distribution is flat."""
-    found = {}
-
-    def make(name):
-        if name not in found:
-            graph, params = nnx.split(Decoder(FAMILIES[name], nnx.Rngs(0)))
-            keys = iter(jax.random.split(jax.random.key(1), 100))
-            params = jax.tree.map(
-                lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params
-            )
-            found[name] = graph, params
-        return found[name]
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def engine():
     """Engines by family and slots; one lives through all tests, as it does in a run."""
     found = {}
@@ -72,7 +54,7 @@ def engine():
 
 
 @pytest.fixture(scope="module")
-def run(engine, model):
+def run(engine):
     def run(
         name="llama", slots=4, asked=None, *, given=None, own=None, params=None, refill_at=None,
         stop_ids=(STOP,), seed=3, step=0, group=GROUP, tokenizer=None,
@@ -85,7 +67,7 @@ def run(engine, model):
         if refill_at is not None:
             sampler = replace(sampler, engine=replace(sampler.engine, refill_at=refill_at))
         return sampler.sample(
-            model(name)[1] if params is None else params,
+            small_decoder(FAMILIES[name])[1] if params is None else params,
             prompts() if asked is None else asked,
             group=group, seed=seed, step=step,
         )  # fmt: skip
@@ -94,11 +76,11 @@ def run(engine, model):
 
 
 @pytest.fixture(scope="module")
-def whole_pass(model):
+def whole_pass():
     """Logits `[vocab]` after a sequence, by a forward pass over all of it."""
 
     def make(name):
-        graph, params = model(name)
+        graph, params = small_decoder(FAMILIES[name])
 
         @jax.jit
         def run(params, tokens):
@@ -156,12 +138,14 @@ def test_greedy_is_the_argmax_of_repeated_whole_passes(run, whole_pass, name, pe
     ids=["plain", "greedy", "filtered"],
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_log_probabilities_are_those_of_the_training_program(run, model, name, given):
+def test_log_probabilities_are_those_of_the_training_program(run, name, given):
     found = run(name, given=given)
     batch = batch_of(found, CAPACITY - MAX_TOKENS, MAX_TOKENS)
     config = StepConfig(layout=make_layout(), chunk=8)
     score = score_program(FAMILIES[name], config, given["temperature"])
-    scored = score(model(name)[1], batch.prompts, batch.prompt_lengths, batch.tokens)
+    scored = score(
+        small_decoder(FAMILIES[name])[1], batch.prompts, batch.prompt_lengths, batch.tokens
+    )
     assert np.abs(np.where(batch.mask, scored - batch.sampler, 0)).max() < 1e-4
     assert (batch.sampler[batch.mask] < 0).all()
 
@@ -319,9 +303,9 @@ def test_an_empty_queue(run):
     assert batch_of(found, CAPACITY, MAX_TOKENS).tokens.shape == (0, GROUP, MAX_TOKENS)
 
 
-def test_updated_parameters_are_used_and_none_is_used_up(run, model):
+def test_updated_parameters_are_used_and_none_is_used_up(run):
     before = run()
-    params = model("llama")[1]
+    params = small_decoder(FAMILIES["llama"])[1]
     moved = jax.tree.map(lambda x: 1.5 * x, params)
     assert not np.array_equal(run(params=moved).tokens, before.tokens)
     equal(run(params=params), before)
@@ -337,9 +321,9 @@ def test_programs_are_compiled_once(engine, run):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_a_mesh_changes_nothing(run, model, name):
+def test_a_mesh_changes_nothing(run, name):
     layout = make_layout(data=2, fsdp=2, tensor=2)
-    params = model(name)[1]
+    params = small_decoder(FAMILIES[name])[1]
     own = make_engine(FAMILIES[name], slots=4, capacity=CAPACITY, layout=layout)
     params = jax.device_put(params, shardings(params, layout))
     equal(run(name, own=own, given=FILTERED, params=params), run(name, given=FILTERED))
@@ -347,9 +331,9 @@ def test_a_mesh_changes_nothing(run, model, name):
     assert own.decode._cache_size() == 1
 
 
-def test_a_mesh_of_its_own_changes_nothing(run, model):
+def test_a_mesh_of_its_own_changes_nothing(run):
     """Weights as training has them, gathered into small groups that sample."""
-    layout, params = make_layout(fsdp=8), model("llama")[1]
+    layout, params = make_layout(fsdp=8), small_decoder(FAMILIES["llama"])[1]
     params = jax.device_put(params, shardings(params, layout))
     apart = Layout(make_layout(data=4, tensor=2).mesh, DECODE_RULES)
     gathered = reshard_for_decoding(params, apart)
@@ -360,7 +344,7 @@ def test_a_mesh_of_its_own_changes_nothing(run, model):
     assert np.prod(shard) * 2 == largest.size
 
 
-def test_bfloat16(run, engine, model):
+def test_bfloat16(run, engine):
     found = run(own=engine(dtype=jnp.bfloat16))
     assert np.isfinite(found.log_probs).all()
 

@@ -1,4 +1,4 @@
-"""Folders of safetensors: what is read back is what was written, and what is wrong is named."""
+"""Folders of safetensors: loaded weights against the written ones; errors of damaged folders."""
 
 from __future__ import annotations
 
@@ -26,65 +26,74 @@ CONFIG: dict[str, Any] = {
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "max_position_embeddings": 64, "rope_theta": 1e6,
 }  # fmt: skip
-ONE = "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def params() -> Any:
+    """Random parameters of the architecture of `CONFIG`."""
     return nnx.split(Decoder(architecture_of(CONFIG), nnx.Rngs(0)))[1]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, params: Any) -> Path:
+    """A folder with `params` and their configuration."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    save_file(dict(tensors(params, CONFIG)), tmp_path / ONE)
+    save_file(dict(tensors(params, CONFIG)), tmp_path / WEIGHTS_FILE)
     return tmp_path
 
 
-def read(folder: Path, **mesh: int) -> Any:
+def load_folder(folder: Path, **mesh: int) -> Any:
+    """Load the weights of a folder onto a mesh."""
     return pretrained.load(folder, architecture_of(CONFIG), make_layout(**mesh))
 
 
-def same(found: Any, expected: Any) -> None:
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(one, other)
+def assert_trees_equal(actual: Any, expected: Any) -> None:
+    """Assert that the arrays of two trees are equal."""
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 2, "tensor": 2}])
-def test_what_was_written_is_read(folder: Path, params: Any, mesh: dict[str, int]) -> None:
-    found = read(folder, **mesh)
-    same(found, params)
+def test_loaded_weights_equal_the_written_ones(
+    folder: Path, params: Any, mesh: dict[str, int]
+) -> None:
+    loaded = load_folder(folder, **mesh)
+    assert_trees_equal(loaded, params)
     places = shardings(params, make_layout(**mesh))
-    for one, place in zip(jax.tree.leaves(found), jax.tree.leaves(places), strict=True):
-        assert one.sharding.is_equivalent_to(place, one.ndim)
+    for leaf, place in zip(jax.tree.leaves(loaded), jax.tree.leaves(places), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
 
 
-def test_several_files_in_bfloat16(folder: Path, params: Any) -> None:
-    tensors = {n: a.astype(ml_dtypes.bfloat16) for n, a in load_file(folder / ONE).items()}
-    (folder / ONE).unlink()
+def test_weights_in_several_bfloat16_files_are_loaded(folder: Path, params: Any) -> None:
+    tensors = {n: a.astype(ml_dtypes.bfloat16) for n, a in load_file(folder / WEIGHTS_FILE).items()}
+    (folder / WEIGHTS_FILE).unlink()
     names = sorted(tensors)
     parts = {"one.safetensors": names[::2], "two.safetensors": names[1::2]}
     for file, part in parts.items():
         save_file({name: tensors[name] for name in part}, folder / file)
-    where = {name: file for file, part in parts.items() for name in part}
-    index = {"metadata": {}, "weight_map": where}
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    same(read(folder), jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), params))
+    assert_trees_equal(
+        load_folder(folder),
+        jax.tree.map(lambda a: a.astype(jnp.bfloat16).astype(jnp.float32), params),
+    )
     (folder / "two.safetensors").unlink()
     with pytest.raises(BadWeightsError) as caught:
-        read(folder)
+        load_folder(folder)
     assert caught.value.problems == ("`two.safetensors`: no such file",)
 
 
-def test_every_tensor_at_fault_is_named(folder: Path) -> None:
-    tensors = load_file(folder / ONE)
+def test_error_names_every_wrong_tensor(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS_FILE)
     del tensors["model.norm.weight"]
     tensors["model.layers.0.mlp.up_proj.weight"] = np.zeros((24, 15), np.float32)
     tensors["vision.patch.weight"] = np.zeros(3, np.float32)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
-    save_file(tensors, folder / ONE)
+    save_file(tensors, folder / WEIGHTS_FILE)
     with pytest.raises(BadWeightsError) as caught:
-        read(folder)
+        load_folder(folder)
     assert caught.value.problems == (
         "missing: model.norm.weight",
         "left over: vision.patch.weight",
@@ -96,12 +105,12 @@ def test_every_tensor_at_fault_is_named(folder: Path) -> None:
     ("content", "problem"),
     [(b"", "cannot be read"), (b"0" * 100, "cannot be read"), (None, "no such file")],
 )
-def test_a_damaged_file(folder: Path, content: bytes | None, problem: str) -> None:
-    (folder / ONE).unlink()
+def test_damaged_file_is_an_error(folder: Path, content: bytes | None, problem: str) -> None:
+    (folder / WEIGHTS_FILE).unlink()
     if content is not None:
-        (folder / ONE).write_bytes(content)
+        (folder / WEIGHTS_FILE).write_bytes(content)
     with pytest.raises(BadWeightsError) as caught:
-        read(folder)
+        load_folder(folder)
     assert problem in caught.value.problems[0]
 
 
@@ -114,17 +123,17 @@ def test_a_damaged_file(folder: Path, content: bytes | None, problem: str) -> No
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, BadConfigError, "no rotary scaling"),
     ],
 )
-def test_a_configuration_that_cannot_be_used(
+def test_unusable_configuration_is_an_error(
     change: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
         architecture_of({**CONFIG, **change})
-    lacking = {name: value for name, value in CONFIG.items() if name != "vocab_size"}
+    incomplete = {name: value for name, value in CONFIG.items() if name != "vocab_size"}
     with pytest.raises(BadConfigError, match="lacks `vocab_size`"):
-        architecture_of(lacking)
+        architecture_of(incomplete)
 
 
-def test_a_configuration_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_configuration_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BadWeightsError, match="no such file"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")

@@ -1,4 +1,4 @@
-"""Merging against the papers' equations in float64, and against PEFT."""
+"""Merged weights against the papers' equations in float64, and against PEFT."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ METHODS = {
 }
 
 
-def tree(seed: int, dtype=jnp.float32):
-    """A small model: what is below `blocks` has three layers, of unlike sizes."""
+def random_model(seed: int, dtype=jnp.float32):
+    """Draw a small model; leaves below `blocks` have three layers of different magnitudes."""
     random = np.random.default_rng(seed)
     layers = random.normal(0, 1, (3, 8, 2, 6)) * np.array([1, 10, 0.1]).reshape(3, 1, 1, 1)
     table = random.normal(0, 1, (10, 8))
@@ -32,66 +32,73 @@ def tree(seed: int, dtype=jnp.float32):
     }
 
 
-BASE, ONE, OTHER, THIRD = (tree(seed) for seed in range(4))
+BASE, ONE, OTHER, THIRD = (random_model(seed) for seed in range(4))
 
 
-def apart(model) -> dict[str, np.ndarray]:
-    """The tensors of a model in float64, each layer's of its own."""
-    found = {}
+def tensors_by_layer(model) -> dict[str, np.ndarray]:
+    """List the tensors of a model in float64, with a name for each layer."""
+    tensors = {}
     for name, leaf in arrays_by_path(model).items():
         array = np.asarray(leaf, np.float64)
         if name.startswith("blocks."):
-            found |= {f"{name}.{layer}": each for layer, each in enumerate(array)}
+            tensors |= {f"{name}.{layer}": tensor for layer, tensor in enumerate(array)}
         else:
-            found[name] = array
-    return found
+            tensors[name] = array
+    return tensors
 
 
-def same(found, expected: dict[str, np.ndarray], tolerance: float = 2e-6) -> None:
-    found = apart(found)
-    assert found.keys() == expected.keys()
-    for name, each in expected.items():
-        bound = tolerance * np.abs(each).max()
-        np.testing.assert_allclose(found[name], each, rtol=0, atol=bound, err_msg=name)
+def assert_merged(merged, expected: dict[str, np.ndarray], tolerance: float = 2e-6) -> None:
+    """Assert that a merged model has the expected tensors, relative to their largest entry."""
+    merged = tensors_by_layer(merged)
+    assert merged.keys() == expected.keys()
+    for name, wanted in expected.items():
+        bound = tolerance * np.abs(wanted).max()
+        np.testing.assert_allclose(merged[name], wanted, rtol=0, atol=bound, err_msg=name)
 
 
-def by(combine, *models) -> dict[str, np.ndarray]:
-    each = [apart(model) for model in models]
-    return {name: combine(*(model[name] for model in each)) for name in each[0]}
+def merge_by_layer(combine, *models) -> dict[str, np.ndarray]:
+    """Apply a function to the same tensor of each model, layer by layer."""
+    layers = [tensors_by_layer(model) for model in models]
+    return {name: combine(*(model[name] for model in layers)) for name in layers[0]}
 
 
 @pytest.mark.parametrize("weights", [None, (2.0, 1.0, -0.5)])
-def test_linear(weights):
-    found = merge_weights(Linear.unvalidated(weights=weights), [ONE, OTHER, THIRD], None, 0)
-    same(found, by(lambda *all: np.average(all, 0, weights), ONE, OTHER, THIRD))
+def test_linear_equals_the_weighted_mean(weights):
+    merged = merge_weights(Linear.unvalidated(weights=weights), [ONE, OTHER, THIRD], None, 0)
+    assert_merged(
+        merged, merge_by_layer(lambda *all: np.average(all, 0, weights), ONE, OTHER, THIRD)
+    )
 
 
-def arc(one, other, share=0.3):
+def spherical_arc(one, other, share=0.3):
     """Shoemake 1985, section 3.3, of the directions; the lengths of the ends stay as they are."""
     cosine = (one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other)
     angle = np.arccos(cosine)
     return (np.sin((1 - share) * angle) * one + np.sin(share * angle) * other) / np.sin(angle)
 
 
-def test_slerp():
-    same(merge_weights(METHODS["slerp"], [ONE, OTHER], None, 0), by(arc, ONE, OTHER))
+def test_slerp_equals_the_arc():
+    assert_merged(
+        merge_weights(METHODS["slerp"], [ONE, OTHER], None, 0),
+        merge_by_layer(spherical_arc, ONE, OTHER),
+    )
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.0, -3.0])
-def test_slerp_without_an_arc_is_linear(factor):
+def test_slerp_of_parallel_models_is_linear(factor):
     other = jax.tree.map(lambda leaf: factor * leaf, ONE)
-    found = merge_weights(METHODS["slerp"], [ONE, other], None, 0)
-    same(found, by(lambda one: (0.7 + 0.3 * factor) * one, ONE))
+    merged = merge_weights(METHODS["slerp"], [ONE, other], None, 0)
+    assert_merged(merged, merge_by_layer(lambda one: (0.7 + 0.3 * factor) * one, ONE))
 
 
-def ties(base, *models, density, weights, scale):
+def ties_in_numpy(base, *models, density, weights, scale):
     """Section 3 of the paper; the differences are weighted before signs are elected."""
     values = []
     for model, weight in zip(models, weights, strict=True):
         difference = model - base
-        kept = np.argsort(-np.abs(difference), axis=None)[: int(density * base.size)]
+        largest = np.argsort(-np.abs(difference), axis=None)[: int(density * base.size)]
         trimmed = np.zeros(base.size)
-        trimmed[kept] = difference.flat[kept]
+        trimmed[largest] = difference.flat[largest]
         values.append(weight * trimmed.reshape(base.shape))
     sign = np.where(np.sum(values, 0) >= 0, 1, -1)
     agree = np.sign(values) == sign
@@ -100,84 +107,93 @@ def ties(base, *models, density, weights, scale):
 
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("weights", [None, (1.0, 0.5, -2.0)])
-def test_ties(density, weights):
+def test_ties_equals_the_paper(density, weights):
     method = Ties.unvalidated(density=density, weights=weights, scale=0.7)
-    found = merge_weights(method, [ONE, OTHER, THIRD], BASE, 0)
-    given = {"density": density, "weights": weights or (1, 1, 1), "scale": 0.7}
-    same(found, by(lambda *all: ties(*all, **given), BASE, ONE, OTHER, THIRD))
+    merged = merge_weights(method, [ONE, OTHER, THIRD], BASE, 0)
+    settings = {"density": density, "weights": weights or (1, 1, 1), "scale": 0.7}
+    assert_merged(
+        merged,
+        merge_by_layer(lambda *all: ties_in_numpy(*all, **settings), BASE, ONE, OTHER, THIRD),
+    )
 
 
 def test_ties_keeps_equal_magnitudes():
     base = {"norm": jnp.zeros(6)}
     model = {"norm": jnp.asarray([1.0, -3.0, 2.0, 0.5, -2.0, 0.0])}
-    found = merge_weights(Ties.unvalidated(density=0.34), [model], base, 0)
-    np.testing.assert_array_equal(found["norm"], [0, -3, 2, 0, -2, 0])
+    merged = merge_weights(Ties.unvalidated(density=0.34), [model], base, 0)
+    np.testing.assert_array_equal(merged["norm"], [0, -3, 2, 0, -2, 0])
 
 
-def test_a_model_of_weight_0_has_no_vote():
+def test_model_of_weight_0_has_no_vote():
     two = merge_weights(Ties.unvalidated(), [ONE, OTHER], BASE, 0)
     three = merge_weights(Ties.unvalidated(weights=(1.0, 0.0, 1.0)), [ONE, THIRD, OTHER], BASE, 0)
-    same(three, apart(two))
+    assert_merged(three, tensors_by_layer(two))
 
 
 @pytest.mark.parametrize("weights", [None, (1.0, 0.5, -2.0)])
-def test_dare_that_drops_nothing(weights):
-    found = merge_weights(
+def test_dare_of_full_density_equals_the_weighted_sum(weights):
+    merged = merge_weights(
         Dare.unvalidated(density=1.0, weights=weights), [ONE, OTHER, THIRD], BASE, 0
     )
     factors = weights or (1 / 3,) * 3
 
     def combine(base, *all):
-        return base + sum(w * (each - base) for w, each in zip(factors, all, strict=True))
+        return base + sum(w * (model - base) for w, model in zip(factors, all, strict=True))
 
-    same(found, by(combine, BASE, ONE, OTHER, THIRD))
+    assert_merged(merged, merge_by_layer(combine, BASE, ONE, OTHER, THIRD))
 
 
 def test_dare_drops_at_random():
     base = {"blocks": {"a": jnp.zeros((2, 300, 100))}, "b": jnp.zeros((300, 100))}
-    models = [jax.tree.map(lambda leaf, at=at: leaf + at, base) for at in (1.0, 100.0)]
+    models = [
+        jax.tree.map(lambda leaf, offset=offset: leaf + offset, base) for offset in (1.0, 100.0)
+    ]
     method = Dare.unvalidated(density=0.2, weights=(1.0, 1.0))
-    found = merge_weights(method, models, base, 3)
+    merged = merge_weights(method, models, base, 3)
     # Each entry tells what was kept of both models: 5 of the first, 500 of the second.
-    kept = [value % 500 == 5 for value in apart(found).values()]
-    kept += [value >= 500 for value in apart(found).values()]
-    assert {float(value) for value in np.unique(found["b"])} == {0, 5, 500, 505}
+    masks = [value % 500 == 5 for value in tensors_by_layer(merged).values()]
+    masks += [value >= 500 for value in tensors_by_layer(merged).values()]
+    assert {float(value) for value in np.unique(merged["b"])} == {0, 5, 500, 505}
     # Shares of 30000 entries, alone and of two together: five standard deviations.
-    for at, mask in enumerate(kept):
+    for offset, mask in enumerate(masks):
         assert mask.mean() == pytest.approx(0.2, abs=0.012)
-        for other in kept[:at]:
+        for other in masks[:offset]:
             assert (mask & other).mean() == pytest.approx(0.04, abs=0.006)
-    assert np.array_equal(found["b"], merge_weights(method, models, base, 3)["b"])
-    assert not np.array_equal(found["b"], merge_weights(method, models, base, 4)["b"])
+    assert np.array_equal(merged["b"], merge_weights(method, models, base, 3)["b"])
+    assert not np.array_equal(merged["b"], merge_weights(method, models, base, 4)["b"])
 
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
-def test_peft(density):
+def test_merges_equal_peft(density):
     torch = pytest.importorskip("torch")
     theirs = pytest.importorskip("peft.utils.merge_utils")
     weights = torch.tensor([1.0, 1.5, 0.7])
 
     def combine(merge, base, *all, weights=weights):
-        differences = [torch.from_numpy(each - base) for each in all]
+        differences = [torch.from_numpy(tensor - base) for tensor in all]
         return base + merge(differences, weights, density).numpy()
 
     def elected(differences, weights, density):
         # PEFT elects signs before it weights.
-        given = [w * each for w, each in zip(weights, differences, strict=True)]
-        return theirs.ties(given, torch.ones(3), density)
+        weighted = [w * tensor for w, tensor in zip(weights, differences, strict=True)]
+        return theirs.ties(weighted, torch.ones(3), density)
 
     models = [ONE, OTHER, THIRD]
     chosen = tuple(weights.tolist())
-    found = merge_weights(Ties.unvalidated(density=density), models, BASE, 0)
-    plain = by(lambda *all: combine(theirs.ties, *all, weights=torch.ones(3)), BASE, *models)
-    same(found, plain)
-    found = merge_weights(Ties.unvalidated(density=density, weights=chosen), models, BASE, 0)
-    same(found, by(lambda *all: combine(elected, *all), BASE, *models))
+    merged = merge_weights(Ties.unvalidated(density=density), models, BASE, 0)
+    plain = merge_by_layer(
+        lambda *all: combine(theirs.ties, *all, weights=torch.ones(3)), BASE, *models
+    )
+    assert_merged(merged, plain)
+    merged = merge_weights(Ties.unvalidated(density=density, weights=chosen), models, BASE, 0)
+    assert_merged(merged, merge_by_layer(lambda *all: combine(elected, *all), BASE, *models))
     if density == 1:
-        found = merge_weights(Dare.unvalidated(density=density, weights=chosen), models, BASE, 0)
-        same(found, by(lambda *all: combine(theirs.dare_linear, *all), BASE, *models))
+        merged = merge_weights(Dare.unvalidated(density=density, weights=chosen), models, BASE, 0)
+        assert_merged(
+            merged, merge_by_layer(lambda *all: combine(theirs.dare_linear, *all), BASE, *models)
+        )
 
 
 @pytest.mark.parametrize(
@@ -190,38 +206,46 @@ def test_peft(density):
     ],
     ids=lambda method: method.word,
 )
-def test_a_model_with_itself_is_itself(method):
-    same(merge_weights(method, [ONE, ONE], BASE, 0), apart(ONE), tolerance=1e-6)
+def test_merge_of_a_model_with_itself_is_the_model(method):
+    assert_merged(merge_weights(method, [ONE, ONE], BASE, 0), tensors_by_layer(ONE), tolerance=1e-6)
 
 
 @pytest.mark.parametrize(
     "method", [Linear.unvalidated(weights=(1.0, 0.0)), Slerp.unvalidated(share=0.0)]
 )
-def test_all_of_the_first(method):
-    same(merge_weights(method, [ONE, OTHER], None, 0), apart(ONE), tolerance=1e-6)
+def test_merge_of_full_weight_is_the_first_model(method):
+    assert_merged(
+        merge_weights(method, [ONE, OTHER], None, 0), tensors_by_layer(ONE), tolerance=1e-6
+    )
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_the_dtype_is_that_of_the_first_model(method):
-    models = [tree(1, jnp.bfloat16), OTHER]
-    found = merge_weights(method, models, BASE, 0)
-    assert {leaf.dtype for leaf in arrays_by_path(found).values()} == {jnp.dtype(jnp.bfloat16)}
+def test_dtype_is_that_of_the_first_model(method):
+    models = [random_model(1, jnp.bfloat16), OTHER]
+    merged = merge_weights(method, models, BASE, 0)
+    assert {leaf.dtype for leaf in arrays_by_path(merged).values()} == {jnp.dtype(jnp.bfloat16)}
     in_float32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), models[0])
-    same(found, apart(merge_weights(method, [in_float32, OTHER], BASE, 0)), tolerance=2**-8)
+    assert_merged(
+        merged,
+        tensors_by_layer(merge_weights(method, [in_float32, OTHER], BASE, 0)),
+        tolerance=2**-8,
+    )
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_the_mesh_does_not_matter(method):
+def test_merge_on_a_mesh_equals_one_device(method):
     layout = make_layout(fsdp=4, tensor=2)
     axes = {"blocks": {"weight": (None, "embed", "heads", None)}, "embedding": ("vocab", "embed")}
     places = jax.tree.map(lambda leaf, names: layout.sharding(names, leaf.shape), BASE, axes)
     one, other, base = (jax.device_put(model, places) for model in (ONE, OTHER, BASE))
-    found = merge_weights(method, [one, other], base, 5)
-    assert jax.tree.map(lambda leaf: leaf.sharding, found) == places
-    same(found, apart(merge_weights(method, [ONE, OTHER], BASE, 5)), tolerance=1e-6)
+    merged = merge_weights(method, [one, other], base, 5)
+    assert jax.tree.map(lambda leaf: leaf.sharding, merged) == places
+    assert_merged(
+        merged, tensors_by_layer(merge_weights(method, [ONE, OTHER], BASE, 5)), tolerance=1e-6
+    )
 
 
-def test_a_decoder():
+def test_decoders_merge_in_their_own_sharding():
     _, abstract = abstract_decoder(FAMILIES["moe"], jnp.float32)
     places = shardings(abstract, make_layout(fsdp=2, tensor=2, expert=2))
 
@@ -231,9 +255,9 @@ def test_a_decoder():
         )
 
     models = [filled(1.0), filled(4.0)]
-    found = merge_weights(Linear.unvalidated(weights=(2.0, 1.0)), models, None, 0)
-    assert jax.tree.structure(found) == jax.tree.structure(models[0])
-    for name, leaf in arrays_by_path(found).items():
+    merged = merge_weights(Linear.unvalidated(weights=(2.0, 1.0)), models, None, 0)
+    assert jax.tree.structure(merged) == jax.tree.structure(models[0])
+    for name, leaf in arrays_by_path(merged).items():
         assert leaf.sharding == arrays_by_path(models[0])[name].sharding, name
         np.testing.assert_allclose(leaf, 2.0)
 
@@ -248,7 +272,7 @@ def test_a_decoder():
         (Dare.unvalidated(), 2, "dare takes differences from a base, and there is none"),
     ],
 )
-def test_errors(method, count, message):
+def test_wrong_number_of_models_or_weights_is_an_error(method, count, message):
     with pytest.raises(ValueError, match=message):
         merge_weights(method, [ONE, OTHER, THIRD][:count], None, 0)
 
@@ -261,6 +285,6 @@ def test_errors(method, count, message):
         ({"norm": jnp.zeros(8, jnp.uint8)}, "`norm` is uint8"),
     ],
 )
-def test_models_that_do_not_match(other, message):
+def test_unlike_models_are_an_error(other, message):
     with pytest.raises(ValueError, match=message):
         merge_weights(Linear.unvalidated(), [{"norm": jnp.ones(8)}, other], None, 0)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from tests.runtime import reference
 from tests.runtime.architectures import FAMILIES, LLAMA
+from tests.runtime.decoders import small_decoder
 from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.runtime.models.decode_step import decode_step, decode_weights
 from tunelang.runtime.models.decoder import Decoder
@@ -21,52 +22,37 @@ family = pytest.mark.parametrize("name", FAMILIES)
 
 
 @pytest.fixture(scope="session")
-def made():
-    """Decoders by family, made once, with every parameter moved off its initial value."""
-    found = {}
-
-    def make(name):
-        if name not in found:
-            graph, params = nnx.split(Decoder(FAMILIES[name], nnx.Rngs(0)))
-            keys = iter(jax.random.split(jax.random.key(1), 100))
-            params = jax.tree.map(
-                lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), params
-            )
-            found[name] = graph, params
-        return found[name]
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def tokens():
+    """Two random sequences."""
     return jax.random.randint(jax.random.key(0), (2, LENGTH), 0, 48)
 
 
-def logits(graph, params, tokens, **given):
-    def run(params, tokens, given):
+def logits(graph, params, tokens, **layout_of_tokens):
+    """Compute logits; `layout_of_tokens` has segments and positions."""
+
+    def run(params, tokens, layout_of_tokens):
         decoder = nnx.merge(graph, params)
-        return decoder.logits(decoder(tokens, **given)[0])
+        return decoder.logits(decoder(tokens, **layout_of_tokens)[0])
 
-    return jax.jit(run)(params, tokens, given)
-
-
-@family
-def test_equals_numpy(made, tokens, name):
-    graph, params = made(name)
-    found = logits(graph, params, tokens)
-    expected = [reference.logits(FAMILIES[name], params, each) for each in np.asarray(tokens)]
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    return jax.jit(run)(params, tokens, layout_of_tokens)
 
 
 @family
-def test_parameter_count(made, name):
-    _, params = made(name)
+def test_logits_equal_numpy(tokens, name):
+    graph, params = small_decoder(FAMILIES[name])
+    actual = logits(graph, params, tokens)
+    expected = [reference.logits(FAMILIES[name], params, row) for row in np.asarray(tokens)]
+    np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-5)
+
+
+@family
+def test_parameter_count_equals_the_formula(name):
+    _, params = small_decoder(FAMILIES[name])
     assert sum(x.size for x in jax.tree.leaves(params)) == parameter_count(FAMILIES[name])
 
 
 @family
-def test_every_parameter_gets_a_gradient_at_the_start(tokens, name):
+def test_initial_gradient_of_every_parameter_is_nonzero(tokens, name):
     graph, params = nnx.split(Decoder(FAMILIES[name], nnx.Rngs(0)))
 
     @jax.jit
@@ -84,27 +70,31 @@ def test_every_parameter_gets_a_gradient_at_the_start(tokens, name):
         if "learned" in FAMILIES[name].position and path[-2:] == ("k", "bias"):
             continue
         # Each layer of a stacked parameter by itself.
-        each = array if path[0] == "blocks" else array[None]
-        assert (np.abs(each).reshape(len(each), -1).max(1) > 1e-7).all(), path
+        by_layer = array if path[0] == "blocks" else array[None]
+        assert (np.abs(by_layer).reshape(len(by_layer), -1).max(1) > 1e-7).all(), path
 
 
 @family
-def test_packed_equals_padded(made, tokens, name):
-    graph, params = made(name)
+def test_packed_logits_equal_padded_ones(tokens, name):
+    graph, params = small_decoder(FAMILIES[name])
     lengths = (4, 3)
     segments = jnp.array([[1] * 4 + [2] * 3 + [0] * 3])
     positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2]])
     packed = jnp.concatenate([tokens[0, :4], tokens[1, :3], jnp.zeros(3, jnp.int32)])[None]
-    together = logits(graph, params, packed, segments=segments, positions=positions)[0]
-    apart = logits(graph, params, tokens)
-    np.testing.assert_allclose(together[:4], apart[0, : lengths[0]], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(together[4:7], apart[1, : lengths[1]], rtol=1e-5, atol=1e-5)
+    packed_logits = logits(graph, params, packed, segments=segments, positions=positions)[0]
+    padded_logits = logits(graph, params, tokens)
+    np.testing.assert_allclose(
+        packed_logits[:4], padded_logits[0, : lengths[0]], rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        packed_logits[4:7], padded_logits[1, : lengths[1]], rtol=1e-5, atol=1e-5
+    )
 
 
 @family
-def test_cached_decoding_equals_the_whole_forward_pass(made, tokens, name):
-    graph, params = made(name)
-    whole = logits(graph, params, tokens)
+def test_cached_decoding_equals_the_full_forward_pass(tokens, name):
+    graph, params = small_decoder(FAMILIES[name])
+    expected = logits(graph, params, tokens)
     lengths = np.array([5, 2])
 
     @jax.jit
@@ -121,21 +111,21 @@ def test_cached_decoding_equals_the_whole_forward_pass(made, tokens, name):
         return decoder.logits(hidden), cache
 
     first, cache = prefill(params, tokens[:, :5], lengths)
-    np.testing.assert_allclose(first[0], whole[0, 4], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(first[1], whole[1, 1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(first[0], expected[0, 4], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(first[1], expected[1, 1], rtol=1e-5, atol=1e-5)
     # Slot 0 holds the second prompt, slot 2 the first, slot 1 nothing.
     for offset in range(5):
         new = jnp.array([tokens[1, 2 + offset], 0, tokens[0, 5 + offset]])
-        found, cache = step(params, new, cache)
-        np.testing.assert_allclose(found[0], whole[1, 2 + offset], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(found[2], whole[0, 5 + offset], rtol=1e-5, atol=1e-5)
+        actual, cache = step(params, new, cache)
+        np.testing.assert_allclose(actual[0], expected[1, 2 + offset], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(actual[2], expected[0, 5 + offset], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(cache.lengths, [7, 5, 10])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "moe"])  # windows, no rope, experts
-def test_continuations_of_a_shared_prompt_are_those_of_whole_sequences(made, name):
+def test_continuations_equal_full_sequences(name):
     """Hidden states and gradients, for prompts of several lengths in groups of two."""
-    graph, params = made(name)
+    graph, params = small_decoder(FAMILIES[name])
     a, rng = FAMILIES[name], np.random.default_rng(0)
     lengths, length = [4, 2, 3], 5
     prompts = jnp.asarray(rng.integers(0, a.vocabulary, (3, 4)))
@@ -144,29 +134,33 @@ def test_continuations_of_a_shared_prompt_are_those_of_whole_sequences(made, nam
 
     @jax.jit
     def shared(params):
-        found = nnx.merge(graph, params).continuations(prompts, jnp.array(lengths), completions)
-        return jnp.sum(found * weights), found
+        hidden_states = nnx.merge(graph, params).continuations(
+            prompts, jnp.array(lengths), completions
+        )
+        return jnp.sum(hidden_states * weights), hidden_states
 
     @jax.jit
-    def whole(params):
+    def full(params):
         decoder = nnx.merge(graph, params)
         rows = []
         for prompt, count, group in zip(prompts, lengths, completions, strict=True):
-            for own in group:
-                hidden, _ = decoder(jnp.concatenate([prompt[:count], own])[None])
+            for completion in group:
+                hidden, _ = decoder(jnp.concatenate([prompt[:count], completion])[None])
                 rows.append(hidden[0, count - 1 : -1])
-        found = jnp.stack(rows).reshape(weights.shape)
-        return jnp.sum(found * weights), found
+        hidden_states = jnp.stack(rows).reshape(weights.shape)
+        return jnp.sum(hidden_states * weights), hidden_states
 
-    (_, found), gradient = jax.value_and_grad(shared, has_aux=True)(params)
-    (_, expected), wanted = jax.value_and_grad(whole, has_aux=True)(params)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    (_, hidden_states), gradient = jax.value_and_grad(shared, has_aux=True)(params)
+    (_, expected), expected_gradient = jax.value_and_grad(full, has_aux=True)(params)
+    np.testing.assert_allclose(hidden_states, expected, rtol=1e-4, atol=1e-5)
+    for actual, wanted in zip(
+        jax.tree.leaves(gradient), jax.tree.leaves(expected_gradient), strict=True
+    ):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_one_prompt_fills_many_slots_and_none_beyond_the_last(made, tokens):
-    graph, params = made("qwen3")
+def test_insert_fills_slots_and_skips_those_out_of_range(tokens):
+    graph, params = small_decoder(FAMILIES["qwen3"])
     decoder = nnx.merge(graph, params)
     _, prompts = decoder.prefill(tokens[:, :4], jnp.array([4, 3]))
     cache = insert(
@@ -174,25 +168,25 @@ def test_one_prompt_fills_many_slots_and_none_beyond_the_last(made, tokens):
         prompts, jnp.array([1, 1, 0]), jnp.array([0, 2, 3]),
     )  # fmt: skip
     np.testing.assert_array_equal(cache.lengths, [3, 0, 3])
-    for each in (*cache.keys, *cache.values):
-        np.testing.assert_array_equal(each[0], each[2])
+    for array in (*cache.keys, *cache.values):
+        np.testing.assert_array_equal(array[0], array[2])
     with pytest.raises(ValueError, match="prompts of 4 tokens for slots of 3"):
         insert(empty_cache(FAMILIES["qwen3"], 1, 3, jnp.float32), prompts, *2 * [jnp.arange(1)])
 
 
-def test_decoding_on_a_mesh_writes_the_cache_in_place(made, tokens):
-    graph, params = made("qwen3")
+def test_decoding_on_a_mesh_updates_the_cache_in_place(tokens):
+    graph, params = small_decoder(FAMILIES["qwen3"])
     layout = make_layout(fsdp=2, tensor=2)
-    places = shardings(params, layout)
+    param_shardings = shardings(params, layout)
     decoder = nnx.merge(graph, params)
     _, prompts = decoder.prefill(tokens[:, :4], jnp.array([4, 4]))
     cache = insert(
         empty_cache(decoder.architecture, 2, 512, jnp.float32), prompts, *2 * [jnp.arange(2)]
     )
     expected, _ = decode_step(decoder, tokens[:, 4], cache, decode_weights(decoder))
-    held = Cache(
-        tuple(layout.sharding(KEYS, each.shape) for each in cache.keys),
-        tuple(layout.sharding(VALUES, each.shape) for each in cache.values),
+    cache_shardings = Cache(
+        tuple(layout.sharding(KEYS, array.shape) for array in cache.keys),
+        tuple(layout.sharding(VALUES, array.shape) for array in cache.values),
         layout.sharding((None,), (2,)),
     )
 
@@ -201,21 +195,24 @@ def test_decoding_on_a_mesh_writes_the_cache_in_place(made, tokens):
         return decode_step(decoder, tokens, cache, decode_weights(decoder), layout=layout)
 
     program = jax.jit(
-        step, in_shardings=(places, None, held), out_shardings=(None, held), donate_argnums=2
+        step,
+        in_shardings=(param_shardings, None, cache_shardings),
+        out_shardings=(None, cache_shardings),
+        donate_argnums=2,
     )
     compiled = program.lower(params, tokens[:, 4], cache).compile()
     memory = compiled.memory_analysis()
-    # A device has a quarter of the cache, and needs less than that beside it.
-    share = sum(each.nbytes for each in (*cache.keys, *cache.values)) // 4
+    # A device has a quarter of the cache, and needs less than that in addition.
+    share = sum(array.nbytes for array in (*cache.keys, *cache.values)) // 4
     assert memory.alias_size_in_bytes >= share
     assert memory.temp_size_in_bytes < share
-    found, _ = program(params, tokens[:, 4], cache)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    actual, _ = program(params, tokens[:, 4], cache)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-def test_remat_changes_nothing(made, tokens, name):
-    graph, params = made(name)
+def test_remat_does_not_change_gradients(tokens, name):
+    graph, params = small_decoder(FAMILIES[name])
 
     def gradient(remat):
         def loss(params):
@@ -231,18 +228,16 @@ def test_remat_changes_nothing(made, tokens, name):
         )  # fmt: skip
 
 
-def test_bfloat16_is_near_float32(made, tokens):
-    graph, params = made("llama")
+def test_bfloat16_is_near_float32(tokens):
+    graph, params = small_decoder(FAMILIES["llama"])
     half, _ = nnx.split(nnx.eval_shape(lambda: Decoder(LLAMA, nnx.Rngs(0), jnp.bfloat16)))
-    found, _ = nnx.merge(half, params)(tokens)
-    assert found.dtype == jnp.bfloat16
+    actual, _ = nnx.merge(half, params)(tokens)
+    assert actual.dtype == jnp.bfloat16
     expected, _ = nnx.merge(graph, params)(tokens)
-    assert jnp.mean(jnp.abs(found - expected)) < 0.03 * jnp.mean(jnp.abs(expected))
+    assert jnp.mean(jnp.abs(actual - expected)) < 0.03 * jnp.mean(jnp.abs(expected))
 
 
-def test_dropout_belongs_to_the_row():
-    from dataclasses import replace
-
+def test_dropout_depends_on_the_key_of_the_row():
     decoder = Decoder(replace(LLAMA, dropout=0.5), nnx.Rngs(0))
     tokens = jnp.tile(jnp.arange(6), (3, 1))
     keys = jax.random.split(jax.random.key(0), 3)
@@ -255,7 +250,7 @@ def test_dropout_belongs_to_the_row():
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_layers_of_a_pattern_by_a_kernel_that_knows_its_window(remat):
+def test_splash_kernel_equals_plain_attention_for_a_pattern(remat):
     a = replace(FAMILIES["gemma3"], context=128, head_dim=64, window=40)
     graph, params = nnx.split(Decoder(a, nnx.Rngs(0)))
     tokens = jax.random.randint(jax.random.key(0), (1, 128), 0, 48)
@@ -267,8 +262,8 @@ def test_layers_of_a_pattern_by_a_kernel_that_knows_its_window(remat):
 
         return jax.jit(jax.grad(loss, has_aux=True))(params)
 
-    (found, hidden), (expected, plain) = gradient("splash"), gradient("xla")
+    (actual, hidden), (expected, plain) = gradient("splash"), gradient("xla")
     np.testing.assert_allclose(hidden, plain, atol=1e-4)
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3), found, expected
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3), actual, expected
     )

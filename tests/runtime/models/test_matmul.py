@@ -1,4 +1,4 @@
-"""Products and their gradients against jax's own."""
+"""Products and their gradients against `jnp.einsum`."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_value_and_gradients(case):
+def test_product_and_its_gradients_equal_einsum(case):
     x_shape, y_shape, axes, contracted, batched = CASES[case]
     x = jax.random.normal(jax.random.key(0), x_shape)
     y = jax.random.normal(jax.random.key(1), y_shape)
@@ -32,32 +32,32 @@ def test_value_and_gradients(case):
     value, gradients = jax.value_and_grad(ours, (0, 1))(x, y)
     expected, expected_gradients = jax.value_and_grad(plain, (0, 1))(x, y)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for found, wanted in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_a_result_of_another_dtype_keeps_the_operands_gradients_dtype():
+def test_gradients_have_the_operands_dtype():
     x, y = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.bfloat16)
-    found = product(x, y, dtype=jnp.float32)
-    assert found.dtype == jnp.float32
+    result = product(x, y, dtype=jnp.float32)
+    assert result.dtype == jnp.float32
     gradients = jax.grad(lambda x, y: product(x, y, dtype=jnp.float32).sum(), (0, 1))(x, y)
-    assert [each.dtype for each in gradients] == [jnp.bfloat16, jnp.bfloat16]
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.bfloat16]
 
 
-def test_heads_come_out_of_one_axis():
+def test_heads_are_one_axis_of_the_product():
     """So that what a layer keeps of them is not padded where the last axis is short."""
     x, y = jnp.ones((3, 5, 4)), jnp.ones((4, 6, 2))
-    made = jax.make_jaxpr(lambda x, y: jax.vjp(product, x, y))(x, y)
-    dots = [line for line in str(made).splitlines() if "dot_general[" in line]
+    jaxpr = jax.make_jaxpr(lambda x, y: jax.vjp(product, x, y))(x, y)
+    dots = [line for line in str(jaxpr).splitlines() if "dot_general[" in line]
     assert dots
     assert all("f32[3,5,12]" in line for line in dots)
 
 
 @pytest.mark.parametrize(("case", "waits"), [("batched, narrow", True), ("narrow", False)])
-def test_weights_of_attention_are_let_go_before_their_gradient_is_there(case, waits):
+def test_batched_product_waits_before_its_gradients(case, waits):
     x_shape, y_shape, _, contracted, batched = CASES[case]
     x, y = jnp.ones(x_shape), jnp.ones(y_shape)
-    made = jax.make_jaxpr(
+    jaxpr = jax.make_jaxpr(
         jax.grad(lambda x, y: product(x, y, contracted, batched).sum(), (0, 1))
     )(x, y)  # fmt: skip
-    assert ("optimization_barrier" in str(made)) is waits
+    assert ("optimization_barrier" in str(jaxpr)) is waits

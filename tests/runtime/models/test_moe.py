@@ -1,4 +1,4 @@
-"""Mixtures of experts: against a plain sum over experts, and the same on any mesh."""
+"""Mixtures of experts against a sum over experts in float64, and on meshes against one device."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import pytest
 from flax import nnx
 
 from tests.runtime.architectures import FAMILIES
-from tests.runtime.training.test_train_step import ADAMW, make_batch, same
+from tests.runtime.training_helpers import assert_trees_close, train
 from tunelang.compiler.models.architecture import Mixture
 from tunelang.compiler.models.parameter_counts import parameter_count
 from tunelang.runtime.models.decoder import Decoder
 from tunelang.runtime.models.moe import MixtureOfExperts, balance_loss
 from tunelang.runtime.sharding import make_layout
-from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
 from tunelang.runtime.training.step_config import StepConfig
-from tunelang.runtime.training.train_state import random_state
-from tunelang.runtime.training.train_step import train_step
 
 MOE = FAMILIES["moe"]
 X = jax.random.normal(jax.random.key(0), (8, 6, MOE.width))
@@ -28,32 +25,32 @@ X = jax.random.normal(jax.random.key(0), (8, 6, MOE.width))
 
 @pytest.mark.parametrize("normalised", [True, False])
 @pytest.mark.parametrize("active", [1, 3])
-def test_against_every_expert_on_every_token(active, normalised):
+def test_layer_equals_a_sum_over_experts(active, normalised):
     mixture = Mixture(count=5, active=active, width=12, normalised=normalised)
     layer = MixtureOfExperts(MOE, mixture, nnx.Rngs(3))
-    found, (picked, probabilities) = layer(X)
+    output, (picked, probabilities) = layer(X)
     x = np.asarray(X, np.float64)
     logits = x @ np.asarray(layer.router[...], np.float64)
     share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(probabilities, share, atol=1e-6)
-    kept = np.argsort(-share, -1)[..., :active]
+    largest = np.argsort(-share, -1)[..., :active]
     expected = np.zeros_like(x)
     gate, up, down = (
-        np.asarray(each[...], np.float64)
-        for each in (layer.experts.gate, layer.experts.up, layer.experts.down)
+        np.asarray(weight_array[...], np.float64)
+        for weight_array in (layer.experts.gate, layer.experts.up, layer.experts.down)
     )
-    for at in np.ndindex(x.shape[:2]):
-        chosen = kept[at]
-        weights = share[at][chosen]
+    for token in np.ndindex(x.shape[:2]):
+        chosen = largest[token]
+        weights = share[token][chosen]
         weights = weights / weights.sum() if normalised else weights
         for weight, e in zip(weights, chosen, strict=True):
-            h = x[at] @ gate[e]
-            expected[at] += weight * ((h / (1 + np.exp(-h)) * (x[at] @ up[e])) @ down[e])
-        assert set(np.flatnonzero(picked[at])) == set(chosen)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+            h = x[token] @ gate[e]
+            expected[token] += weight * ((h / (1 + np.exp(-h)) * (x[token] @ up[e])) @ down[e])
+        assert set(np.flatnonzero(picked[token])) == set(chosen)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
 
 
-def test_balance():
+def test_balance_loss_is_1_when_even_and_count_when_not():
     even = jnp.full((1, 2, 4, 4), 0.25)
     chosen = jax.nn.one_hot(jnp.arange(8).reshape(2, 4) % 4, 4)[None]
     counted = jnp.ones((2, 4), bool)
@@ -67,26 +64,19 @@ def test_balance():
     assert float(balance_loss(picked, mixed, half)) == pytest.approx(1.0)
 
 
-def train(program):
-    optimizer = build_optimizer(ADAMW, 10)
-    state = random_state(MOE, optimizer, program, 0)
-    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == parameter_count(MOE)
-    step = train_step(MOE, optimizer, learning_rate(ADAMW, 10), program)
-    state, metrics = step(state, make_batch())
-    return jax.device_get(state.params), jax.device_get(metrics)
-
-
-def test_the_same_on_any_mesh():
-    expected = train(StepConfig(layout=make_layout(), chunk=3))
+def test_training_on_meshes_equals_one_device():
+    expected = train(StepConfig(layout=make_layout(), chunk=3), MOE)
+    assert sum(leaf.size for leaf in jax.tree.leaves(expected[0])) == parameter_count(MOE)
     for mesh in ({"expert": 4}, {"data": 2, "expert": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}):
-        found = train(StepConfig(layout=make_layout(**mesh), chunk=3))
-        same(found, expected, 1e-4)
+        actual = train(StepConfig(layout=make_layout(**mesh), chunk=3), MOE)
+        assert_trees_close(actual, expected, 1e-4)
     # In micro-batches each part is balanced by itself.
-    found = train(StepConfig(layout=make_layout(expert=2), chunk=3, micro_batches=2, remat="full"))
-    np.testing.assert_allclose(found[1].loss, expected[1].loss, rtol=1e-2)
+    parts = StepConfig(layout=make_layout(expert=2), chunk=3, micro_batches=2, remat="full")
+    actual = train(parts, MOE)
+    np.testing.assert_allclose(actual[1].loss, expected[1].loss, rtol=1e-2)
 
 
-def test_the_router_learns_balance():
+def test_router_has_a_gradient_of_the_balance_loss():
     heavy = replace(MOE, experts=replace(MOE.experts, balance=10.0))
     decoder = Decoder(heavy, nnx.Rngs(0))
     graph, params = nnx.split(decoder)

@@ -1,4 +1,4 @@
-"""Distillation against whole logits in float64, and what its programs hold and exchange."""
+"""Distillation losses against full logits in float64; memory and collectives of their programs."""
 
 import re
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.runtime.training.test_cross_entropy import loop_bodies
+from tests.runtime.training_helpers import loop_bodies
 from tunelang.runtime.objectives.distill_losses import (
     Divergence,
     TopK,
@@ -37,7 +37,7 @@ def divergence_of(
     teacher_cap=None,
     **settings,
 ):
-    """`divergence` of arrays: two of the teacher, or its `stored` tokens; targets and weights."""
+    """Call `divergence` on arrays: of the teacher or its `stored` tokens, targets and weights."""
     *teacher, targets, weights = arrays
     teacher = TopK(*teacher) if stored else LogitInputs(*teacher, teacher_cap)
     student = LogitInputs(hidden, head, student_cap)
@@ -47,7 +47,8 @@ def divergence_of(
 
 
 @pytest.fixture(scope="module")
-def given():
+def logit_arrays():
+    """Hidden states and head of student and teacher, targets and weights."""
     keys = jax.random.split(jax.random.key(0), 6)
     return (
         jax.random.normal(keys[0], (BATCH, LENGTH, WIDTH)),
@@ -59,34 +60,38 @@ def given():
     )
 
 
-def whole_logits(hidden, head, cap):
+def full_logits(hidden, head, cap):
+    """Compute logits of every token at once."""
     logits = hidden @ head.T
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def kl(p, q):
+    """Compute the divergence of `q` from `p` over the last axis."""
     return jnp.sum(p * jnp.log(p / q), -1)
 
 
-def whole(given, *, kind, beta, temperature, hard, k=None, student_cap=None, teacher_cap=None):
-    """The loss and its parts, and the student's gradients, in float64."""
+def full_divergence(
+    logit_arrays, *, kind, beta, temperature, hard, k=None, student_cap=None, teacher_cap=None
+):
+    """Compute the loss, its parts, and the student's gradients in float64."""
     with jax.enable_x64(True):
         hidden, head, *teacher, targets, weights = (
             jnp.asarray(array, None if array.dtype == np.int32 else np.float64)
-            for array in map(np.asarray, given)
+            for array in map(np.asarray, logit_arrays)
         )
-        p = jax.nn.softmax(whole_logits(*teacher, teacher_cap) / temperature)
+        p = jax.nn.softmax(full_logits(*teacher, teacher_cap) / temperature)
         ids = jnp.argsort(-p)[..., :k]
 
         def outcomes(p):
             if k is None:
                 return p
             chosen = jnp.take_along_axis(p, ids, -1)
-            rest = 1 - jnp.sum(chosen, -1, keepdims=True)
-            return chosen if k == VOCAB else jnp.concatenate([chosen, rest], -1)
+            remainder = 1 - jnp.sum(chosen, -1, keepdims=True)
+            return chosen if k == VOCAB else jnp.concatenate([chosen, remainder], -1)
 
         def loss(hidden, head):
-            logits = whole_logits(hidden, head, student_cap)
+            logits = full_logits(hidden, head, student_cap)
             t, s = outcomes(p), outcomes(jax.nn.softmax(logits / temperature))
             m = beta * t + (1 - beta) * s
             soft = {
@@ -98,13 +103,13 @@ def whole(given, *, kind, beta, temperature, hard, k=None, student_cap=None, tea
             parts = jnp.sum(weights * soft), -jnp.sum(weights * logp)
             return (1 - hard) * temperature**2 * parts[0] + hard * parts[1], parts
 
-        found = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
-        return jax.tree.map(np.asarray, found)
+        result = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
+        return jax.tree.map(np.asarray, result)
 
 
-def chunked(given, *, k=None, layout=None, teacher_cap=None, **settings):
-    """What `whole` gives, of the functions under test; with `k`, the teacher is stored ahead."""
-    *_, teacher_hidden, teacher_head, targets, weights = given
+def chunked_divergence(logit_arrays, *, k=None, layout=None, teacher_cap=None, **settings):
+    """Compute the same by the functions under test; with `k`, the teacher is stored ahead."""
+    *_, teacher_hidden, teacher_head, targets, weights = logit_arrays
 
     def loss(hidden, head):
         if k is None:
@@ -118,12 +123,12 @@ def chunked(given, *, k=None, layout=None, teacher_cap=None, **settings):
             hidden, head, *stored, targets, weights, stored=True, layout=layout, **settings
         )
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*given[:2])
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*logit_arrays[:2])
 
 
-def close(found, expected, tolerance=2e-5):
-    found, expected = jax.tree.leaves(found), jax.tree.leaves(expected)
-    for x, y in zip(found, expected, strict=True):
+def assert_leaves_close(actual, expected, tolerance=2e-5):
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    for x, y in zip(actual, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
@@ -140,105 +145,113 @@ def close(found, expected, tolerance=2e-5):
         (VOCAB, 4, {}, 2.0, 0.0, (None, 2.0)),
     ],
 )
-def test_divergence_equals_whole(given, kind, k, chunk, mesh, temperature, hard, caps):
+def test_divergence_equals_full_logits(logit_arrays, kind, k, chunk, mesh, temperature, hard, caps):
     settings = {
         "kind": kind, "beta": 0.3, "temperature": temperature, "hard": hard,
         "student_cap": caps[0], "teacher_cap": caps[1], "k": k,
     }  # fmt: skip
     layout = make_layout(**mesh) if mesh else None
-    found = chunked(given, chunk=chunk, layout=layout, **settings)
-    # The rest is 1 less what is known, to the precision of 1.
-    close(found, whole(given, **settings), 2e-4 if k == 5 else 2e-5)
+    actual = chunked_divergence(logit_arrays, chunk=chunk, layout=layout, **settings)
+    # The remaining mass is 1 less the stored masses, to the precision of 1.
+    assert_leaves_close(actual, full_divergence(logit_arrays, **settings), 2e-4 if k == 5 else 2e-5)
 
 
 @pytest.mark.parametrize("k", [None, 5])
-def test_without_gradients_the_loss_is_the_same(given, k):
-    hidden, head, *teacher, targets, weights = given
+def test_loss_without_gradients_is_the_same(logit_arrays, k):
+    hidden, head, *teacher, targets, weights = logit_arrays
     settings = {**PLAIN, "kind": "jensen_shannon"}
     if k is None:
-        found = divergence_of(*given, **settings)
+        actual = divergence_of(*logit_arrays, **settings)
     else:
         stored = top_k(LogitInputs(*teacher), k=k, temperature=1.0, chunk=4)
-        found = divergence_of(hidden, head, *stored, targets, weights, stored=True, **settings)
-    close(found, chunked(given, k=k, **settings)[0], 1e-6)
+        actual = divergence_of(hidden, head, *stored, targets, weights, stored=True, **settings)
+    assert_leaves_close(actual, chunked_divergence(logit_arrays, k=k, **settings)[0], 1e-6)
 
 
-def test_hard_is_the_cross_entropy(given):
-    hidden, head, _, _, targets, weights = given
+def test_hard_share_of_one_is_the_cross_entropy(logit_arrays):
+    hidden, head, _, _, targets, weights = logit_arrays
     settings = {**PLAIN, "hard": 1.0, "temperature": 3.0}
-    (total, parts), gradients = chunked(given, kind="forward_kl", **settings)
+    (total, parts), gradients = chunked_divergence(logit_arrays, kind="forward_kl", **settings)
 
     def loss(hidden, head):
         return cross_entropy(hidden, head, targets, weights, chunk=4)[0]
 
     expected = jax.value_and_grad(loss, argnums=(0, 1))(hidden, head)
-    close((total, gradients), expected)
+    assert_leaves_close((total, gradients), expected)
     assert parts.cross_entropy == total
 
 
 @pytest.mark.parametrize(("kind", "k"), PAIRS)
-def test_a_teacher_is_at_no_distance_from_itself(given, kind, k):
-    hidden, head, _, _, targets, weights = given
+def test_divergence_of_a_teacher_from_itself_is_0(logit_arrays, kind, k):
+    hidden, head, _, _, targets, weights = logit_arrays
     same = hidden, head, hidden, head, targets, weights
-    (total, parts), gradients = chunked(same, kind=kind, k=k, **PLAIN)
-    close((total, parts.divergence, gradients), (0.0, 0.0, (0.0 * hidden, 0.0 * head)), 5e-6)
+    (total, parts), gradients = chunked_divergence(same, kind=kind, k=k, **PLAIN)
+    assert_leaves_close(
+        (total, parts.divergence, gradients), (0.0, 0.0, (0.0 * hidden, 0.0 * head)), 5e-6
+    )
 
 
 @pytest.mark.parametrize(("kind", "k"), PAIRS)
-def test_what_has_no_weight_spreads_nothing(given, kind, k):
-    hidden, head, teacher_hidden, teacher_head, targets, weights = given
-    kept = jnp.arange(LENGTH) < jnp.arange(1, BATCH + 1)[:, None]
-    weights = jnp.where(kept, weights, 0.0)
+def test_nan_without_weight_does_not_spread(logit_arrays, kind, k):
+    hidden, head, teacher_hidden, teacher_head, targets, weights = logit_arrays
+    weighted = jnp.arange(LENGTH) < jnp.arange(1, BATCH + 1)[:, None]
+    weights = jnp.where(weighted, weights, 0.0)
     settings = {**PLAIN, "kind": kind, "hard": 0.3, "k": k}
     broken = (
-        jnp.where(kept[..., None], hidden, jnp.nan), head,
-        jnp.where(kept[..., None], teacher_hidden, jnp.nan), teacher_head,
-        jnp.where(kept, targets, -100), weights,
+        jnp.where(weighted[..., None], hidden, jnp.nan), head,
+        jnp.where(weighted[..., None], teacher_hidden, jnp.nan), teacher_head,
+        jnp.where(weighted, targets, -100), weights,
     )  # fmt: skip
-    sums, (of_hidden, of_head) = chunked(broken, **settings)
+    sums, (hidden_gradient, head_gradient) = chunked_divergence(broken, **settings)
     del settings["chunk"]
-    expected = whole((hidden, head, teacher_hidden, teacher_head, targets, weights), **settings)
-    close((sums, (of_hidden, of_head)), expected)
-    assert not jnp.any(of_hidden[~kept])
+    expected = full_divergence(
+        (hidden, head, teacher_hidden, teacher_head, targets, weights), **settings
+    )
+    assert_leaves_close((sums, (hidden_gradient, head_gradient)), expected)
+    assert not jnp.any(hidden_gradient[~weighted])
 
 
 @pytest.mark.parametrize(("kind", "k"), PAIRS)
-def test_a_certain_teacher_and_a_student_that_is_certain_of_another(given, kind, k):
+def test_divergence_of_opposite_certainties_is_finite(logit_arrays, kind, k):
     """Masses that float32 rounds to 0 and 1 leave the loss and its gradients finite."""
-    hidden, head, *_, targets, weights = given
+    hidden, head, *_, targets, weights = logit_arrays
     opposite = 100 * hidden, head, -100 * hidden, head, targets, weights
-    found = chunked(opposite, kind=kind, k=k, **PLAIN)
-    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(found))
+    result = chunked_divergence(opposite, kind=kind, k=k, **PLAIN)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(result))
 
 
-def test_bfloat16_gives_gradients_of_its_own_type(given):
+def test_bfloat16_inputs_get_bfloat16_gradients(logit_arrays):
     half = tuple(
-        array if array.dtype == jnp.int32 else array.astype(jnp.bfloat16) for array in given
+        array if array.dtype == jnp.int32 else array.astype(jnp.bfloat16) for array in logit_arrays
     )
-    found = chunked(half, kind="jensen_shannon", **PLAIN)
-    assert [gradient.dtype for gradient in found[1]] == [jnp.bfloat16] * 2
-    found = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found)
-    close(found, whole(half, kind="jensen_shannon", beta=0.3, temperature=1.0, hard=0.0), 2e-2)
+    result = chunked_divergence(half, kind="jensen_shannon", **PLAIN)
+    assert [gradient.dtype for gradient in result[1]] == [jnp.bfloat16] * 2
+    result = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), result)
+    assert_leaves_close(
+        result,
+        full_divergence(half, kind="jensen_shannon", beta=0.3, temperature=1.0, hard=0.0),
+        2e-2,
+    )
 
 
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 8}, {"data": 2, "context": 2, "tensor": 2}])
-def test_top_k_equals_whole(given, mesh):
-    hidden, head = given[2:4]
+def test_top_k_equals_full_logits(logit_arrays, mesh):
+    hidden, head = logit_arrays[2:4]
     layout = make_layout(**mesh) if mesh else None
-    found = jax.jit(
+    stored = jax.jit(
         lambda hidden, head: top_k(
             LogitInputs(hidden, head, 2.0), k=5, temperature=0.7, chunk=4, layout=layout
         )
     )(hidden, head)
-    logp = jax.nn.log_softmax(whole_logits(hidden, head, 2.0) / 0.7)
+    logp = jax.nn.log_softmax(full_logits(hidden, head, 2.0) / 0.7)
     expected = jnp.argsort(-logp)[..., :5]
-    assert found[0].dtype == jnp.int32
-    np.testing.assert_array_equal(found[0], expected)
-    close(found[1], jnp.take_along_axis(logp, expected, -1))
+    assert stored[0].dtype == jnp.int32
+    np.testing.assert_array_equal(stored[0], expected)
+    assert_leaves_close(stored[1], jnp.take_along_axis(logp, expected, -1))
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_no_program_holds_whole_logits(stored):
+def test_programs_do_not_allocate_full_logits(stored):
     """Nor does the program of the loss alone compute gradients."""
     batch, length, vocab, k, chunk = 2, 256, 4096, 4, 4
     shapes = [(batch, length, 8), (vocab, 8)]
@@ -262,37 +275,45 @@ def test_no_program_holds_whole_logits(stored):
     assert products == ([1, 3] if stored else [2, 4])
 
 
-@pytest.mark.parametrize("of", ["divergence", "stored teacher", "top_k"])
-def test_no_device_talks_to_another_inside_the_scan(given, of):
+@pytest.mark.parametrize("function", ["divergence", "stored teacher", "top_k"])
+def test_loop_over_chunks_has_no_collectives(logit_arrays, function):
     layout = make_layout(fsdp=8)
-    settings = {**PLAIN, "kind": "forward_kl", "layout": layout, "stored": of == "stored teacher"}
-    hidden, head, teacher_hidden, teacher_head, *flat = given
+    settings = {
+        **PLAIN,
+        "kind": "forward_kl",
+        "layout": layout,
+        "stored": function == "stored teacher",
+    }
+    hidden, head, teacher_hidden, teacher_head, *flat = logit_arrays
     head, teacher_head = (jnp.pad(a, ((0, 0), (0, -a.shape[1] % 8))) for a in (head, teacher_head))
     hidden, teacher_hidden = (
         jnp.pad(a, ((0, 0), (0, 0), (0, -a.shape[2] % 8))) for a in (hidden, teacher_hidden)
     )
-    if of == "top_k":
-        given, settings = (hidden, head), {"k": 5, "temperature": 1.0, "chunk": 4, "layout": layout}
-    elif of == "divergence":
-        given = (hidden, head, teacher_hidden, teacher_head, *flat)
+    if function == "top_k":
+        logit_arrays, settings = (
+            (hidden, head),
+            {"k": 5, "temperature": 1.0, "chunk": 4, "layout": layout},
+        )
+    elif function == "divergence":
+        logit_arrays = (hidden, head, teacher_hidden, teacher_head, *flat)
     else:
         stored = top_k(LogitInputs(teacher_hidden, teacher_head), k=5, temperature=1.0, chunk=4)
-        given = (hidden, head, *stored, *flat)
+        logit_arrays = (hidden, head, *stored, *flat)
 
     def place(array):
         axes = ("vocab", "embed") if array.shape[0] == VOCAB else ("batch", None, None)
         return layout.sharding(axes[: array.ndim], array.shape)
 
-    def found(*arrays):
-        if of == "top_k":
+    def loss(*arrays):
+        if function == "top_k":
             return top_k(LogitInputs(*arrays), **settings)
         return divergence_of(*arrays, **settings)
 
-    places = tuple(map(place, given))
+    places = tuple(map(place, logit_arrays))
     program = jax.jit(
-        found if of == "top_k" else jax.grad(found, argnums=(0, 1), has_aux=True),
-        in_shardings=places, out_shardings=None if of == "top_k" else (places[:2], None),
-    ).lower(*given).compile().as_text()  # fmt: skip
+        loss if function == "top_k" else jax.grad(loss, argnums=(0, 1), has_aux=True),
+        in_shardings=places, out_shardings=None if function == "top_k" else (places[:2], None),
+    ).lower(*logit_arrays).compile().as_text()  # fmt: skip
     talk = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     assert re.search(talk, program)
     bodies = loop_bodies(program)
@@ -300,7 +321,7 @@ def test_no_device_talks_to_another_inside_the_scan(given, of):
     assert not any(re.search(talk, body) for body in bodies)
 
 
-def test_layer_map():
+def test_layer_map_spreads_layers_evenly():
     assert layer_map(4, 12) == (2, 5, 8, 11)
     assert layer_map(3, 4) == (1, 2, 3)
     assert layer_map(3, 2) == (0, 1, 1)
@@ -324,26 +345,26 @@ def test_attention_transfer_equals_numpy(distance):
     student, teacher = maps(keys[0], 4), maps(keys[1], 2)
     s, t = (np.asarray(x, np.float64).mean(2) for x in (student, teacher))
     if distance == "squared":
-        each, slope = np.square(s - t), 2 * (s - t)
+        by_pair, slope = np.square(s - t), 2 * (s - t)
     else:
         ratio = np.where(mask, t, 1) / np.where(mask, s, 1)
-        each, slope = t * np.log(ratio), -ratio
+        by_pair, slope = t * np.log(ratio), -ratio
 
-    found, gradient = jax.value_and_grad(attention_transfer)(
+    total, gradient = jax.value_and_grad(attention_transfer)(
         student,
         jnp.where(mask[None, :, None], teacher, jnp.nan),
         jnp.asarray(mask),
         distance=distance,
     )
-    np.testing.assert_allclose(found, each[:, mask].sum(), rtol=1e-5)
+    np.testing.assert_allclose(total, by_pair[:, mask].sum(), rtol=1e-5)
     expected = np.where(mask[None, :, None], slope[:, :, None] / 4, 0)
-    close(gradient, np.broadcast_to(expected, student.shape))
+    assert_leaves_close(gradient, np.broadcast_to(expected, student.shape))
 
 
 @pytest.mark.parametrize("pooling", ["token", "mean", "last"])
 @pytest.mark.parametrize("distance", ["squared", "cosine"])
-def test_feature_transfer_equals_a_loop(given, pooling, distance):
-    hidden, _, teacher_hidden, *_ = given
+def test_feature_transfer_equals_a_loop(logit_arrays, pooling, distance):
+    hidden, _, teacher_hidden, *_ = logit_arrays
     projection = jax.random.normal(jax.random.key(2), (WIDTH, TEACHER_WIDTH))
     lengths = np.array([0, 1, 4, LENGTH, 3, 2, 0, 7])
     mask = np.arange(LENGTH) < lengths[:, None]
@@ -366,13 +387,13 @@ def test_feature_transfer_equals_a_loop(given, pooling, distance):
                 total += jnp.sum(1 - jnp.sum(s * t, -1) / sizes)
         return total
 
-    def found(student, projection):
+    def chunked(student, projection):
         return feature_transfer(
             student, teacher, projection, jnp.asarray(mask), pooling=pooling, distance=distance
         )
 
-    both = {"argnums": (0, 1)}
-    close(
-        jax.jit(jax.value_and_grad(found, **both))(student, projection),
-        jax.jit(jax.value_and_grad(expected, **both))(hidden, projection),
+    options = {"argnums": (0, 1)}
+    assert_leaves_close(
+        jax.jit(jax.value_and_grad(chunked, **options))(student, projection),
+        jax.jit(jax.value_and_grad(expected, **options))(hidden, projection),
     )

@@ -1,4 +1,4 @@
-"""Every row of choices against the papers' equations, written out token by token in float64."""
+"""Policy losses of every preset against the papers' equations, token by token in float64."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ from tunelang.runtime.objectives.policy_gradient import Completions, objective
 SEQUENCES, LENGTH, MAX_TOKENS = 6, 7, 10
 
 
-def policy(**choices) -> Policy:
+def make_stage(**choices) -> Policy:
+    """Make a policy stage with some choices of the loss."""
     return Policy.model_construct(rollout=Sampling(max_tokens=MAX_TOKENS), **choices)
 
 
-def row(name: str, **choices) -> Policy:
-    return policy(**{**POLICIES[name][1], **choices})
+def preset_stage(name: str, **choices) -> Policy:
+    """Make a policy stage of a preset, with changes."""
+    return make_stage(**{**POLICIES[name][1], **choices})
 
 
 @pytest.fixture(scope="module")
 def arrays() -> dict[str, np.ndarray]:
+    """Log-probabilities, mask, advantages and entropy of random completions, in float64."""
     random = np.random.default_rng(3)
     shape = (SEQUENCES, LENGTH)
     mask = np.zeros(shape, bool)
-    for at, (start, end) in enumerate([(1, 7), (2, 5), (0, 1), (3, 7), (1, 4), (2, 7)]):
-        mask[at, start:end] = True
+    for row, (start, end) in enumerate([(1, 7), (2, 5), (0, 1), (3, 7), (1, 4), (2, 7)]):
+        mask[row, start:end] = True
     old = -random.gamma(1.0, 1.0, shape)
     return {
         "now": old + random.normal(0, 0.3, shape),
@@ -52,7 +55,7 @@ def arrays() -> dict[str, np.ndarray]:
     }
 
 
-def batch(arrays: dict[str, np.ndarray], rows: slice = slice(None)) -> Completions:
+def make_batch(arrays: dict[str, np.ndarray], rows: slice = slice(None)) -> Completions:
     kinds = {name: bool if name == "mask" else np.float32 for name in arrays}
     return Completions(**{n: jnp.asarray(a[rows], kinds[n]) for n, a in arrays.items()})
 
@@ -109,12 +112,12 @@ PAPERS = {
 
 
 def by_paper(paper, aggregate: str, arrays: dict[str, np.ndarray], now, frozen) -> float:
-    """The loss of all sequences, from the values of `paper` for each token."""
+    """Compute the loss of all sequences from the values of `paper` for each token."""
     total = tokens = 0.0
-    for at in range(SEQUENCES):
-        on = arrays["mask"][at]
-        of = [each[at][on] for each in (now, arrays["old"], arrays["advantages"], frozen)]
-        values = paper(*of)
+    for row in range(SEQUENCES):
+        mask = arrays["mask"][row]
+        inputs = [array[row][mask] for array in (now, arrays["old"], arrays["advantages"], frozen)]
+        values = paper(*inputs)
         total += sum(values) / (len(values) if aggregate == "sequence_mean" else 1)
         tokens += len(values)
     over = {
@@ -125,10 +128,10 @@ def by_paper(paper, aggregate: str, arrays: dict[str, np.ndarray], now, frozen) 
     return -total / over[aggregate]
 
 
-def finite_differences(function, at: np.ndarray, step: float = 1e-6) -> np.ndarray:
-    gradient = np.zeros_like(at)
-    for index in np.ndindex(at.shape):
-        up, down = at.copy(), at.copy()
+def finite_differences(function, point: np.ndarray, step: float = 1e-6) -> np.ndarray:
+    gradient = np.zeros_like(point)
+    for index in np.ndindex(point.shape):
+        up, down = point.copy(), point.copy()
         up[index] += step
         down[index] -= step
         gradient[index] = (function(up) - function(down)) / (2 * step)
@@ -137,15 +140,15 @@ def finite_differences(function, at: np.ndarray, step: float = 1e-6) -> np.ndarr
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["far", "near"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_row_is_its_paper(name, scale, arrays):
+def test_presets_equal_their_papers(name, scale, arrays):
     # Near the old policy GSPO's narrow clip leaves sequences in, far from it cuts most.
     arrays = {**arrays, "now": arrays["old"] + scale * (arrays["now"] - arrays["old"])}
-    chosen = row(name)
+    stage = preset_stage(name)
 
     def reference(now):
-        return by_paper(PAPERS[name], chosen.aggregate, arrays, now, arrays["now"])
+        return by_paper(PAPERS[name], stage.aggregate, arrays, now, arrays["now"])
 
-    loss, gradient, _ = loss_and_gradient(chosen, batch(arrays))
+    loss, gradient, _ = loss_and_gradient(stage, make_batch(arrays))
     assert loss == pytest.approx(reference(arrays["now"]), rel=2e-5, abs=1e-6)
     np.testing.assert_allclose(
         gradient, finite_differences(reference, arrays["now"]), rtol=1e-3, atol=2e-6
@@ -154,13 +157,15 @@ def test_every_row_is_its_paper(name, scale, arrays):
     assert not gradient[~arrays["mask"]].any()
 
 
-def test_every_row_is_tested():
+def test_every_preset_has_a_paper():
     assert set(PAPERS) == set(POLICIES)
 
 
-def test_rloo_paper_sums_over_tokens(arrays):
+def test_rloo_with_fixed_length_sums_over_tokens(arrays):
     # The paper's action is the whole completion: its log-probability is a sum, not a mean.
-    loss, gradient, _ = loss_and_gradient(row("rloo", aggregate="fixed_length"), batch(arrays))
+    loss, gradient, _ = loss_and_gradient(
+        preset_stage("rloo", aggregate="fixed_length"), make_batch(arrays)
+    )
 
     def reference(now):
         return by_paper(rloo, "fixed_length", arrays, now, now)
@@ -171,10 +176,10 @@ def test_rloo_paper_sums_over_tokens(arrays):
     )
 
 
-def test_cispo_lower_bound(arrays):
+def test_cispo_clips_weights_below(arrays):
     arrays = {**arrays, "now": arrays["old"] - 2.0}
-    chosen = policy(clip=ClipWeights(low=0.1, high=5.0))
-    _, gradient, totals = loss_and_gradient(chosen, batch(arrays))
+    stage = make_stage(clip=ClipWeights(low=0.1, high=5.0))
+    _, gradient, totals = loss_and_gradient(stage, make_batch(arrays))
     expected = -0.9 * arrays["advantages"] * arrays["mask"] / arrays["mask"].sum()
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
     assert float(totals.sums["clip_low"]) == arrays["mask"].sum()
@@ -190,34 +195,34 @@ def estimate(word, log_ratio):
 
 @pytest.mark.parametrize("kl", [K1(coefficient=0.3), K2(coefficient=0.3), K3(coefficient=0.3)])
 @pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean", "fixed_length"])
-def test_divergence_in_the_loss(kl, aggregate, arrays):
+def test_divergence_in_the_loss_equals_its_estimator(kl, aggregate, arrays):
     # Its value is the estimator weighted by pi / pi_old; its gradient is, for each of the three,
     # pi / pi_old * log(pi / pi_ref), that of the reverse divergence (2512.02556, equation 7).
-    chosen = policy(kl=kl, aggregate=aggregate)
+    stage = make_stage(kl=kl, aggregate=aggregate)
     still = {**arrays, "advantages": np.zeros_like(arrays["advantages"])}
-    loss, gradient, totals = loss_and_gradient(chosen, batch(still))
-    on, now = arrays["mask"], arrays["now"]
+    loss, gradient, totals = loss_and_gradient(stage, make_batch(still))
+    mask, now = arrays["mask"], arrays["now"]
     weight, log_ratio = np.exp(now - arrays["old"]), now - arrays["reference"]
-    each = 1 / on.sum(1, keepdims=True) if aggregate == "sequence_mean" else 1
-    over = {"token_mean": on.sum(), "sequence_mean": SEQUENCES, "fixed_length": SEQUENCES * 10}
-    value = 0.3 * weight * estimate(kl.word, log_ratio) * on * each / over[aggregate]
+    share = 1 / mask.sum(1, keepdims=True) if aggregate == "sequence_mean" else 1
+    count = {"token_mean": mask.sum(), "sequence_mean": SEQUENCES, "fixed_length": SEQUENCES * 10}
+    value = 0.3 * weight * estimate(kl.word, log_ratio) * mask * share / count[aggregate]
     assert loss == pytest.approx(value.sum(), rel=1e-5)
     np.testing.assert_allclose(
-        gradient, 0.3 * weight * log_ratio * on * each / over[aggregate], rtol=1e-4, atol=1e-7
+        gradient, 0.3 * weight * log_ratio * mask * share / count[aggregate], rtol=1e-4, atol=1e-7
     )
     kl_metric = float(policy_gradient.metrics(jnp.float32(0), totals)["kl"])
-    assert kl_metric == pytest.approx(estimate(kl.word, log_ratio)[on].mean(), rel=1e-5)
+    assert kl_metric == pytest.approx(estimate(kl.word, log_ratio)[mask].mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("kl", [K1(coefficient=1.0), K2(coefficient=1.0), K3(coefficient=1.0)])
-def test_gradient_in_the_mean_is_the_divergence_own(kl):
+def test_expected_gradient_equals_that_of_the_divergence(kl):
     # Over all tokens of a small vocabulary, weighted by the probability of drawing each.
     random = np.random.default_rng(5)
     theta, old, reference = (jnp.asarray(random.normal(0, 1, 5)) for _ in range(3))
     drawn = jax.nn.softmax(old)
 
     def expected(theta):
-        log_probs = [jax.nn.log_softmax(each)[:, None] for each in (theta, old, reference)]
+        log_probs = [jax.nn.log_softmax(logits)[:, None] for logits in (theta, old, reference)]
         log_probs[0] = log_probs[0].astype(jnp.float32)
         ones = jnp.ones((5, 1))
         terms = policy_gradient.divergence_term(
@@ -243,7 +248,9 @@ def test_divergence_of_a_model_from_itself_is_0(kl, temperature):
         now = token_log_probs(logits, tokens, hot)
         reference = jax.lax.stop_gradient(now)
         zeros = jnp.zeros((2, 3))
-        return objective(policy(kl=kl), Completions(now, zeros == 0, zeros, reference=reference))
+        return objective(
+            make_stage(kl=kl), Completions(now, zeros == 0, zeros, reference=reference)
+        )
 
     (total, totals), gradient = jax.value_and_grad(loss, has_aux=True)(logits)
     assert float(total) == 0
@@ -252,15 +259,17 @@ def test_divergence_of_a_model_from_itself_is_0(kl, temperature):
 
 
 @pytest.mark.parametrize("kl", [K1(coefficient=0.1, at="reward"), K3(coefficient=0.1, at="reward")])
-def test_divergence_off_the_reward(kl, arrays):
+def test_divergence_at_the_reward_is_subtracted(kl, arrays):
     rewards = np.arange(SEQUENCES, dtype=np.float32)
-    given = [jnp.asarray(arrays[n], jnp.float32) for n in ("old", "reference")]
-    found = policy_gradient.penalised(jnp.asarray(rewards), kl, *given, jnp.asarray(arrays["mask"]))
+    log_probs = [jnp.asarray(arrays[n], jnp.float32) for n in ("old", "reference")]
+    penalised = policy_gradient.penalised(
+        jnp.asarray(rewards), kl, *log_probs, jnp.asarray(arrays["mask"])
+    )
     log_ratio = arrays["old"] - arrays["reference"]
-    taken = (estimate(kl.word, log_ratio) * arrays["mask"]).sum(1)
-    np.testing.assert_allclose(found, rewards - 0.1 * taken, rtol=1e-5)
-    with_kl = loss_and_gradient(policy(kl=kl), batch(arrays))
-    without = loss_and_gradient(policy(), batch(arrays))
+    penalty = (estimate(kl.word, log_ratio) * arrays["mask"]).sum(1)
+    np.testing.assert_allclose(penalised, rewards - 0.1 * penalty, rtol=1e-5)
+    with_kl = loss_and_gradient(make_stage(kl=kl), make_batch(arrays))
+    without = loss_and_gradient(make_stage(), make_batch(arrays))
     np.testing.assert_array_equal(with_kl[1], without[1])
 
 
@@ -268,50 +277,50 @@ def test_divergence_off_the_reward(kl, arrays):
 
 
 @pytest.mark.parametrize("correction", [Truncated(limit=1.4), Masked(limit=1.4)])
-def test_correction_for_the_sampler(correction, arrays):
-    chosen = policy(correction=correction)
-    loss, gradient, totals = loss_and_gradient(chosen, batch(arrays))
+def test_correction_scales_the_gradient(correction, arrays):
+    stage = make_stage(correction=correction)
+    loss, gradient, totals = loss_and_gradient(stage, make_batch(arrays))
     weight = np.exp(arrays["old"] - arrays["sampler"])
-    held = np.minimum(weight, 1.4)
+    corrected = np.minimum(weight, 1.4)
     if correction.word == "masked":
-        held = np.where((weight > 1.4) | (weight < 1 / 1.4), 0, weight)
-    on = arrays["mask"]
-    bare = policy()
-    _, plain, _ = loss_and_gradient(bare, batch(arrays))
-    np.testing.assert_allclose(gradient, plain * held, rtol=1e-4, atol=1e-7)
-    found = policy_gradient.metrics(jnp.float32(loss), totals)
-    assert float(found["correction"]) == pytest.approx(held[on].mean(), rel=1e-5)
-    assert float(found["correction_max"]) == pytest.approx(held[on].max(), rel=1e-5)
-    assert 0 < float(found["correction_cut"]) < 1
+        corrected = np.where((weight > 1.4) | (weight < 1 / 1.4), 0, weight)
+    mask = arrays["mask"]
+    uncorrected = make_stage()
+    _, plain, _ = loss_and_gradient(uncorrected, make_batch(arrays))
+    np.testing.assert_allclose(gradient, plain * corrected, rtol=1e-4, atol=1e-7)
+    metrics = policy_gradient.metrics(jnp.float32(loss), totals)
+    assert float(metrics["correction"]) == pytest.approx(corrected[mask].mean(), rel=1e-5)
+    assert float(metrics["correction_max"]) == pytest.approx(corrected[mask].max(), rel=1e-5)
+    assert 0 < float(metrics["correction_cut"]) < 1
 
 
-def test_mismatch_is_measured_with_and_without_correction(arrays):
-    _, _, totals = loss_and_gradient(policy(), batch(arrays))
-    found = policy_gradient.metrics(jnp.float32(0), totals)
+def test_mismatch_metrics_equal_numpy(arrays):
+    _, _, totals = loss_and_gradient(make_stage(), make_batch(arrays))
+    metrics = policy_gradient.metrics(jnp.float32(0), totals)
     gap = (arrays["old"] - arrays["sampler"])[arrays["mask"]]
-    assert float(found["mismatch_error"]) == pytest.approx(np.exp(np.abs(gap)).mean(), rel=1e-5)
-    assert float(found["mismatch_kl"]) == pytest.approx((np.exp(gap) - 1 - gap).mean(), rel=1e-5)
-    assert float(found["mismatch_max"]) == pytest.approx(np.abs(gap).max(), rel=1e-5)
-    # These two models are far apart: the bounds say so, and hold for one and the same.
+    assert float(metrics["mismatch_error"]) == pytest.approx(np.exp(np.abs(gap)).mean(), rel=1e-5)
+    assert float(metrics["mismatch_kl"]) == pytest.approx((np.exp(gap) - 1 - gap).mean(), rel=1e-5)
+    assert float(metrics["mismatch_max"]) == pytest.approx(np.abs(gap).max(), rel=1e-5)
+    # These two models are far apart and exceed the bounds; a model and itself do not.
     for name, bound in policy_gradient.MISMATCH_BOUNDS.items():
-        assert float(found[name]) > bound
-    same = batch({**arrays, "sampler": arrays["old"]})
-    found = policy_gradient.metrics(jnp.float32(0), loss_and_gradient(policy(), same)[2])
+        assert float(metrics[name]) > bound
+    same = make_batch({**arrays, "sampler": arrays["old"]})
+    metrics = policy_gradient.metrics(jnp.float32(0), loss_and_gradient(make_stage(), same)[2])
     for name, bound in policy_gradient.MISMATCH_BOUNDS.items():
-        assert float(found[name]) < bound
+        assert float(metrics[name]) < bound
 
 
-def test_entropy_bonus(arrays):
-    base, _, _ = loss_and_gradient(policy(), batch(arrays))
-    loss, _, totals = loss_and_gradient(policy(entropy=0.01), batch(arrays))
+def test_entropy_bonus_lowers_the_loss(arrays):
+    base, _, _ = loss_and_gradient(make_stage(), make_batch(arrays))
+    loss, _, totals = loss_and_gradient(make_stage(entropy=0.01), make_batch(arrays))
     mean = arrays["entropy"][arrays["mask"]].mean()
     assert loss == pytest.approx(base - 0.01 * mean, rel=1e-5)
     assert float(policy_gradient.metrics(jnp.float32(0), totals)["entropy"]) == pytest.approx(mean)
 
     def by_entropy(entropy):
-        return objective(policy(entropy=0.01), batch(arrays)._replace(entropy=entropy))[0]
+        return objective(make_stage(entropy=0.01), make_batch(arrays)._replace(entropy=entropy))[0]
 
-    slope = jax.grad(by_entropy)(batch(arrays).entropy)
+    slope = jax.grad(by_entropy)(make_batch(arrays).entropy)
     np.testing.assert_allclose(slope, -0.01 * arrays["mask"])
 
 
@@ -322,98 +331,103 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("more", [{}, EVERYTHING], ids=["bare", "everything"])
-def test_micro_batches_add_up_to_the_whole(name, more, arrays):
-    chosen = row(name, **more)
-    whole, gradient, totals = loss_and_gradient(chosen, batch(arrays))
-    sums, parts, gradients = 0.0, None, []
+@pytest.mark.parametrize("choices", [{}, EVERYTHING], ids=["bare", "everything"])
+def test_micro_batches_add_up_to_the_full_batch(name, choices, arrays):
+    stage = preset_stage(name, **choices)
+    full_loss, gradient, totals = loss_and_gradient(stage, make_batch(arrays))
+    sums, summed, gradients = 0.0, None, []
     for rows in (slice(0, 1), slice(1, 2), slice(2, 6)):  # 6, 3 and 13 tokens
-        piece = batch(arrays, rows)
-        loss, own, totals_of_piece = loss_and_gradient(chosen, piece)
-        sums += loss * float(totals_of_piece.denominator)
-        gradients.append(own * float(totals_of_piece.denominator))
-        parts = totals_of_piece if parts is None else policy_gradient.add(parts, totals_of_piece)
-    assert sums / float(parts.denominator) == pytest.approx(whole, rel=1e-5, abs=1e-7)
+        micro_batch = make_batch(arrays, rows)
+        loss, own_gradient, part_totals = loss_and_gradient(stage, micro_batch)
+        sums += loss * float(part_totals.denominator)
+        gradients.append(own_gradient * float(part_totals.denominator))
+        summed = part_totals if summed is None else policy_gradient.add(summed, part_totals)
+    assert sums / float(summed.denominator) == pytest.approx(full_loss, rel=1e-5, abs=1e-7)
     np.testing.assert_allclose(
-        np.concatenate(gradients) / float(parts.denominator), gradient, rtol=1e-5, atol=1e-8
+        np.concatenate(gradients) / float(summed.denominator), gradient, rtol=1e-5, atol=1e-8
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), parts, totals)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), summed, totals)
 
 
-def test_a_scan_over_micro_batches_starts_from_zeros(arrays):
-    chosen = policy(**EVERYTHING)
-    pieces = jax.tree.map(lambda a: a.reshape(3, 2, LENGTH), batch(arrays))
+def test_scan_over_micro_batches_starts_from_zeros(arrays):
+    stage = make_stage(**EVERYTHING)
+    micro_batches = jax.tree.map(lambda a: a.reshape(3, 2, LENGTH), make_batch(arrays))
 
     @jax.jit
-    def step(pieces):
-        def body(carry, piece):
-            loss, totals = objective(chosen, piece)
+    def step(micro_batches):
+        def body(carry, micro_batch):
+            loss, totals = objective(stage, micro_batch)
             return (carry[0] + loss, policy_gradient.add(carry[1], totals)), None
 
-        first = jax.tree.map(lambda a: a[0], pieces)
-        shapes = jax.eval_shape(lambda piece: objective(chosen, piece), first)
+        first = jax.tree.map(lambda a: a[0], micro_batches)
+        shapes = jax.eval_shape(lambda micro_batch: objective(stage, micro_batch), first)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-        return policy_gradient.metrics(*jax.lax.scan(body, zeros, pieces)[0])
+        return policy_gradient.metrics(*jax.lax.scan(body, zeros, micro_batches)[0])
 
-    found, whole = step(pieces), policy_gradient.metrics(*objective(chosen, batch(arrays)))
-    assert set(found) == {
+    scanned, expected = (
+        step(micro_batches),
+        policy_gradient.metrics(*objective(stage, make_batch(arrays))),
+    )
+    assert set(scanned) == {
         "loss", "ratio", "ratio_max", "clip_low", "clip_high", "kl", "entropy", "correction",
         "correction_cut", "correction_max", "mismatch_kl", "mismatch_error", "mismatch_max",
     }  # fmt: skip
-    for name, value in whole.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    for name, value in expected.items():
+        np.testing.assert_allclose(scanned[name], value, rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_prompt_and_padding_never_count(name, arrays):
-    chosen = row(name, **EVERYTHING)
+def test_prompt_and_padding_do_not_count(name, arrays):
+    stage = preset_stage(name, **EVERYTHING)
     spoilt = {
         key: array if key == "mask" else np.where(arrays["mask"], array, np.nan)
         for key, array in arrays.items()
     }
-    clean, dirty = (loss_and_gradient(chosen, batch(each)) for each in (arrays, spoilt))
+    clean, dirty = (loss_and_gradient(stage, make_batch(inputs)) for inputs in (arrays, spoilt))
     assert clean[0] == dirty[0]
     np.testing.assert_array_equal(clean[1], dirty[1])
     jax.tree.map(np.testing.assert_array_equal, clean[2], dirty[2])
     # Neither do rows without any token, such as those that fill up a last micro-batch.
     padded = {k: np.concatenate([a, np.zeros((2, LENGTH), a.dtype)]) for k, a in arrays.items()}
-    longer = loss_and_gradient(chosen, batch(padded))
+    longer = loss_and_gradient(stage, make_batch(padded))
     assert longer[0] == pytest.approx(clean[0], rel=1e-5, abs=1e-7)
     assert float(longer[2].denominator) == float(clean[2].denominator)
     empty = {**arrays, "mask": np.zeros_like(arrays["mask"])}
-    loss, totals = objective(chosen, batch(empty))
+    loss, totals = objective(stage, make_batch(empty))
     assert all(float(value) == 0 for value in policy_gradient.metrics(loss, totals).values())
 
 
-def test_without_old_the_policy_is_the_one_that_sampled(arrays):
-    same = batch({**arrays, "old": arrays["now"]})
+def test_missing_old_log_probs_are_those_of_the_policy(arrays):
+    same = make_batch({**arrays, "old": arrays["now"]})
     for name in POLICIES:
-        given = loss_and_gradient(row(name), same)
-        left_out = loss_and_gradient(row(name), same._replace(old=None))
-        np.testing.assert_array_equal(given[1], left_out[1])
+        with_old = loss_and_gradient(preset_stage(name), same)
+        without_old = loss_and_gradient(preset_stage(name), same._replace(old=None))
+        np.testing.assert_array_equal(with_old[1], without_old[1])
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence", "sequence_token"])
 @pytest.mark.parametrize("gap", [-1000.0, 1000.0])
-def test_absurd_ratios_stay_finite(ratio, gap, arrays):
+def test_extreme_ratios_stay_finite(ratio, gap, arrays):
     far = {**arrays, "now": arrays["old"] + gap}
-    chosen = policy(ratio=ratio, clip=None, kl=K3(coefficient=1.0), correction=Truncated(limit=2.0))
-    loss, gradient, totals = loss_and_gradient(chosen, batch(far))
+    stage = make_stage(
+        ratio=ratio, clip=None, kl=K3(coefficient=1.0), correction=Truncated(limit=2.0)
+    )
+    loss, gradient, totals = loss_and_gradient(stage, make_batch(far))
     assert np.isfinite(loss)
     assert np.isfinite(gradient).all()
     assert all(
-        np.isfinite(each) for each in policy_gradient.metrics(jnp.float32(loss), totals).values()
+        np.isfinite(value) for value in policy_gradient.metrics(jnp.float32(loss), totals).values()
     )
 
 
 @pytest.mark.parametrize(
-    ("choices", "lacking"),
+    ("choices", "missing"),
     [
         ({"kl": K2(coefficient=0.1)}, "reference"),
         ({"correction": Masked(limit=2.0)}, "sampler"),
         ({"entropy": 0.1}, "entropy"),
     ],
 )
-def test_a_choice_without_its_input_is_an_error(choices, lacking, arrays):
-    with pytest.raises(ValueError, match=f"`{lacking}`"):
-        objective(policy(**choices), batch(arrays)._replace(**{lacking: None}))
+def test_choice_without_its_input_is_an_error(choices, missing, arrays):
+    with pytest.raises(ValueError, match=f"`{missing}`"):
+        objective(make_stage(**choices), make_batch(arrays)._replace(**{missing: None}))

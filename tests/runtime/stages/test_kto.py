@@ -25,7 +25,7 @@ from tests.runtime.answer_batches import (
     train_two_steps,
     unpack,
 )
-from tests.runtime.training.test_train_step import same
+from tests.runtime.training_helpers import assert_trees_close
 from tunelang.dsl.vocabulary.preference_stages import Kto
 from tunelang.runtime.stages.kto import KtoExtras, KtoObjective, mismatch
 from tunelang.runtime.stages.supervised import Auxiliary
@@ -72,6 +72,6 @@ def train_kto(micro_batches: int = 1, **mesh: int) -> Any:
 @pytest.mark.parametrize("mesh", [MESH, {}])
 def test_kto_steps_on_a_mesh_and_in_micro_batches_equal_one_device(mesh):
     expected = train_kto()
-    same(train_kto(micro_batches=2, **mesh), expected)
+    assert_trees_close(train_kto(micro_batches=2, **mesh), expected)
     assert_trained(expected[1])
     assert (expected[1].more["kl"] > 0).all()

@@ -12,8 +12,8 @@ import pytest
 
 from tests.runtime.architectures import LLAMA
 from tests.runtime.objectives.test_gae import ROWS, WIDTH, random_token_values
-from tests.runtime.stages.test_policy_step import GROUP, LENGTH, PROMPTS, make_batch
-from tests.runtime.training.test_train_step import ADAMW, same
+from tests.runtime.stages.test_policy_step import GROUP, LENGTH, PROMPTS, random_completions
+from tests.runtime.training_helpers import ADAMW, assert_trees_close
 from tunelang.dsl.vocabulary.base import Measure, Reference
 from tunelang.dsl.vocabulary.data import DataRef
 from tunelang.dsl.vocabulary.optimizer_kinds import Sgd
@@ -75,7 +75,7 @@ def ppo_stage(trunk: str, **settings: object) -> Ppo:
 
 
 def run_update(policy: Ppo, config: StepConfig):
-    """Run one update; returns parameters, metrics, its batch and the scores before it."""
+    """Take one update; returns parameters, metrics, its batch and the scores before it."""
     optimizer = build_optimizer(ADAMW, 10)
     learner = learner_of(policy.critic, SCORES, 10)
     head = score_head(LLAMA, jnp.linspace(-1, 1, LLAMA.width), config.layout)
@@ -83,7 +83,7 @@ def run_update(policy: Ppo, config: StepConfig):
     params = head if learner.architecture is None else critic_params
     critic = CriticSetup(learner, SCORES, params, 0.01, estimator=None)
     state = with_critic(random_state(LLAMA, optimizer, config, 0), critic, config)
-    batch = make_batch(old=policy.passes > 1)
+    batch = random_completions(old=policy.passes > 1)
     rng = np.random.default_rng(9)
     shape = (3, PROMPTS, GROUP, LENGTH)
     advantages, values, returns = rng.standard_normal(shape).astype(np.float32)
@@ -113,7 +113,7 @@ def run_update_once(kind: str):
 @pytest.mark.parametrize(("trunk", "mesh"), [("separate", {"fsdp": 2}), ("shared", {})])
 def test_update_on_a_mesh_and_in_micro_batches_equals_one_device(trunk, mesh):
     parts = StepConfig(layout=make_layout(**mesh), micro_batches=2)
-    same(run_update(ppo_stage(trunk), parts)[:2], run_update_once(trunk)[:2])
+    assert_trees_close(run_update(ppo_stage(trunk), parts)[:2], run_update_once(trunk)[:2])
 
 
 def test_separate_critic_does_not_change_the_policy_loss():
@@ -124,7 +124,7 @@ def test_separate_critic_does_not_change_the_policy_loss():
     # The policy's update is that without a critic.
     alone_params, alone_metrics, *_ = run_update_once("weightless")
     assert metrics["loss"] == pytest.approx(alone_metrics["loss"], rel=1e-4)
-    same(params["policy"], alone_params["policy"])
+    assert_trees_close(params["policy"], alone_params["policy"])
 
 
 def test_shared_trunk_adds_the_value_loss():

@@ -12,7 +12,7 @@ from tests.runtime.answer_batches import (
     random_steps,
     train_two_steps,
 )
-from tests.runtime.training.test_train_step import same
+from tests.runtime.training_helpers import assert_trees_close
 from tunelang.dsl.vocabulary.preference_stages import Preference
 from tunelang.runtime.stages.preference import PairObjective
 from tunelang.runtime.stages.supervised import Auxiliary
@@ -23,5 +23,7 @@ def test_pair_steps_on_a_mesh_and_in_micro_batches_equal_one_device():
     objective = PairObjective(Preference.unvalidated(supervised=0.5), COUNT, reference)
     batches = [replace(step.batch, extras=step.log_probs) for step in random_steps()]
     expected = train_two_steps(SMALL, objective, batches)
-    same(train_two_steps(SMALL, objective, batches, micro_batches=2, **MESH), expected)
+    assert_trees_close(
+        train_two_steps(SMALL, objective, batches, micro_batches=2, **MESH), expected
+    )
     assert_trained(expected[1])

@@ -1,12 +1,12 @@
-"""Chunked losses against whole logits, and the collectives that they compile to."""
+"""Losses in chunks against losses of full logits, and the collectives of their programs."""
 
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
+from tests.runtime.training_helpers import assert_trees_close, loop_bodies
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.cross_entropy import cross_entropy, token_logprobs
 
@@ -14,7 +14,8 @@ BATCH, LENGTH, WIDTH, VOCAB = 8, 10, 6, 24
 
 
 @pytest.fixture(scope="module")
-def given():
+def logit_arrays():
+    """Hidden states, head, targets and weights."""
     keys = jax.random.split(jax.random.key(0), 4)
     return (
         jax.random.normal(keys[0], (BATCH, LENGTH, WIDTH)),
@@ -24,24 +25,19 @@ def given():
     )
 
 
-def whole_logprobs(hidden, head, targets, cap, temperature=1.0):
+def full_logprobs(hidden, head, targets, cap, temperature=1.0):
+    """Compute log-probabilities of targets from the logits of every token at once."""
     logits = hidden @ head.T
     logits = logits if cap is None else cap * jnp.tanh(logits / cap)
     logp = jax.nn.log_softmax(logits / temperature)
     return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
 
 
-def close(found, expected):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), found, expected
-    )
-
-
 @pytest.mark.parametrize("chunk", [1, 4, 5, 10, 64])
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("mesh", [{}, {"fsdp": 8}, {"data": 2, "context": 2, "tensor": 2}])
-def test_cross_entropy_equals_whole(given, chunk, cap, mesh):
-    hidden, head, targets, weights = given
+def test_cross_entropy_equals_full_logits(logit_arrays, chunk, cap, mesh):
+    hidden, head, targets, weights = logit_arrays
     layout = make_layout(**mesh) if mesh else None
 
     def chunked(hidden, head, weights):
@@ -50,53 +46,49 @@ def test_cross_entropy_equals_whole(given, chunk, cap, mesh):
         )
         return total * 1.7, count
 
-    def whole(hidden, head, weights):
-        logp = whole_logprobs(hidden, head, targets, cap)
+    def unchunked(hidden, head, weights):
+        logp = full_logprobs(hidden, head, targets, cap)
         return -jnp.sum(weights * logp) * 1.7, jnp.sum(weights)
 
-    every = {"argnums": (0, 1, 2), "has_aux": True}
-    found = jax.jit(jax.value_and_grad(chunked, **every))(hidden, head, weights)
-    close(found, jax.jit(jax.value_and_grad(whole, **every))(hidden, head, weights))
-    close(jax.jit(chunked)(hidden, head, weights), found[0])
+    options = {"argnums": (0, 1, 2), "has_aux": True}
+    actual = jax.jit(jax.value_and_grad(chunked, **options))(hidden, head, weights)
+    assert_trees_close(
+        actual, jax.jit(jax.value_and_grad(unchunked, **options))(hidden, head, weights)
+    )
+    assert_trees_close(jax.jit(chunked)(hidden, head, weights), actual[0])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_token_logprobs_equal_whole(given, temperature):
-    hidden, head, targets, weights = given
+def test_token_logprobs_equal_full_logits(logit_arrays, temperature):
+    hidden, head, targets, weights = logit_arrays
 
     def chunked(hidden, head):
-        found = token_logprobs(
+        log_probs = token_logprobs(
             hidden, head, targets, chunk=4, cap=1.5, temperature=temperature,
             layout=make_layout(fsdp=2, context=2),
         )  # fmt: skip
-        return jnp.sum(jnp.square(found) * weights), found
+        return jnp.sum(jnp.square(log_probs) * weights), log_probs
 
-    def whole(hidden, head):
-        found = whole_logprobs(hidden, head, targets, 1.5, temperature)
-        return jnp.sum(jnp.square(found) * weights), found
+    def unchunked(hidden, head):
+        log_probs = full_logprobs(hidden, head, targets, 1.5, temperature)
+        return jnp.sum(jnp.square(log_probs) * weights), log_probs
 
-    every = {"argnums": (0, 1), "has_aux": True}
-    close(
-        jax.jit(jax.value_and_grad(chunked, **every))(hidden, head),
-        jax.jit(jax.value_and_grad(whole, **every))(hidden, head),
+    options = {"argnums": (0, 1), "has_aux": True}
+    assert_trees_close(
+        jax.jit(jax.value_and_grad(chunked, **options))(hidden, head),
+        jax.jit(jax.value_and_grad(unchunked, **options))(hidden, head),
     )
 
 
-def test_a_token_without_weight_counts_nothing(given):
-    hidden, head, targets, _ = given
+def test_tokens_without_weight_give_zero_loss(logit_arrays):
+    hidden, head, targets, _ = logit_arrays
     total, count = cross_entropy(hidden, head, targets, jnp.zeros((BATCH, LENGTH)), chunk=4)
     assert (total, count) == (0.0, 0.0)
 
 
-def loop_bodies(hlo):
-    """The text of each computation that a loop of the program repeats."""
-    blocks = dict(re.findall(r"^%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", hlo, re.S | re.M))
-    return [blocks[name] for name in re.findall(r"body=%?([\w.\-]+)", hlo)]
-
-
-def test_no_device_talks_to_another_inside_the_scan(given):
+def test_loop_over_chunks_has_no_collectives(logit_arrays):
     """The head is gathered before the chunks, and its gradient exchanged after them."""
-    hidden, head, targets, weights = given
+    hidden, head, targets, weights = logit_arrays
     layout = make_layout(fsdp=8)
     head = jnp.pad(head, ((0, 0), (0, 2)))
     hidden = jnp.pad(hidden, ((0, 0), (0, 0), (0, 2)))
@@ -119,9 +111,9 @@ def test_no_device_talks_to_another_inside_the_scan(given):
         assert not re.search("all-gather|all-reduce|reduce-scatter|all-to-all", body)
 
 
-def test_the_gradient_of_a_head_is_scattered_before_the_layers_go_back(given):
+def test_gradient_of_the_head_waits_behind_one_barrier(logit_arrays):
     """It is ready when that of the hidden states is; one of a frozen head is not made."""
-    hidden, head, targets, weights = given
+    hidden, head, targets, weights = logit_arrays
     layout = make_layout(fsdp=8)
 
     def loss(hidden, head):

@@ -33,22 +33,24 @@ SIZES = {"layers": 2, "embed": 4, "heads": 2, "head_dim": 3, "mlp": 5, "vocab": 
 MATRICES = {"q", "up", "down", "table"}
 
 
-def make(seed):
+def random_arrays(seed):
+    """Draw an array for each name of `AXES`."""
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=[SIZES[axis] for axis in axes]) for name, axes in AXES.items()}
 
 
-def wrap(values):
+def as_params(values):
+    """Turn arrays into parameters in float32, with their axes."""
     return nnx.State(
         {name: parameter(jnp.asarray(value, jnp.float32), *AXES[name])
          for name, value in values.items()}
     )  # fmt: skip
 
 
-def run(spec):
-    """Parameters after a few steps with random gradients."""
+def train(spec):
+    """Take a few steps with random gradients; returns parameters."""
     optimizer = build_optimizer(spec, STEPS)
-    params = wrap(make(0))
+    params = as_params(random_arrays(0))
     state = optimizer.init(params)
 
     @jax.jit
@@ -57,54 +59,54 @@ def run(spec):
         return optax.apply_updates(params, updates), state
 
     for index in range(STEPS):
-        params, state = step(params, state, wrap(make(index + 1)))
+        params, state = step(params, state, as_params(random_arrays(index + 1)))
     return {name: np.asarray(value.get_value()) for name, value in params.items()}
 
 
-def expected(spec, rule):
-    """The same, with `rule(memory, name, gradient, value, decay, step) -> update` in numpy.
+def train_in_numpy(spec, rule):
+    """Do the same with `rule(moments, name, gradient, value, decay, step) -> update` in numpy.
 
     The update is multiplied by minus the learning rate.
     """
-    values, memory = make(0), {}
+    values, memory = random_arrays(0), {}
     for index in range(STEPS):
-        gradients = make(index + 1)
+        gradients = random_arrays(index + 1)
         if spec.clip_norm is not None:
             total = np.sqrt(sum((g**2).sum() for g in gradients.values()))
             gradients = {n: g * min(1, spec.clip_norm / total) for n, g in gradients.items()}
         rate = spec.lr * (1 - index / STEPS)
         for name in values:
             decay = spec.weight_decay if name in MATRICES else 0
-            own = memory.setdefault(name, {"m": 0.0, "v": 0.0})
-            update = rule(own, name, gradients[name], values[name], decay, index + 1)
+            moments = memory.setdefault(name, {"m": 0.0, "v": 0.0})
+            update = rule(moments, name, gradients[name], values[name], decay, index + 1)
             values[name] = values[name] - rate * update
     return values
 
 
 def adam(b1, b2, eps):
-    def rule(own, name, g, x, decay, t):
-        own["m"] = b1 * own["m"] + (1 - b1) * g
-        own["v"] = b2 * own["v"] + (1 - b2) * g**2
-        m, v = own["m"] / (1 - b1**t), own["v"] / (1 - b2**t)
+    def rule(moments, name, g, x, decay, t):
+        moments["m"] = b1 * moments["m"] + (1 - b1) * g
+        moments["v"] = b2 * moments["v"] + (1 - b2) * g**2
+        m, v = moments["m"] / (1 - b1**t), moments["v"] / (1 - b2**t)
         return m / (np.sqrt(v) + eps) + decay * x
 
     return rule
 
 
 def lion(b1, b2):
-    def rule(own, name, g, x, decay, t):
-        update = np.sign(b1 * own["m"] + (1 - b1) * g)
-        own["m"] = b2 * own["m"] + (1 - b2) * g
+    def rule(moments, name, g, x, decay, t):
+        update = np.sign(b1 * moments["m"] + (1 - b1) * g)
+        moments["m"] = b2 * moments["m"] + (1 - b2) * g
         return update + decay * x
 
     return rule
 
 
 def sgd(momentum, nesterov):
-    def rule(own, name, g, x, decay, t):
+    def rule(moments, name, g, x, decay, t):
         g = g + decay * x
-        own["m"] = momentum * own["m"] + g
-        return g + momentum * own["m"] if nesterov else own["m"]
+        moments["m"] = momentum * moments["m"] + g
+        return g + momentum * moments["m"] if nesterov else moments["m"]
 
     return rule
 
@@ -121,11 +123,11 @@ def newton_schulz(x, iterations):
 def muon(momentum, iterations):
     other = adam(0.9, 0.999, 1e-8)
 
-    def rule(own, name, g, x, decay, t):
+    def rule(moments, name, g, x, decay, t):
         if name not in {"q", "up", "down"}:
-            return other(own, name, g, x, decay, t)
-        own["m"] = momentum * own["m"] + (1 - momentum) * g
-        ahead = momentum * own["m"] + (1 - momentum) * g
+            return other(moments, name, g, x, decay, t)
+        moments["m"] = momentum * moments["m"] + (1 - momentum) * g
+        ahead = momentum * moments["m"] + (1 - momentum) * g
         rows = SIZES["mlp"] if name == "down" else SIZES["embed"]
         matrices = ahead.reshape(SIZES["layers"], rows, -1)
         columns = matrices.shape[-1]
@@ -148,30 +150,30 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_numpy(case):
+def test_optimizer_equals_numpy(case):
     spec, rule = CASES[case]
-    found, wanted = run(spec), expected(spec, rule)
+    actual, expected = train(spec), train_in_numpy(spec, rule)
     for name in AXES:
-        np.testing.assert_allclose(found[name], wanted[name], rtol=2e-5, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(actual[name], expected[name], rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-def test_muon_has_a_rate_of_its_own_for_adam():
-    plain = run(Muon(lr=0.1))
-    other = run(Muon(lr=0.1, adam_lr=0.05))
-    start = make(0)
+def test_muon_trains_vectors_at_adams_rate():
+    plain = train(Muon(lr=0.1))
+    other = train(Muon(lr=0.1, adam_lr=0.05))
+    start = random_arrays(0)
     np.testing.assert_allclose(other["up"], plain["up"])
     np.testing.assert_allclose(
         other["norm"] - start["norm"], (plain["norm"] - start["norm"]) / 2, rtol=1e-4, atol=1e-6
     )
 
 
-def test_orthogonalise_brings_singular_values_near_one():
+def test_orthogonalise_gives_singular_values_near_one():
     matrix = jax.random.normal(jax.random.key(0), (3, 12, 8))
     values = np.linalg.svd(orthogonalise(matrix, 5), compute_uv=False)
     assert ((values > 0.6) & (values < 1.3)).all()
 
 
-def test_what_is_a_matrix():
+def test_is_matrix_depends_on_the_axes():
     assert {name for name, axes in AXES.items() if is_matrix(axes)} == MATRICES
     assert sides(AXES["q"]) == [1, 2]
     assert sides(("expert", "mlp", "embed")) == [1, 1]
@@ -188,13 +190,13 @@ def test_what_is_a_matrix():
         ("cosine", 0.0, [0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
     ],
 )
-def test_schedule(decay, final, rates):
+def test_learning_rate_follows_the_schedule(decay, final, rates):
     for warmup in (Measure(value=2, unit="steps"), Measure(value=1 / 3, unit="%")):
         spec = AdamW(lr=3.0, warmup=warmup, decay=decay, final=final)
-        found = [float(learning_rate(spec, 6)(step)) / 3 for step in range(6)]
-        np.testing.assert_allclose(found, rates, rtol=1e-5)
+        actual = [float(learning_rate(spec, 6)(step)) / 3 for step in range(6)]
+        np.testing.assert_allclose(actual, rates, rtol=1e-5)
 
 
-def test_a_warm_up_longer_than_the_run_only_rises():
+def test_warmup_longer_than_the_run_only_rises():
     rate = learning_rate(AdamW(lr=1.0, warmup=Measure(value=10, unit="steps"), decay="linear"), 4)
     np.testing.assert_allclose([float(rate(step)) for step in range(4)], [0.1, 0.2, 0.3, 0.4])

@@ -1,4 +1,4 @@
-"""The training step: the same on any mesh, in any micro-batches; and it learns."""
+"""Training steps on meshes, in micro-batches and offloaded, against steps on one device."""
 
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.runtime.architectures import FAMILIES, LLAMA
+from tests.runtime.training_helpers import ADAMW, STEPS, assert_trees_close, random_batch, train
 from tunelang.dsl.vocabulary.base import Measure
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Lion, Muon, Sgd
 from tunelang.runtime.sharding import make_layout
@@ -18,46 +19,13 @@ from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.training.train_state import abstract_state, initial_state, random_state
 from tunelang.runtime.training.train_step import train_step
 
-STEPS, ROWS, LENGTH = 2, 16, 8
-ONE = make_layout()
-# Adam divides by the root of a squared gradient that may be near 0, where rounding decides; this
-# epsilon keeps differences of rounding small.
-ADAMW = AdamW(lr=1e-2, weight_decay=0.1, eps=1e-4)
-
-
-def make_batch(steps=STEPS, rows=ROWS, seed=0):
-    rng = np.random.default_rng(seed)
-    shape = (steps, rows, LENGTH)
-    first = rng.integers(2, LENGTH - 1, (steps, rows, 1))
-    last = rng.integers(LENGTH - 1, LENGTH + 1, (steps, rows, 1))
-    place = np.arange(LENGTH)
-    segments = np.where(place < first, 1, np.where(place < last, 2, 0)).astype(np.int32)
-    positions = np.where(segments == 2, place - first, place).astype(np.int32)
-    tokens = rng.integers(0, LLAMA.vocabulary, shape, dtype=np.int32)
-    # Rows differ much in how many tokens count, so that a mean of means would be seen.
-    trained = rng.random(shape) < rng.random((steps, rows, 1))
-    return Batch(tokens, trained, segments, positions)
-
-
-def train(program, architecture=LLAMA, spec=ADAMW, batch=None):
-    batch = make_batch() if batch is None else batch
-    optimizer = build_optimizer(spec, 10, offloaded=program.offloaded)
-    state = random_state(architecture, optimizer, program, 0)
-    step = train_step(architecture, optimizer, learning_rate(spec, 10), program)
-    state, metrics = step(state, batch)
-    return jax.device_get(state.params), jax.device_get(metrics)
-
-
-def same(found, expected, tolerance=2e-5):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance),
-        found, expected,
-    )  # fmt: skip
+ONE_DEVICE = make_layout()
 
 
 @pytest.fixture(scope="module")
-def whole():
-    return train(StepConfig(layout=ONE, chunk=3))
+def one_device_run():
+    """Weights and metrics of a run on one device without micro-batches."""
+    return train(StepConfig(layout=ONE_DEVICE, chunk=3))
 
 
 @pytest.mark.parametrize(
@@ -72,24 +40,28 @@ def whole():
         ({"context": 2, "fsdp": 2, "tensor": 2}, 1),
     ],
 )
-def test_meshes_and_micro_batches_change_nothing(whole, mesh, micro_batches):
+def test_meshes_and_micro_batches_equal_one_device(one_device_run, mesh, micro_batches):
     config = StepConfig(layout=make_layout(**mesh), micro_batches=micro_batches, chunk=3)
-    same(train(config), whole)
+    assert_trees_close(train(config), one_device_run)
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 2, "tensor": 4}, {"fsdp": 2, "context": 4}])
 @pytest.mark.parametrize("name", ["gemma3", "gpt2"])
-def test_other_architectures_on_a_mesh(name, mesh):
+def test_other_architectures_on_a_mesh_equal_one_device(name, mesh):
     architecture = FAMILIES[name]
     meshed = StepConfig(layout=make_layout(**mesh), remat="full")
-    same(train(meshed, architecture), train(StepConfig(layout=ONE), architecture))
+    assert_trees_close(
+        train(meshed, architecture), train(StepConfig(layout=ONE_DEVICE), architecture)
+    )
 
 
-def test_muon_on_a_mesh():
+def test_muon_on_a_mesh_equals_one_device():
     spec = Muon(lr=1e-2)
     meshed = StepConfig(layout=make_layout(fsdp=4, tensor=2))
     # The orthogonalisation magnifies rounding.
-    same(train(meshed, spec=spec), train(StepConfig(layout=ONE), spec=spec), 2e-4)
+    assert_trees_close(
+        train(meshed, spec=spec), train(StepConfig(layout=ONE_DEVICE), spec=spec), 2e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,58 +73,62 @@ def test_muon_on_a_mesh():
         (Sgd(lr=1e-2, momentum=0.9), {}),
     ],
 )
-def test_moments_in_the_memory_of_the_host_change_nothing(spec, mesh):
-    """Several steps of a call carry them along."""
+def test_offloaded_moments_do_not_change_the_result(spec, mesh):
+    """Moments stay on the host from step to step of a call."""
     layout = make_layout(**mesh)
-    found, expected = (
+    offloaded_run, plain_run = (
         train(StepConfig(layout=layout, chunk=3, offloaded=offloaded), FAMILIES["gemma3"], spec)
         for offloaded in (True, False)
     )
-    same(found, expected)
+    assert_trees_close(offloaded_run, plain_run)
 
 
-def test_where_moments_lie():
-    config = StepConfig(layout=ONE, offloaded=True)
+def test_offloaded_moments_lie_in_pinned_host_memory():
+    config = StepConfig(layout=ONE_DEVICE, offloaded=True)
     optimizer = build_optimizer(ADAMW, 10, offloaded=True)
     params = random_state(LLAMA, optimizer, config, 0).params
     state = initial_state(LLAMA, params, optimizer, config)
     step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), config)
-    for each in (state, step(state, make_batch())[0]):
-        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(each.optimizer) if leaf.ndim}
+    for checked in (state, step(state, random_batch())[0]):
+        kinds = {
+            leaf.sharding.memory_kind for leaf in jax.tree.leaves(checked.optimizer) if leaf.ndim
+        }
         assert kinds == {"pinned_host"}
-        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(each.params)} == {"device"}
+        assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(checked.params)} == {"device"}
 
 
 def test_dropout_does_not_depend_on_micro_batches():
     architecture = replace(LLAMA, dropout=0.3)
-    expected = train(StepConfig(layout=ONE), architecture)
-    same(train(StepConfig(layout=make_layout(fsdp=2), micro_batches=4), architecture), expected)
-    other = train(StepConfig(layout=ONE, seed=1), architecture)
+    expected = train(StepConfig(layout=ONE_DEVICE), architecture)
+    assert_trees_close(
+        train(StepConfig(layout=make_layout(fsdp=2), micro_batches=4), architecture), expected
+    )
+    other = train(StepConfig(layout=ONE_DEVICE, seed=1), architecture)
     assert abs(other[1].loss[0] - expected[1].loss[0]) > 1e-3
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_what_is_kept_waits_for_the_loss(micro_batches):
+def test_backward_pass_waits_for_the_loss(micro_batches):
     """Else XLA may begin the backward pass, with copies of its own, ahead of the forward pass."""
-    config = StepConfig(layout=ONE, micro_batches=micro_batches)
+    config = StepConfig(layout=ONE_DEVICE, micro_batches=micro_batches)
     weights, rows = jnp.ones(3), jnp.ones((2, 3))
-    made = jax.make_jaxpr(
+    jaxpr = jax.make_jaxpr(
         lambda weights, rows: accumulate(
             lambda weights, part: (jnp.sum(jnp.sin(part * weights)), None), weights, rows, config
         )
     )(weights, rows)
-    waits = [line for line in str(made).splitlines() if "optimization_barrier" in line]
-    assert len(waits) == 1
+    barriers = [line for line in str(jaxpr).splitlines() if "optimization_barrier" in line]
+    assert len(barriers) == 1
     # The loss, and what its gradient is made from.
-    assert len(waits[0].split(" = ")[0].split()) > 1
+    assert len(barriers[0].split(" = ")[0].split()) > 1
 
 
-def test_two_steps_in_a_call_equal_two_calls(whole):
+def test_two_steps_in_one_call_equal_two_calls(one_device_run):
     optimizer = build_optimizer(ADAMW, 10)
-    config = StepConfig(layout=ONE, chunk=3)
+    config = StepConfig(layout=ONE_DEVICE, chunk=3)
     state = random_state(LLAMA, optimizer, config, 0)
     step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), config)
-    batch = make_batch()
+    batch = random_batch()
     losses = []
     for index in range(STEPS):
         used = state
@@ -160,12 +136,15 @@ def test_two_steps_in_a_call_equal_two_calls(whole):
         losses.append(metrics.loss[0])
         assert all(x.is_deleted() for x in jax.tree.leaves(used.params))
     assert state.step == STEPS
-    same((jax.device_get(state.params), np.stack(losses)), (whole[0], whole[1].loss))
+    assert_trees_close(
+        (jax.device_get(state.params), np.stack(losses)),
+        (one_device_run[0], one_device_run[1].loss),
+    )
 
 
-def test_metrics(whole):
-    _, metrics = whole
-    batch = make_batch()
+def test_metrics_count_trained_tokens(one_device_run):
+    _, metrics = one_device_run
+    batch = random_batch()
     counted = [
         shift_targets(jax.tree.map(lambda x, i=i: x[i], batch))[1].sum() for i in range(STEPS)
     ]
@@ -174,7 +153,7 @@ def test_metrics(whole):
     assert (metrics.grad_norm > 0).all()
 
 
-def test_what_is_counted():
+def test_shift_targets_counts_trained_tokens_within_segments():
     batch = Batch(
         tokens=jnp.array([[5, 6, 7, 8, 9, 0, 0]]),
         trained=jnp.array([[1, 0, 1, 1, 1, 1, 1]], bool),
@@ -186,34 +165,34 @@ def test_what_is_counted():
     np.testing.assert_array_equal(targets[counted > 0], [7, 9])
 
 
-def test_a_batch_without_trained_tokens_changes_nothing():
-    batch = make_batch(1)
+def test_batch_without_trained_tokens_changes_nothing():
+    batch = random_batch(1)
     batch = replace(batch, trained=np.zeros_like(batch.trained))
-    params, metrics = train(StepConfig(layout=ONE), spec=AdamW(lr=1e-2), batch=batch)
+    params, metrics = train(StepConfig(layout=ONE_DEVICE), spec=AdamW(lr=1e-2), batch=batch)
     optimizer = build_optimizer(ADAMW, 10)
-    start = random_state(LLAMA, optimizer, StepConfig(layout=ONE), 0).params
-    same(params, jax.device_get(start), 0)
+    start = random_state(LLAMA, optimizer, StepConfig(layout=ONE_DEVICE), 0).params
+    assert_trees_close(params, jax.device_get(start), 0)
     assert (metrics.loss, metrics.tokens, metrics.grad_norm) == (0, 0, 0)
 
 
-def test_a_batch_that_does_not_divide():
+def test_batch_that_does_not_divide_is_an_error():
     with pytest.raises(ValueError, match="16 sequences do not divide over 3 micro-batches on 2"):
         train(StepConfig(layout=make_layout(fsdp=2), micro_batches=3))
 
 
-def test_the_abstract_state_is_the_state():
+def test_abstract_state_matches_the_real_state():
     optimizer = build_optimizer(ADAMW, 10)
     config = StepConfig(layout=make_layout(fsdp=4, tensor=2))
     abstract = abstract_state(LLAMA, optimizer, config)
     state = random_state(LLAMA, optimizer, config, 0)
     jax.tree.map(lambda x, y: (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
                  or pytest.fail(f"{x} is not {y}"), abstract, state)  # fmt: skip
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), make_batch())
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch())
     step = train_step(LLAMA, optimizer, learning_rate(ADAMW, 10), config)
     memory = step.lower(abstract, batch).compile().memory_analysis()
-    held = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)]
+    sizes_of_state = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)]
     # The new state lies where the old one was.
-    assert memory.alias_size_in_bytes >= sum(held)
+    assert memory.alias_size_in_bytes >= sum(sizes_of_state)
     # Matrices are split eight-fold, and so are their moments.
     q = state.params["blocks"]["attention"]["q"]["weight"].get_value()
     assert q.addressable_shards[0].data.size == q.size // 8
@@ -222,8 +201,8 @@ def test_the_abstract_state_is_the_state():
 
 
 @pytest.mark.parametrize("spec", [AdamW(lr=1e-2), Muon(lr=3e-2, adam_lr=1e-2)])
-def test_pretraining_learns(spec):
-    """A stream in which each token follows from the one before it, but for one in eight."""
+def test_pretraining_reaches_the_entropy_of_the_data(spec):
+    """Each token follows from the token before it, but for one in eight."""
     rng = np.random.default_rng(0)
     steps, rows, vocabulary = 60, 8, 16
     following = rng.permutation(vocabulary)
@@ -238,7 +217,7 @@ def test_pretraining_learns(spec):
     spec = spec.model_copy(update={"decay": "cosine", "warmup": Measure(value=0.1, unit="%")})
     architecture = replace(LLAMA, vocabulary=vocabulary, width=32, mlp=64)
     optimizer = build_optimizer(spec, steps)
-    config = StepConfig(layout=ONE)
+    config = StepConfig(layout=ONE_DEVICE)
     state = random_state(architecture, optimizer, config, 0)
     step = train_step(architecture, optimizer, learning_rate(spec, steps), config)
     _, metrics = step(state, batch)
