@@ -42,54 +42,52 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", choices=list(DTYPES), default="f32")
     parser.add_argument("--remat", default="dots")
-    given = parser.parse_args()
+    args = parser.parse_args()
     base = Architecture(
-        vocabulary=given.vocabulary, layers=given.layers, width=given.width, heads=given.heads,
-        kv_heads=given.kv_heads, head_dim=given.width // given.heads, mlp=given.mlp,
-        context=given.length,
+        vocabulary=args.vocabulary, layers=args.layers, width=args.width, heads=args.heads,
+        kv_heads=args.kv_heads, head_dim=args.width // args.heads, mlp=args.mlp,
+        context=args.length,
     )  # fmt: skip
-    every = Lora(rank=given.rank, targets=("all",))
+    every = Lora(rank=args.rank, targets=("all",))
     forms = {
         "full": base,
-        "LoRA": adapted(base, (every,), given.dtype),
-        "DoRA": adapted(base, (Dora(rank=given.rank, targets=("all",)),), given.dtype),
+        "LoRA": adapted(base, (every,), args.dtype),
+        "DoRA": adapted(base, (Dora(rank=args.rank, targets=("all",)),), args.dtype),
         "QLoRA, int8": adapted(base, (every,), "int8"),
         "QLoRA, nf4": adapted(base, (every,), "nf4"),
     }
     rng = np.random.default_rng(0)
-    shape = (1, given.batch, given.length)
-    batch = Batch(
-        rng.integers(0, given.vocabulary, shape, dtype=np.int32), np.ones(shape, np.bool_)
-    )
-    config = StepConfig(layout=make_layout(), dtype=DTYPES[given.dtype], remat=given.remat)
+    shape = (1, args.batch, args.length)
+    batch = Batch(rng.integers(0, args.vocabulary, shape, dtype=np.int32), np.ones(shape, np.bool_))
+    config = StepConfig(layout=make_layout(), dtype=DTYPES[args.dtype], remat=args.remat)
     steps, memory, times = {}, {}, {name: [] for name in forms}
     for name, architecture in forms.items():
         optimizer = build_optimizer(SPEC, 100)
         state = random_state(architecture, optimizer, config, 0)
         step = train_step(architecture, optimizer, learning_rate(SPEC, 100), config)
-        found = step.lower(state, batch).compile().memory_analysis()
-        memory[name] = found.argument_size_in_bytes / MIB, found.temp_size_in_bytes / MIB
+        analysis = step.lower(state, batch).compile().memory_analysis()
+        memory[name] = analysis.argument_size_in_bytes / MIB, analysis.temp_size_in_bytes / MIB
         steps[name] = [step, state]
-    for call in range(given.calls + 1):
-        for name, held in steps.items():
+    for call in range(args.calls + 1):
+        for name, compiled_step in steps.items():
             start = time.perf_counter()
-            held[1], metrics = held[0](held[1], batch)
+            compiled_step[1], metrics = compiled_step[0](compiled_step[1], batch)
             jax.block_until_ready(metrics)
             if call:
                 times[name].append(time.perf_counter() - start)
-    print(f"{parameter_count(base) / 1e6:.0f} M parameters, {given.batch} × {given.length} tokens")
+    print(f"{parameter_count(base) / 1e6:.0f} M parameters, {args.batch} × {args.length} tokens")
     print(
         "| form | ms a step | of full | FLOPs of full | arguments MiB | temporaries MiB | of full |"
     )
     print("|---|---|---|---|---|---|---|")
-    whole = statistics.median(times["full"])
-    flops = train_flops(replace(base), given.length)
+    full = statistics.median(times["full"])
+    flops = train_flops(replace(base), args.length)
     for name, (arguments, temporary) in memory.items():
         took = statistics.median(times[name])
-        share = train_flops(forms[name], given.length) / flops
+        share = train_flops(forms[name], args.length) / flops
         total = (arguments + temporary) / sum(memory["full"])
         print(
-            f"| {name} | {1000 * took:.0f} | {took / whole:.2f} | {share:.2f} | {arguments:.0f}"
+            f"| {name} | {1000 * took:.0f} | {took / full:.2f} | {share:.2f} | {arguments:.0f}"
             f" | {temporary:.0f} | {total:.2f} |"
         )
 

@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import sentencepiece
 from rollout import skewed
-from tunix_side import Found, Given, Meter, examples_of, random_batches, report, reward_of
+from tunix_side import Measurements, Meter, Settings, examples_of, random_batches, report, reward_of
 
 from tunelang.compiler.layout.layout_query import LayoutQuery
 from tunelang.compiler.layout.stage_layout import CHUNK
@@ -98,13 +98,13 @@ class Case:
     """One comparison: the settings that both sides run with, and the figures that they report."""
 
     what: str
-    settings: Given
+    settings: Settings
     figures: tuple[Figure, ...]
 
 
-def rates(unit: str, goal: float, *rest: Figure) -> tuple[Figure, ...]:
+def rates(unit: str, goal: float, *others: Figure) -> tuple[Figure, ...]:
     """List the rate by wall time, which has the goal, the one by processor time, and the rest."""
-    return (Figure(f"{unit}_per_s", goal), Figure(f"{unit}_per_cpu_s"), *rest)
+    return (Figure(f"{unit}_per_s", goal), Figure(f"{unit}_per_cpu_s"), *others)
 
 
 CASES = {
@@ -149,10 +149,10 @@ CASES = {
 # What we do, in a process of its own. It follows `supervised` and `policy` in `runtime/stages/`.
 
 
-def architecture_of(given: Given) -> Architecture:
+def architecture_of(settings: Settings) -> Architecture:
     """Return the architecture of tunix's Qwen3."""
-    sizes = {name: given[name] for name in MODEL}
-    context = given.get("length") or given["prompt"] + given["tokens"]
+    sizes = {name: settings[name] for name in MODEL}
+    context = settings.get("length") or settings["prompt"] + settings["tokens"]
     return Architecture(**sizes, context=context, qk_norm=True, rope_base=1e6, tied=False)
 
 
@@ -162,25 +162,25 @@ def adamw(lr: float) -> tuple[Any, Any]:
     return build_optimizer(spec, 1000), learning_rate(spec, 1000)
 
 
-def program_of(given: Given) -> StepConfig:
+def program_of(settings: Settings) -> StepConfig:
     """Return the training program as the planner lays it out on this machine."""
     stage: Training
-    if "group" in given and "beta" in given:
-        stage = policy_of(given)
+    if "group" in settings and "beta" in settings:
+        stage = policy_of(settings)
     else:
-        rows = Measure(value=float(given.get("batch", 1)), unit="sequences")
+        rows = Measure(value=float(settings.get("batch", 1)), unit="sequences")
         stage = Sft.model_construct(batch=rows, optimizer=AdamW(lr=1e-4))
     with tempfile.TemporaryDirectory() as folder:
         devices = local_devices(Path(folder), 1)
-    found = best_layout(
+    layout = best_layout(
         LayoutQuery(
-            stage=stage, architecture=architecture_of(given), dtype_bytes=4, devices=devices
+            stage=stage, architecture=architecture_of(settings), dtype_bytes=4, devices=devices
         )
     )
     return StepConfig(
         layout=make_layout(),
-        micro_batches=given.get("micro_batches", found.micro_batches),
-        remat=given.get("remat", found.remat),
+        micro_batches=settings.get("micro_batches", layout.micro_batches),
+        remat=settings.get("remat", layout.remat),
         chunk=CHUNK,
     )
 
@@ -188,8 +188,8 @@ def program_of(given: Given) -> StepConfig:
 class Trainer:
     """The train step, called as the training loop calls it."""
 
-    def __init__(self, given: Given) -> None:
-        architecture, program = architecture_of(given), program_of(given)
+    def __init__(self, settings: Settings) -> None:
+        architecture, program = architecture_of(settings), program_of(settings)
         optimizer, schedule = adamw(1e-4)
         self.parameters = parameter_count(architecture)
         self._state = random_state(architecture, optimizer, program, 0)
@@ -208,43 +208,43 @@ class Trainer:
 
 def inputs(tokens: np.ndarray) -> list[Batch]:
     """Give batches `[count, batch, length]` to the trainer: all tokens are trained."""
-    return [Batch(each[None], np.ones((1, *each.shape), bool)) for each in tokens]
+    return [Batch(rows[None], np.ones((1, *rows.shape), bool)) for rows in tokens]
 
 
-def train(given: Given) -> Found:
+def train(settings: Settings) -> Measurements:
     """Train all parameters on full sequences."""
-    meter, trainer, steps = Meter(), Trainer(given), given["steps"]
-    trainer.train(inputs(random_batches(given, 2)))
-    for window in range(given["windows"]):
-        data = inputs(random_batches(given, steps, window + 1))
+    meter, trainer, steps = Meter(), Trainer(settings), settings["steps"]
+    trainer.train(inputs(random_batches(settings, 2)))
+    for window in range(settings["windows"]):
+        data = inputs(random_batches(settings, steps, window + 1))
         meter.window(lambda data=data: trainer.train(data), steps)
-    found = meter.found("tokens", given["batch"] * given["length"])
-    return {**found, "parameters": trainer.parameters}
+    measurements = meter.measurements("tokens", settings["batch"] * settings["length"])
+    return {**measurements, "parameters": trainer.parameters}
 
 
-def compile_time(given: Given) -> Found:
+def compile_time(settings: Settings) -> Measurements:
     """Time the first step of training for several depths, less a later one."""
-    found: Found = {}
-    for layers in given["depths"]:
-        trainer = Trainer({**given, "layers": layers})
+    measurements: Measurements = {}
+    for layers in settings["depths"]:
+        trainer = Trainer({**settings, "layers": layers})
         times = []
-        for batch in inputs(random_batches(given, 3)):
+        for batch in inputs(random_batches(settings, 3)):
             start = time.perf_counter()
             trainer.train([batch])
             times.append(time.perf_counter() - start)
-        found[f"compile_s_{layers}"] = times[0] - times[-1]
-    return found
+        measurements[f"compile_s_{layers}"] = times[0] - times[-1]
+    return measurements
 
 
-def real_lengths(given: Given) -> Found:
+def real_lengths(settings: Settings) -> Measurements:
     """Train on examples of natural lengths, packed into sequences as long as the longest one."""
-    meter, trainer, steps = Meter(), Trainer(given), given["steps"]
-    ids, trained, offsets = examples_of(given)
+    meter, trainer, steps = Meter(), Trainer(settings), settings["steps"]
+    ids, trained, offsets = examples_of(settings)
     items = Items((SegmentTokens(ids, trained, np.stack([offsets[:-1], offsets[1:]], 1)),))
     order = Order((len(items.spans),), (1.0,), seed=0)
-    corpus = Corpus((items,), order, given["length"], 0, BadRows())
-    length = Measure(value=float(1 + steps * given["windows"]), unit="steps")
-    table = packing.plan(corpus, length, batch=given["batch"], packed=True)
+    corpus = Corpus((items,), order, settings["length"], 0, BadRows())
+    length = Measure(value=float(1 + steps * settings["windows"]), unit="steps")
+    table = packing.plan(corpus, length, batch=settings["batch"], packed=True)
     batches = [packing.batch_of(table, corpus, step) for step in range(table.steps)]
     useful = np.array([(batch.segments > 0).sum() for batch in batches])
     data = [
@@ -252,112 +252,116 @@ def real_lengths(given: Given) -> Found:
         for batch in batches
     ]
     trainer.train(data[:1])
-    for window in range(given["windows"]):
+    for window in range(settings["windows"]):
         part = data[1 + window * steps : 1 + (window + 1) * steps]
         meter.window(lambda part=part: trainer.train(part), steps)
     return {
-        **meter.found("useful_tokens", float(useful[1:].mean())),
-        "useful_share": float(useful[1:].mean() / (given["batch"] * given["length"])),
+        **meter.measurements("useful_tokens", float(useful[1:].mean())),
+        "useful_share": float(useful[1:].mean() / (settings["batch"] * settings["length"])),
     }
 
 
-def prompts_of(given: Given, seed: int) -> list[Prompt]:
+def prompts_of(settings: Settings, seed: int) -> list[Prompt]:
     """Return random prompts."""
     rows = np.random.default_rng(seed).integers(
-        2, given["vocabulary"], (given["prompts"], given["prompt"])
+        2, settings["vocabulary"], (settings["prompts"], settings["prompt"])
     )
-    return [Prompt(row.tolist(), at) for at, row in enumerate(rows)]
+    return [Prompt(row.tolist(), index) for index, row in enumerate(rows)]
 
 
-def sampling_of(given: Given) -> Sampling:
+def sampling_of(settings: Settings) -> Sampling:
     """Return the sampling settings of a case."""
     return Sampling(
-        max_tokens=given["tokens"],
-        temperature=given["temperature"],
-        top_p=given.get("top_p"),
-        max_prompt=given["prompt"],
+        max_tokens=settings["tokens"],
+        temperature=settings["temperature"],
+        top_p=settings.get("top_p"),
+        max_prompt=settings["prompt"],
     )
 
 
-def sample(given: Given) -> Found:
+def sample(settings: Settings) -> Measurements:
     """Sample all prompts."""
-    meter, architecture, program = Meter(), architecture_of(given), program_of(given)
+    meter, architecture, program = Meter(), architecture_of(settings), program_of(settings)
     params = random_state(architecture, adamw(1.0)[0], program, 0).params
     engine = make_engine(
         architecture,
-        slots=given["slots"],
+        slots=settings["slots"],
         capacity=architecture.context,
         layout=program.layout,
     )
-    if "short" in given:
-        engine = skewed(engine, given["short"], given["tokens"])
-    group = given.get("group", 1)
+    if "short" in settings:
+        engine = skewed(engine, settings["short"], settings["tokens"])
+    group = settings.get("group", 1)
 
-    sampler = Sampler(engine, sampling_of(given), stop_ids=(), pad=0)
+    sampler = Sampler(engine, sampling_of(settings), stop_ids=(), pad=0)
 
     def call(seed: int) -> None:
-        sampler.sample(params, prompts_of(given, seed), group=group, seed=seed)
+        sampler.sample(params, prompts_of(settings, seed), group=group, seed=seed)
 
     call(0)
     call(1)
-    for window in range(given["windows"]):
+    for window in range(settings["windows"]):
         meter.window(lambda seed=window + 2: call(seed))
-    completions = given["prompts"] * group
-    unit, each = ("completions", 1) if "short" in given else ("tokens", given["tokens"])
-    return meter.found(unit, completions * each)
+    completions = settings["prompts"] * group
+    unit, per_completion = (
+        ("completions", 1) if "short" in settings else ("tokens", settings["tokens"])
+    )
+    return meter.measurements(unit, completions * per_completion)
 
 
-def policy_of(given: Given) -> Policy:
+def policy_of(settings: Settings) -> Policy:
     """Return a stage with the GRPO of the paper, which is tunix's default."""
     return Policy.model_construct(
-        rollout=sampling_of(given),
-        kl=K3(coefficient=given["beta"]),
+        rollout=sampling_of(settings),
+        kl=K3(coefficient=settings["beta"]),
         aggregate="sequence_mean",
-        group=given["group"],
-        batch=given["prompts"],
+        group=settings["group"],
+        batch=settings["prompts"],
         optimizer=AdamW(lr=1e-5),
     )
 
 
-def grpo(given: Given) -> Found:
+def grpo(settings: Settings) -> Measurements:
     """Sample, score by the reference, reward, update."""
-    meter, architecture, program = Meter(), architecture_of(given), program_of(given)
-    group, sampling = given["group"], sampling_of(given)
-    policy = policy_of(given)
+    meter, architecture, program = Meter(), architecture_of(settings), program_of(settings)
+    group, sampling = settings["group"], sampling_of(settings)
+    policy = policy_of(settings)
     optimizer, schedule = adamw(1e-5)
     engine = make_engine(
         architecture,
-        slots=given["slots"],
+        slots=settings["slots"],
         capacity=architecture.context,
         layout=program.layout,
     )
     sampler = Sampler(engine, sampling, stop_ids=(), pad=0)
     update = policy_step(architecture, optimizer, schedule, PolicySettings.of(policy), program)
-    score = score_program(architecture, program, given["temperature"])
+    score = score_program(architecture, program, settings["temperature"])
     advantages = jax.jit(group_advantages, static_argnames="baseline")
-    part = math.gcd(group, given["prompts"] * group // program.micro_batches)
+    part = math.gcd(group, settings["prompts"] * group // program.micro_batches)
     state = random_state(architecture, optimizer, program, 0)
     reference = jax.tree.map(jnp.copy, state.params)
 
-    def step(state: TrainState, at: int) -> TrainState:
-        episodes = sampler.sample(state.params, prompts_of(given, at), group=group, seed=0, step=at)
-        batch = in_parts(batch_of(episodes, given["prompt"], given["tokens"]), part)
+    def step(state: TrainState, index: int) -> TrainState:
+        episodes = sampler.sample(
+            state.params, prompts_of(settings, index), group=group, seed=0, step=index
+        )
+        batch = in_parts(batch_of(episodes, settings["prompt"], settings["tokens"]), part)
         scored = score(reference, batch.prompts, batch.prompt_lengths, batch.tokens)
         rewards = np.array([reward_of(episode.tokens) for episode in episodes])
-        found = advantages(rewards.reshape(-1, group), baseline="group_mean_std")
-        values = np.asarray(found.values, np.float32).reshape(-1, part)
+        result = advantages(rewards.reshape(-1, group), baseline="group_mean_std")
+        values = np.asarray(result.values, np.float32).reshape(-1, part)
         batch = dataclasses.replace(batch, advantages=values, reference=scored)
         state, metrics = update(state, placed(batch, program))
         jax.device_get(metrics)
         return state
 
-    for at in range(2):
-        state = step(state, at)
-    for at in range(2, 2 + given["steps"]):
+    for index in range(2):
+        state = step(state, index)
+    for index in range(2, 2 + settings["steps"]):
         wall, cpu = time.perf_counter(), time.process_time()
-        state = step(state, at)
+        state = step(state, index)
         meter.add(time.perf_counter() - wall, time.process_time() - cpu)
-    return {**meter.found("steps", 1), "parameters": parameter_count(architecture)}
+    return {**meter.measurements("steps", 1), "parameters": parameter_count(architecture)}
 
 
 OURS = {
@@ -403,7 +407,7 @@ def tokenised(data: Path, tokenizer: Path, rows: int, into: Path) -> int:
     return int(np.diff(offsets).max())
 
 
-def measured(python: str, script: str, case: Case) -> Found:
+def measured(python: str, script: str, case: Case) -> Measurements:
     """Run one side once."""
     command = [python, script, *(["--"] if script == __file__ else []), case.what]
     here = Path(__file__).parent
@@ -417,22 +421,24 @@ def measured(python: str, script: str, case: Case) -> Found:
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}:\n{done.stderr[-3000:]}")
-    found: Found = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measurements: Measurements = json.loads(done.stdout.splitlines()[-1])
+    return measurements
 
 
-def compare(python: str, name: str, case: Case, runs: int) -> dict[str, list[Found]]:
+def compare(python: str, name: str, case: Case, runs: int) -> dict[str, list[Measurements]]:
     """Run both sides in turn and print a row for each figure."""
-    found: dict[str, list[Found]] = {side: [] for side in SIDES}
+    runs_by_side: dict[str, list[Measurements]] = {side: [] for side in SIDES}
     sides = ((SIDES[0], sys.executable, __file__),
              (SIDES[1], python, str(Path(__file__).with_name("tunix_side.py"))))  # fmt: skip
     for _ in range(runs):
         for side, interpreter, script in sides:
-            found[side].append(measured(interpreter, script, case))
-    sizes = {run["parameters"] for runs in found.values() for run in runs if "parameters" in run}
+            runs_by_side[side].append(measured(interpreter, script, case))
+    sizes = {
+        run["parameters"] for runs in runs_by_side.values() for run in runs if "parameters" in run
+    }
     assert len(sizes) < 2, f"models of {sizes} parameters"
     for figure in case.figures:
-        a, b = ([run[figure.name] for run in found[side]] for side in SIDES)
+        a, b = ([run[figure.name] for run in runs_by_side[side]] for side in SIDES)
         ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
         goal = reached = ""
         if figure.goal is not None:
@@ -444,29 +450,29 @@ def compare(python: str, name: str, case: Case, runs: int) -> dict[str, list[Fou
             f" {ratio:7.2f}  {goal:8} {reached:3}",
             flush=True,
         )
-    return found
+    return runs_by_side
 
 
 def main() -> None:
     """Run the cases and print the table."""
-    given = arguments()
+    args = arguments()
     everything = {}
     with tempfile.TemporaryDirectory() as folder:
         print(f"{'case':8} {'figure':24} {'ours':>10} {'tunix':>10} {'ratio':>7}  goal     reached")
-        for name in given.only or CASES:
+        for name in args.only or CASES:
             case = CASES[name]
-            settings = {**MODEL, **case.settings, **json.loads(given.set)}
+            settings = {**MODEL, **case.settings, **json.loads(args.set)}
             if case.what == "lengths":
-                if not (given.data and given.tokenizer):
+                if not (args.data and args.tokenizer):
                     print(f"{name:8} needs --data and --tokenizer")
                     continue
                 examples = Path(folder, "examples.npz")
-                longest = tokenised(given.data, given.tokenizer, 2000, examples)
+                longest = tokenised(args.data, args.tokenizer, 2000, examples)
                 settings |= {"examples": str(examples), "length": -(-longest // 16) * 16}
             case = replace(case, settings=settings)
-            everything[name] = compare(given.python, name, case, given.runs)
-    if given.json:
-        given.json.write_text(json.dumps(everything, indent=1))
+            everything[name] = compare(args.python, name, case, args.runs)
+    if args.json:
+        args.json.write_text(json.dumps(everything, indent=1))
 
 
 if __name__ == "__main__":

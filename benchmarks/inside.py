@@ -39,7 +39,7 @@ def kept(text: str, layers: int) -> Counter[str]:
         loop = _LOOP.search(line)
         if loop is None or depth > 2:
             continue
-        found, times = Counter[str](), Counter[str]()
+        shapes, times = Counter[str](), Counter[str]()
         for dtype, shape, order, tiles in _ARRAY.findall(loop[1]):
             sizes = [int(size) for size in shape.split(",")]
             if sizes[0] != layers:
@@ -48,9 +48,9 @@ def kept(text: str, layers: int) -> Counter[str]:
             for axis, tile in zip(minor, reversed((tiles or "1").split(",")), strict=False):
                 sizes[axis] = -(-sizes[axis] // int(tile)) * int(tile)
             name = f"{dtype}[{shape}]"
-            found[name] += math.prod(sizes) * _BYTES[dtype]
+            shapes[name] += math.prod(sizes) * _BYTES[dtype]
             times[name] += 1
-        loops.append(Counter({f"{times[name]} × {name}": found[name] for name in found}))
+        loops.append(Counter({f"{times[name]} × {name}": shapes[name] for name in shapes}))
     return max(loops, key=Counter.total)
 
 
@@ -70,12 +70,12 @@ def main() -> None:
         action="store_true",
         help="print the arrays that the layers keep for the backward pass",
     )
-    given = parser.parse_args()
-    if given.options is not None:
-        sharding.OPTIONS = {"tpu": given.options}
+    args = parser.parse_args()
+    if args.options is not None:
+        sharding.OPTIONS = {"tpu": args.options}
     every = numbered()
-    for at in given.points:
-        point = every[at]
+    for number in args.points:
+        point = every[number]
         stage, layout = planned(point)
         mesh = sharding.make_layout(**point.mesh, devices=compilable(devices(point)))
         shapes = Shapes(architecture(point), "bf16")
@@ -83,9 +83,9 @@ def main() -> None:
         compiled = program.lower().compile()
         text = compiled.as_text() or ""
         cycles = sum(
-            times * int(found[1])
+            times * int(match[1])
             for line, times, _ in operations(text)
-            if (found := _CYCLES.search(line)) is not None
+            if (match := _CYCLES.search(line)) is not None
         )
         gib = compiled.memory_analysis().peak_memory_in_bytes / 2**30
         moved = ", ".join(
@@ -93,8 +93,8 @@ def main() -> None:
             for kind, (count, size) in exchanged(text).items()
         )
         name = f"{point.model} {point.form} {point.chip} {point.remat}"
-        print(f"{at} {name}: {cycles:.3g} cycles, {gib:.2f} GiB; {moved}", flush=True)
-        if given.kept:
+        print(f"{number} {name}: {cycles:.3g} cycles, {gib:.2f} GiB; {moved}", flush=True)
+        if args.kept:
             for array, size in kept(text, shapes.architecture.layers).most_common(12):
                 print(f"  {size / 2**30:7.3f} GiB  {array}")
 

@@ -42,7 +42,7 @@ reward correct = numeric_match()
 """
 
 
-def made_up(declarations: int) -> str:
+def random_spec(declarations: int) -> str:
     """Return a spec of that many declarations in which each stage starts from the one before."""
     parts = [HEAD]
     for i in range(declarations // 4):
@@ -70,7 +70,7 @@ def main() -> None:
         specs = {"three sessions": (ROOT / "specs/gemma_three_sessions.tune", 10)}
         for size, runs in ((200, 5), (2000, 5), (20_000, 3)):
             path = folder / f"{size}.tune"
-            path.write_text(made_up(size))
+            path.write_text(random_spec(size))
             specs[f"{size:,} declarations"] = (path, runs)
         for path, _ in specs.values():
             seconds(path)  # byte code and the parser's tables

@@ -90,83 +90,83 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def architectures(given: argparse.Namespace) -> tuple[Architecture, Architecture]:
+def architectures(args: argparse.Namespace) -> tuple[Architecture, Architecture]:
     """Return the model, and the teacher: with heads as large, and an mlp in proportion."""
     model = Architecture(
-        vocabulary=given.vocabulary, layers=given.layers, width=given.width, heads=given.heads,
-        kv_heads=given.kv_heads, head_dim=given.width // given.heads, mlp=given.mlp,
-        context=given.length,
+        vocabulary=args.vocabulary, layers=args.layers, width=args.width, heads=args.heads,
+        kv_heads=args.kv_heads, head_dim=args.width // args.heads, mlp=args.mlp,
+        context=args.length,
     )  # fmt: skip
-    heads = given.teacher_width // model.head_dim
+    heads = args.teacher_width // model.head_dim
     teacher = replace(
-        model, layers=given.teacher_layers, width=given.teacher_width, heads=heads, kv_heads=heads,
-        mlp=given.mlp * given.teacher_width // given.width,
+        model, layers=args.teacher_layers, width=args.teacher_width, heads=heads, kv_heads=heads,
+        mlp=args.mlp * args.teacher_width // args.width,
     )  # fmt: skip
     return model, teacher
 
 
-def make_batch(given: argparse.Namespace) -> Batch:
+def make_batch(args: argparse.Namespace) -> Batch:
     """Return random rows with trained answers."""
     random = np.random.default_rng(0)
-    shape = given.batch, given.length
-    place, each = np.arange(given.length, dtype=np.int32), given.length // SEGMENTS
+    shape = args.batch, args.length
+    place, segment_length = np.arange(args.length, dtype=np.int32), args.length // SEGMENTS
     plain = Batch(
-        random.integers(0, given.vocabulary, shape, dtype=np.int32),
-        np.broadcast_to(place % each >= each // SEGMENTS, shape),
-        np.broadcast_to(place // each + 1, shape),
-        np.broadcast_to(place % each, shape),
+        random.integers(0, args.vocabulary, shape, dtype=np.int32),
+        np.broadcast_to(place % segment_length >= segment_length // SEGMENTS, shape),
+        np.broadcast_to(place // segment_length + 1, shape),
+        np.broadcast_to(place % segment_length, shape),
     )
     return jax.tree.map(lambda array: array[None], plain)
 
 
-def reference_log_probs(given: argparse.Namespace) -> np.ndarray:
+def reference_log_probs(args: argparse.Namespace) -> np.ndarray:
     """Return the log-probability of each answer by a reference that ran ahead."""
     random = np.random.default_rng(3)
-    return random.normal(-600, 1, (1, given.batch, SEGMENTS)).astype(np.float32)
+    return random.normal(-600, 1, (1, args.batch, SEGMENTS)).astype(np.float32)
 
 
-def kto_extras(given: argparse.Namespace) -> KtoExtras:
+def kto_extras(args: argparse.Namespace) -> KtoExtras:
     """Return labels, and mismatched answers."""
-    batch = jax.tree.map(lambda array: array[0], make_batch(given))
-    labels = np.broadcast_to(np.arange(SEGMENTS, dtype=np.float32) % 2, (given.batch, SEGMENTS))
+    batch = jax.tree.map(lambda array: array[0], make_batch(args))
+    labels = np.broadcast_to(np.arange(SEGMENTS, dtype=np.float32) % 2, (args.batch, SEGMENTS))
     extras = KtoExtras(labels, mismatch(batch, 0, 1))
     return jax.tree.map(lambda array: array[None], extras)
 
 
-def top_k_of(given: argparse.Namespace) -> TeacherTokens:
+def top_k_of(args: argparse.Namespace) -> TeacherTokens:
     """Return ids that differ within a token, and their log-probabilities."""
-    shape = (1, given.batch, given.length, given.top_k)
+    shape = (1, args.batch, args.length, args.top_k)
     random = np.random.default_rng(1)
-    first = random.integers(0, given.vocabulary, shape[:-1], dtype=np.int32)[..., None]
-    ids = (first + np.arange(given.top_k, dtype=np.int32)) % given.vocabulary
-    return TeacherTokens(ids, np.full(shape, -np.log(2.0 * given.top_k), np.float32))
+    first = random.integers(0, args.vocabulary, shape[:-1], dtype=np.int32)[..., None]
+    ids = (first + np.arange(args.top_k, dtype=np.int32)) % args.vocabulary
+    return TeacherTokens(ids, np.full(shape, -np.log(2.0 * args.top_k), np.float32))
 
 
 def supervised_methods(
-    given: argparse.Namespace, config: StepConfig
+    args: argparse.Namespace, config: StepConfig
 ) -> dict[str, Callable[[], Method]]:
     """Return a constructor for each method that trains on given sequences."""
-    model, teacher = architectures(given)
+    model, teacher = architectures(args)
     scoring = replace(model, scores=True)
     optimizer, schedule = build_optimizer(SPEC, STEPS), learning_rate(SPEC, STEPS)
-    batch, length = make_batch(given), given.length
+    batch, length = make_batch(args), args.length
     trained, forward = (of(model, length) for of in (train_flops, forward_flops))
     distill = Distill.unvalidated(hard=0.1)
 
     def method(
         objective: Objective | None,
         flops: float,
-        own: Architecture = model,
+        student: Architecture = model,
         aux_params: Architecture | None = None,
         extras: Any = None,
     ) -> Callable[[], Method]:
         def make() -> Method:
-            state = random_state(own, optimizer, config, 0)
+            state = random_state(student, optimizer, config, 0)
             if aux_params is not None:
                 state = replace(
                     state, aux_params=random_state(aux_params, optimizer, config, 1).params
                 )
-            step = train_step(own, optimizer, schedule, config, objective)
+            step = train_step(student, optimizer, schedule, config, objective)
             return Method(step, state, replace(batch, extras=extras), flops)
 
         return make
@@ -176,7 +176,7 @@ def supervised_methods(
 
     return {
         SFT: method(None, trained),
-        "dpo, ahead": method(pairs(False), trained, extras=reference_log_probs(given)),
+        "dpo, ahead": method(pairs(False), trained, extras=reference_log_probs(args)),
         "dpo, live": method(pairs(True), trained + forward, aux_params=model),
         "reward_model": method(
             ScoreObjective(RewardModel.unvalidated(), SEGMENTS, False),
@@ -187,7 +187,7 @@ def supervised_methods(
             KtoObjective(Kto.unvalidated(), SEGMENTS, Auxiliary(model, True)),
             trained + 3 * forward,
             aux_params=model,
-            extras=kto_extras(given),
+            extras=kto_extras(args),
         ),
         "distill, live": method(
             DistillObjective(distill, model, teacher),
@@ -195,32 +195,32 @@ def supervised_methods(
             aux_params=teacher,
         ),
         "distill, top_k ahead": method(
-            DistillObjective(distill.model_copy(update={"top_k": given.top_k}), model, teacher),
+            DistillObjective(distill.model_copy(update={"top_k": args.top_k}), model, teacher),
             trained,
-            extras=top_k_of(given),
+            extras=top_k_of(args),
         ),
     }
 
 
-def ppo_methods(given: argparse.Namespace, config: StepConfig) -> dict[str, Callable[[], Method]]:
+def ppo_methods(args: argparse.Namespace, config: StepConfig) -> dict[str, Callable[[], Method]]:
     """Return a constructor for each method that trains on sampled completions."""
-    model, _ = architectures(given)
+    model, _ = architectures(args)
     scoring = replace(model, scores=True)
     optimizer, schedule = build_optimizer(SPEC, STEPS), learning_rate(SPEC, STEPS)
-    each = given.length // SEGMENTS
-    before, rows = each // SEGMENTS, given.batch * SEGMENTS
-    shape = rows, 1, each - before
+    segment_length = args.length // SEGMENTS
+    before, rows = segment_length // SEGMENTS, args.batch * SEGMENTS
+    shape = rows, 1, segment_length - before
     random = np.random.default_rng(2)
     near = random.normal(-8, 0.1, (5, *shape)).astype(np.float32)
     batch = PolicyBatch(
-        prompts=random.integers(0, given.vocabulary, (rows, before), dtype=np.int32),
+        prompts=random.integers(0, args.vocabulary, (rows, before), dtype=np.int32),
         prompt_lengths=np.full(rows, before, np.int32),
-        tokens=random.integers(0, given.vocabulary, shape, dtype=np.int32),
+        tokens=random.integers(0, args.vocabulary, shape, dtype=np.int32),
         mask=np.ones(shape, bool),
         sampler=near[0], old=near[1], advantages=near[2], values=near[3], returns=near[4],
     )  # fmt: skip
-    spared = 6.0 * model.vocabulary * model.width * before / each
-    trained = train_flops(model, each) - spared
+    spared = 6.0 * model.vocabulary * model.width * before / segment_length
+    trained = train_flops(model, segment_length) - spared
 
     def method(trunk: str, flops: float) -> Callable[[], Method]:
         critic_settings = Critic.unvalidated(trunk=trunk, optimizer=SPEC)
@@ -243,32 +243,32 @@ def ppo_methods(given: argparse.Namespace, config: StepConfig) -> dict[str, Call
         return make
 
     return {
-        "ppo, separate critic": method("separate", trained + train_flops(scoring, each)),
+        "ppo, separate critic": method("separate", trained + train_flops(scoring, segment_length)),
         "ppo, shared critic": method("shared", trained),
     }
 
 
 def main() -> None:
     """Print the table."""
-    given = arguments()
+    args = arguments()
     config = StepConfig(
-        layout=make_layout(), dtype=DTYPES[given.dtype], micro_batches=given.micro_batches,
-        remat=given.remat, chunk=given.chunk,
+        layout=make_layout(), dtype=DTYPES[args.dtype], micro_batches=args.micro_batches,
+        remat=args.remat, chunk=args.chunk,
     )  # fmt: skip
-    makers = {**supervised_methods(given, config), **ppo_methods(given, config)}
-    wanted = [SFT, *given.only.split(";")] if given.only else list(makers)
+    makers = {**supervised_methods(args, config), **ppo_methods(args, config)}
+    wanted = [SFT, *args.only.split(";")] if args.only else list(makers)
     methods = {name: makers[name]() for name in dict.fromkeys(wanted)}
     for method in methods.values():
         method.run()  # compiles
         method.seconds.clear()
         method.cpu.clear()
-    for _ in range(given.calls):
+    for _ in range(args.calls):
         for method in methods.values():
             method.run()
-    model, teacher = architectures(given)
+    model, teacher = architectures(args)
     print(
         f"{parameter_count(model) / 1e6:.1f} M parameters, a teacher of"
-        f" {parameter_count(teacher) / 1e6:.1f} M, {given.batch} × {given.length} tokens\n"
+        f" {parameter_count(teacher) / 1e6:.1f} M, {args.batch} × {args.length} tokens\n"
     )
     print("| method | ms a step | tokens/s | of sft | of sft, by CPU time | expected | reached |")
     print("|---|---|---|---|---|---|---|")
@@ -276,14 +276,14 @@ def main() -> None:
     for name, method in methods.items():
         took = statistics.median(method.seconds)
         share = statistics.median(
-            own / other for own, other in zip(plain.seconds, method.seconds, strict=True)
+            ours / other for ours, other in zip(plain.seconds, method.seconds, strict=True)
         )
         busy = statistics.median(
-            own / other for own, other in zip(plain.cpu, method.cpu, strict=True)
+            ours / other for ours, other in zip(plain.cpu, method.cpu, strict=True)
         )
         theory = plain.flops / method.flops
         print(
-            f"| {name} | {1000 * took:.0f} | {given.batch * given.length / took:,.0f}"
+            f"| {name} | {1000 * took:.0f} | {args.batch * args.length / took:,.0f}"
             f" | {share:.2f} | {busy:.2f} | {theory:.2f} | {share / theory:.0%} |"
         )
 

@@ -205,10 +205,10 @@ CHOSEN = tuple(
 def numbered() -> dict[int, Point]:
     """Return all points by their numbers."""
     drawn = list(points(HELD_OUT.stop))
-    fitted = {at: drawn[at] for at in FITTED}
-    chosen = {BY_HAND + at: point for at, point in enumerate(CHOSEN)}
+    fitted = {number: drawn[number] for number in FITTED}
+    chosen = {BY_HAND + number: point for number, point in enumerate(CHOSEN)}
     known = [*drawn[: HELD_OUT.start], *CHOSEN]
-    held_out = {at: drawn[at] for at in HELD_OUT if drawn[at] not in known}
+    held_out = {number: drawn[number] for number in HELD_OUT if drawn[number] not in known}
     return {**fitted, **held_out, **chosen}
 
 
@@ -231,7 +231,7 @@ def devices(point: Point) -> Devices:
 
 def planned(point: Point) -> tuple[Sft, StageLayout]:
     """Return the stage, and its layout with the plan's memory and time."""
-    a, there = architecture(point), devices(point)
+    a, hardware = architecture(point), devices(point)
     stage = Sft.unvalidated(
         batch=Measure.unvalidated(value=point.rows, unit="sequences"),
         optimizer=AdamW.unvalidated(lr=1e-4),
@@ -239,33 +239,40 @@ def planned(point: Point) -> tuple[Sft, StageLayout]:
     layout = StageLayout(
         mesh=point.mesh, rows=point.rows, length=point.length, remat=point.remat, slots=None,
         micro_batches=point.micro_batches,
-        kernel=attention_kernel("auto", a, point.length, 2, there.chip.platform),
+        kernel=attention_kernel("auto", a, point.length, 2, hardware.chip.platform),
     )  # fmt: skip
-    return stage, estimate_step(layout, query_of(stage, a, there))
+    return stage, estimate_step(layout, query_of(stage, a, hardware))
 
 
-def query_of(stage: Sft, a: Architecture, there: Devices) -> LayoutQuery:
+def query_of(stage: Sft, a: Architecture, hardware: Devices) -> LayoutQuery:
     """Return the question to the layout search for a stage in bfloat16."""
-    return LayoutQuery(stage=stage, architecture=a, dtype_bytes=2, devices=there)
+    return LayoutQuery(stage=stage, architecture=a, dtype_bytes=2, devices=hardware)
 
 
 def points(count: int) -> Iterator[Point]:
     """Draw points that take a good part of the memory."""
     draw = random.Random(20_261_121)
     chips = ("v5e", "h200", "v6e", "h200", "v5p", "h200", "tpu7x", "h200")
-    found = 0
-    while found < count:
-        chip = chips[found % len(chips)]
+    accepted = 0
+    while accepted < count:
+        chip = chips[accepted % len(chips)]
         shape = draw.choice(SLICES[chip])
         used = math.prod(shape) * CHIPS[chip].per_chip
         tensor = draw.choice([n for n in (1, 1, 2, 4) if used % n == 0])
-        rest = used // tensor
-        data = draw.choice([n for n in (1, 1, 2, 4) if rest % n == 0])
-        mesh = {"data": data, "fsdp": rest // data, "expert": 1, "context": 1, "tensor": tensor}
+        shards = used // tensor
+        data = draw.choice([n for n in (1, 1, 2, 4) if shards % n == 0])
+        mesh = {
+            "data": data,
+            "fsdp": shards // data,
+            "expert": 1,
+            "context": 1,
+            "tensor": tensor,
+        }
         length = draw.choice((2048, 4096, 8192))
         local = draw.choice((1, 2, 4, 8))
         point = Point(
-            draw.choice(list(MODELS)), draw.choice(FORMS), chip, shape, mesh, rest * local, length,
+            draw.choice(list(MODELS)), draw.choice(FORMS), chip, shape, mesh, shards * local,
+            length,
             draw.choice([n for n in (1, 1, 2, 4) if local % n == 0]),
             draw.choice(("none", "dots", "full", "full")),
         )  # fmt: skip
@@ -273,11 +280,11 @@ def points(count: int) -> Iterator[Point]:
         if any(size % tensor for size in (a.heads, a.mlp)):
             continue
         # Roughly: what is far too large, or small, says nothing.
-        kept = {"none": 16, "dots": 8, "full": 1}[point.remat] * a.layers * a.width * 2
+        activations = {"none": 16, "dots": 8, "full": 1}[point.remat] * a.layers * a.width * 2
         size = 16 * parameter_count(a) / (mesh["fsdp"] * tensor)
-        size += kept * local * length / point.micro_batches / tensor
+        size += activations * local * length / point.micro_batches / tensor
         if 0.1 < size / CHIPS[chip].memory < 0.8:
-            found += 1
+            accepted += 1
             yield point
 
 
@@ -300,15 +307,15 @@ def compiled(point: Point) -> dict[str, Any]:
         )
     )
     begun = time.monotonic()
-    found = measure(program, program.lower())
+    measured = measure(program, program.lower())
     return {
-        "peak": found.peak, "refused": found.refused, "seconds": time.monotonic() - begun,
-        "exchanged": found.exchanged, "findings": found.findings,
+        "peak": measured.peak, "refused": measured.refused, "seconds": time.monotonic() - begun,
+        "exchanged": measured.exchanged, "findings": measured.findings,
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Said:
+class Compiled:
     """A point, and what the compiler said."""
 
     at: int
@@ -337,50 +344,50 @@ def cells(point: Point) -> str:
     )
 
 
-def read(path: Path) -> list[Said]:
+def read(path: Path) -> list[Compiled]:
     """Return the points of a file, or of the table in `RESULTS.md`."""
-    found = []
+    entries = []
     if path.suffix == ".md":
         lines = path.read_text().splitlines()
-        for at, point in numbered().items():
+        for number, point in numbered().items():
             line = next((line for line in lines if line.startswith(cells(point))), None)
             if line is not None:
                 lines.remove(line)  # the rule may draw a point twice
                 gib, *refused = line.removeprefix(cells(point)).split("|")[1].split()
-                found.append(Said(at, point, int(float(gib) * 2**30), bool(refused)))
-        return found
+                entries.append(Compiled(number, point, int(float(gib) * 2**30), bool(refused)))
+        return entries
     for line in path.read_text().splitlines():
-        held = json.loads(line)
-        at, said = held.pop("at"), held.pop("said")
-        mesh = {"context": 1, **held["mesh"]}
-        point = Point(**{**held, "shape": tuple(held["shape"]), "mesh": mesh})
+        fields = json.loads(line)
+        number, said = fields.pop("at"), fields.pop("said")
+        mesh = {"context": 1, **fields["mesh"]}
+        point = Point(**{**fields, "shape": tuple(fields["shape"]), "mesh": mesh})
         refused = bool(said["refused"])
         peak = said["peak"]
-        found.append(Said(at, point, peak, refused or peak > CHIPS[point.chip].memory))
-    return found
+        entries.append(Compiled(number, point, peak, refused or peak > CHIPS[point.chip].memory))
+    return entries
 
 
 def fit(paths: list[Path]) -> None:
     """Print the memory model's constants that fit the points best; held-out points are left out."""
     from scipy.optimize import least_squares
 
-    every = [each for path in paths for each in read(path) if each.peak and not each.held_out]
+    every = [entry for path in paths for entry in read(path) if entry.peak and not entry.held_out]
     for platform in ("gpu", "tpu"):
-        chosen = [each for each in every if CHIPS[each.point.chip].platform == platform]
+        chosen = [entry for entry in every if CHIPS[entry.point.chip].platform == platform]
         names = list(FACTORS[platform])
-        start = [math.log(each) for each in FACTORS[platform].values()]
+        start = [math.log(factor) for factor in FACTORS[platform].values()]
 
         def errors(
-            logs: Any, chosen: list[Said] = chosen, names: list[str] = names,
+            logs: Any, chosen: list[Compiled] = chosen, names: list[str] = names,
             platform: str = platform,
         ) -> list[float]:  # fmt: skip
             FACTORS[platform] = dict(zip(names, map(math.exp, logs), strict=True))
             # A little towards where it began, where the points say nothing.
             near = [0.05 * (now - before) for now, before in zip(logs, start, strict=True)]  # noqa: B023
-            return [math.log(each.ratio) for each in chosen] + near
+            return [math.log(entry.ratio) for entry in chosen] + near
 
-        found = least_squares(errors, start, diff_step=1e-3)
-        errors(found.x)
+        result = least_squares(errors, start, diff_step=1e-3)
+        errors(result.x)
         factors = {name: round(factor, 2) for name, factor in FACTORS[platform].items()}
         print(f"{platform}: {len(chosen)} points\n{factors}\n")
     report(paths)
@@ -393,20 +400,20 @@ def report(paths: list[Path]) -> None:
         " | plan GiB | XLA GiB | error | |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    every = [each for path in paths for each in read(path)]
-    for each in every:
-        layout = planned(each.point)[1]
-        gib = f"{each.peak / 2**30:.3f}" + (" refused" if each.refused else "")
+    every = [entry for path in paths for entry in read(path)]
+    for entry in every:
+        layout = planned(entry.point)[1]
+        gib = f"{entry.peak / 2**30:.3f}" + (" refused" if entry.refused else "")
         print(
-            f"{cells(each.point)} {layout.total / 2**30:.2f} | {gib} | {each.ratio - 1:+.1%} |"
-            f" {'held out' if each.held_out else 'fitted'} |"
+            f"{cells(entry.point)} {layout.total / 2**30:.2f} | {gib} | {entry.ratio - 1:+.1%} |"
+            f" {'held out' if entry.held_out else 'fitted'} |"
         )
     for platform in ("gpu", "tpu"):
         for half in (False, True):
             errors = [
-                abs(each.ratio - 1) for each in every
-                if each.peak and each.held_out is half
-                and CHIPS[each.point.chip].platform == platform
+                abs(entry.ratio - 1) for entry in every
+                if entry.peak and entry.held_out is half
+                and CHIPS[entry.point.chip].platform == platform
             ]  # fmt: skip
             if errors:
                 print(
@@ -415,8 +422,8 @@ def report(paths: list[Path]) -> None:
                     f" tenth {sum(error <= 0.1 for error in errors)}"
                 )
     wrong = sum(
-        each.refused and planned(each.point)[1].total <= MARGIN * CHIPS[each.point.chip].memory
-        for each in every
+        entry.refused and planned(entry.point)[1].total <= MARGIN * CHIPS[entry.point.chip].memory
+        for entry in every
     )
     print(f"\naccepted by the plan and refused by the compiler: {wrong}")
 
@@ -439,25 +446,27 @@ def cases(count: int) -> None:
         point = Point(
             draw.choice(names), draw.choice(FORMS), chip, shape, {}, rows, length, 1, "auto"
         )
-        a, there = architecture(point), devices(point)
+        a, hardware = architecture(point), devices(point)
         stage = Sft.unvalidated(
             batch=Measure.unvalidated(value=rows, unit="sequences"),
             optimizer=AdamW.unvalidated(lr=1e-4),
         )
-        chosen = best_layout(query_of(stage, a, there))
-        faster = [each for each in everything(stage, a, there) if each.seconds < chosen.seconds]
+        chosen = best_layout(query_of(stage, a, hardware))
+        faster = [
+            layout for layout in everything(stage, a, hardware) if layout.seconds < chosen.seconds
+        ]
         best = chosen
-        for layout in sorted([*faster, chosen], key=lambda each: each.seconds):
+        for layout in sorted([*faster, chosen], key=lambda layout: layout.seconds):
             said = compiled(replace(
                 point, mesh=layout.mesh, micro_batches=layout.micro_batches, remat=layout.remat
             ))  # fmt: skip
             compilations += 1
-            if not said["refused"] and said["peak"] <= there.chip.memory:
+            if not said["refused"] and said["peak"] <= hardware.chip.memory:
                 best = layout
                 break
         worst = max(worst, chosen.seconds / best.seconds)
         print(
-            f"| {point.model} | {point.form} | {there} | {rows} × {length} | {brief(chosen)} |"
+            f"| {point.model} | {point.form} | {hardware} | {rows} × {length} | {brief(chosen)} |"
             f" {chosen.seconds:.3f} | {said['peak'] / 2**30:.1f} | {brief(best)} |"
             f" {chosen.seconds / best.seconds:.3f} |",
             flush=True,
@@ -465,9 +474,9 @@ def cases(count: int) -> None:
     print(f"\n{count} cases, {compilations} compilations: at worst {worst:.3f} × the best")
 
 
-def everything(stage: Sft, a: Architecture, there: Devices) -> Iterator[StageLayout]:
+def everything(stage: Sft, a: Architecture, hardware: Devices) -> Iterator[StageLayout]:
     """Yield the layouts of a stage, also those that do not fit."""
-    large = replace(there, chip=replace(there.chip, memory=2**60))
+    large = replace(hardware, chip=replace(hardware.chip, memory=2**60))
     rows = int(stage.batch.value)
     for remat in ("none", "dots", "full"):
         for each in (n for n in range(1, rows + 1) if rows % n == 0):
@@ -491,17 +500,17 @@ def published() -> None:
     for name, length, kind, shape, local, rate, source in PUBLISHED:
         chip = CHIPS[kind]
         if chip.platform == "gpu":
-            there = Devices(chip, shape[0], False, (), shape[1])
+            hardware = Devices(chip, shape[0], False, (), shape[1])
         else:
-            there = Devices(chip, math.prod(shape) * chip.per_chip, False, shape)
-        rows = local * there.count
+            hardware = Devices(chip, math.prod(shape) * chip.per_chip, False, shape)
+        rows = local * hardware.count
         stage = Sft.unvalidated(
             batch=Measure.unvalidated(value=rows, unit="sequences"),
             optimizer=AdamW.unvalidated(lr=1e-4),
         )
-        where = f"{there}"
+        where = f"{hardware}"
         try:
-            layout = best_layout(query_of(stage, replace(LARGER[name], context=length), there))
+            layout = best_layout(query_of(stage, replace(LARGER[name], context=length), hardware))
         except DoesNotFitError as error:
             needed, there_is = error.nearest.total / 2**30, chip.memory / 2**30
             why = (
@@ -509,10 +518,10 @@ def published() -> None:
             )
             print(f"| {name} | {length} | {where} | {rate:,} | {why} |")
             continue
-        found = rows * length / layout.seconds / there.count * chip.per_chip
-        errors.append(found / rate - 1)
+        ours = rows * length / layout.seconds / hardware.count * chip.per_chip
+        errors.append(ours / rate - 1)
         print(
-            f"| {name} | {length} | {where} | {rate:,} | {found:,.0f} | {errors[-1]:+.0%} |"
+            f"| {name} | {length} | {where} | {rate:,} | {ours:,.0f} | {errors[-1]:+.0%} |"
             f" {brief(layout)} | {layout.bound} | {source} |"
         )
     print(f"\n{len(errors)} runs: median error {statistics.median(map(abs, errors)):.0%}")
@@ -537,25 +546,25 @@ def main() -> None:
         type=int,
         help="check for this many small stages whether the chosen layout is the best that fits",
     )
-    given = parser.parse_args()
-    if given.cases is not None:
-        cases(given.cases)
-    if given.out is not None:
-        lines = given.out.read_text().splitlines() if given.out.exists() else []
+    args = parser.parse_args()
+    if args.cases is not None:
+        cases(args.cases)
+    if args.out is not None:
+        lines = args.out.read_text().splitlines() if args.out.exists() else []
         done = {json.loads(line)["at"] for line in lines}
-        for at, point in numbered().items():
-            if at in done or point.chip not in given.chips.split(","):
+        for number, point in numbered().items():
+            if number in done or point.chip not in args.chips.split(","):
                 continue
             said = compiled(point)
-            with given.out.open("a") as file:
-                file.write(json.dumps({"at": at, **asdict(point), "said": said}) + "\n")
-            print(at, point, said, flush=True)
-    if given.published:
+            with args.out.open("a") as file:
+                file.write(json.dumps({"at": number, **asdict(point), "said": said}) + "\n")
+            print(number, point, said, flush=True)
+    if args.published:
         published()
-    if given.fit is not None:
-        fit(given.fit)
-    if given.report is not None:
-        report(given.report)
+    if args.fit is not None:
+        fit(args.fit)
+    if args.report is not None:
+        report(args.report)
 
 
 if __name__ == "__main__":

@@ -73,49 +73,49 @@ def skewed(engine: Engine, short: int, max_tokens: int) -> Engine:
 
 def main() -> None:
     """Compile, run, print."""
-    given = arguments()
+    args = arguments()
     architecture = Architecture(
-        vocabulary=given.vocabulary, layers=given.layers, width=given.width, heads=given.heads,
-        kv_heads=given.kv_heads, head_dim=given.width // given.heads, mlp=given.mlp,
-        context=given.prompt_length + given.max_tokens,
+        vocabulary=args.vocabulary, layers=args.layers, width=args.width, heads=args.heads,
+        kv_heads=args.kv_heads, head_dim=args.width // args.heads, mlp=args.mlp,
+        context=args.prompt_length + args.max_tokens,
     )  # fmt: skip
-    layout = make_layout(given.data, given.fsdp, given.tensor)
-    params = nnx.state(Decoder(architecture, nnx.Rngs(0), DTYPES[given.dtype]), nnx.Param)
+    layout = make_layout(args.data, args.fsdp, args.tensor)
+    params = nnx.state(Decoder(architecture, nnx.Rngs(0), DTYPES[args.dtype]), nnx.Param)
     params = jax.device_put(params, shardings(params, layout))
     rng = np.random.default_rng(0)
     prompts = [
-        Prompt(rng.integers(0, given.vocabulary, given.prompt_length).tolist(), index)
-        for index in range(given.prompts)
+        Prompt(rng.integers(0, args.vocabulary, args.prompt_length).tolist(), index)
+        for index in range(args.prompts)
     ]
-    sampling = Sampling(max_tokens=given.max_tokens, top_p=given.top_p)
-    short = given.max_tokens // 4
+    sampling = Sampling(max_tokens=args.max_tokens, top_p=args.top_p)
+    short = args.max_tokens // 4
 
     def run(engine: Engine, step: int) -> Episodes:
         sampler = Sampler(engine, sampling, stop_ids=(), pad=0)
-        return sampler.sample(params, prompts, group=given.group, seed=0, step=step)
+        return sampler.sample(params, prompts, group=args.group, seed=0, step=step)
 
     engine = make_engine(
-        architecture, slots=given.slots, capacity=architecture.context, layout=layout,
-        dtype=DTYPES[given.dtype],
+        architecture, slots=args.slots, capacity=architecture.context, layout=layout,
+        dtype=DTYPES[args.dtype],
     )  # fmt: skip
-    if given.refill_at is not None:
-        engine = replace(engine, refill_at=given.refill_at)
-    batches = replace(engine, refill_at=given.slots)
+    if args.refill_at is not None:
+        engine = replace(engine, refill_at=args.refill_at)
+    batches = replace(engine, refill_at=args.slots)
     cases = {
-        "even": (engine, given.max_tokens),
-        "skewed": (skewed(engine, short, given.max_tokens), short),
-        "skewed, no refill": (skewed(batches, short, given.max_tokens), short),
+        "even": (engine, args.max_tokens),
+        "skewed": (skewed(engine, short, args.max_tokens), short),
+        "skewed, no refill": (skewed(batches, short, args.max_tokens), short),
     }
-    count = given.prompts * given.group
+    count = args.prompts * args.group
     for name, (case, odd) in cases.items():
         times = []
-        for step in range(given.calls + 1):
+        for step in range(args.calls + 1):
             start = time.perf_counter()
-            found = run(case, step)
+            episodes = run(case, step)
             times.append(time.perf_counter() - start)
         took = statistics.median(times[1:])
-        tokens = given.prompts * sum(
-            odd if sample % 2 else given.max_tokens for sample in range(given.group)
+        tokens = args.prompts * sum(
+            odd if sample % 2 else args.max_tokens for sample in range(args.group)
         )
         print(json.dumps({
             "case": name,
@@ -123,9 +123,9 @@ def main() -> None:
             "first_call_s": round(times[0], 1),
             "completions_per_s": round(count / took, 2),
             "tokens_per_s": round(tokens / took),
-            "decode_steps": found.work.decode_steps,
-            "decode_calls": found.work.decode_calls,
-            "slots_used": round(tokens / (found.work.decode_steps * given.slots), 3),
+            "decode_steps": episodes.work.decode_steps,
+            "decode_calls": episodes.work.decode_calls,
+            "slots_used": round(tokens / (episodes.work.decode_steps * args.slots), 3),
         }), flush=True)  # fmt: skip
 
 

@@ -37,12 +37,12 @@ def alternated(calls: int, *works: Callable[[], Any]) -> list[float]:
     """Return the median seconds of each, after one call that is not counted."""
     times: list[list[float]] = [[] for _ in works]
     for call in range(calls + 1):
-        for work, own in zip(works, times, strict=True):
+        for work, seconds in zip(works, times, strict=True):
             begun = time.perf_counter()
             jax.block_until_ready(work())
             if call:
-                own.append(time.perf_counter() - begun)
-    return [statistics.median(own) for own in times]
+                seconds.append(time.perf_counter() - begun)
+    return [statistics.median(seconds) for seconds in times]
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--branches", type=int, default=3)
     parser.add_argument("--calls", type=int, default=7)
-    given = parser.parse_args()
+    args = parser.parse_args()
     base = Architecture(
         vocabulary=8192, layers=8, width=512, heads=8, kv_heads=4, head_dim=64, mlp=1536,
         context=512,
@@ -61,7 +61,7 @@ def main() -> None:
         "LoRA": adapted(base, every, "f32"),
         "QLoRA, nf4": adapted(base, every, "nf4"),
     }
-    print(f"{parameter_count(base) / 1e6:.0f} M parameters, {given.branches} branches")
+    print(f"{parameter_count(base) / 1e6:.0f} M parameters, {args.branches} branches")
     print("| form | tokens of a branch | in turn, ms | one program, ms | ratio |")
     print("|---|---|---|---|---|")
     rng = np.random.default_rng(0)
@@ -69,35 +69,35 @@ def main() -> None:
     for name, architecture in forms.items():
         config = StepConfig(layout=make_layout(), remat="dots")
         alone = train_step(architecture, optimizer, schedule, config)
-        config = replace(config, branches=given.branches)
+        config = replace(config, branches=args.branches)
         together = train_step(architecture, optimizer, schedule, config)
         for rows, length in SIZES:
             shape = (1, rows, length)
             batch = Batch(rng.integers(0, 8192, shape, dtype=np.int32), np.ones(shape, np.bool_))
             state = random_state(architecture, optimizer, config, 0)
-            changing, kept = split_state(state)
+            changing, frozen = split_state(state)
             several: TrainState = jax.tree.map(
-                lambda leaf: jnp.stack([leaf] * given.branches), changing
+                lambda leaf: jnp.stack([leaf] * args.branches), changing
             )
-            held = {
-                "together": replace(several, frozen=kept.frozen),
+            states = {
+                "together": replace(several, frozen=frozen.frozen),
                 **{
-                    str(n): replace(jax.tree.map(jnp.copy, changing), frozen=kept.frozen)
-                    for n in range(given.branches)
+                    str(n): replace(jax.tree.map(jnp.copy, changing), frozen=frozen.frozen)
+                    for n in range(args.branches)
                 },
             }
 
-            def one(batch: Batch = batch, held: Any = held, together: Any = together) -> Any:
-                held["together"], metrics = together(held["together"], batch)
+            def one(batch: Batch = batch, states: Any = states, together: Any = together) -> Any:
+                states["together"], metrics = together(states["together"], batch)
                 return metrics
 
-            def in_turn(batch: Batch = batch, held: Any = held, alone: Any = alone) -> Any:
-                for n in range(given.branches):
-                    held[str(n)], metrics = alone(held[str(n)], batch)
+            def in_turn(batch: Batch = batch, states: Any = states, alone: Any = alone) -> Any:
+                for n in range(args.branches):
+                    states[str(n)], metrics = alone(states[str(n)], batch)
                     jax.block_until_ready(metrics)
                 return metrics
 
-            turn, fused = alternated(given.calls, in_turn, one)
+            turn, fused = alternated(args.calls, in_turn, one)
             print(
                 f"| {name} | {rows} × {length} | {1000 * turn:.0f} | {1000 * fused:.0f} |"
                 f" {fused / turn:.2f} |",

@@ -51,52 +51,52 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_batch(given: argparse.Namespace, vocabulary: int) -> Batch:
+def make_batch(args: argparse.Namespace, vocabulary: int) -> Batch:
     """Random tokens, all trained."""
-    shape = (given.steps, given.batch, given.length)
+    shape = (args.steps, args.batch, args.length)
     tokens = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int32)
     segments = positions = None
-    if given.packed:
-        place = np.arange(given.length, dtype=np.int32)
-        each = -(-given.length // 4)
-        segments = np.broadcast_to(place // each + 1, shape)
-        positions = np.broadcast_to(place % each, shape)
+    if args.packed:
+        place = np.arange(args.length, dtype=np.int32)
+        segment_length = -(-args.length // 4)
+        segments = np.broadcast_to(place // segment_length + 1, shape)
+        positions = np.broadcast_to(place % segment_length, shape)
     return Batch(tokens, np.ones(shape, bool), segments, positions)
 
 
 def main() -> None:
     """Compile, run, print."""
-    given = arguments()
+    args = arguments()
     architecture = Architecture(
-        vocabulary=given.vocabulary, layers=given.layers, width=given.width, heads=given.heads,
-        kv_heads=given.kv_heads, head_dim=given.width // given.heads, mlp=given.mlp,
-        context=given.length, tied=not given.untied,
+        vocabulary=args.vocabulary, layers=args.layers, width=args.width, heads=args.heads,
+        kv_heads=args.kv_heads, head_dim=args.width // args.heads, mlp=args.mlp,
+        context=args.length, tied=not args.untied,
     )  # fmt: skip
     spec = AdamW(lr=1e-3)
     optimizer, schedule = build_optimizer(spec, 1000), learning_rate(spec, 1000)
     config = StepConfig(
-        layout=make_layout(given.data, given.fsdp, given.tensor), dtype=DTYPES[given.dtype],
-        micro_batches=given.micro_batches, remat=given.remat, kernel=given.kernel,
-        chunk=given.chunk,
+        layout=make_layout(args.data, args.fsdp, args.tensor), dtype=DTYPES[args.dtype],
+        micro_batches=args.micro_batches, remat=args.remat, kernel=args.kernel,
+        chunk=args.chunk,
     )  # fmt: skip
     state = random_state(architecture, optimizer, config, 0)
-    batch = make_batch(given, architecture.vocabulary)
+    batch = make_batch(args, architecture.vocabulary)
     start = time.perf_counter()
     step = train_step(architecture, optimizer, schedule, config).lower(state, batch).compile()
     compiled = time.perf_counter() - start
     times = []
-    for _ in range(given.calls + 1):
+    for _ in range(args.calls + 1):
         start = time.perf_counter()
         state, metrics = step(state, ReadOnlyState(state.frozen, None), batch)
         jax.block_until_ready(metrics)
         times.append(time.perf_counter() - start)
-    rate = given.steps * given.batch * given.length / statistics.median(times[1:])
+    rate = args.steps * args.batch * args.length / statistics.median(times[1:])
     memory = step.memory_analysis()
     print(json.dumps({
         "parameters": parameter_count(architecture),
         "compile_s": round(compiled, 1),
         "tokens_per_s": round(rate),
-        "model_gflops": round(rate * train_flops(architecture, given.length) / 1e9, 1),
+        "model_gflops": round(rate * train_flops(architecture, args.length) / 1e9, 1),
         "arguments_mib": round(memory.argument_size_in_bytes / MIB, 1),
         "temporaries_mib": round(memory.temp_size_in_bytes / MIB, 1),
         "loss": round(float(metrics.loss[-1]), 4),

@@ -30,8 +30,8 @@ from flax import nnx
 PAD, START = 0, 1
 MIB = 2**20
 
-Given = dict[str, Any]
-Found = dict[str, float]
+Settings = dict[str, Any]
+Measurements = dict[str, float]
 
 
 # How both sides measure.
@@ -57,12 +57,12 @@ class Meter:
         self._wall.append(wall)
         self._cpu.append(cpu)
 
-    def found(self, unit: str, each: float) -> Found:
-        """Rates by the median window, where one has `each` of a unit; and memory in MiB."""
+    def measurements(self, unit: str, amount: float) -> Measurements:
+        """Compute rates of the median window, which has `amount` of a unit, and memory in MiB."""
         peak = resident("VmHWM")
         return {
-            f"{unit}_per_s": each / statistics.median(self._wall),
-            f"{unit}_per_cpu_s": each / statistics.median(self._cpu),
+            f"{unit}_per_s": amount / statistics.median(self._wall),
+            f"{unit}_per_cpu_s": amount / statistics.median(self._cpu),
             "peak_mib": peak,
             "own_mib": peak - self._imported,
         }
@@ -75,10 +75,10 @@ def resident(name: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def random_batches(given: Given, count: int, seed: int = 0) -> np.ndarray:
+def random_batches(settings: Settings, count: int, seed: int = 0) -> np.ndarray:
     """Return random tokens, `[count, batch, length]`."""
-    shape = (count, given["batch"], given["length"])
-    return np.random.default_rng(seed).integers(2, given["vocabulary"], shape, np.int32)
+    shape = (count, settings["batch"], settings["length"])
+    return np.random.default_rng(seed).integers(2, settings["vocabulary"], shape, np.int32)
 
 
 def reward_of(tokens: np.ndarray) -> float:
@@ -86,18 +86,18 @@ def reward_of(tokens: np.ndarray) -> float:
     return float(np.mean(np.asarray(tokens) % 2 == 0))
 
 
-def examples_of(given: Given) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def examples_of(settings: Settings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenised examples: flat ids, flat mask of what is trained, and offsets `[examples + 1]`."""
-    with np.load(given["examples"]) as found:
-        return found["ids"], found["mask"], found["offsets"]
+    with np.load(settings["examples"]) as arrays:
+        return arrays["ids"], arrays["mask"], arrays["offsets"]
 
 
-def report(cases: dict[str, Callable[[Given], Found]]) -> None:
+def report(cases: dict[str, Callable[[Settings], Measurements]]) -> None:
     """Run the case that the command line names and print its figures."""
-    name, settings = sys.argv[1:3]
-    given = json.loads(settings)
+    name, text = sys.argv[1:3]
+    settings = json.loads(text)
     np.random.seed(0)
-    print(json.dumps(cases[name](given)), flush=True)
+    print(json.dumps(cases[name](settings)), flush=True)
 
 
 # What tunix does.
@@ -130,16 +130,17 @@ class IntTokenizer:
         return PAD
 
 
-def make_model(given: Given, seed: int = 0) -> Any:
+def make_model(settings: Settings, seed: int = 0) -> Any:
     """Return tunix's Qwen3 with random parameters; its own initialisation zeroes the MLP."""
     from tunix.models.qwen3 import model as qwen3
 
     config = qwen3.ModelConfig(
-        num_layers=given["layers"], vocab_size=given["vocabulary"], embed_dim=given["width"],
-        hidden_dim=given["mlp"], num_heads=given["heads"], head_dim=given["head_dim"],
-        num_kv_heads=given["kv_heads"], rope_theta=1_000_000, norm_eps=1e-6,
+        num_layers=settings["layers"], vocab_size=settings["vocabulary"],
+        embed_dim=settings["width"],
+        hidden_dim=settings["mlp"], num_heads=settings["heads"], head_dim=settings["head_dim"],
+        num_kv_heads=settings["kv_heads"], rope_theta=1_000_000, norm_eps=1e-6,
         use_tied_embedding=False,
-        remat_config=qwen3.RematConfig[given.get("tunix_remat", "NONE")],
+        remat_config=qwen3.RematConfig[settings.get("tunix_remat", "NONE")],
     )  # fmt: skip
     model = qwen3.Qwen3(config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
@@ -160,21 +161,21 @@ def one_device() -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
 
 
-def make_trainer(given: Given, mesh: jax.sharding.Mesh) -> Any:
+def make_trainer(settings: Settings, mesh: jax.sharding.Mesh) -> Any:
     """Return the library's trainer, which stays open between calls of `train`."""
     from tunix.rl import reshard
     from tunix.sft import peft_trainer, utils
 
-    def model_input(given: Any) -> dict[str, Any]:
-        real = given.input_tokens != PAD
+    def model_input(batch: Any) -> dict[str, Any]:
+        real = batch.input_tokens != PAD
         return {
-            "input_tokens": given.input_tokens,
-            "input_mask": given.input_mask,
+            "input_tokens": batch.input_tokens,
+            "input_mask": batch.input_mask,
             "positions": utils.build_positions_from_mask(real),
             "attention_mask": utils.make_causal_attn_mask(real),
         }
 
-    model = reshard.reshard_model_to_mesh(make_model(given), mesh)
+    model = reshard.reshard_model_to_mesh(make_model(settings), mesh)
     config = peft_trainer.TrainingConfig(eval_every_n_steps=10**9)
     trainer = peft_trainer.PeftTrainer(model, optax.adamw(1e-4), config)
     trainer.is_managed_externally = True
@@ -189,46 +190,46 @@ def inputs(tokens: np.ndarray, masks: np.ndarray | None = None) -> list[Any]:
     return [TrainingInput(input_tokens=a, input_mask=b) for a, b in zip(tokens, masks, strict=True)]
 
 
-def train(given: Given) -> Found:
+def train(settings: Settings) -> Measurements:
     """Train all parameters on full sequences."""
     from tunix.sft import peft_trainer  # noqa: F401  so that the meter starts behind imports
 
-    meter, mesh, steps = Meter(), one_device(), given["steps"]
+    meter, mesh, steps = Meter(), one_device(), settings["steps"]
     with mesh:
-        trainer = make_trainer(given, mesh)
-        trainer.train(inputs(random_batches(given, 2)))
-        for window in range(given["windows"]):
-            data = inputs(random_batches(given, steps, window + 1))
+        trainer = make_trainer(settings, mesh)
+        trainer.train(inputs(random_batches(settings, 2)))
+        for window in range(settings["windows"]):
+            data = inputs(random_batches(settings, steps, window + 1))
             meter.window(lambda data=data: trainer.train(data), steps)
-    found = meter.found("tokens", given["batch"] * given["length"])
-    return {**found, "parameters": parameters(trainer.model)}
+    measurements = meter.measurements("tokens", settings["batch"] * settings["length"])
+    return {**measurements, "parameters": parameters(trainer.model)}
 
 
-def compile_time(given: Given) -> Found:
+def compile_time(settings: Settings) -> Measurements:
     """Time the first step of training for several depths, less a later one."""
-    found: Found = {}
+    measurements: Measurements = {}
     mesh = one_device()
-    for layers in given["depths"]:
+    for layers in settings["depths"]:
         with mesh:
-            trainer = make_trainer({**given, "layers": layers}, mesh)
+            trainer = make_trainer({**settings, "layers": layers}, mesh)
             times = []
-            for batch in inputs(random_batches(given, 3)):
+            for batch in inputs(random_batches(settings, 3)):
                 start = time.perf_counter()
                 trainer.train([batch])
                 times.append(time.perf_counter() - start)
-        found[f"compile_s_{layers}"] = times[0] - times[-1]
-    return found
+        measurements[f"compile_s_{layers}"] = times[0] - times[-1]
+    return measurements
 
 
-def real_lengths(given: Given) -> Found:
+def real_lengths(settings: Settings) -> Measurements:
     """Train on examples of natural lengths, each padded to that of the longest one."""
     from tunix.sft import peft_trainer  # noqa: F401
 
-    meter, mesh, steps, batch = Meter(), one_device(), given["steps"], given["batch"]
-    ids, trained, offsets = examples_of(given)
+    meter, mesh, steps, batch = Meter(), one_device(), settings["steps"], settings["batch"]
+    ids, trained, offsets = examples_of(settings)
     order = np.random.default_rng(0).permutation(len(offsets) - 1)
-    count = 1 + steps * given["windows"]
-    tokens = np.full((count, batch, given["length"]), PAD, np.int32)
+    count = 1 + steps * settings["windows"]
+    tokens = np.full((count, batch, settings["length"]), PAD, np.int32)
     masks = np.zeros_like(tokens)
     useful = np.zeros(count)
     for at, example in enumerate(order[: count * batch]):
@@ -237,19 +238,19 @@ def real_lengths(given: Given) -> Found:
         tokens[place], masks[place] = ids[start:end], trained[start:end]
         useful[at // batch] += end - start
     with mesh:
-        trainer = make_trainer(given, mesh)
+        trainer = make_trainer(settings, mesh)
         trainer.train(inputs(tokens[:1], masks[:1]))
-        for window in range(given["windows"]):
+        for window in range(settings["windows"]):
             part = slice(1 + window * steps, 1 + (window + 1) * steps)
             data = inputs(tokens[part], masks[part])
             meter.window(lambda data=data: trainer.train(data), steps)
     return {
-        **meter.found("useful_tokens", float(useful[1:].mean())),
-        "useful_share": float(useful[1:].mean() / (batch * given["length"])),
+        **meter.measurements("useful_tokens", float(useful[1:].mean())),
+        "useful_share": float(useful[1:].mean() / (batch * settings["length"])),
     }
 
 
-def make_sampler(given: Given) -> tuple[Any, Callable[[int], list[str]]]:
+def make_sampler(settings: Settings) -> tuple[Any, Callable[[int], list[str]]]:
     """Return the library's sampler, and what makes its prompts from a seed."""
     from tunix.generate import sampler
 
@@ -258,71 +259,73 @@ def make_sampler(given: Given) -> tuple[Any, Callable[[int], list[str]]]:
 
         def _sample(self, logits: Any, eos: Any, cache: Any, sampler_state: Any) -> Any:
             state = super()._sample(logits, eos, cache, sampler_state)
-            if "short" not in given:
+            if "short" not in settings:
                 return state
-            drawn = state.decoding_step + 1 - given["prompt"]
+            drawn = state.decoding_step + 1 - settings["prompt"]
             odd = jax.numpy.arange(state.done.shape[0]) % 2 == 1
             return sampler.dataclasses.replace(
-                state, done=state.done | (odd & (drawn >= given["short"]))
+                state, done=state.done | (odd & (drawn >= settings["short"]))
             )
 
     made = Skewed(
-        make_model(given),
-        IntTokenizer(given["vocabulary"]),
+        make_model(settings),
+        IntTokenizer(settings["vocabulary"]),
         sampler.CacheConfig(
-            cache_size=given["prompt"] + given["tokens"], num_layers=given["layers"],
-            num_kv_heads=given["kv_heads"], head_dim=given["head_dim"],
+            cache_size=settings["prompt"] + settings["tokens"], num_layers=settings["layers"],
+            num_kv_heads=settings["kv_heads"], head_dim=settings["head_dim"],
         ),
     )  # fmt: skip
 
     def prompts(seed: int) -> list[str]:
-        shape = (given["prompts"], given["prompt"] - 1)  # the start token goes before them
-        rows = np.random.default_rng(seed).integers(2, given["vocabulary"], shape)
+        shape = (settings["prompts"], settings["prompt"] - 1)  # the start token goes before them
+        rows = np.random.default_rng(seed).integers(2, settings["vocabulary"], shape)
         return [" ".join(map(str, row)) for row in rows]
 
     return made, prompts
 
 
-def sample(given: Given) -> Found:
+def sample(settings: Settings) -> Measurements:
     """Sample all prompts in calls of as many completions as there are slots."""
     from tunix.generate import sampler  # noqa: F401
 
     meter = Meter()
-    sampler_, prompts = make_sampler(given)
-    group, slots = given.get("group", 1), given["slots"]
-    settings = {}
-    if given["temperature"]:
-        settings = {"temperature": given["temperature"], "top_p": given["top_p"] or 1.0}
+    sampler_, prompts = make_sampler(settings)
+    group, slots = settings.get("group", 1), settings["slots"]
+    sampling = {}
+    if settings["temperature"]:
+        sampling = {"temperature": settings["temperature"], "top_p": settings["top_p"] or 1.0}
 
     def call(seed: int) -> None:
-        rows = [each for each in prompts(seed) for _ in range(group)]
+        rows = [prompt for prompt in prompts(seed) for _ in range(group)]
         for start in range(0, len(rows), slots):
             out = sampler_(
                 rows[start : start + slots],
-                max_generation_steps=given["tokens"],
-                max_prompt_length=given["prompt"],
+                max_generation_steps=settings["tokens"],
+                max_prompt_length=settings["prompt"],
                 seed=seed,
-                **settings,
+                **sampling,
             )
-            assert all(len(each) == given["tokens"] for each in out.tokens)
+            assert all(len(tokens) == settings["tokens"] for tokens in out.tokens)
 
     call(0)
     call(1)
-    for window in range(given["windows"]):
+    for window in range(settings["windows"]):
         meter.window(lambda seed=window + 2: call(seed))
-    completions = given["prompts"] * group
-    unit, each = ("completions", 1) if "short" in given else ("tokens", given["tokens"])
-    return meter.found(unit, completions * each)
+    completions = settings["prompts"] * group
+    unit, per_completion = (
+        ("completions", 1) if "short" in settings else ("tokens", settings["tokens"])
+    )
+    return meter.measurements(unit, completions * per_completion)
 
 
-def grpo(given: Given) -> Found:
+def grpo(settings: Settings) -> Measurements:
     """Sample, score by the reference, reward, update."""
     from tunix.rl import reshard, rl_cluster
     from tunix.rl.grpo import grpo_learner
     from tunix.rl.rollout import base_rollout
 
     meter, mesh, role = Meter(), one_device(), rl_cluster.Role
-    total = 3 + given["steps"]
+    total = 3 + settings["steps"]
     rng = np.random.default_rng(0)
 
     def rewards(prompts: Any, completions: list[str], **_: Any) -> list[float]:
@@ -332,16 +335,16 @@ def grpo(given: Given) -> Found:
     marks: list[tuple[float, float]] = []
 
     def steps() -> Any:
-        shape = (given["prompts"], given["prompt"] - 1)
+        shape = (settings["prompts"], settings["prompt"] - 1)
         for _ in range(total):
-            rows = rng.integers(2, given["vocabulary"], shape)
+            rows = rng.integers(2, settings["vocabulary"], shape)
             marks.append((time.perf_counter(), time.process_time()))
             yield {"prompts": np.array([" ".join(map(str, row)) for row in rows])}
 
     cluster = rl_cluster.RLCluster(
-        actor=reshard.reshard_model_to_mesh(make_model(given), mesh),
-        reference=reshard.reshard_model_to_mesh(make_model(given), mesh),
-        tokenizer=IntTokenizer(given["vocabulary"]),
+        actor=reshard.reshard_model_to_mesh(make_model(settings), mesh),
+        reference=reshard.reshard_model_to_mesh(make_model(settings), mesh),
+        tokenizer=IntTokenizer(settings["vocabulary"]),
         cluster_config=rl_cluster.ClusterConfig(
             role_to_mesh={role.ACTOR: mesh, role.REFERENCE: mesh, role.ROLLOUT: mesh},
             rollout_engine="vanilla",
@@ -350,17 +353,17 @@ def grpo(given: Given) -> Found:
                 actor_optimizer=optax.adamw(1e-5), eval_every_n_steps=10**9, max_steps=total
             ),
             rollout_config=base_rollout.RolloutConfig(
-                max_tokens_to_generate=given["tokens"],
-                max_prompt_length=given["prompt"],
-                kv_cache_size=given["prompt"] + given["tokens"],
-                temperature=given["temperature"],
+                max_tokens_to_generate=settings["tokens"],
+                max_prompt_length=settings["prompt"],
+                kv_cache_size=settings["prompt"] + settings["tokens"],
+                temperature=settings["temperature"],
                 top_p=1.0,
                 top_k=None,
             ),
         ),
     )
     config = grpo_learner.GRPOConfig(
-        num_generations=given["group"], num_iterations=1, beta=given["beta"], epsilon=0.2
+        num_generations=settings["group"], num_iterations=1, beta=settings["beta"], epsilon=0.2
     )
     learner = grpo_learner.GRPOLearner(cluster, config, rewards)
     with mesh:
@@ -368,7 +371,7 @@ def grpo(given: Given) -> Found:
     # The batch is asked for once before the first step and then at the start of each.
     for (wall, cpu), (next_wall, next_cpu) in pairwise(marks[2:]):
         meter.add(next_wall - wall, next_cpu - cpu)
-    return {**meter.found("steps", 1), "parameters": parameters(cluster.actor_trainer.model)}
+    return {**meter.measurements("steps", 1), "parameters": parameters(cluster.actor_trainer.model)}
 
 
 CASES = {

@@ -13,12 +13,11 @@ from tests.type_checks import check
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    # Programs run for milliseconds here: to compile them without LLVM's passes takes half the time.
+    # Programs run for milliseconds here; without LLVM's passes they compile in half the time.
     " --xla_backend_optimization_level=0"
 )
-# A collective holds its thread until all devices have come to it, and XLA makes only a thread a
-# core: eight devices on two cores wait for each other for ever as soon as two collectives are
-# independent.
+# A collective blocks a thread until every device has reached it, and XLA starts one thread for each
+# core: on two cores, eight devices with two independent collectives would wait for ever.
 os.environ.setdefault("PJRT_NPROC", "64")
 _CACHE = Path(__file__).parent.parent / ".pytest_cache" / "xla"
 os.environ["JAX_CPU_ENABLE_ASYNC_DISPATCH"] = "false"
@@ -43,5 +42,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def bless(request: pytest.FixtureRequest) -> bool:
-    """Whether expected outputs are to be rewritten."""
+    """Whether to rewrite expected outputs."""
     return bool(request.config.getoption("--bless"))

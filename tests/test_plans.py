@@ -1,6 +1,4 @@
-"""Plans for hardware that is not here, as a person reads them: `tests/plans`, rewritten by
-`--bless`.
-"""
+"""Plans for hardware that is not here against the snapshots of `tests/plans`."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_ui import expect
+from tests.test_ui import assert_output
 from tunelang.dsl.check import check_file
 from tunelang.runtime.commands import plan_text
 from tunelang.runtime.planning.prepare import prepare
@@ -43,22 +41,27 @@ stage preferred : dpo { from = m, data = pairs, batch = 64 sequences, length = 1
 """
 
 
-def made(stages: str, **words: str) -> str:
+def spec_text(stages: str, **words: str) -> str:
+    """Write a spec of a preset, hardware and stages."""
     return HEAD.format(**words) + stages
 
 
 PLANS = {
-    "llama-70b-grpo-v5p": made(
+    "llama-70b-grpo-v5p": spec_text(
         POLICY, preset="llama-3.1-70b", context="4096", hardware='tpu { topology = "v5p:8x8x8" }'
     ),
-    "llama-70b-grpo-h200": made(POLICY, preset="llama-3.1-70b", context="4096", hardware=NODES),
-    "long-context-h200": made(LONG, preset="llama-3.1-8b", context="128Ki", hardware=SMALL),
-    "dpo-pinned-h200": made(PREFERENCES, preset="llama-3.1-8b", context="4096", hardware=SMALL),
+    "llama-70b-grpo-h200": spec_text(
+        POLICY, preset="llama-3.1-70b", context="4096", hardware=NODES
+    ),
+    "long-context-h200": spec_text(LONG, preset="llama-3.1-8b", context="128Ki", hardware=SMALL),
+    "dpo-pinned-h200": spec_text(
+        PREFERENCES, preset="llama-3.1-8b", context="4096", hardware=SMALL
+    ),
 }
 
 
 @pytest.mark.parametrize("name", [*PLANS, "gemma-three-sessions-v5e"])
-def test_plan(name: str, tmp_path: Path, bless: bool) -> None:
+def test_plan_text_matches_the_snapshot(name: str, tmp_path: Path, bless: bool) -> None:
     sets: list[str] = []
     spec = tmp_path / "spec.tune"
     if name in PLANS:
@@ -73,9 +76,9 @@ def test_plan(name: str, tmp_path: Path, bless: bool) -> None:
     program = check_file(spec, sets).program
     assert program is not None
     prepared = prepare(program, Store(tmp_path / "store"))
-    shown = plan_text.show(prepared, verbose=True, width=100)
-    text = re.sub(r"fingerprint [0-9a-f]{32}", "fingerprint ...", shown)
-    expect(Path(__file__).parent / "plans" / f"{name}.txt", text, bless)
+    output = plan_text.show(prepared, verbose=True, width=100)
+    text = re.sub(r"fingerprint [0-9a-f]{32}", "fingerprint ...", output)
+    assert_output(Path(__file__).parent / "plans" / f"{name}.txt", text, bless)
     narrow = plan_text.show(prepared, width=60)
-    assert max(map(len, shown.splitlines())) <= 100
-    assert max(map(len, narrow.splitlines()[:-1])) <= 60  # the last line sums up
+    assert max(map(len, output.splitlines())) <= 100
+    assert max(map(len, narrow.splitlines()[:-1])) <= 60  # the last line is a summary

@@ -1,4 +1,4 @@
-"""Specs with exactly what `tune` says about them: see `tests/ui/README.md`."""
+"""Diagnostics, formatted and resolved texts of specs against the snapshots of `tests/ui`."""
 
 from __future__ import annotations
 
@@ -20,60 +20,59 @@ RUN = UI / "run"
 """Specs that fail when they are planned or run: see `tests/test_run_failures.py`."""
 CASES = sorted(p for p in UI.rglob("*.tune") if not {WORKSPACE, RUN} & set(p.parents))
 WITHOUT_CASE = {"missing-package", "stage-fails"}
-"""Codes that no spec alone can bring about: a package that is not installed, and a fault of the
-program.
-"""
+"""Codes that no spec alone can cause: a package that is not installed, a fault of the program."""
 
 
-def spec(path: Path) -> Source:
-    """A case, as if it stood in the workspace."""
+def read_case(path: Path) -> Source:
+    """Read a case as if it were a file of the workspace."""
     return Source(path.name, path.read_text("utf-8"), WORKSPACE)
 
 
-def checked(path: Path) -> Checked:
-    source = spec(path)
+def check_case(path: Path) -> Checked:
+    """Check a case with the overrides that it names."""
+    source = read_case(path)
     sets = re.findall(r"^# args: --set (.*)$", source.text, re.MULTILINE)
     return check(source, sets)
 
 
-def expect(path: Path, actual: str, bless: bool) -> None:
-    """Compare with the file beside the spec, or rewrite it."""
+def assert_output(path: Path, actual: str, bless: bool) -> None:
+    """Compare with the snapshot, or rewrite it."""
     if bless:
         path.write_text(actual, "utf-8") if actual else path.unlink(missing_ok=True)
     expected = path.read_text("utf-8") if path.exists() else ""
     assert actual == expected, f"{path.name} differs: run with --bless and read the difference"
 
 
-def marks(text: str) -> list[tuple[int, str, str]]:
-    """The marks of a spec: line (from 1), severity, code."""
-    found = []
+def marked_diagnostics(text: str) -> list[tuple[int, str, str]]:
+    """List the marks of a spec: line (from 1), severity, code."""
+    marks = []
     for number, line in enumerate(text.splitlines(), 1):
         for match in re.finditer(r"#~(\^*) (error|warning)\[([a-z-]+)\]", line):
-            found.append((number - len(match.group(1)), match.group(2), match.group(3)))
-    return sorted(found)
+            marks.append((number - len(match.group(1)), match.group(2), match.group(3)))
+    return sorted(marks)
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: str(p.relative_to(UI).with_suffix("")))
-def test_output(path: Path, bless: bool) -> None:
-    result = checked(path)
-    text = spec(path).text
-    expect(path.with_suffix(".stderr"), render.text(result.diagnostics), bless)
+def test_output_matches_the_snapshot(path: Path, bless: bool) -> None:
+    result = check_case(path)
+    text = read_case(path).text
+    assert_output(path.with_suffix(".stderr"), render.text(result.diagnostics), bless)
     if "fmt" in path.parts:
-        formatted, diagnostics = format_source(spec(path))
+        formatted, diagnostics = format_source(read_case(path))
         assert formatted is not None, diagnostics
-        expect(path.with_suffix(".fmt"), formatted, bless)
+        assert_output(path.with_suffix(".fmt"), formatted, bless)
         again, _ = format_source(Source(path.name, formatted, WORKSPACE))
         assert again == formatted
     if "show" in path.parts:
         assert result.program is not None
-        expect(path.with_suffix(".show"), show(result.program), bless)
+        assert_output(path.with_suffix(".show"), show(result.program), bless)
     local = [d for d in result.diagnostics if d.where.span.source.name == path.name]
     lines = [d.where.span.source.position(d.where.span.start)[0] + 1 for d in local]
     reported = sorted((n, d.severity, d.code) for n, d in zip(lines, local, strict=True))
-    assert reported == marks(text)
+    assert reported == marked_diagnostics(text)
 
 
-def test_enough_cases_and_one_for_each_code() -> None:
+def test_every_code_has_a_case() -> None:
     assert len(CASES) >= 60
     shown = "".join(p.read_text("utf-8") for p in UI.rglob("*.stderr"))
     missing = {name for name in codes() if f"[{name}]" not in shown}
@@ -89,7 +88,7 @@ def test_output_fits_a_terminal(path: Path) -> None:
             assert not line.endswith(".")
 
 
-def test_no_expected_output_without_its_spec() -> None:
+def test_every_snapshot_has_its_spec() -> None:
     for path in UI.rglob("*"):
         if path.suffix in (".stderr", ".fmt", ".show"):
             assert path.with_suffix(".tune").exists(), path

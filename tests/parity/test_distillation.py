@@ -22,8 +22,8 @@ BATCH, LENGTH, WIDTH, TEACHER_WIDTH, VOCAB = 3, 7, 6, 4, 29
     ("kind", "beta"),
     [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jensen_shannon", 0.5), ("jensen_shannon", 0.1)],
 )
-def test_divergence_is_trls(kind, beta, temperature):
-    """TRL's loss has no `T²`: the parts' divergence is its value, the total `T²` times it."""
+def test_divergence_and_gradients_equal_trl(kind, beta, temperature):
+    """TRL's loss lacks the factor `T²` of ours."""
     from trl.experimental.gkd import GKDTrainer
 
     random = np.random.default_rng(0)
@@ -54,5 +54,5 @@ def test_divergence_is_trls(kind, beta, temperature):
     )(*map(jnp.float32, arrays[:2]))  # fmt: skip
     np.testing.assert_allclose(parts.divergence, loss.detach(), rtol=1e-5)
     np.testing.assert_allclose(total, temperature**2 * loss.detach(), rtol=1e-5)
-    for found, expected in zip(gradients, (hidden.grad, head.grad), strict=True):
-        np.testing.assert_allclose(found, temperature**2 * expected, rtol=2e-5, atol=2e-5)
+    for gradient, expected in zip(gradients, (hidden.grad, head.grad), strict=True):
+        np.testing.assert_allclose(gradient, temperature**2 * expected, rtol=2e-5, atol=2e-5)

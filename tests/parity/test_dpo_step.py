@@ -1,6 +1,4 @@
-"""Whole steps of DPO against TRL 1.16: loss, metrics, gradient norm and the updated weights of the
-same small random Llama on the same pairs, however they are laid out.
-"""
+"""Steps of DPO against TRL 1.16: loss, metrics, gradient norm and weights of a small Llama."""
 
 from __future__ import annotations
 
@@ -13,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from tests.parity.test_transformers import made
-from tests.parity.test_trl import preference, trainer
+from tests.parity.test_transformers import save_model
+from tests.parity.test_trl import preference_stage, trl_trainer
 from tunelang.compiler.models.architecture import Architecture
 from tunelang.compiler.models.families import architecture_of
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Optimizer, Sgd
@@ -36,9 +34,10 @@ trl = pytest.importorskip("trl", minversion="1.16")
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
 STEPS, PAIRS, LENGTH = 2, 6, 40
-STAGE = preference(beta=0.3)
+STAGE = preference_stage(beta=0.3)
 OPTIMIZERS: dict[str, Optimizer] = {
-    # Clips at each step. The large epsilon keeps differences of rounding small, see `test_train`.
+    # Clips at each step. The large epsilon keeps differences of rounding small, see
+    # `tests/runtime/training_helpers.py`.
     "adamw": AdamW(lr=1e-2, b2=0.99, eps=1e-3, weight_decay=0.1, clip_norm=1.0),
     "sgd": Sgd(lr=1e-2, momentum=0.9, clip_norm=None),
 }
@@ -56,6 +55,8 @@ Pair = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Case:
+    """A way to lay pairs out and to train on them."""
+
     optimizer: str = "adamw"
     rows: tuple[int, ...] = (1,) * PAIRS
     """Pairs of each sequence."""
@@ -64,19 +65,19 @@ class Case:
     mesh: dict[str, int] = field(default_factory=dict)
 
 
-PACKED = (2, 1, 2, 1)
+PACKED_ROWS = (2, 1, 2, 1)
 CASES = {
     "a pair a row": Case(),
     "sgd, live": Case("sgd", live=True),
-    "packed": Case(rows=PACKED),
-    "packed, live, micro-batches": Case(rows=PACKED, live=True, micro_batches=2),
-    "packed, mesh": Case("sgd", PACKED, mesh={"fsdp": 2, "tensor": 2}),
+    "packed": Case(rows=PACKED_ROWS),
+    "packed, live, micro-batches": Case(rows=PACKED_ROWS, live=True, micro_batches=2),
+    "packed, mesh": Case("sgd", PACKED_ROWS, mesh={"fsdp": 2, "tensor": 2}),
 }
 
 
 @pytest.fixture(scope="module")
 def steps() -> list[list[Pair]]:
-    """The pairs of each step; no two answers have to be of one length."""
+    """Random pairs for each step, of various lengths."""
     random = np.random.default_rng(3)
 
     def ids(low: int, high: int) -> list[int]:
@@ -92,8 +93,8 @@ def steps() -> list[list[Pair]]:
 
 
 @dataclass(frozen=True)
-class Both:
-    """A policy and a reference near it: PyTorch's models, and what `load` makes of their files."""
+class PolicyAndReference:
+    """A policy and a reference near it, as models of torch and as our parameters."""
 
     config: dict[str, Any]
     architecture: Architecture
@@ -103,9 +104,10 @@ class Both:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
+def models(tmp_path_factory: pytest.TempPathFactory) -> PolicyAndReference:
+    """A random Llama, and the same with noise."""
     folders = [tmp_path_factory.mktemp(name) for name in ("policy", "reference")]
-    _, _, model = made("llama 3", folders[0])
+    _, _, model = save_model("llama 3", folders[0])
     reference = deepcopy(model)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -117,27 +119,27 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     policy, other = (
         jax.device_get(pretrained.load(folder, architecture, make_layout())) for folder in folders
     )
-    return Both(config, architecture, (model, reference), (policy, other))
+    return PolicyAndReference(config, architecture, (model, reference), (policy, other))
 
 
 @pytest.fixture(scope="module")
-def taught(both, steps) -> dict[str, tuple[dict[str, list[float]], dict[str, np.ndarray]]]:
-    """What TRL makes of them: a row of metrics, and weights, by each optimizer."""
+def trl_runs(models, steps) -> dict[str, tuple[dict[str, list[float]], dict[str, np.ndarray]]]:
+    """Metrics by step and updated weights of TRL's runs, for each optimizer."""
     from trl.trainer.dpo_trainer import DataCollatorForPreference
     from trl.trainer.utils import add_fused_lm_head
 
-    collate, found = DataCollatorForPreference(pad_token_id=0), {}
+    collate, runs = DataCollatorForPreference(pad_token_id=0), {}
     for name, spec in OPTIMIZERS.items():
-        model, reference = (deepcopy(each) for each in both.theirs)
+        model, reference = (deepcopy(original) for original in models.theirs)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
         add_fused_lm_head(reference)
-        dpo = trainer(
+        dpo = trl_trainer(
             trl.DPOTrainer, model=model.train(), ref_model=reference, beta=STAGE.beta,
             loss_types=["sigmoid"], loss_weights=[1.0], ld_alpha=None, label_smoothing=0.0,
             f_divergence_type="reverse_kl", use_weighting=False, precompute_ref_logps=False,
             args=SimpleNamespace(gradient_checkpointing_kwargs=None),
         )  # fmt: skip
-        update = optimizer_of(spec, model)
+        update = torch_optimizer(spec, model)
         row: dict[str, list[float]] = {"loss": [], "grad_norm": []}
         for pairs in steps:
             update.zero_grad()
@@ -149,51 +151,58 @@ def taught(both, steps) -> dict[str, tuple[dict[str, list[float]], dict[str, np.
             update.step()
         logged = dpo._metrics["train"]
         row |= {ours: logged[theirs] for ours, theirs in METRICS.items()}
-        found[name] = row, {n: p.detach().numpy() for n, p in model.named_parameters()}
-    return found
+        runs[name] = row, {n: p.detach().numpy() for n, p in model.named_parameters()}
+    return runs
 
 
-def optimizer_of(spec: Optimizer, model: Any) -> Any:
+def torch_optimizer(spec: Optimizer, model: Any) -> Any:
+    """Make the optimizer of torch that a spec describes."""
     if isinstance(spec, Sgd):
         return torch.optim.SGD(model.parameters(), spec.lr, spec.momentum)
     assert isinstance(spec, AdamW)
-    matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) is of] for of in (True, False))
-    groups = [{"params": matrices}, {"params": rest, "weight_decay": 0.0}]
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) is is_matrix] for is_matrix in (True, False)
+    )
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         groups, spec.lr, (spec.b1, spec.b2), spec.eps, weight_decay=spec.weight_decay
     )
 
 
-def batch_of(steps: list[list[Pair]], rows: tuple[int, ...]) -> Batch:
+def pack_pairs(steps: list[list[Pair]], rows: tuple[int, ...]) -> Batch:
     """Lay pairs out in sequences, the chosen answer of each before the rejected one."""
     shape = (len(steps), len(rows), LENGTH)
     tokens, segments, positions = (np.zeros(shape, np.int32) for _ in range(3))
     trained = np.zeros(shape, bool)
     for step, pairs in enumerate(steps):
-        rest = iter(pairs)
+        remaining = iter(pairs)
         for row, count in enumerate(rows):
-            own = [next(rest) for _ in range(count)]
-            pieces = [(p["prompt_ids"], p[n]) for p in own for n in ("chosen_ids", "rejected_ids")]
-            at = 0
-            for number, (prompt, answer) in enumerate(pieces, 1):
-                end = at + len(prompt) + len(answer)
-                tokens[step, row, at:end] = prompt + answer
-                trained[step, row, at + len(prompt) : end] = True
-                segments[step, row, at:end] = number
-                positions[step, row, at:end] = np.arange(end - at)
-                at = end
+            of_row = [next(remaining) for _ in range(count)]
+            segments_of_row = [
+                (p["prompt_ids"], p[n]) for p in of_row for n in ("chosen_ids", "rejected_ids")
+            ]
+            start = 0
+            for number, (prompt, answer) in enumerate(segments_of_row, 1):
+                end = start + len(prompt) + len(answer)
+                tokens[step, row, start:end] = prompt + answer
+                trained[step, row, start + len(prompt) : end] = True
+                segments[step, row, start:end] = number
+                positions[step, row, start:end] = np.arange(end - start)
+                start = end
     return Batch(tokens, trained, segments, positions)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_steps_are_trls(name, both, steps, taught):
-    case, architecture = CASES[name], both.architecture
-    expected, updated = taught[case.optimizer]
+def test_dpo_steps_equal_trl(name, models, steps, trl_runs):
+    case, architecture = CASES[name], models.architecture
+    expected, updated = trl_runs[case.optimizer]
     layout = make_layout(**case.mesh)
     config = StepConfig(layout=layout, micro_batches=case.micro_batches, chunk=16)
     count = 2 * max(case.rows)
-    params, reference = (jax.device_put(each, shardings(each, layout)) for each in both.ours)
-    batch = batch_of(steps, case.rows)
+    params, reference = (
+        jax.device_put(weights, shardings(weights, layout)) for weights in models.ours
+    )
+    batch = pack_pairs(steps, case.rows)
     spec = OPTIMIZERS[case.optimizer]
     optimizer = build_optimizer(spec, STEPS)
     state = initial_state(architecture, params, optimizer, config)
@@ -205,25 +214,25 @@ def test_steps_are_trls(name, both, steps, taught):
         assert tokens.sum() == batch.trained.sum()
     objective = PairObjective(STAGE, count, Auxiliary(architecture, case.live))
     step = train_step(architecture, optimizer, learning_rate(spec, STEPS), config, objective)
-    state, found = step(state, batch)
+    state, metrics = step(state, batch)
 
-    np.testing.assert_allclose(found.loss, expected["loss"], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(found.grad_norm, expected["grad_norm"], rtol=1e-4)
+    np.testing.assert_allclose(metrics.loss, expected["loss"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(metrics.grad_norm, expected["grad_norm"], rtol=1e-4)
     for ours in METRICS:
         np.testing.assert_allclose(
-            found.more[ours], expected[ours], rtol=1e-5, atol=1e-4, err_msg=ours
+            metrics.more[ours], expected[ours], rtol=1e-5, atol=1e-4, err_msg=ours
         )
-    after = dict(tensors(jax.device_get(state.params), both.config))
+    after = dict(tensors(jax.device_get(state.params), models.config))
     assert after.keys() == updated.keys()
     for tensor, array in after.items():
         np.testing.assert_allclose(array, updated[tensor], rtol=0, atol=1e-5, err_msg=tensor)
 
 
-def test_the_steps_are_no_trifle(both, taught):
+def test_dpo_steps_change_weights_and_clip_gradients(models, trl_runs):
     """Losses are away from saturation, gradients are clipped, weights move."""
-    for name, (row, updated) in taught.items():
+    for name, (row, updated) in trl_runs.items():
         assert all(0.05 < loss < 3 for loss in row["loss"])
         assert all(0 < share < 1 for share in row["accuracy"])
         assert name == "sgd" or min(row["grad_norm"]) > 1.0
-        for tensor, array in both.theirs[0].named_parameters():
+        for tensor, array in models.theirs[0].named_parameters():
             assert np.abs(updated[tensor] - array.detach().numpy()).max() > 1e-4, tensor

@@ -1,4 +1,4 @@
-"""Adapters against PEFT: logits and gradients of the same random adapter, written by `export`."""
+"""Logits and gradients of an exported random adapter against PEFT."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.parity.test_transformers import saved
+from tests.parity.test_transformers import save_random_model
 from tunelang.compiler.models.adapters import adapted
 from tunelang.compiler.models.families import architecture_of
 from tunelang.dsl.vocabulary.training import Dora, Lora
@@ -45,23 +45,27 @@ ADAPTERS: dict[str, tuple[str, Lora]] = {
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapter_logits_and_gradients_equal_peft(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case, lora = ADAPTERS[name]
     base, out = tmp_path / "base", tmp_path / "adapter"
-    tokens, _ = saved(case, base)
+    tokens, _ = save_random_model(case, base)
     config = read_config(base)
     plain = architecture_of(config)
     architecture = adapted(plain, (lora,), "f32")
     layout = make_layout()
-    held = pretrained.load(base, plain, layout)
+    base_params = pretrained.load(base, plain, layout)
     model = Model("m", plain, Renderer(Bytes(), chat_template(None)), jnp.float32, "f32", base)
     # Random in both halves, or half of the gradients would be zero.
-    params = initial_weights._begun(held, architecture, layout, jnp.float32, 5)
-    own, frozen = split_trainable(architecture, params)
+    params = initial_weights._begun(base_params, architecture, layout, jnp.float32, 5)
+    adapter_params, frozen = split_trainable(architecture, params)
     keys = iter(jax.random.split(jax.random.key(1), 99))
-    own = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), own)
+    adapter_params = jax.tree.map(
+        lambda a: a + 0.1 * jax.random.normal(next(keys), a.shape), adapter_params
+    )
 
-    monkeypatch.setattr(exporting, "load_params", lambda *_: own)
+    monkeypatch.setattr(exporting, "load_params", lambda *_: adapter_params)
     origin = initial_weights.Origin("m", None, ((lora, tmp_path),))
     exporting.export_model(origin, Export.unvalidated(adapter="apart"), model, layout, out, "x")
 
@@ -74,41 +78,43 @@ def test_logits_and_gradients(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     result.loss.backward()
 
     graph, _ = abstract_decoder(architecture, jnp.float32)
-    decoder = nnx.merge(graph, merge_params(own, frozen))
+    decoder = nnx.merge(graph, merge_params(adapter_params, frozen))
     logits = decoder.logits(decoder(jnp.asarray(tokens))[0])
     np.testing.assert_allclose(logits, result.logits.detach().numpy(), atol=1e-4)
 
     batch = Batch(jnp.asarray(tokens, jnp.int32), jnp.ones(tokens.shape, bool))
     count = tokens.shape[0] * (tokens.shape[1] - 1)
 
-    def loss(own: Any) -> jax.Array:
-        decoder = nnx.merge(graph, merge_params(own, frozen))
+    def loss(adapter_params: Any) -> jax.Array:
+        decoder = nnx.merge(graph, merge_params(adapter_params, frozen))
         return summed_loss(decoder, batch, None, StepConfig(layout=layout, chunk=8)) / count
 
-    value, gradient = jax.value_and_grad(loss)(own)
+    value, gradient = jax.value_and_grad(loss)(adapter_params)
     assert abs(float(value) - float(result.loss)) < 1e-5
     expected = {
         n.replace(".default", "").replace(".weight", ""): p.grad.numpy()
         for n, p in theirs.named_parameters() if p.grad is not None
     }  # fmt: skip
-    found = {
+    gradients = {
         f"base_model.model.{module}.{part}".replace(".weight", ""): array
         for module, part, array in adapter_tensors(gradient, config)
     }
-    assert found.keys() == expected.keys()
-    for key, array in found.items():
+    assert gradients.keys() == expected.keys()
+    for key, array in gradients.items():
         scale = max(1.0, np.abs(expected[key]).max())
         np.testing.assert_allclose(array / scale, expected[key] / scale, atol=1e-4, err_msg=key)
 
     # Merged, they are the same function.
     merged = initial_weights.merge_adapters(
-        merge_params(own, frozen), architecture, layout, jnp.float32
+        merge_params(adapter_params, frozen), architecture, layout, jnp.float32
     )
-    one = nnx.merge(abstract_decoder(replace(plain), jnp.float32)[0], merged)
-    np.testing.assert_allclose(one.logits(one(jnp.asarray(tokens))), logits, atol=2e-4)
+    merged_decoder = nnx.merge(abstract_decoder(replace(plain), jnp.float32)[0], merged)
+    np.testing.assert_allclose(
+        merged_decoder.logits(merged_decoder(jnp.asarray(tokens))), logits, atol=2e-4
+    )
 
 
-def test_what_cannot_be_apart(tmp_path: Path) -> None:
+def test_export_apart_without_one_adapter_is_an_error(tmp_path: Path) -> None:
     model: Any = SimpleNamespace(folder=tmp_path)
     lora = Lora()
     for origin in (

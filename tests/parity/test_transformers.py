@@ -1,4 +1,4 @@
-"""Logits, weights in and out against `transformers`, on small random models that it saves."""
+"""Logits, gradients and written weights against `transformers`, on small random models of its."""
 
 from __future__ import annotations
 
@@ -124,17 +124,17 @@ FAMILY = (
     "llama 3", "mistral", "qwen 2", "qwen 3", "qwen 3 moe", "olmo 2", "phi 3", "gemma", "gemma 2",
     "gemma 3",
 )  # fmt: skip
-"""One configuration of each."""
+"""One configuration of each family."""
 
 
-def saved(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Save a random model; returns tokens and its logits of them."""
-    tokens, logits, _ = made(case, folder)
+def save_random_model(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Save a random model; returns tokens and their logits."""
+    tokens, logits, _ = save_model(case, folder)
     return tokens, logits
 
 
-def made(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray, Any]:
-    """`saved`, and the model itself."""
+def save_model(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Save a random model; returns tokens, their logits and the model."""
     name, settings = CASES[case]
     torch.manual_seed(0)
     config = getattr(transformers, name)(**settings)
@@ -154,28 +154,30 @@ def made(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_weights(case: str, tmp_path: Path) -> None:
-    tokens, expected = saved(case, tmp_path)
+def test_logits_and_written_weights_equal_transformers(case: str, tmp_path: Path) -> None:
+    tokens, expected = save_random_model(case, tmp_path)
     config = read_config(tmp_path)
     architecture = architecture_of(config)
     params = pretrained.load(tmp_path, architecture, make_layout())
     graph, _ = abstract_decoder(architecture, jnp.float32)
     decoder = nnx.merge(graph, params)
-    found = decoder.logits(decoder(jnp.asarray(tokens))[0])
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    actual = decoder.logits(decoder(jnp.asarray(tokens))[0])
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
-    back = tmp_path / "back"
-    back.mkdir()
-    (back / "config.json").write_text(json.dumps(config))
-    save_file(dict(tensors(params, config)), back / "model.safetensors")
-    again = transformers.AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager")
+    written = tmp_path / "back"
+    written.mkdir()
+    (written / "config.json").write_text(json.dumps(config))
+    save_file(dict(tensors(params, config)), written / "model.safetensors")
+    reloaded = transformers.AutoModelForCausalLM.from_pretrained(
+        written, attn_implementation="eager"
+    )
     with torch.no_grad():
-        logits = again.float()(input_ids=torch.tensor(tokens)).logits.numpy()
+        logits = reloaded.float()(input_ids=torch.tensor(tokens)).logits.numpy()
     np.testing.assert_array_equal(logits, expected)
 
 
-def opened(folder: Path, dtype: Any = jnp.float32) -> tuple[Decoder, Any, Any]:
-    """The decoder of a folder, its graph and its parameters."""
+def open_decoder(folder: Path, dtype: Any = jnp.float32) -> tuple[Decoder, Any, Any]:
+    """Load the decoder of a folder; returns it, its graph and its parameters."""
     architecture = architecture_of(read_config(folder))
     params = pretrained.load(folder, architecture, make_layout())
     graph, _ = abstract_decoder(architecture, dtype)
@@ -183,11 +185,13 @@ def opened(folder: Path, dtype: Any = jnp.float32) -> tuple[Decoder, Any, Any]:
 
 
 @pytest.mark.parametrize("case", FAMILY)
-def test_padded_packed_and_cached(case: str, tmp_path: Path) -> None:
-    """Rows of other lengths, several in a row, and token by token: the logits of whole rows."""
-    tokens, expected, theirs = made(case, tmp_path)
-    decoder, graph, params = opened(tmp_path)
-    run = nnx.jit(lambda d, *given: d.logits(d(given[0], segments=given[1], positions=given[2])))
+def test_padded_packed_and_cached_logits_equal_transformers(case: str, tmp_path: Path) -> None:
+    """Compute padded rows, packed rows, and token after token with a cache."""
+    tokens, expected, theirs = save_model(case, tmp_path)
+    decoder, graph, params = open_decoder(tmp_path)
+    run = nnx.jit(
+        lambda d, *inputs: d.logits(d(inputs[0], segments=inputs[1], positions=inputs[2]))
+    )
     lengths = (17, 9)
 
     # Padded at the right, as `transformers` does it.
@@ -197,22 +201,22 @@ def test_padded_packed_and_cached(case: str, tmp_path: Path) -> None:
             input_ids=torch.tensor(tokens), attention_mask=torch.tensor(mask.astype(np.int64))
         ).logits.numpy()
     places = np.broadcast_to(np.arange(23, dtype=np.int32), (2, 23))
-    found = run(decoder, tokens.astype(np.int32), mask.astype(np.int32), places)
-    np.testing.assert_allclose(np.asarray(found)[mask], padded[mask], atol=1e-4)
-    np.testing.assert_allclose(np.asarray(found)[mask], expected[mask], atol=1e-4)
+    actual = run(decoder, tokens.astype(np.int32), mask.astype(np.int32), places)
+    np.testing.assert_allclose(np.asarray(actual)[mask], padded[mask], atol=1e-4)
+    np.testing.assert_allclose(np.asarray(actual)[mask], expected[mask], atol=1e-4)
 
     # Both rows in one sequence.
     packed = np.zeros((1, 30), np.int32)
     segments, positions = np.zeros_like(packed), np.zeros_like(packed)
-    at = 0
+    start = 0
     for row, length in enumerate(lengths):
-        packed[0, at : at + length] = tokens[row, :length]
-        segments[0, at : at + length] = row + 1
-        positions[0, at : at + length] = np.arange(length)
-        at += length
-    found = np.asarray(run(decoder, packed, segments, positions))[0]
-    np.testing.assert_allclose(found[:17], expected[0, :17], atol=1e-4)
-    np.testing.assert_allclose(found[17:26], expected[1, :9], atol=1e-4)
+        packed[0, start : start + length] = tokens[row, :length]
+        segments[0, start : start + length] = row + 1
+        positions[0, start : start + length] = np.arange(length)
+        start += length
+    actual = np.asarray(run(decoder, packed, segments, positions))[0]
+    np.testing.assert_allclose(actual[:17], expected[0, :17], atol=1e-4)
+    np.testing.assert_allclose(actual[17:26], expected[1, :9], atol=1e-4)
 
     # A prompt, then token by token into a cache.
     prompt = 6
@@ -235,12 +239,12 @@ def test_padded_packed_and_cached(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["llama 3", "gemma 2", "qwen 3 moe", "phi 3"])
-def test_gradients(case: str, tmp_path: Path) -> None:
-    tokens, _, theirs = made(case, tmp_path)
+def test_gradients_equal_transformers(case: str, tmp_path: Path) -> None:
+    tokens, _, theirs = save_model(case, tmp_path)
     labels = torch.tensor(tokens)
     theirs(input_ids=labels, labels=labels).loss.backward()
     expected = {n: p.grad.numpy() for n, p in theirs.named_parameters() if p.grad is not None}
-    _, graph, params = opened(tmp_path)
+    _, graph, params = open_decoder(tmp_path)
     batch = Batch(jnp.asarray(tokens, jnp.int32), jnp.ones(tokens.shape, bool))
     config = StepConfig(layout=make_layout(), chunk=8)
     count = tokens.shape[0] * (tokens.shape[1] - 1)
@@ -250,29 +254,32 @@ def test_gradients(case: str, tmp_path: Path) -> None:
         return summed_loss(decoder, batch, None, config, balanced=False) / count
 
     gradient = jax.jit(jax.grad(loss))(params)
-    found = dict(tensors(gradient, read_config(tmp_path)))
-    for name, array in found.items():
+    gradients = dict(tensors(gradient, read_config(tmp_path)))
+    for name, array in gradients.items():
         if name not in expected:  # experts lie together in the model, and apart in its file
             head, expert, tail = name.partition(".experts.")[0], *name.split(".")[-3:-1]
             if tail == "down_proj":
-                theirs_own = expected[f"{head}.experts.down_proj"][int(expert)]
+                wanted = expected[f"{head}.experts.down_proj"][int(expert)]
             else:
-                both = expected[f"{head}.experts.gate_up_proj"][int(expert)]
-                theirs_own = np.split(both, 2)[tail == "up_proj"]
+                gate_and_up = expected[f"{head}.experts.gate_up_proj"][int(expert)]
+                wanted = np.split(gate_and_up, 2)[tail == "up_proj"]
         else:
-            theirs_own = expected[name]
-        scale = max(1.0, float(np.abs(theirs_own).max()))
-        np.testing.assert_allclose(array / scale, theirs_own / scale, atol=1e-4, err_msg=name)
+            wanted = expected[name]
+        scale = max(1.0, float(np.abs(wanted).max()))
+        np.testing.assert_allclose(array / scale, wanted / scale, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("case", FAMILY)
-def test_bfloat16(case: str, tmp_path: Path) -> None:
-    """In bfloat16 we are as near to the float32 model as `transformers` in bfloat16 is."""
-    tokens, expected, theirs = made(case, tmp_path)
+def test_bfloat16_error_is_that_of_transformers(case: str, tmp_path: Path) -> None:
+    """Both are compared with the model in float32."""
+    tokens, expected, theirs = save_model(case, tmp_path)
     theirs.config._experts_implementation = "eager"  # its grouped product wants even sizes
     with torch.no_grad():
         rounded = theirs.bfloat16()(input_ids=torch.tensor(tokens)).logits.float().numpy()
-    decoder, *_ = opened(tmp_path, jnp.bfloat16)
-    found = np.asarray(nnx.jit(lambda d, t: d.logits(d(t)))(decoder, tokens.astype(np.int32)))
-    ours, other = (np.sqrt(np.mean((each - expected) ** 2)) for each in (found, rounded))
-    assert ours <= other * 1.1, f"{ours} against {other}"  # both are random, to a degree
+    decoder, *_ = open_decoder(tmp_path, jnp.bfloat16)
+    actual = np.asarray(nnx.jit(lambda d, t: d.logits(d(t)))(decoder, tokens.astype(np.int32)))
+    our_error, their_error = (
+        np.sqrt(np.mean((logits - expected) ** 2)) for logits in (actual, rounded)
+    )
+    # Both errors are partly random.
+    assert our_error <= their_error * 1.1, f"{our_error} against {their_error}"

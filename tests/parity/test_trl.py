@@ -45,7 +45,7 @@ ACCELERATOR = SimpleNamespace(
 )  # fmt: skip
 
 
-class Scored:
+class TokenScores:
     """A model by which token `i` has log-probability `log_probs[i]`, wherever it stands."""
 
     training, is_gradient_checkpointing = True, False
@@ -55,25 +55,27 @@ class Scored:
 
     def __call__(self, input_ids, labels, **_):
         counts = labels[:, 1:] != -100
-        found = torch.where(counts, self.log_probs[input_ids[:, 1:]], 0.0)
-        rest = torch.zeros_like(found)
+        log_probs = torch.where(counts, self.log_probs[input_ids[:, 1:]], 0.0)
+        zeros = torch.zeros_like(log_probs)
         return SimpleNamespace(
-            log_probs=found, entropy=found**2, mean_logits=rest, is_top1=rest.bool()
+            log_probs=log_probs, entropy=log_probs**2, mean_logits=zeros, is_top1=zeros.bool()
         )
 
 
-def trainer(kind, **attributes):
-    made = object.__new__(kind)
+def trl_trainer(kind, **attributes):
+    """Make a trainer without its constructor, which wants data, a tokenizer and the network."""
+    trainer = object.__new__(kind)
     common = {
         "model": SimpleNamespace(training=True), "accelerator": ACCELERATOR,
         "aux_loss_enabled": False, "_total_train_tokens": 0, "_tp_size": 1,
         "_metrics": {"train": defaultdict(list), "eval": defaultdict(list)},
     }  # fmt: skip
-    vars(made).update({**common, **attributes})
-    return made
+    vars(trainer).update({**common, **attributes})
+    return trainer
 
 
-def preference(kind="dpo", **choices) -> Preference:
+def preference_stage(kind="dpo", **choices) -> Preference:
+    """Make a preference stage of a preset, with changes."""
     return Preference.unvalidated(**{**PREFERENCES[kind][1], **choices})
 
 
@@ -83,27 +85,30 @@ def answers() -> dict[str, Any]:
     random = np.random.default_rng(7)
     starts = random.integers(1, 5, ANSWERS)
     ends = starts + random.integers(1, WIDTH - starts + 1)
-    at = np.arange(WIDTH)
+    place = np.arange(WIDTH)
     shape = (ANSWERS, WIDTH)
     reference = -random.gamma(1.0, 1.0, shape).astype(np.float32)
     return {
         "ids": np.arange(ANSWERS * WIDTH).reshape(shape),
-        "mask": (at >= starts[:, None]) & (at < ends[:, None]),
+        "mask": (place >= starts[:, None]) & (place < ends[:, None]),
         "now": reference + random.normal(0, 1.0, shape).astype(np.float32),
         "reference": reference,
     }
 
 
 def pairs(log_probs, mask, reference=None) -> Pairs:
-    def halves(of):
-        return (None, None) if of is None else jnp.split(jnp.where(mask, of, 0).sum(1), 2)
+    """Sum log-probabilities `[answers, width]` of chosen, then rejected answers into pairs."""
+
+    def halves(array):
+        return (None, None) if array is None else jnp.split(jnp.where(mask, array, 0).sum(1), 2)
 
     return Pairs(*halves(log_probs), *halves(jnp.ones(mask.shape)), *halves(reference))
 
 
-def same(found, expected, **tolerance) -> None:
-    given = expected.detach().numpy() if isinstance(expected, torch.Tensor) else expected
-    np.testing.assert_allclose(found, given, **{**TIGHT, **tolerance})
+def assert_close(actual, expected, **tolerance) -> None:
+    """Assert that our array agrees with one of numpy or torch."""
+    wanted = expected.detach().numpy() if isinstance(expected, torch.Tensor) else expected
+    np.testing.assert_allclose(actual, wanted, **{**TIGHT, **tolerance})
 
 
 # Pairs.
@@ -119,12 +124,12 @@ DPO: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
 @pytest.mark.parametrize("name", DPO)
-def test_pairs_with_a_reference(name, beta, answers):
+def test_pair_losses_with_a_reference_equal_trl(name, beta, answers):
     theirs, choices = DPO[name]
-    stage = preference(beta=beta, **choices)
+    stage = preference_stage(beta=beta, **choices)
     mask, reference = answers["mask"], answers["reference"]
-    model = Scored(answers["now"].ravel())
-    dpo = trainer(
+    model = TokenScores(answers["now"].ravel())
+    dpo = trl_trainer(
         trl.DPOTrainer, beta=beta, loss_types=[theirs], loss_weights=[1.0], ld_alpha=None,
         f_divergence_type="reverse_kl", label_smoothing=stage.label_smoothing,
         use_weighting=False, precompute_ref_logps=True,
@@ -140,33 +145,34 @@ def test_pairs_with_a_reference(name, beta, answers):
     expected.backward()
 
     def loss(now):
-        losses, found = pair_losses(stage, pairs(now, mask, reference))
-        return losses.mean(), found
+        losses, metrics = pair_losses(stage, pairs(now, mask, reference))
+        return losses.mean(), metrics
 
-    (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(answers["now"])
-    same(value, expected)
-    same(gradient.ravel(), model.log_probs.grad)
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(answers["now"])
+    assert_close(value, expected)
+    assert_close(gradient.ravel(), model.log_probs.grad)
     assert np.abs(gradient).max() > 0
     drift = ((answers["now"] - reference) * mask).sum(1).mean()
-    assert float(found["drift"].mean()) == pytest.approx(drift, rel=1e-5)
+    assert float(metrics["drift"].mean()) == pytest.approx(drift, rel=1e-5)
     if name not in ("sigmoid, means", "ipo"):  # TRL reports rewards of sums there too
-        logged = {key: each[0] for key, each in dpo._metrics["train"].items()}
-        same(found["chosen_reward"].mean(), logged["rewards/chosen"])
-        same(found["rejected_reward"].mean(), logged["rewards/rejected"])
-        same(found["margin"].mean(), logged["rewards/margins"])
-        same(found["accuracy"].mean(), logged["rewards/accuracies"])
+        logged = {key: values[0] for key, values in dpo._metrics["train"].items()}
+        assert_close(metrics["chosen_reward"].mean(), logged["rewards/chosen"])
+        assert_close(metrics["rejected_reward"].mean(), logged["rewards/rejected"])
+        assert_close(metrics["margin"].mean(), logged["rewards/margins"])
+        assert_close(metrics["accuracy"].mean(), logged["rewards/accuracies"])
 
 
-def from_logits(stage, logits, tokens, mask):
-    """Mean loss and metrics by logits `[answers, width, vocab]` that each tell the next token."""
+def loss_from_logits(stage, logits, tokens, mask):
+    """Compute the mean loss and metrics from logits `[answers, width, vocab]` of the next token."""
     log_probs = jax.nn.log_softmax(logits[:, :-1])
     taken = jnp.take_along_axis(log_probs, tokens[:, 1:, None], -1)[..., 0]
-    losses, found = pair_losses(stage, pairs(taken, mask[:, 1:]))
-    return losses.mean(), found
+    losses, metrics = pair_losses(stage, pairs(taken, mask[:, 1:]))
+    return losses.mean(), metrics
 
 
 @pytest.fixture(scope="module")
-def texts(answers) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
+def logits_of_answers(answers) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
+    """Logits, tokens, mask, and labels as torch has them."""
     random = np.random.default_rng(8)
     logits = random.normal(0, 2.0, (ANSWERS, WIDTH, VOCAB)).astype(np.float32)
     tokens = random.integers(0, VOCAB, (ANSWERS, WIDTH))
@@ -175,69 +181,69 @@ def texts(answers) -> tuple[np.ndarray, np.ndarray, np.ndarray, Any]:
 
 
 CPO: dict[str, tuple[str, Preference]] = {
-    "simpo": ("simpo", preference("simpo")),
-    "simpo, other": ("simpo", preference("simpo", beta=0.7, target_margin=0.4)),
-    "simpo, smooth": ("simpo", preference("simpo", label_smoothing=0.1)),
-    "conservative": ("sigmoid", preference(reference_free=True, label_smoothing=0.1)),
-    "hinge": ("hinge", preference(reference_free=True, loss="hinge")),
-    "ipo": ("ipo", preference(reference_free=True, loss="ipo")),
+    "simpo": ("simpo", preference_stage("simpo")),
+    "simpo, other": ("simpo", preference_stage("simpo", beta=0.7, target_margin=0.4)),
+    "simpo, smooth": ("simpo", preference_stage("simpo", label_smoothing=0.1)),
+    "conservative": ("sigmoid", preference_stage(reference_free=True, label_smoothing=0.1)),
+    "hinge": ("hinge", preference_stage(reference_free=True, loss="hinge")),
+    "ipo": ("ipo", preference_stage(reference_free=True, loss="ipo")),
 }
 
 
 @pytest.mark.parametrize("name", CPO)
-def test_pairs_without_a_reference(name, texts):
+def test_pair_losses_without_a_reference_equal_trl(name, logits_of_answers):
     from trl.experimental.cpo import CPOTrainer
 
     theirs, stage = CPO[name]
-    logits, tokens, mask, labels = texts
-    given = torch.tensor(logits, requires_grad=True)
+    logits, tokens, mask, labels = logits_of_answers
+    torch_logits = torch.tensor(logits, requires_grad=True)
     means = theirs in ("simpo", "ipo")  # as `concatenated_forward` has it
-    log_probs = CPOTrainer.get_batch_logps(given, labels, average_log_prob=means)
-    cpo = trainer(
+    log_probs = CPOTrainer.get_batch_logps(torch_logits, labels, average_log_prob=means)
+    cpo = trl_trainer(
         CPOTrainer, alpha=0.0, beta=stage.beta, loss_type=theirs, simpo_gamma=stage.target_margin,
         label_smoothing=stage.label_smoothing,
     )  # fmt: skip
     expected, chosen, rejected = cpo.cpo_loss(*log_probs.chunk(2))
     expected.mean().backward()
 
-    compute = jax.value_and_grad(from_logits, 1, has_aux=True)
-    (value, found), gradient = compute(stage, logits, tokens, mask)
-    same(value, expected.mean())
-    same(gradient, given.grad)
-    same(found["chosen_reward"], chosen)
-    same(found["rejected_reward"], rejected)
-    assert "drift" not in found
+    compute = jax.value_and_grad(loss_from_logits, 1, has_aux=True)
+    (value, metrics), gradient = compute(stage, logits, tokens, mask)
+    assert_close(value, expected.mean())
+    assert_close(gradient, torch_logits.grad)
+    assert_close(metrics["chosen_reward"], chosen)
+    assert_close(metrics["rejected_reward"], rejected)
+    assert "drift" not in metrics
 
 
-def test_odds_ratio(texts):
+def test_odds_ratio_loss_equals_trl(logits_of_answers):
     from trl.experimental.orpo import ORPOTrainer
 
-    stage = preference("orpo", beta=0.3)
-    logits, tokens, mask, labels = texts
-    given = torch.tensor(logits, requires_grad=True)
-    log_probs = ORPOTrainer.get_batch_logps(given, labels, average_log_prob=True)
-    orpo = trainer(ORPOTrainer, beta=stage.beta)
+    stage = preference_stage("orpo", beta=0.3)
+    logits, tokens, mask, labels = logits_of_answers
+    torch_logits = torch.tensor(logits, requires_grad=True)
+    log_probs = ORPOTrainer.get_batch_logps(torch_logits, labels, average_log_prob=True)
+    orpo = trl_trainer(ORPOTrainer, beta=stage.beta)
     gains, chosen, rejected, _, ratio = orpo.odds_ratio_loss(*log_probs.chunk(2))
     (-gains.mean()).backward()  # `get_batch_loss_metrics` subtracts them
 
-    compute = jax.value_and_grad(from_logits, 1, has_aux=True)
-    (value, found), gradient = compute(stage, logits, tokens, mask)
-    same(value, -gains.mean())
-    same(gradient, given.grad)
-    same(found["margin"].mean(), ratio)
-    same(found["accuracy"], (chosen > rejected).float())
+    compute = jax.value_and_grad(loss_from_logits, 1, has_aux=True)
+    (value, metrics), gradient = compute(stage, logits, tokens, mask)
+    assert_close(value, -gains.mean())
+    assert_close(gradient, torch_logits.grad)
+    assert_close(metrics["margin"].mean(), ratio)
+    assert_close(metrics["accuracy"], (chosen > rejected).float())
 
 
-def test_odds_near_certainty():
+def test_log_odds_near_certainty_are_exact():
     log_prob = -np.geomspace(1e-7, 300.0, 200)
     expected = log_prob - np.log(-np.expm1(log_prob))
-    given = log_prob.astype(np.float32)
-    same(log_odds(given), expected, rtol=1e-6)
-    same(jax.vmap(jax.grad(log_odds))(given), -1 / np.expm1(log_prob), rtol=1e-6)
+    in_float32 = log_prob.astype(np.float32)
+    assert_close(log_odds(in_float32), expected, rtol=1e-6)
+    assert_close(jax.vmap(jax.grad(log_odds))(in_float32), -1 / np.expm1(log_prob), rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "robust"])
-def test_wrong_labels_by_the_papers(loss, answers):
+def test_label_smoothing_equals_the_papers(loss, answers):
     mask = answers["mask"]
     moved = ((answers["now"].astype(float) - answers["reference"]) * mask).sum(1)
     margin = 0.3 * (moved[:HALF] - moved[HALF:])
@@ -246,35 +252,35 @@ def test_wrong_labels_by_the_papers(loss, answers):
         "sigmoid": 0.85 * right + 0.15 * wrong,  # Mitchell 2023, conservative DPO
         "robust": (0.85 * right - 0.15 * wrong) / 0.7,  # 2403.00409
     }
-    stage = preference(loss=loss, beta=0.3, label_smoothing=0.15)
-    found, _ = pair_losses(stage, pairs(answers["now"], mask, answers["reference"]))
-    same(found, by_paper[loss])
+    stage = preference_stage(loss=loss, beta=0.3, label_smoothing=0.15)
+    losses, _ = pair_losses(stage, pairs(answers["now"], mask, answers["reference"]))
+    assert_close(losses, by_paper[loss])
 
 
 STAGES = {
-    **{name: preference(name) for name in PREFERENCES},
-    **{name: preference(**choices) for name, (_, choices) in DPO.items()},
-    "odds of sums": preference("orpo", length_normalised=False),
+    **{name: preference_stage(name) for name in PREFERENCES},
+    **{name: preference_stage(**choices) for name, (_, choices) in DPO.items()},
+    "odds of sums": preference_stage("orpo", length_normalised=False),
 }
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_pair_that_does_not_exist(name):
+def test_empty_pair_has_finite_gradients(name):
     zeros = jnp.zeros(3)
 
     def loss(chosen, rejected):
-        losses, found = pair_losses(STAGES[name], Pairs(chosen, rejected, *[zeros] * 4))
-        return losses.sum(), (losses, found)
+        losses, metrics = pair_losses(STAGES[name], Pairs(chosen, rejected, *[zeros] * 4))
+        return losses.sum(), (losses, metrics)
 
-    gradients, found = jax.grad(loss, (0, 1), has_aux=True)(zeros, zeros)
-    for each in jax.tree.leaves((gradients, found)):
-        assert np.isfinite(each).all()
-    np.testing.assert_array_equal(found[1]["accuracy"], 0.5)
+    gradients, metrics = jax.grad(loss, (0, 1), has_aux=True)(zeros, zeros)
+    for array in jax.tree.leaves((gradients, metrics)):
+        assert np.isfinite(array).all()
+    np.testing.assert_array_equal(metrics[1]["accuracy"], 0.5)
 
 
-def test_a_missing_reference_is_an_error(answers):
+def test_missing_reference_is_an_error(answers):
     with pytest.raises(ValueError, match="reference"):
-        pair_losses(preference(), pairs(answers["now"], answers["mask"]))
+        pair_losses(preference_stage(), pairs(answers["now"], answers["mask"]))
 
 
 # Answers that are good or bad, and scores.
@@ -284,12 +290,12 @@ LABELS = {"both": [True, False] * HALF, "good": [True] * ANSWERS, "bad": [False]
 
 @pytest.mark.parametrize("shift", [0.5, -0.5], ids=["kl", "kl held at 0"])
 @pytest.mark.parametrize("labels", LABELS)
-def test_kto(labels, shift, answers):
+def test_kto_losses_equal_trl(labels, shift, answers):
     stage = Kto.unvalidated(beta=0.4, desirable=1.33, undesirable=0.7)
     mask, reference = answers["mask"], answers["reference"]
     mismatched = answers["now"] + np.float32(shift)  # of the answers, as if of other prompts
-    model = Scored(np.concatenate([answers["now"].ravel(), mismatched.ravel()]))
-    kto = trainer(
+    model = TokenScores(np.concatenate([answers["now"].ravel(), mismatched.ravel()]))
+    kto = trl_trainer(
         trl.KTOTrainer, beta=stage.beta, desirable_weight=stage.desirable, loss_type="kto",
         undesirable_weight=stage.undesirable, calculate_KL=True, precompute_ref_logps=True,
     )  # fmt: skip
@@ -307,49 +313,53 @@ def test_kto(labels, shift, answers):
     assert (kl > 0) == (shift > 0)
 
     def loss(now):
-        log_prob, given = (jnp.where(mask, of, 0).sum(1) for of in (now, reference))
+        log_prob, reference_log_prob = (
+            jnp.where(mask, array, 0).sum(1) for array in (now, reference)
+        )
         desirable = jnp.asarray(LABELS[labels])
-        losses, found = kto_losses(stage, log_prob, given, desirable, jnp.float32(kl))
-        return losses.mean(), found
+        losses, metrics = kto_losses(
+            stage, log_prob, reference_log_prob, desirable, jnp.float32(kl)
+        )
+        return losses.mean(), metrics
 
-    (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(answers["now"])
-    same(value, expected)
-    same(gradient.ravel(), model.log_probs.grad[: ids.numel()])
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(answers["now"])
+    assert_close(value, expected)
+    assert_close(gradient.ravel(), model.log_probs.grad[: ids.numel()])
     for name, count in (
         ("chosen", sum(LABELS[labels])),
         ("rejected", ANSWERS - sum(LABELS[labels])),
     ):
         if count:
             logged = kto._metrics["train"][f"rewards/{name}"][0]
-            same(found[f"{name}_reward"].sum() / count, logged)
+            assert_close(metrics[f"{name}_reward"].sum() / count, logged)
 
 
 @pytest.mark.parametrize("margin", [False, True])
 @pytest.mark.parametrize("centring", [0.0, 0.05])
-def test_reward_model(margin, centring):
+def test_bradley_terry_equals_trl(margin, centring):
     random = np.random.default_rng(9)
     scores = random.normal(0, 2.0, (ANSWERS, 1)).astype(np.float32)
     margins = random.uniform(0, 2, HALF).astype(np.float32) if margin else None
-    given = torch.tensor(scores, requires_grad=True)
-    rewards = trainer(
+    torch_scores = torch.tensor(scores, requires_grad=True)
+    rewards = trl_trainer(
         trl.RewardTrainer, args=SimpleNamespace(center_rewards_coefficient=centring or None)
     )
     inputs = {"attention_mask": torch.ones(ANSWERS, 1)}
     if margins is not None:
         inputs["margin"] = torch.tensor(margins)
-    expected = rewards.compute_loss(lambda **_: SimpleNamespace(logits=given), inputs)
+    expected = rewards.compute_loss(lambda **_: SimpleNamespace(logits=torch_scores), inputs)
     expected.backward()
 
     def loss(scores):
-        losses, found = bradley_terry(*jnp.split(scores[:, 0], 2), margins, centring)
-        return losses.mean(), found
+        losses, metrics = bradley_terry(*jnp.split(scores[:, 0], 2), margins, centring)
+        return losses.mean(), metrics
 
-    (value, found), gradient = jax.value_and_grad(loss, has_aux=True)(scores)
-    same(value, expected)
-    same(gradient, given.grad)
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(scores)
+    assert_close(value, expected)
+    assert_close(gradient, torch_scores.grad)
     logged = rewards._metrics["train"]
-    same(found["accuracy"].mean(), logged["accuracy"][0])
-    same(found["margin"].mean(), logged["margin"][0])
+    assert_close(metrics["accuracy"].mean(), logged["accuracy"][0])
+    assert_close(metrics["margin"].mean(), logged["margin"][0])
 
 
 # Policies.
@@ -358,37 +368,38 @@ GROUPS, GROUP, LONGEST, LIMIT = 3, 4, 7, 10
 ROWS = GROUPS * GROUP
 GSPO = {"loss_type": "grpo", "importance_sampling_level": "sequence"}
 SAMPLER = {"use_vllm": True, "vllm_importance_sampling_correction": True}
-# Without it TRL differentiates k3 as it stands, which `divergence_term` says is wrong.
+# Without it TRL differentiates k3 itself, which `divergence_term` says is wrong.
 RIGHT_KL = {"beta": 0.3, "args": {"use_bias_correction_kl": True}}
 
 
-def policy(kind, **choices) -> Policy:
+def policy_stage(kind, **choices) -> Policy:
+    """Make a policy stage of a preset, with changes."""
     choices = {**POLICIES[kind][1], **choices}
     return Policy.model_construct(rollout=Sampling(max_tokens=LIMIT), **choices)
 
 
 GRPO: dict[str, tuple[Policy, dict[str, Any]]] = {
-    "grpo": (policy("grpo"), {"loss_type": "dapo"}),
-    "grpo, micro-batch": (policy("grpo"), {"loss_type": "bnpo"}),
-    "grpo, of sequences": (policy("grpo", aggregate="sequence_mean"), {"loss_type": "grpo"}),
-    "dr_grpo": (policy("dr_grpo"), {"loss_type": "dr_grpo", "scale_rewards": "none"}),
-    "dapo": (policy("dapo"), {"loss_type": "dapo", "epsilon_high": 0.28}),
-    "gspo": (policy("gspo"), {**GSPO, "epsilon_low": 3e-4, "epsilon_high": 4e-4}),
-    "cispo": (policy("cispo"), {"loss_type": "cispo", "epsilon_high": 6.0}),
-    "kl": (policy("grpo", kl=K3(coefficient=0.3)), {"loss_type": "dapo", **RIGHT_KL}),
+    "grpo": (policy_stage("grpo"), {"loss_type": "dapo"}),
+    "grpo, micro-batch": (policy_stage("grpo"), {"loss_type": "bnpo"}),
+    "grpo, of sequences": (policy_stage("grpo", aggregate="sequence_mean"), {"loss_type": "grpo"}),
+    "dr_grpo": (policy_stage("dr_grpo"), {"loss_type": "dr_grpo", "scale_rewards": "none"}),
+    "dapo": (policy_stage("dapo"), {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "gspo": (policy_stage("gspo"), {**GSPO, "epsilon_low": 3e-4, "epsilon_high": 4e-4}),
+    "cispo": (policy_stage("cispo"), {"loss_type": "cispo", "epsilon_high": 6.0}),
+    "kl": (policy_stage("grpo", kl=K3(coefficient=0.3)), {"loss_type": "dapo", **RIGHT_KL}),
     "kl, of sequences": (
-        policy("grpo", kl=K3(coefficient=0.3), aggregate="sequence_mean"),
+        policy_stage("grpo", kl=K3(coefficient=0.3), aggregate="sequence_mean"),
         {"loss_type": "grpo", **RIGHT_KL},
     ),
     "truncated": (
-        policy("grpo", correction=Truncated(limit=1.2)),
+        policy_stage("grpo", correction=Truncated(limit=1.2)),
         {
             "loss_type": "dapo", **SAMPLER, "vllm_importance_sampling_mode": "token_truncate",
             "vllm_importance_sampling_clip_min": None, "vllm_importance_sampling_clip_max": 1.2,
         },
     ),
     "masked": (
-        policy("dr_grpo", correction=Masked(limit=1.25)),
+        policy_stage("dr_grpo", correction=Masked(limit=1.25)),
         {
             "loss_type": "dr_grpo", "scale_rewards": "none", **SAMPLER,
             "vllm_importance_sampling_mode": "token_mask",
@@ -396,7 +407,7 @@ GRPO: dict[str, tuple[Policy, dict[str, Any]]] = {
         },
     ),
     "entropy": (
-        policy("grpo", entropy=0.05),
+        policy_stage("grpo", entropy=0.05),
         {"loss_type": "dapo", "_entropy_bonus_enabled": True, "entropy_coef": 0.05},
     ),
 }  # fmt: skip
@@ -404,30 +415,32 @@ GRPO: dict[str, tuple[Policy, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def rollouts() -> dict[str, Any]:
+    """Log-probabilities of random completions by several policies, mask and rewards."""
     random = np.random.default_rng(11)
     shape = (ROWS, LONGEST)
     lengths = np.append(LONGEST, random.integers(1, LONGEST + 1, ROWS - 1))
     old = -random.gamma(1.0, 1.0, shape)
-    drawn = {
+    log_probs = {
         "old": old,
         "now": old + random.normal(0, 0.3, shape),
         "sampler": old + random.normal(0, 0.3, shape),
         "reference": old + random.normal(0, 0.4, shape),
     }
     return {
-        **{name: of.astype(np.float32) for name, of in drawn.items()},
+        **{name: array.astype(np.float32) for name, array in log_probs.items()},
         "mask": np.arange(LONGEST) < lengths[:, None],
         # TRL adds 1e-4 to a group's deviation, which is nothing beside these.
         "rewards": random.normal(0, 100.0, (GROUPS, GROUP)).astype(np.float32),
     }
 
 
-def by_token(log_probs) -> Scored:
-    return Scored(np.append(np.float32(0), log_probs.ravel()))  # the first is padding's
+def token_scores(log_probs) -> TokenScores:
+    """Make a model from log-probabilities of every token."""
+    return TokenScores(np.append(np.float32(0), log_probs.ravel()))  # the first is padding's
 
 
-def taught(kind, rollouts, attributes):
-    """Loss of one step of TRL's, its gradient by token, and the trainer: from rewards on."""
+def run_trl(kind, rollouts, attributes):
+    """Run a step of TRL from the rewards on; returns loss, gradient by token and the trainer."""
     lengths = rollouts["mask"].sum(1)
     ids = 1 + np.arange(ROWS * LONGEST).reshape(ROWS, LONGEST)
     completions = [row[:n].tolist() for row, n in zip(ids, lengths, strict=True)]
@@ -441,8 +454,9 @@ def taught(kind, rollouts, attributes):
         "gradient_accumulation_steps": 1, "gradient_checkpointing_kwargs": None,
         "per_device_train_batch_size": ROWS, **attributes.get("args", {}),
     }  # fmt: skip
-    made = trainer(kind, **{
-        "model": by_token(rollouts["old"]), "ref_model": by_token(rollouts["reference"]),
+    trainer = trl_trainer(kind, **{
+        "model": token_scores(rollouts["old"]),
+        "ref_model": token_scores(rollouts["reference"]),
         "environment_factories": None, "environments": None, "tools": None,
         "pad_to_multiple_of": None, "_tokenizer": SimpleNamespace(pad_token_id=0),
         "_generate": lambda _: generated,
@@ -459,56 +473,56 @@ def taught(kind, rollouts, attributes):
         "use_adaptive_entropy": False, **attributes,
         "args": SimpleNamespace(**args),
     })  # fmt: skip
-    inputs = made._generate_and_score_completions([{"prompt": ""}] * ROWS)
-    model = by_token(rollouts["now"])
-    loss = made._compute_loss(model, inputs)
+    inputs = trainer._generate_and_score_completions([{"prompt": ""}] * ROWS)
+    model = token_scores(rollouts["now"])
+    loss = trainer._compute_loss(model, inputs)
     loss.backward()
-    return loss, model.log_probs.grad[1:].view(ROWS, LONGEST), made
+    return loss, model.log_probs.grad[1:].view(ROWS, LONGEST), trainer
 
 
-def learnt(chosen, rollouts, rewards):
-    """Compute the same by `objective`, and the metrics."""
-    of = group_advantages(rewards, chosen.advantage).values.reshape(-1, 1)
-    given = {name: jnp.asarray(rollouts[name]) for name in ("old", "sampler", "reference")}
+def run_ours(stage, rollouts, rewards):
+    """Run the same step by `objective`; returns loss, gradient by token and metrics."""
+    advantages = group_advantages(rewards, stage.advantage).values.reshape(-1, 1)
+    log_probs = {name: jnp.asarray(rollouts[name]) for name in ("old", "sampler", "reference")}
 
     def loss(now):
-        of_tokens = jnp.broadcast_to(of, now.shape)
-        batch = Completions(now, rollouts["mask"], of_tokens, entropy=now**2, **given)
-        return objective(chosen, batch)
+        token_advantages = jnp.broadcast_to(advantages, now.shape)
+        batch = Completions(now, rollouts["mask"], token_advantages, entropy=now**2, **log_probs)
+        return objective(stage, batch)
 
     (value, totals), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(rollouts["now"]))
-    over = totals.denominator
-    return value / over, gradient / over, policy_gradient.metrics(value, totals)
+    count = totals.denominator
+    return value / count, gradient / count, policy_gradient.metrics(value, totals)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3], ids=["far", "near"])
 @pytest.mark.parametrize("name", GRPO)
-def test_grpo(name, scale, rollouts):
+def test_policy_losses_equal_trl(name, scale, rollouts):
     # Near the old policy GSPO's narrow clip leaves sequences in, far from it cuts most.
-    chosen, attributes = GRPO[name]
+    stage, attributes = GRPO[name]
     moved = rollouts["old"] + np.float32(scale) * (rollouts["now"] - rollouts["old"])
     rollouts = {**rollouts, "now": moved}
-    expected, slope, grpo = taught(trl.GRPOTrainer, rollouts, attributes)
-    value, gradient, found = learnt(chosen, rollouts, jnp.asarray(rollouts["rewards"]))
-    same(value, expected, rtol=3e-5)
-    same(gradient, slope, rtol=3e-5)
+    expected, slope, grpo = run_trl(trl.GRPOTrainer, rollouts, attributes)
+    value, gradient, metrics = run_ours(stage, rollouts, jnp.asarray(rollouts["rewards"]))
+    assert_close(value, expected, rtol=3e-5)
+    assert_close(gradient, slope, rtol=3e-5)
     assert np.abs(gradient).max() > 0
-    logged = {key: each[0] for key, each in grpo._metrics["train"].items()}
-    same(found["entropy"], logged["entropy"])
+    logged = {key: values[0] for key, values in grpo._metrics["train"].items()}
+    assert_close(metrics["entropy"], logged["entropy"])
     if name in ("grpo", "dr_grpo", "dapo"):
-        same(found["clip_low"], logged["clip_ratio/low_mean"])
-        same(found["clip_high"], logged["clip_ratio/high_mean"])
+        assert_close(metrics["clip_low"], logged["clip_ratio/low_mean"])
+        assert_close(metrics["clip_high"], logged["clip_ratio/high_mean"])
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4], ids=["bare", "kl"])
-def test_rloo_on_policy(beta, rollouts):
+def test_rloo_gradients_on_policy_equal_trl(beta, rollouts):
     # TRL's ratio is the whole sequence's, ours each token's: at 1 they have the same gradient.
     rollouts = {**rollouts, "now": rollouts["old"]}
     attributes = {"beta": beta, "normalize_advantages": False, "reward_clip_range": None}
-    _, slope, _ = taught(trl.RLOOTrainer, rollouts, attributes)
-    chosen = policy("rloo")
-    given = [jnp.asarray(rollouts[name]) for name in ("old", "reference", "mask")]
+    _, slope, _ = run_trl(trl.RLOOTrainer, rollouts, attributes)
+    stage = policy_stage("rloo")
+    arrays = [jnp.asarray(rollouts[name]) for name in ("old", "reference", "mask")]
     kl = K1(coefficient=beta, at="reward")
-    rewards = policy_gradient.penalised(jnp.asarray(rollouts["rewards"]).ravel(), kl, *given)
-    _, gradient, _ = learnt(chosen, rollouts, rewards.reshape(GROUPS, GROUP))
-    same(gradient * LIMIT, slope)
+    rewards = policy_gradient.penalised(jnp.asarray(rollouts["rewards"]).ravel(), kl, *arrays)
+    _, gradient, _ = run_ours(stage, rollouts, rewards.reshape(GROUPS, GROUP))
+    assert_close(gradient * LIMIT, slope)

@@ -1,4 +1,4 @@
-"""Stages that train adapters: begun, stacked, continued, merged, resumed; on quantised weights."""
+"""A chain of stages with adapters: each stage starts from the result of the stage before it."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def chain(spec: Path) -> Path:
     return spec
 
 
-def test_a_chain_of_adapters(chain: Path) -> None:
+def test_stage_starts_from_the_result_before_it(chain: Path) -> None:
     text = chain.read_text().replace('path = "small"', 'path = "small", weights = nf4')
     chain.write_text(text)
-    heard = tiny.run(chain)
-    assert heard.lines == [f"{name} done" for name in ("first", "stacked", "further", "whole")]
-    prepared, store = tiny.planned(chain)
+    recorder = tiny.run(chain)
+    assert recorder.lines == [f"{name} done" for name in ("first", "stacked", "further", "whole")]
+    prepared, store = tiny.plan(chain)
     assert {stage.state.kind for stage in prepared.plan.stages} == {"up to date"}
     # Adapters alone are kept.
     names = tiny.params(chain, "stacked")
@@ -110,31 +110,30 @@ def test_a_chain_of_adapters(chain: Path) -> None:
     assert first["mismatch_max"] < 1e-3
 
 
-def test_resumed_is_uninterrupted(chain: Path, tmp_path: Path) -> None:
+def test_resumed_run_equals_the_uninterrupted_one(chain: Path, tmp_path: Path) -> None:
     tiny.run(chain, only=["first"])
     expected = tiny.params(chain, "first")
-    other = tiny.copy(chain, tmp_path / "other")
-    prepared, store = tiny.planned(other)
-    folder = store.folder(prepared.plan.by_node["first"].digest)
+    copy = tiny.copy(chain, tmp_path / "other")
+    folder = tiny.stage_folder(copy, "first")
     # As if it had been stopped at step 4.
-    subprocess.run(["rm", "-rf", str(other.parent / ".tune")], check=True)
-    heard = _stopped_at(other, 4)
-    assert heard == 4
+    subprocess.run(["rm", "-rf", str(copy.parent / ".tune")], check=True)
+    step = _run_until_step(copy, 4)
+    assert step == 4
     assert folder.steps()[-1] == 4
-    tiny.run(other, only=["first"])
-    found = tiny.params(other, "first")
+    tiny.run(copy, only=["first"])
+    resumed = tiny.params(copy, "first")
     for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value)
+        np.testing.assert_array_equal(resumed[name], value)
 
 
-def _stopped_at(spec: Path, step: int) -> int:
+def _run_until_step(spec: Path, step: int) -> int:
     """Run the first stage until a step, and end as after Ctrl-C."""
     code = (
         "import os, signal, sys; from pathlib import Path; from tests.pipeline import tiny\n"
-        "class Stopping(tiny.Heard):\n"
+        "class Stopping(tiny.Recorder):\n"
         "    def step(self, step, steps, values):\n"
         f"        if step >= {step - 1}: os.kill(os.getpid(), signal.SIGINT)\n"
-        "tiny.Heard = Stopping\n"
+        "tiny.Recorder = Stopping\n"
         "from tunelang.runtime.errors import Interrupted\n"
         "try: tiny.run(Path(sys.argv[1]), only=['first'])\n"
         "except Interrupted: pass\n"
@@ -142,22 +141,21 @@ def _stopped_at(spec: Path, step: int) -> int:
     subprocess.run(
         [sys.executable, "-c", code, str(spec)], check=True, env=tiny.environment(), timeout=300
     )
-    prepared, store = tiny.planned(spec)
-    return store.folder(prepared.plan.by_node["first"].digest).steps()[-1]
+    return tiny.stage_folder(spec, "first").steps()[-1]
 
 
-def test_speaking_uses_the_adapters(chain: Path) -> None:
+def test_loaded_weights_contain_the_adapters(chain: Path) -> None:
     tiny.run(chain, only=["first", "stacked"])
-    prepared, store = tiny.planned(chain)
+    prepared, store = tiny.plan(chain)
     resources = Resources(prepared.program, store.root / "cache", ())
-    origins = WeightSources(prepared.plan, prepared.graph, store, prepared.program)
-    found = {}
+    sources = WeightSources(prepared.plan, prepared.graph, store, prepared.program)
+    weights = {}
     for node in ("first", "stacked"):
         steps = store.folder(prepared.plan.by_node[node].digest).steps()
-        origin = origins.at_step(node, steps[-1])
+        origin = sources.at_step(node, steps[-1])
         params = load_merged(origin, resources.model(origin.model), make_layout(), 0)
-        found[node] = np.asarray(params["blocks"]["attention"]["q"]["weight"][...])
-    assert np.abs(found["first"] - found["stacked"]).max() > 1e-6
+        weights[node] = np.asarray(params["blocks"]["attention"]["q"]["weight"][...])
+    assert np.abs(weights["first"] - weights["stacked"]).max() > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -168,23 +166,19 @@ def test_speaking_uses_the_adapters(chain: Path) -> None:
         (("dora(rank = 2)", "dora(targets = [embed])"), "`dora` is for the matrices of blocks", 1),
     ],
 )
-def test_targets_that_match_nothing(
+def test_target_without_a_matrix_is_an_error(
     chain: Path, change: tuple[str, str], words: str, code: int
 ) -> None:
     chain.write_text(chain.read_text().replace(*change))
-    done = subprocess.run(
-        [sys.executable, "-m", "tunelang.runtime", "plan", str(chain)],
-        capture_output=True, text=True, env=tiny.environment(), check=False, timeout=120,
-    )  # fmt: skip
+    done = tiny.tune("plan", chain)
     assert done.returncode == code, done.stderr
     assert "error[no-target]" in done.stderr
     assert words in done.stderr
 
 
-def test_a_lost_stage_below_is_named(chain: Path) -> None:
+def test_lost_result_below_an_adapter_is_named(chain: Path) -> None:
     tiny.run(chain, only=["first", "stacked"])
-    prepared, store = tiny.planned(chain)
-    folder = store.folder(prepared.plan.by_node["first"].digest)
+    folder = tiny.stage_folder(chain, "first")
     (folder.path / "done").unlink(missing_ok=True)
     (folder.path / "done.json").unlink(missing_ok=True)
     with pytest.raises(StageFailed) as failed:

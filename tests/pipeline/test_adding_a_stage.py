@@ -60,7 +60,7 @@ def test_the_new_kind_is_found_by_its_word(kind: None) -> None:
 
 
 def test_the_new_kind_is_planned_and_rehearsed(spec: Path, tmp_path: Path) -> None:
-    prepared, _ = tiny.planned(spec, until=["tuned"])
+    prepared, _ = tiny.plan(spec, until=["tuned"])
     assert prepared.layout("tuned").total > 0
     train = next(rehearse(prepared, "tuned", tmp_path))
     assert train.name == "train"
@@ -69,7 +69,7 @@ def test_the_new_kind_is_planned_and_rehearsed(spec: Path, tmp_path: Path) -> No
 
 def test_the_new_kind_learns(spec: Path) -> None:
     tiny.run(spec, until=["tuned"])
-    prepared, store = tiny.planned(spec, until=["tuned"])
+    prepared, store = tiny.plan(spec, until=["tuned"])
     rows = store.folder(prepared.plan.by_node["tuned"].digest).metrics().rows
     losses = [row["loss"] for row in rows]
     assert losses[-1] < losses[0]

@@ -1,4 +1,4 @@
-"""A pipeline of the user's own functions, against the words of the language that they repeat."""
+"""A pipeline with functions of the user, against one with the built-in words that they repeat."""
 
 from __future__ import annotations
 
@@ -35,59 +35,58 @@ def digits(completion, score, a):
     return sum(text.strip().isdigit() for text in completion) / len(completion)
 """
 STAGES = """
-data made : python {{
+data additions : python {{
   function = "own.py:sums"
   settings = settings(most = 5)
   prompt = "{{a}}+{{b}}=", response = "{{c}}", target = "{{c}}"
 }}
-eval told : generate {{
-  data = made, score = correct, max_tokens = 4, limit = 8, measured = python("own.py:digits")
+eval answers : generate {{
+  data = additions, score = correct, max_tokens = 4, limit = 8, measured = python("own.py:digits")
 }}
 stage taught : sft {{
-  from = tiny, data = made, length = 6 steps, batch = 8 sequences, log_every = 1 step
+  from = tiny, data = additions, length = 6 steps, batch = 8 sequences, log_every = 1 step
   mesh = axes(data = 1), {sft}
   optimizer = adamw(lr = 1e-2, decay = {decay})
-  evals = [told]
+  evals = [answers]
 }}
 stage polished : grpo {{
-  from = taught, data = made, reward = correct + short, group = 4, batch = 4 prompts
+  from = taught, data = additions, reward = correct + short, group = 4, batch = 4 prompts
   length = 2 steps, rollout = sampling(max_tokens = 4), optimizer = adamw(lr = 1e-3)
   advantage = {advantage}, clip = none, {grpo} log_every = 1 step, mesh = axes(data = 1)
 }}
 """
 
 
-def rows(folder: Path, **words: str) -> list[dict[str, Any]]:
+def run_stages(folder: Path, **words: str) -> list[dict[str, Any]]:
+    """Run both stages with some words filled in; returns their metrics."""
     spec = tiny.workspace(folder)
     (folder / "own.py").write_text(FUNCTIONS)
     text = spec.read_text()
     spec.write_text(text[: text.index("stage base")] + STAGES.format(**words))
     tiny.run(spec)
-    prepared, store = tiny.planned(spec)
-    found = []
-    for node in ("taught", "polished"):
-        found += store.folder(prepared.plan.by_node[node].digest).metrics().rows
-    return found
+    return tiny.metrics(spec, "taught") + tiny.metrics(spec, "polished")
 
 
-def test_functions_repeat_the_words(tmp_path: Path) -> None:
-    own = rows(
+def test_user_functions_equal_the_built_in_words(tmp_path: Path) -> None:
+    user_rows = run_stages(
         tmp_path / "own",
         sft='loss = python("own.py:surprise")',
         decay='python("own.py:line")',
         advantage='python("own.py:centred")',
         grpo='loss = python("own.py:term"),',
     )
-    plain = rows(tmp_path / "plain", sft="", decay="linear", advantage="group_mean", grpo="")
-    for one, other in zip(own, plain, strict=True):
-        for name in ("loss", "learning_rate", "reward", "grad_norm", "told.digits"):
+    built_in_rows = run_stages(
+        tmp_path / "plain", sft="", decay="linear", advantage="group_mean", grpo=""
+    )
+    for one, other in zip(user_rows, built_in_rows, strict=True):
+        for name in ("loss", "learning_rate", "reward", "grad_norm", "answers.digits"):
             assert (name in one) == (name in other)
             if name in one:
                 assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), (name, one)
-    assert any("told.digits" in row for row in own)
+    assert any("answers.digits" in row for row in user_rows)
 
 
-def test_what_a_function_does_wrong_is_said_at_its_line(tmp_path: Path) -> None:
+def test_error_in_a_user_function_is_reported_at_its_line(tmp_path: Path) -> None:
     spec = tiny.workspace(tmp_path)
     (tmp_path / "own.py").write_text(FUNCTIONS.replace("[..., 0]", ""))
     text = spec.read_text()
@@ -98,13 +97,13 @@ def test_what_a_function_does_wrong_is_said_at_its_line(tmp_path: Path) -> None:
         tiny.run(spec)
     program = check_file(spec).program
     assert program is not None
-    found, exit_code = diagnose(caught.value, program)
+    diagnostic, exit_code = diagnose(caught.value, program)
     assert exit_code == 3
-    assert found.title.startswith("own.py:surprise: it returned the shape")
-    assert found.where.span.text == 'python("own.py:surprise")'
+    assert diagnostic.title.startswith("own.py:surprise: it returned the shape")
+    assert diagnostic.where.span.text == 'python("own.py:surprise")'
 
 
-def test_a_changed_function_is_another_stage(tmp_path: Path) -> None:
+def test_changed_function_changes_the_fingerprint(tmp_path: Path) -> None:
     words = {
         "decay": "linear", "advantage": "group_mean", "grpo": "",
         "sft": 'loss = python("own.py:surprise")',
@@ -113,6 +112,6 @@ def test_a_changed_function_is_another_stage(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(FUNCTIONS)
     text = spec.read_text()
     spec.write_text(text[: text.index("stage base")] + STAGES.format(**words))
-    before = tiny.planned(spec)[0].plan.by_node["taught"].digest
+    before = tiny.plan(spec)[0].plan.by_node["taught"].digest
     (tmp_path / "own.py").write_text(FUNCTIONS + "\n# changed\n")
-    assert tiny.planned(spec)[0].plan.by_node["taught"].digest != before
+    assert tiny.plan(spec)[0].plan.by_node["taught"].digest != before

@@ -1,4 +1,4 @@
-"""Distillation, run whole: what a student can match, and the report beside its teacher."""
+"""Distillation in a pipeline: divergence against that at the start; stored against live teacher."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ REST = (
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline that has run up to `baseline`, with a smaller model."""
     spec = tiny.workspace(tmp_path_factory.mktemp("distill"))
     text = spec.read_text()
     spec.write_text(text[: text.index("stage specialist")] + SMALL)
@@ -27,16 +28,13 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return spec
 
 
-def distilled(workspace: Path, folder: Path, settings: str) -> tuple[list[Any], dict[str, Any]]:
+def distill(workspace: Path, folder: Path, settings: str) -> tuple[list[Any], dict[str, Any]]:
+    """Run a stage `distill`; returns metrics of its steps, and its summary."""
     spec = tiny.copy(workspace, folder / "copy")
     stage = f"stage student : distill {{ from = little, data = sums, {REST}, {settings} }}"
     spec.write_text(spec.read_text() + stage)
     tiny.run(spec)
-    prepared, store = tiny.planned(spec)
-    place = store.folder(prepared.plan.by_node["student"].digest)
-    done = place.done()
-    assert done is not None
-    return [row for row in place.metrics().rows if "loss" in row], done["summary"]
+    return tiny.step_metrics(spec, "student"), tiny.summary(spec, "student")
 
 
 @pytest.mark.parametrize(
@@ -49,8 +47,8 @@ def distilled(workspace: Path, folder: Path, settings: str) -> tuple[list[Any], 
         " rollout = sampling(max_tokens = 4)",
     ],
 )
-def test_a_student_comes_nearer(workspace: Path, tmp_path: Path, settings: str) -> None:
-    rows, summary = distilled(workspace, tmp_path, settings)
+def test_distillation_lowers_the_divergence(workspace: Path, tmp_path: Path, settings: str) -> None:
+    rows, summary = distill(workspace, tmp_path, settings)
     assert rows[-1]["divergence"] < rows[0]["divergence"]
     if "maps" in settings:
         assert rows[-1]["attention_loss"] < rows[0]["attention_loss"]
@@ -61,9 +59,9 @@ def test_a_student_comes_nearer(workspace: Path, tmp_path: Path, settings: str) 
     assert metrics["decode_speed_ratio"] > 0
 
 
-def test_what_is_stored_ahead_is_what_is_live(workspace: Path, tmp_path: Path) -> None:
-    live, _ = distilled(workspace, tmp_path / "live", "teacher = baseline, top_k = 8")
-    ahead, _ = distilled(
+def test_stored_teacher_equals_the_live_one(workspace: Path, tmp_path: Path) -> None:
+    live, _ = distill(workspace, tmp_path / "live", "teacher = baseline, top_k = 8")
+    ahead, _ = distill(
         workspace, tmp_path / "ahead", "teacher = baseline, top_k = 8, teacher_log_probs = ahead"
     )
     for one, other in zip(live, ahead, strict=True):

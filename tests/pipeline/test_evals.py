@@ -1,4 +1,4 @@
-"""Evals in every form, of models side by side."""
+"""Metrics of every kind of eval of two models, against each other."""
 
 from __future__ import annotations
 
@@ -25,38 +25,40 @@ stage compared : evaluate {
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """Metrics of each of two models under every kind of eval."""
     spec = tiny.workspace(tmp_path_factory.mktemp("evals"))
     text = spec.read_text()
     spec.write_text(text[: text.index("stage specialist")] + EVALS)
     tiny.run(spec)
-    prepared, store = tiny.planned(spec)
-    done = store.folder(prepared.plan.by_node["compared"].digest).done()
-    assert done is not None
-    found: dict[str, dict[str, float]] = done["summary"]["table"]
-    return found
+    table: dict[str, dict[str, float]] = tiny.summary(spec, "compared")["table"]
+    return table
 
 
 @pytest.mark.parametrize("model", ["base", "baseline"])
-def test_what_samples_tell(table: dict[str, dict[str, float]], model: str) -> None:
-    found = table[model]
-    assert found["guesses.pass_at_1"] == pytest.approx(found["guesses.score"])
-    assert found["guesses.pass_at_1"] <= found["guesses.pass_at_2"] <= found["guesses.pass_at_4"]
-    # What ranks is what scores, so the best is found wherever there is one.
-    assert found["guesses.best_of_n"] == pytest.approx(found["guesses.pass_at_4"])
-    assert 0 <= found["guesses.majority"] <= found["guesses.pass_at_4"] + 1e-9
-    assert found["guesses.score_low"] <= found["guesses.score"] <= found["guesses.score_high"]
-    assert found["guesses.correct"] <= found["guesses.score"]  # the stricter match
-    assert 0 <= found["guesses.contains"] <= 1
+def test_metrics_of_samples_agree_with_each_other(
+    table: dict[str, dict[str, float]], model: str
+) -> None:
+    metrics = table[model]
+    assert metrics["guesses.pass_at_1"] == pytest.approx(metrics["guesses.score"])
+    assert (
+        metrics["guesses.pass_at_1"] <= metrics["guesses.pass_at_2"] <= metrics["guesses.pass_at_4"]
+    )
+    # The ranking is the score, so the best of n is right wherever one of them is.
+    assert metrics["guesses.best_of_n"] == pytest.approx(metrics["guesses.pass_at_4"])
+    assert 0 <= metrics["guesses.majority"] <= metrics["guesses.pass_at_4"] + 1e-9
+    assert metrics["guesses.score_low"] <= metrics["guesses.score"] <= metrics["guesses.score_high"]
+    assert metrics["guesses.correct"] <= metrics["guesses.score"]  # the stricter match
+    assert 0 <= metrics["guesses.contains"] <= 1
 
 
 @pytest.mark.parametrize("model", ["base", "baseline"])
-def test_a_search_with_one_beam_is_greedy(table: dict[str, dict[str, float]], model: str) -> None:
-    found = table[model]
+def test_search_with_one_beam_is_greedy(table: dict[str, dict[str, float]], model: str) -> None:
+    metrics = table[model]
     for name in ("score", "length", "truncated"):
-        assert found[f"beam.{name}"] == found[f"greedy.{name}"]
-    assert found["searched.pass_at_2"] >= found["searched.score"]
+        assert metrics[f"beam.{name}"] == metrics[f"greedy.{name}"]
+    assert metrics["searched.pass_at_2"] >= metrics["searched.score"]
 
 
-def test_models_stand_side_by_side(table: dict[str, dict[str, float]]) -> None:
+def test_table_has_the_same_metrics_for_both_models(table: dict[str, dict[str, float]]) -> None:
     assert table["base"].keys() == table["baseline"].keys()
     assert table["base"]["fluency.loss"] != table["baseline"]["fluency.loss"]

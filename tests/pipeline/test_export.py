@@ -1,10 +1,8 @@
-"""Exports: what a folder holds, what is left alone, and what other libraries make of it."""
+"""Exported folders: their logits against the stage's, here, in `transformers` and in PEFT."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from tokenizers import Tokenizer
 
 from tests.pipeline import tiny
 from tests.pipeline.test_pretrained import workspace
+from tests.pipeline.tiny import tune
 from tunelang.compiler.models.families import architecture_of
 from tunelang.runtime.commands.generate import open_generator
 from tunelang.runtime.loading import pretrained
@@ -41,7 +40,8 @@ stage light   : export { from = tuned, path = "light", adapter = apart }
 
 
 @pytest.fixture(scope="module")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that exported merged weights and adapters."""
     spec = workspace(tmp_path_factory.mktemp("exported"))
     text = spec.read_text()
     spec.write_text(text[: text.index("stage baseline")] + STAGES)
@@ -50,19 +50,21 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def exported(once: Path, tmp_path: Path) -> Path:
-    return tiny.copy(once, tmp_path / "copy")
+def exported(exported_once: Path, tmp_path: Path) -> Path:
+    """A copy of that run."""
+    return tiny.copy(exported_once, tmp_path / "copy")
 
 
 def logits_of(spec: Path, stage: str, tokens: np.ndarray) -> np.ndarray:
-    prepared, store = tiny.planned(spec)
+    """Compute logits by the model of a stage."""
+    prepared, store = tiny.plan(spec)
     generator = open_generator(prepared.program, store, stage)
     graph, _ = abstract_decoder(generator.model.architecture, jnp.float32)
     decoder = nnx.merge(graph, generator.params)
     return np.asarray(decoder.logits(decoder(jnp.asarray(tokens))))
 
 
-def test_a_folder_is_read_again(exported: Path) -> None:
+def test_exported_folder_is_a_model_of_another_spec(exported: Path) -> None:
     out = exported.parent / "out"
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 2
     config = read_config(out)
@@ -71,9 +73,9 @@ def test_a_folder_is_read_again(exported: Path) -> None:
     tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
     graph, _ = abstract_decoder(architecture, jnp.float32)
     decoder = nnx.merge(graph, params)
-    found = decoder.logits(decoder(jnp.asarray(tokens)))
+    actual = decoder.logits(decoder(jnp.asarray(tokens)))
     # Merged on another mesh, where sums have another order.
-    np.testing.assert_allclose(found, logits_of(exported, "tuned", tokens), atol=1e-4)
+    np.testing.assert_allclose(actual, logits_of(exported, "tuned", tokens), atol=1e-4)
     # And it is a model of another spec.
     text = exported.read_text()
     other = exported.with_name("other.tune")
@@ -92,7 +94,7 @@ stage more : sft {
     assert tiny.run(other).lines == ["more done"]
 
 
-def test_nothing_of_others_is_touched(exported: Path) -> None:
+def test_export_leaves_other_files_alone(exported: Path) -> None:
     out = exported.parent / "out"
     (out / "notes.txt").write_text("mine")
     written = {path: path.stat().st_mtime_ns for path in out.iterdir()}
@@ -108,14 +110,14 @@ def test_nothing_of_others_is_touched(exported: Path) -> None:
     assert (out / "notes.txt").read_text() == "mine"
     # What is gone is written anew.
     (out / "model.safetensors").unlink()
-    prepared, _ = tiny.planned(exported)
+    prepared, _ = tiny.plan(exported)
     states = {stage.node: stage.state for stage in prepared.plan.stages}
     assert states["release"].reason == "gone"
     assert "release done" in tiny.run(exported).lines
     assert (out / "model.safetensors").exists()
 
 
-def test_a_file_in_the_way(exported: Path) -> None:
+def test_export_over_a_foreign_file_is_an_error(exported: Path) -> None:
     folder = exported.parent / "elsewhere"
     folder.mkdir()
     (folder / "config.json").write_text("mine")
@@ -127,7 +129,7 @@ def test_a_file_in_the_way(exported: Path) -> None:
     assert (folder / "config.json").read_text() == "mine"
 
 
-def test_the_command(exported: Path) -> None:
+def test_export_command_writes_model_and_adapter(exported: Path) -> None:
     done = tune("export", exported, "tuned", str(exported.parent / "given"), "--dtype", "f32")
     assert done.returncode == 0, done.stderr
     names = {Path(line).name for line in done.stdout.split()}
@@ -136,15 +138,8 @@ def test_the_command(exported: Path) -> None:
     assert (exported.parent / "given2" / "adapter_config.json").exists(), done.stderr
 
 
-def tune(command: str, spec: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tunelang.runtime", command, str(spec), *more],
-        capture_output=True, text=True, env=tiny.environment(), check=False, timeout=120,
-    )  # fmt: skip
-
-
-def test_new_special_tokens(exported: Path) -> None:
-    """The embedding grows by rows that are the mean of the others, and goes out with them."""
+def test_new_special_tokens_extend_the_embedding(exported: Path) -> None:
+    """The exported embedding has a row more for each, the mean of the others."""
     text = exported.read_text()
     spec = exported.with_name("more.tune")
     spec.write_text(
@@ -221,24 +216,25 @@ stage b : export { from = second, path = "b", dtype = f32 }
 """
 
 
-def same_as(theirs: Any, folder: Path, logits: np.ndarray, tokens: np.ndarray) -> None:
+def assert_logits(theirs: Any, folder: Path, logits: np.ndarray, tokens: np.ndarray) -> None:
+    """Assert that `transformers` computes these logits with the model of a folder."""
     import torch
 
     model = theirs.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     with torch.no_grad():
-        found = model.float()(input_ids=torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(found, logits, atol=1e-4)
+        actual = model.float()(input_ids=torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(actual, logits, atol=1e-4)
 
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-def test_transformers_loads_them(exported: Path) -> None:
+def test_transformers_and_peft_compute_the_same_logits(exported: Path) -> None:
     transformers = pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     folder = exported.parent
     tokens = np.arange(24, dtype=np.int64).reshape(2, 12)
     expected = logits_of(exported, "tuned", tokens)
-    same_as(transformers, folder / "out", expected, tokens)
+    assert_logits(transformers, folder / "out", expected, tokens)
     base = transformers.AutoModelForCausalLM.from_pretrained(
         folder / "small", attn_implementation="eager"
     )
@@ -246,19 +242,19 @@ def test_transformers_loads_them(exported: Path) -> None:
 
     adapted = peft.PeftModel.from_pretrained(base.float(), folder / "light")
     with torch.no_grad():
-        found = adapted(input_ids=torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+        actual = adapted(input_ids=torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
     for name in ("out", "light"):
         theirs = transformers.AutoTokenizer.from_pretrained(folder / name)
         text = "line 3 of the prose"
-        prepared, store = tiny.planned(exported)
+        prepared, store = tiny.plan(exported)
         ours = open_generator(prepared.program, store, "tuned").model.renderer
         assert theirs(text, add_special_tokens=False).input_ids == ours.tokenizer.encode(text)
 
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-def test_what_was_trained_from_scratch(tmp_path: Path) -> None:
+def test_transformers_loads_models_trained_from_scratch(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     from tunelang.runtime.data.examples import Example, Message
 
@@ -266,11 +262,11 @@ def test_what_was_trained_from_scratch(tmp_path: Path) -> None:
     spec = tmp_path / "scratch.tune"
     spec.write_text(FROM_SCRATCH)
     tiny.run(spec)
-    prepared, store = tiny.planned(spec)
+    prepared, store = tiny.plan(spec)
     tokens = np.arange(40, dtype=np.int64).reshape(2, 20)
     for stage, name in (("first", "a"), ("second", "b")):
         folder = tmp_path / name
-        same_as(transformers, folder, logits_of(spec, stage, tokens), tokens)
+        assert_logits(transformers, folder, logits_of(spec, stage, tokens), tokens)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         ours = open_generator(prepared.program, store, stage).model.renderer
         text = " two  spaces\n\tand 👩‍👧 1234567 naïve"
@@ -278,14 +274,14 @@ def test_what_was_trained_from_scratch(tmp_path: Path) -> None:
         assert theirs.decode(ours.tokenizer.encode(text)) == text
         turns = [Message("user", "how many?"), Message("assistant", "3")]
         expected = ours.tokens(Example("", 0, {}, messages=tuple(turns))).ids
-        given = [{"role": turn.role, "content": turn.content} for turn in turns]
-        found = theirs.apply_chat_template(given, tokenize=True, return_dict=False)
-        assert found[: len(expected)] == list(expected)
+        conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
+        ids = theirs.apply_chat_template(conversation, tokenize=True, return_dict=False)
+        assert ids[: len(expected)] == list(expected)
         generation = json.loads((folder / "generation_config.json").read_text())
         assert generation["eos_token_id"] == list(ours.stops)
 
 
-def test_an_architecture_of_no_family(tmp_path: Path) -> None:
+def test_architecture_of_no_family_is_an_error(tmp_path: Path) -> None:
     tiny.workspace(tmp_path)
     spec = tmp_path / "odd.tune"
     text = FROM_SCRATCH.replace("tokenizer = letters\n", "tokenizer = letters\n  norm = layer\n")

@@ -1,4 +1,4 @@
-"""`tune generate` with a beam search, and with the best of several samples."""
+"""`tune generate` with a beam search or the best of several samples, against all the samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.pipeline import tiny
-from tests.pipeline.test_run import tune
+from tests.pipeline.tiny import tune
 from tunelang.dsl.vocabulary.training import Sampling
 from tunelang.runtime.commands.generate import UnscoredError, best_of, open_ranked
 from tunelang.runtime.rewards.reward_parts import CompletionRow
@@ -31,6 +31,7 @@ SAMPLING = Sampling(max_tokens=6, temperature=1.0)
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline with a base model, a reward model and several rewards."""
     spec = tiny.workspace(tmp_path_factory.mktemp("best"))
     pairs = ({"a": "x" * n, "b": n, "c": n + 1} for n in range(1, 5))
     (spec.parent / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
@@ -39,33 +40,36 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return spec
 
 
-def opened(spec: Path, by: str | None):
-    prepared, store = tiny.planned(spec)
+def open_generator(spec: Path, by: str | None):
+    """Open the base model and a reward."""
+    prepared, store = tiny.plan(spec)
     return open_ranked(prepared.program, store, "base", by, SAMPLING.max_tokens)
 
 
-def test_the_best_of_several_samples(spec: Path) -> None:
-    generator, reward = opened(spec, "plain")
+def test_best_samples_come_first(spec: Path) -> None:
+    generator, reward = open_generator(spec, "plain")
     with reward:
         every = list(generator.complete(PROMPTS, SAMPLING, 8, 0, True))
-        found = list(best_of(generator, PROMPTS, SAMPLING, 8, 0, True, returned=8, reward=reward))
+        best = list(best_of(generator, PROMPTS, SAMPLING, 8, 0, True, returned=8, reward=reward))
         first = list(best_of(generator, PROMPTS, SAMPLING, 8, 0, True, reward=reward))
-    for at in (0, 8):
+    for start in (0, 8):
         # Equally good ones stay in their order.
-        assert found[at : at + 8] == sorted(every[at : at + 8], key=lambda text: "e" in text)
+        assert best[start : start + 8] == sorted(
+            every[start : start + 8], key=lambda text: "e" in text
+        )
     assert {"e" in text for text in every} == {True, False}
-    assert first == found[::8]
+    assert first == best[::8]
     likeliest = list(best_of(generator, PROMPTS, SAMPLING, 8, 0, True, returned=8))
     assert sorted(likeliest[:8]) == sorted(every[:8])
 
 
-def test_learned_reward_that_no_stage_reads_chooses_the_best_samples(spec: Path) -> None:
-    generator, reward = opened(spec, "helpful")
+def test_learned_reward_sorts_samples(spec: Path) -> None:
+    generator, reward = open_generator(spec, "helpful")
     with reward:
-        found = list(best_of(generator, PROMPTS, SAMPLING, 4, 0, True, returned=4, reward=reward))
+        best = list(best_of(generator, PROMPTS, SAMPLING, 4, 0, True, returned=4, reward=reward))
         rows = [
             CompletionRow({"prompt": PROMPTS[index // 4], "completion": text}, "", 6)
-            for index, text in enumerate(found)
+            for index, text in enumerate(best)
         ]
         scores = reward.score(rows)
     assert not scores.events
@@ -74,20 +78,20 @@ def test_learned_reward_that_no_stage_reads_chooses_the_best_samples(spec: Path)
     assert np.ptp(by_prompt) > 0
 
 
-def test_local_judge_that_no_stage_asks_is_asked(spec: Path) -> None:
-    generator, reward = opened(spec, "taste")
+def test_local_judge_is_asked(spec: Path) -> None:
+    generator, reward = open_generator(spec, "taste")
     with reward, pytest.raises(UnscoredError, match="the judge gave no 1 scores"):
         list(best_of(generator, PROMPTS, SAMPLING, 2, 0, True, reward=reward))
 
 
-def test_a_reward_without_its_fields(spec: Path) -> None:
-    generator, reward = opened(spec, "correct")
+def test_reward_without_its_fields_is_an_error(spec: Path) -> None:
+    generator, reward = open_generator(spec, "correct")
     with reward, pytest.raises(UnscoredError, match="no field `target`"):
         list(best_of(generator, PROMPTS, SAMPLING, 2, 0, True, reward=reward))
 
 
-def test_beams(spec: Path) -> None:
-    generator, _ = opened(spec, None)
+def test_one_beam_is_greedy_and_several_differ(spec: Path) -> None:
+    generator, _ = open_generator(spec, None)
     greedy = list(generator.complete(PROMPTS, Sampling(max_tokens=6, temperature=0.0), 1, 0, True))
     assert list(generator.search(PROMPTS, 6, True, beams=1)) == greedy
     several = list(generator.search(PROMPTS, 6, True, beams=5, returned=3))
@@ -95,18 +99,18 @@ def test_beams(spec: Path) -> None:
     assert len(set(several[:3])) == 3
 
 
-def test_the_command(spec: Path) -> None:
+def test_generate_command_takes_beams_and_best_of(spec: Path) -> None:
     def generate(*arguments: str) -> tuple[int, list[str], str]:
-        found = tune("generate", spec, "base", "1+1=", "--max-tokens", "3", *arguments)
-        return found.returncode, found.stdout.splitlines(), found.stderr
+        done = tune("generate", spec, "base", "1+1=", "--max-tokens", "3", *arguments)
+        return done.returncode, done.stdout.splitlines(), done.stderr
 
     code, lines, _ = generate("--beams", "4", "--samples", "2", "--length-penalty", "0")
     assert code == 0
     assert len(lines) >= 2
     assert generate("--best-of", "4", "--by", "short")[0] == 0
-    code, _, said = generate("--best-of", "4", "--by", "broad")
+    code, _, stderr = generate("--best-of", "4", "--by", "broad")
     assert code == 2
-    assert "the reward scores no completion: correct: no field `target`" in said
+    assert "the reward scores no completion: correct: no field `target`" in stderr
 
 
 @pytest.mark.parametrize(
@@ -122,7 +126,9 @@ def test_the_command(spec: Path) -> None:
         (("--length-penalty", "0"), "only with --beams"),
     ],
 )
-def test_what_does_not_go_together(spec: Path, arguments: tuple[str, ...], message: str) -> None:
-    found = tune("generate", spec, "base", "1+1=", *arguments)
-    assert found.returncode == 2
-    assert message in found.stderr
+def test_contradicting_options_are_an_error(
+    spec: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = tune("generate", spec, "base", "1+1=", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped, doubled, or that meet broken files: nothing is lost."""
+"""Runs that are killed, stopped, doubled or damaged, against one uninterrupted run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ KILLS = 12
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupted."""
+    """An uninterrupted run of the pipeline."""
     spec = tiny.workspace(tmp_path_factory.mktemp("whole"))
     tiny.run(spec)
     return spec
 
 
 def start(spec: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start `tune run` in a process."""
     return subprocess.Popen(
         [*RUN, str(spec), *arguments],
         stdout=subprocess.PIPE,
@@ -39,9 +40,10 @@ def start(spec: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def killed_inside_a_checkpoint(spec: Path, seed: int) -> bool:
-    """Run, and kill the process a random time after one of its checkpoints began to be written;
-    returns whether it came to that.
+def run_and_kill_in_a_checkpoint(spec: Path, seed: int) -> bool:
+    """Run, and kill the process a random time after it began to write a checkpoint.
+
+    Returns whether it was killed.
     """
     script = f"""
 import os, random, signal, sys, time
@@ -52,7 +54,7 @@ from tunelang.runtime.training.checkpoints import Checkpoints
 choose = random.Random({seed})
 save, left = Checkpoints.save, choose.randrange(5)
 
-def then_die(self, *arguments, **named):
+def save_and_die(self, *arguments, **named):
     global left
     save(self, *arguments, **named)
     left -= 1
@@ -60,7 +62,7 @@ def then_die(self, *arguments, **named):
         time.sleep(choose.random() * 0.06)
         os.kill(os.getpid(), signal.SIGKILL)
 
-Checkpoints.save = then_die
+Checkpoints.save = save_and_die
 tiny.run(Path({str(spec)!r}))
 """
     done = subprocess.run(
@@ -70,8 +72,9 @@ tiny.run(Path({str(spec)!r}))
     return done.returncode != 0
 
 
-def same(one: Path, other: Path) -> None:
-    prepared, _ = tiny.planned(one)
+def assert_same_params(one: Path, other: Path) -> None:
+    """Assert that every stage of two runs has equal parameters."""
+    prepared, _ = tiny.plan(one)
     for node in prepared.graph.nodes:
         first, second = tiny.params(one, node), tiny.params(other, node)
         assert first.keys() == second.keys()
@@ -79,26 +82,24 @@ def same(one: Path, other: Path) -> None:
             np.testing.assert_array_equal(first[name], second[name], err_msg=f"{node} {name}")
 
 
-def lines(spec: Path, node: str) -> list[dict[str, object]]:
-    prepared, store = tiny.planned(spec)
-    timing = {"time", "steps_per_second", "tokens_per_second", "mfu", "memory", "rollout_seconds"}
-    rows = store.folder(prepared.plan.by_node[node].digest).metrics().rows
-    return [{name: row[name] for name in row if name not in timing} for row in rows]
+def metrics(spec: Path, node: str) -> list[dict[str, object]]:
+    """Read the metrics of a stage, without those that differ from run to run."""
+    return tiny.without_timing(tiny.metrics(spec, node))
 
 
 @pytest.mark.slow
-def test_killed_inside_checkpoints_it_ends_bit_equal(finished: Path, tmp_path: Path) -> None:
+def test_run_killed_inside_checkpoints_ends_bit_equal(finished: Path, tmp_path: Path) -> None:
     spec = tiny.workspace(tmp_path / "killed")
-    kills = sum(killed_inside_a_checkpoint(spec, seed) for seed in range(KILLS))
+    kills = sum(run_and_kill_in_a_checkpoint(spec, seed) for seed in range(KILLS))
     assert kills >= 4
     tiny.run(spec)
-    same(finished, spec)
+    assert_same_params(finished, spec)
     for node in ("baseline", "generalist"):
-        assert lines(finished, node) == lines(spec, node)
+        assert metrics(finished, node) == metrics(spec, node)
 
 
 @pytest.mark.slow
-def test_killed_at_random_instants_it_ends_bit_equal(finished: Path, tmp_path: Path) -> None:
+def test_run_killed_at_random_instants_ends_bit_equal(finished: Path, tmp_path: Path) -> None:
     spec = tiny.workspace(tmp_path / "killed")
     choose = random.Random(7)
     kills = 0
@@ -113,7 +114,7 @@ def test_killed_at_random_instants_it_ends_bit_equal(finished: Path, tmp_path: P
             kills += 1
     assert kills
     tiny.run(spec)
-    same(finished, spec)
+    assert_same_params(finished, spec)
 
 
 def test_sigint_saves_and_exits_130(finished: Path, tmp_path: Path) -> None:
@@ -121,87 +122,84 @@ def test_sigint_saves_and_exits_130(finished: Path, tmp_path: Path) -> None:
     text = spec.read_text().replace("length           = 8 steps", "length           = 20000 steps")
     spec.write_text(text.replace("checkpoint_every = 3 steps\n", "\n", 1))
     process = start(spec, "--only", "base")
-    metrics = spec.parent / ".tune" / "stages"
+    stages = spec.parent / ".tune" / "stages"
     end = time.monotonic() + 60
-    while not any(p.stat().st_size > 2000 for p in metrics.glob("*/metrics.jsonl")):
+    while not any(p.stat().st_size > 2000 for p in stages.glob("*/metrics.jsonl")):
         assert time.monotonic() < end
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert "interrupted" in said
-    prepared, _ = tiny.planned(spec)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted" in stderr
+    prepared, _ = tiny.plan(spec)
     assert prepared.plan.by_node["base"].state.kind == "resume"
 
 
-def test_two_runs_at_once(finished: Path, tmp_path: Path) -> None:
+def test_two_runs_at_once_wait_for_each_other(finished: Path, tmp_path: Path) -> None:
     spec = tiny.workspace(tmp_path / "both")
     first, second = start(spec), start(spec)
-    said = [process.communicate(timeout=120)[1] for process in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], said
-    assert "waiting for process" in "".join(said)
-    same(finished, spec)
+    stderr = [process.communicate(timeout=120)[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], stderr
+    assert "waiting for process" in "".join(stderr)
+    assert_same_params(finished, spec)
 
 
-def stopped_after(spec: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Run the first stage up to a checkpoint; returns the stage's folder."""
+def run_until_checkpoint(spec: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Run the first stage up to a checkpoint; returns its folder."""
 
     class StopError(Exception):
         pass
 
     save = Checkpoints.save
 
-    def then_stop(self: Checkpoints, step: int, *arguments: object) -> None:
+    def save_and_stop(self: Checkpoints, step: int, *arguments: object) -> None:
         save(self, step, *arguments)
         if step >= steps:
             self.wait()
             raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", then_stop)
+        patch.setattr(Checkpoints, "save", save_and_stop)
         with pytest.raises(Exception, match="base"):
             tiny.run(spec, only=["base"])
-    prepared, store = tiny.planned(spec)
-    return store.folder(prepared.plan.by_node["base"].digest).path
+    return tiny.stage_folder(spec, "base").path
 
 
-def test_a_damaged_checkpoint_is_a_named_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_checkpoint_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = tiny.workspace(tmp_path / "damaged")
-    folder = stopped_after(spec, 6, monkeypatch)
+    folder = run_until_checkpoint(spec, 6, monkeypatch)
     latest = folder / "checkpoints" / "6"
     for path in latest.rglob("d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     before = sorted(str(path) for path in folder.rglob("*"))
     process = start(spec, "--only", "base")
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 3, said
-    assert "error[store-fails]: cannot read" in said
-    assert "checkpoints/6" in said
-    assert "to continue from the checkpoint before" in said
-    assert "Traceback" not in said
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 3, stderr
+    assert "error[store-fails]: cannot read" in stderr
+    assert "checkpoints/6" in stderr
+    assert "to continue from the checkpoint before" in stderr
+    assert "Traceback" not in stderr
     assert set(before) <= {str(path) for path in folder.rglob("*")}
 
 
-def test_a_damaged_line_of_metrics_is_left_out(
+def test_damaged_line_of_metrics_is_skipped(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = tiny.workspace(tmp_path / "lines")
-    folder = stopped_after(spec, 3, monkeypatch)
+    folder = run_until_checkpoint(spec, 3, monkeypatch)
     with (folder / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 3, "lo\xff\n{"cut')
     tiny.run(spec, only=["base"])
-    assert lines(spec, "base") == lines(finished, "base")
+    assert metrics(spec, "base") == metrics(finished, "base")
 
 
-def test_a_full_disk_is_a_named_error(
+def test_full_disk_is_an_error(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A limit on the size of files makes real writes fail, in Python and in Orbax's own code."""
+    """A limit on the size of files makes writes fail, in Python and inside Orbax."""
     spec = tiny.workspace(tmp_path / "full")
-    stopped_after(spec, 3, monkeypatch)
+    run_until_checkpoint(spec, 3, monkeypatch)
     script = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -222,10 +220,10 @@ main()
     assert "error[store-fails]: cannot write" in done.stderr
     assert "Traceback" not in done.stderr
     tiny.run(spec)
-    same(finished, spec)
+    assert_same_params(finished, spec)
 
 
-def test_the_plan_of_a_run_is_kept(finished: Path) -> None:
+def test_run_records_its_plan(finished: Path) -> None:
     runs = sorted((finished.parent / ".tune" / "runs").glob("*.json"))
     entry = json.loads(runs[-1].read_text())
     assert entry["outcome"] == "done"

@@ -1,4 +1,4 @@
-"""PPO run whole: a critic of its own, on the policy's trunk, from a reward model; and resumed."""
+"""PPO in a pipeline: rewards and values against those at the start; resumed against full runs."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ REST = (
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline that has run three stages `ppo` with different critics."""
     spec = tiny.workspace(tmp_path_factory.mktemp("ppo"))
     text = spec.read_text()
     spec.write_text(text[: text.index("stage specialist")] + STAGES.format(REST=REST))
@@ -49,38 +50,36 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return spec
 
 
-def rows(spec: Path, stage: str) -> list[dict[str, Any]]:
-    prepared, store = tiny.planned(spec)
-    found = store.folder(prepared.plan.by_node[stage].digest).metrics().rows
-    timing = {"time", "steps_per_second", "tokens_per_second", "mfu", "memory", "rollout_seconds"}
-    return [{n: v for n, v in row.items() if n not in timing} for row in found if "loss" in row]
+def step_metrics(spec: Path, stage: str) -> list[dict[str, Any]]:
+    """Read the metrics of steps, without those that differ from run to run."""
+    return tiny.without_timing(tiny.step_metrics(spec, stage))
 
 
 @pytest.mark.parametrize("stage", ["apart", "joint"])
-def test_it_learns(spec: Path, stage: str) -> None:
-    found = rows(spec, stage)
-    assert found[-1]["reward"] > found[0]["reward"] + 0.2
-    assert found[0]["value"] == 0  # its head begins with zeros
-    assert found[-1]["value"] == pytest.approx(found[-1]["return"], abs=0.3)
-    assert {"explained_variance", "critic_grad_norm", "value_clip"} <= found[0].keys()
+def test_ppo_raises_the_reward_and_fits_the_values(spec: Path, stage: str) -> None:
+    rows = step_metrics(spec, stage)
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.2
+    assert rows[0]["value"] == 0  # its head begins with zeros
+    assert rows[-1]["value"] == pytest.approx(rows[-1]["return"], abs=0.3)
+    assert {"explained_variance", "critic_grad_norm", "value_clip"} <= rows[0].keys()
 
 
-def test_the_coefficient_of_the_divergence_adapts(spec: Path) -> None:
-    found = [row["kl_coefficient"] for row in rows(spec, "apart")]
-    assert found[1] == pytest.approx(0.02 * (1 - 0.2 * 16 / 100))  # nothing has moved yet
-    assert all(0.96 < b / a < 1.04 for a, b in pairwise(found))
+def test_coefficient_of_the_divergence_adapts(spec: Path) -> None:
+    coefficients = [row["kl_coefficient"] for row in step_metrics(spec, "apart")]
+    assert coefficients[1] == pytest.approx(0.02 * (1 - 0.2 * 16 / 100))  # nothing has moved yet
+    assert all(0.96 < b / a < 1.04 for a, b in pairwise(coefficients))
 
 
 @pytest.mark.parametrize("stage", ["apart", "joint"])
-def test_what_it_yields_is_the_policy(spec: Path, stage: str) -> None:
+def test_result_is_the_policy_without_the_critic(spec: Path, stage: str) -> None:
     before, after = tiny.params(spec, "baseline"), tiny.params(spec, stage)
     assert before.keys() == after.keys()
     assert any(not np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_a_reward_model_is_where_values_begin(spec: Path) -> None:
-    found = rows(spec, "adapted")
-    assert found[0]["value"] != 0
+def test_critic_starts_from_the_reward_model(spec: Path) -> None:
+    rows = step_metrics(spec, "adapted")
+    assert rows[0]["value"] != 0
     names = tiny.params(spec, "adapted")
     assert names
     assert all("adapters" in name for name in names)
@@ -96,7 +95,7 @@ def test_a_reward_model_is_where_values_begin(spec: Path) -> None:
         ("joint", ["stage.joint.offload=optimizer"]),
     ],
 )
-def test_resumed_it_ends_the_same(
+def test_resumed_run_equals_the_uninterrupted_one(
     spec: Path, tmp_path: Path, stage: str, sets: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit; up to rounding where moments and the reference lie at the host, against a run
@@ -106,26 +105,26 @@ def test_resumed_it_ends_the_same(
     class StopError(Exception):
         pass
 
-    other = tiny.copy(spec, tmp_path / "copy")
+    copy = tiny.copy(spec, tmp_path / "copy")
     save = Checkpoints.save
 
-    def then_stop(self: Checkpoints, step: int, *arguments: object) -> None:
+    def save_and_stop(self: Checkpoints, step: int, *arguments: object) -> None:
         save(self, step, *arguments)
         self.wait()
         raise StopError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", then_stop)
+        patch.setattr(Checkpoints, "save", save_and_stop)
         with pytest.raises(Exception, match=stage):
-            tiny.run(other, *sets, only=[stage], force=[stage])
-    prepared, _ = tiny.planned(other, *sets, only=[stage])
+            tiny.run(copy, *sets, only=[stage], force=[stage])
+    prepared, _ = tiny.plan(copy, *sets, only=[stage])
     assert prepared.plan.by_node[stage].state.kind == "resume"
-    tiny.run(other, *sets, only=[stage])
-    one, two = tiny.params(spec, stage), tiny.params(other, stage)
+    tiny.run(copy, *sets, only=[stage])
+    expected, resumed = tiny.params(spec, stage), tiny.params(copy, stage)
     if sets:
-        for name in one:
-            np.testing.assert_allclose(one[name], two[name], atol=1e-5, err_msg=name)
+        for name in expected:
+            np.testing.assert_allclose(expected[name], resumed[name], atol=1e-5, err_msg=name)
         return
-    assert rows(other, stage) == rows(spec, stage)
-    for name in one:
-        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+    assert step_metrics(copy, stage) == step_metrics(spec, stage)
+    for name in expected:
+        np.testing.assert_array_equal(expected[name], resumed[name], err_msg=name)

@@ -1,4 +1,4 @@
-"""Learning from preferences, run whole: every kind, its metrics, its reward in later stages."""
+"""Preference stages in a pipeline: margins against those at the start, and use by later stages."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ REST = "length = 12 steps, batch = 4 sequences, log_every = 1 step, mesh = axes(
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline that has run up to `baseline`, with pairs and labelled answers."""
     spec = tiny.workspace(tmp_path_factory.mktemp("preferences"))
     pairs = [
         {"a": a, "b": b, "good": a + b, "bad": a + b + 1 + (a * b) % 3}
@@ -50,13 +51,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return spec
 
 
-def metrics(spec: Path, stage: str) -> list[dict[str, float]]:
-    prepared, store = tiny.planned(spec)
-    rows = store.folder(prepared.plan.by_node[stage].digest).metrics().rows
-    return [row for row in rows if "loss" in row]
-
-
-def added(workspace: Path, folder: Path, *stages: str) -> Path:
+def with_stages(workspace: Path, folder: Path, *stages: str) -> Path:
+    """Copy a workspace and add stages to its spec."""
     spec = tiny.copy(workspace, folder / "copy")
     spec.write_text(spec.read_text() + "\n".join(stages))
     return spec
@@ -75,19 +71,18 @@ def added(workspace: Path, folder: Path, *stages: str) -> Path:
         "kto { data = pairs, adapter = lora(rank = 8), beta = 1.0",
     ],
 )
-def test_every_kind_learns(workspace: Path, tmp_path: Path, stage: str) -> None:
+def test_every_preference_stage_widens_the_margin(
+    workspace: Path, tmp_path: Path, stage: str
+) -> None:
     text = f"stage judged : {stage}, from = baseline, {REST}, evals = [preferred]"
     rate = 3e-3 if "kto" in stage else 1e-2
-    spec = added(workspace, tmp_path, f"{text}, optimizer = adamw(lr = {rate}) }}")
+    spec = with_stages(workspace, tmp_path, f"{text}, optimizer = adamw(lr = {rate}) }}")
     tiny.run(spec)
-    rows = metrics(spec, "judged")
+    rows = tiny.step_metrics(spec, "judged")
     assert np.mean([row["margin"] for row in rows[-4:]]) > rows[0]["margin"]
     if "simpo" not in stage and "orpo" not in stage and "base," not in stage:
         assert abs(rows[0]["margin"]) < 1e-4  # nothing has moved from the reference
-    prepared, store = tiny.planned(spec)
-    done = store.folder(prepared.plan.by_node["judged"].digest).done()
-    assert done is not None
-    assert done["summary"]["metrics"]["preferred.accuracy"] > 0.6
+    assert tiny.summary(spec, "judged")["metrics"]["preferred.accuracy"] > 0.6
 
 
 CHAIN = """
@@ -111,19 +106,15 @@ stage ranks : evaluate {{ models = [baseline, judge], evals = [preferred] }}
 """
 
 
-def test_from_pairs_to_a_merged_model(workspace: Path, tmp_path: Path) -> None:
-    spec = added(workspace, tmp_path, CHAIN.format(REST=REST))
+def test_chain_from_pairs_to_a_merged_model_runs(workspace: Path, tmp_path: Path) -> None:
+    spec = with_stages(workspace, tmp_path, CHAIN.format(REST=REST))
     tiny.run(spec)
-    prepared, store = tiny.planned(spec)
 
     def summary(stage: str) -> dict[str, Any]:
-        done = store.folder(prepared.plan.by_node[stage].digest).done()
-        assert done is not None, stage
-        found: dict[str, Any] = done["summary"]
-        return found
+        return tiny.summary(spec, stage)
 
     assert summary("judge")["metrics"]["preferred.accuracy"] > 0.7
-    tries = store.folder(prepared.plan.by_node["tries"].digest).path
+    tries = tiny.stage_folder(spec, "tries").path
     rows = [json.loads(line) for line in (tries / "completions.jsonl").read_text().splitlines()]
     assert len(rows) == summary("tries")["metrics"]["rows"]
     assert {"a", "b", "c", "prompt", "completion", "target", "reward"} <= rows[0].keys()
@@ -136,7 +127,7 @@ def test_from_pairs_to_a_merged_model(workspace: Path, tmp_path: Path) -> None:
         summary("soup")["metrics"]["fluency.loss"]
     )
     assert summary("ranks")["table"]["judge"]["preferred.accuracy"] > 0.7
-    for row in metrics(spec, "policy"):
+    for row in tiny.step_metrics(spec, "policy"):
         assert row["reward/taste"] == 0.5  # what it says is no score
         assert {"reward/helpful", "reward/correct"} <= row.keys()
     again = tiny.run(spec)

@@ -1,10 +1,8 @@
-"""Stages that start from a folder of published weights."""
+"""Stages that start from a folder of weights, against the weights; folders that cannot be read."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +65,12 @@ CONFIG: dict[str, Any] = {
 
 @pytest.fixture
 def spec(tmp_path: Path) -> Path:
+    """The spec of a workspace with a small random model."""
     return workspace(tmp_path)
 
 
 def workspace(tmp_path: Path) -> Path:
-    """A workspace with a random model of its own tokenizer."""
+    """Write a spec, its data and a small random model with a tokenizer; returns the spec's path."""
     tiny.workspace(tmp_path)
     small = tmp_path / "small"
     small.mkdir()
@@ -97,10 +96,10 @@ def workspace(tmp_path: Path) -> Path:
     return path
 
 
-def test_stages_start_from_the_folder(spec: Path) -> None:
-    heard = tiny.run(spec)
-    assert heard.lines == ["baseline done", "specialist done"]
-    prepared, store = tiny.planned(spec)
+def test_stages_start_from_the_weights_of_the_folder(spec: Path) -> None:
+    recorder = tiny.run(spec)
+    assert recorder.lines == ["baseline done", "specialist done"]
+    prepared, store = tiny.plan(spec)
     assert {stage.state.kind for stage in prepared.plan.stages} == {"up to date"}
     rows = store.folder(prepared.plan.by_node["specialist"].digest).metrics().rows
     (row,) = [row for row in rows if "loss" in row]
@@ -112,7 +111,7 @@ def test_stages_start_from_the_folder(spec: Path) -> None:
     file = spec.parent / "small" / "model.safetensors"
     tensors = load_file(file)
     save_file({n: a * np.float32(1.5) for n, a in tensors.items()}, file)
-    prepared, _ = tiny.planned(spec)
+    prepared, _ = tiny.plan(spec)
     assert {stage.state.kind for stage in prepared.plan.stages} == {"to run"}
 
 
@@ -127,12 +126,9 @@ def test_stages_start_from_the_folder(spec: Path) -> None:
     ],
     ids=["weights", "family"],
 )
-def test_a_folder_that_cannot_be_used(spec: Path, damage: Any, words: str) -> None:
+def test_unusable_folder_is_an_error(spec: Path, damage: Any, words: str) -> None:
     damage(spec.parent / "small")
-    done = subprocess.run(
-        [sys.executable, "-m", "tunelang.runtime", "run", str(spec)],
-        capture_output=True, text=True, env=tiny.environment(), check=False, timeout=120,
-    )  # fmt: skip
+    done = tiny.tune("run", spec)
     assert done.returncode == 3, done.stderr
     assert "error[weights-fail]" in done.stderr
     assert words in done.stderr

@@ -1,4 +1,4 @@
-"""Branches of a sweep in one program: each learns what it learns by itself."""
+"""Branches of a sweep in one program, against the same branches one after another."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MEASURED = {
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished `base`, and the sweeps to run."""
+    """A pipeline that has run `base`, with the sweeps still to run."""
     spec = tiny.workspace(tmp_path_factory.mktemp("sweeps"))
     sums = (spec.parent / "sums.jsonl").read_text()
     (spec.parent / "pairs.jsonl").write_text(sums)
@@ -63,6 +63,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def in_turn(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the sweeps, branch after branch."""
     spec = tiny.copy(workspace, tmp_path_factory.mktemp("turn") / "copy")
     tiny.run(spec)
     return spec
@@ -70,19 +71,16 @@ def in_turn(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fused(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the sweeps, the branches of each in one program."""
     spec = tiny.copy(workspace, tmp_path_factory.mktemp("fused") / "copy")
-    heard = tiny.run(spec, *FUSED)
-    done = [line for line in heard.lines if line.endswith("done")]
+    recorder = tiny.run(spec, *FUSED)
+    done = [line for line in recorder.lines if line.endswith("done")]
     assert done == [f"{node} done" for node in BRANCHES]
     return spec
 
 
-def metrics(spec: Path, node: str) -> list[dict[str, float]]:
-    prepared, store = tiny.planned(spec)
-    return store.folder(prepared.plan.by_node[node].digest).metrics().rows
-
-
-def close(one: Path, other: Path, node: str) -> None:
+def assert_params_close(one: Path, other: Path, node: str) -> None:
+    """Assert that a stage has nearly the same parameters in two runs."""
     first, second = tiny.params(one, node), tiny.params(other, node)
     assert first.keys() == second.keys()
     for name in first:
@@ -90,66 +88,66 @@ def close(one: Path, other: Path, node: str) -> None:
 
 
 @pytest.mark.parametrize("node", BRANCHES)
-def test_each_branch_is_what_it_is_by_itself(in_turn: Path, fused: Path, node: str) -> None:
-    close(in_turn, fused, node)
-    alone, beside = metrics(in_turn, node), metrics(fused, node)
-    assert [row["step"] for row in alone] == [row["step"] for row in beside]
-    for one, other in zip(alone, beside, strict=True):
+def test_fused_branch_equals_the_branch_alone(in_turn: Path, fused: Path, node: str) -> None:
+    assert_params_close(in_turn, fused, node)
+    alone, together = tiny.metrics(in_turn, node), tiny.metrics(fused, node)
+    assert [row["step"] for row in alone] == [row["step"] for row in together]
+    for one, other in zip(alone, together, strict=True):
         assert one.keys() == other.keys()
         for name in one.keys() - MEASURED:
             np.testing.assert_allclose(one[name], other[name], rtol=2e-3, atol=1e-4, err_msg=name)
 
 
-def test_the_plan_knows_one_program(workspace: Path) -> None:
-    prepared, _ = tiny.planned(workspace, *FUSED)
+def test_plan_counts_the_branches_of_a_program(workspace: Path) -> None:
+    prepared, _ = tiny.plan(workspace, *FUSED)
     for node in BRANCHES:
         assert prepared.layout(node).branches == (3 if node.startswith("tuned") else 2)
-    assert not tiny.planned(workspace)[0].fused  # on a CPU, one after another
+    assert not tiny.plan(workspace)[0].fused  # on a CPU, one after another
 
 
-def test_an_interrupted_sweep_goes_on_together(
+def test_interrupted_sweep_resumes_in_one_program(
     workspace: Path, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = tiny.copy(workspace, tmp_path / "copy")
     only = {"only": ["tuned"]}
-    prepared, store = tiny.planned(spec, *FUSED, **only)
+    prepared, store = tiny.plan(spec, *FUSED, **only)
     steps: list[int] = []
     due = training_loop.CheckpointSchedule.due
 
-    def noted(saving: training_loop.CheckpointSchedule, step: int) -> bool:
+    def record_step(saving: training_loop.CheckpointSchedule, step: int) -> bool:
         steps.append(step)
         # The user asks for it when the first branch has looked at step 3: all go on to the next.
         saving.stopping = lambda: steps.count(3) > 1 or steps[-1] > 3
         return due(saving, step)
 
-    monkeypatch.setattr(training_loop.CheckpointSchedule, "due", noted)
+    monkeypatch.setattr(training_loop.CheckpointSchedule, "due", record_step)
     with pytest.raises(Interrupted):
-        execute(prepared, store, tiny.Heard())
+        execute(prepared, store, tiny.Recorder())
     monkeypatch.undo()
-    again, _ = tiny.planned(spec, *FUSED, **only)
-    assert {each.state.step for each in again.plan.stages if each.stage == "tuned"} == {4}
+    again, _ = tiny.plan(spec, *FUSED, **only)
+    assert {stage.state.step for stage in again.plan.stages if stage.stage == "tuned"} == {4}
     assert set(again.fused) == set(BRANCHES[:3])
     crashed = tiny.copy(spec, tmp_path / "crashed")  # one of them had not saved yet
-    held = Store(crashed.parent / ".tune").folder(again.plan.by_node[BRANCHES[1]].digest)
-    shutil.rmtree(held.checkpoints / "4")
-    assert set(tiny.planned(crashed, *FUSED, **only)[0].fused) == {BRANCHES[0], BRANCHES[2]}
+    folder = Store(crashed.parent / ".tune").folder(again.plan.by_node[BRANCHES[1]].digest)
+    shutil.rmtree(folder.checkpoints / "4")
+    assert set(tiny.plan(crashed, *FUSED, **only)[0].fused) == {BRANCHES[0], BRANCHES[2]}
     tiny.run(spec, *FUSED, **only)
     for node in BRANCHES[:3]:
-        close(spec, fused, node)
+        assert_params_close(spec, fused, node)
 
 
-def test_only_what_is_left_is_trained_together(
+def test_unfinished_branches_are_trained_together(
     workspace: Path, fused: Path, tmp_path: Path
 ) -> None:
     spec = tiny.copy(workspace, tmp_path / "copy")
     tiny.run(spec, only=[BRANCHES[0]])
-    heard = tiny.run(spec, *FUSED, only=["tuned"])
-    assert f"{BRANCHES[0]} again" in heard.lines
+    recorder = tiny.run(spec, *FUSED, only=["tuned"])
+    assert f"{BRANCHES[0]} again" in recorder.lines
     for node in BRANCHES[:3]:
-        close(spec, fused, node)
+        assert_params_close(spec, fused, node)
 
 
-def test_a_branch_that_diverges_leaves_the_others(workspace: Path, tmp_path: Path) -> None:
+def test_diverged_branch_does_not_stop_the_others(workspace: Path, tmp_path: Path) -> None:
     spec = tiny.copy(workspace, tmp_path / "copy")
     spec.write_text(
         spec.read_text().replace("adamw(lr = each(1e-3, 1e-2", "sgd(lr = each(1e-3, 1e38")
@@ -158,12 +156,12 @@ def test_a_branch_that_diverges_leaves_the_others(workspace: Path, tmp_path: Pat
         tiny.run(spec, *FUSED, only=["tuned"])
     assert caught.value.node == "tuned[optimizer.lr=1e38]"
     assert isinstance(caught.value.__cause__, DivergedError)
-    states = {each.node: each.state.kind for each in tiny.planned(spec)[0].plan.stages}
+    states = {stage.node: stage.state.kind for stage in tiny.plan(spec)[0].plan.stages}
     kinds = [states[f"tuned[optimizer.lr={rate}]"] for rate in ("1e-3", "1e38", "2e-2")]
     assert kinds == ["up to date", "to run", "up to date"]
 
 
-def test_what_cannot_be_one_program_says_why(workspace: Path, tmp_path: Path) -> None:
+def test_sweep_that_cannot_be_fused_is_an_error(workspace: Path, tmp_path: Path) -> None:
     spec = tiny.copy(workspace, tmp_path / "copy")
     text = spec.read_text()
     for change, why in (
@@ -172,7 +170,7 @@ def test_what_cannot_be_one_program_says_why(workspace: Path, tmp_path: Path) ->
     ):
         spec.write_text(text.replace(*change))
         with pytest.raises(StageFailed) as caught:
-            tiny.planned(spec, *FUSED)
+            tiny.plan(spec, *FUSED)
         assert caught.value.stage == "tuned"
         assert why in str(caught.value.__cause__)
         assert caught.value.__cause__.attribute == "sweep"  # type: ignore[attr-defined]

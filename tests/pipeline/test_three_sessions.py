@@ -1,11 +1,10 @@
-"""`specs/gemma_three_sessions.tune`: planned as it is, run with a small random Gemma."""
+"""`specs/gemma_three_sessions.tune` planned as it is and run with a small random Gemma; the hub."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,22 +37,21 @@ SMALL = (
 )
 
 
-def tune(folder: Path, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tunelang.runtime", *words],
-        capture_output=True, text=True, cwd=folder, check=False, timeout=400,
-        env={**tiny.environment(), "HF_HUB_OFFLINE": "1", **more},
-    )  # fmt: skip
+def tune(folder: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `tune` in a folder, without the network."""
+    return tiny.tune(*words, cwd=folder, timeout=400, HF_HUB_OFFLINE="1", **variables)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """A copy of `specs/`."""
     shutil.copytree(SPECS, tmp_path / "specs", ignore=shutil.ignore_patterns(".tune"))
     return tmp_path / "specs"
 
 
 @pytest.fixture
 def judge() -> Iterator[StandIn]:
+    """A server that scores texts by their length."""
     server = StandIn()
     server.reply = lambda text: f'{{"scores": [{len(text) % 10}, 5, 1]}}'
     yield server
@@ -61,7 +59,7 @@ def judge() -> Iterator[StandIn]:
     server.server.server_close()
 
 
-def test_it_plans_for_the_real_model(folder: Path) -> None:
+def test_spec_is_planned_for_the_real_model(folder: Path) -> None:
     done = tune(folder, "plan", SPEC)
     assert done.returncode == 0, done.stderr
     assert "6 to run; 32 × v5e" in done.stdout
@@ -69,7 +67,7 @@ def test_it_plans_for_the_real_model(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_runs(folder: Path, judge: StandIn) -> None:
+def test_spec_runs_with_a_small_model(folder: Path, judge: StandIn) -> None:
     small = folder / "small"
     write(small, (folder / "data/gsm8k/train.jsonl").read_text("utf-8").splitlines())
     sets = (
@@ -77,7 +75,7 @@ def test_it_runs(folder: Path, judge: StandIn) -> None:
         'model.gemma.path="small"',
         f'reward.taste.judge=endpoint("{judge.url}", model = "judge")',
     )
-    words = [word for each in sets for word in ("--set", each)]
+    words = [word for setting in sets for word in ("--set", setting)]
     done = tune(folder, "run", SPEC, *words)
     assert done.returncode == 0, done.stderr
     assert "the winner is" in done.stderr  # one of the sweep
@@ -93,7 +91,7 @@ def test_it_runs(folder: Path, judge: StandIn) -> None:
 # The hub's cache.
 
 
-def cached(cache: Path, name: str, source: Path) -> None:
+def put_into_cache(cache: Path, name: str, source: Path) -> None:
     """Put a folder into the hub's cache, as a download would."""
     repository = cache / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
@@ -116,11 +114,11 @@ stage tuned : sft {{
 """
 
 
-def test_a_model_in_the_cache(tmp_path: Path) -> None:
+def test_model_is_read_from_the_cache_of_the_hub(tmp_path: Path) -> None:
     tiny.workspace(tmp_path)
     cache = tmp_path / "hub"
     write(tmp_path / "model", ["some text"] * 3, vocabulary=300)
-    cached(cache, "some/model", tmp_path / "model")
+    put_into_cache(cache, "some/model", tmp_path / "model")
     (tmp_path / "hub.tune").write_text(HUB.format(name="model"))
     done = tune(tmp_path, "run", "hub.tune", HF_HUB_CACHE=str(cache))
     assert done.returncode == 0, done.stderr

@@ -1,10 +1,12 @@
-"""A whole pipeline of three sessions that runs in seconds, and ways to run it."""
+"""A pipeline of three sessions that runs in seconds, and ways to plan, run, read and copy it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from tunelang.runtime.data.row_errors import BadRows
 from tunelang.runtime.pipeline.execute_plan import execute
 from tunelang.runtime.planning.prepare import Prepared, prepare
 from tunelang.runtime.store.locks import Holder
-from tunelang.runtime.store.run_store import Store
+from tunelang.runtime.store.run_store import StageFolder, Store
 
 SPEC = """\
 param rates  : number = 1e-3
@@ -127,12 +129,13 @@ def workspace(folder: Path) -> Path:
     return spec
 
 
-class Heard:
-    """A reporter that keeps what it is told."""
+class Recorder:
+    """A reporter that records what happens."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.at: dict[str, int] = {}
+        self.steps: dict[str, int] = {}
+        """The last step of each stage."""
         self._node = ""
 
     def stage(self, planned: StagePlan, steps: int | None) -> None:
@@ -144,7 +147,7 @@ class Heard:
     def doing(self, what: str) -> None: ...
 
     def step(self, step: int, steps: int, values: Mapping[str, float]) -> None:
-        self.at[self._node] = step
+        self.steps[self._node] = step
 
     def evaluated(self, step: int, values: Mapping[str, float]) -> None: ...
 
@@ -161,36 +164,60 @@ class Heard:
         self.lines.append(f"waiting for {holder}")
 
 
-def planned(spec: Path, *sets: str, **choices: Any) -> tuple[Prepared, Store]:
+def plan(spec: Path, *sets: str, **choices: Any) -> tuple[Prepared, Store]:
+    """Check and plan a spec; `sets` are overrides as of `--set`."""
     checked = check_file(spec, list(sets))
     assert checked.program is not None, render.text(checked.diagnostics)
     store = Store(spec.parent / ".tune")
     return prepare(checked.program, store, **choices), store
 
 
-def run(spec: Path, *sets: str, **choices: Any) -> Heard:
+def run(spec: Path, *sets: str, **choices: Any) -> Recorder:
     """Plan and run; returns what happened."""
-    prepared, store = planned(spec, *sets, **choices)
-    heard = Heard()
+    prepared, store = plan(spec, *sets, **choices)
+    recorder = Recorder()
     entry = store.begin_run(str(spec), (), json.loads(prepared.plan.dumps()))
-    execute(prepared, store, heard)
+    execute(prepared, store, recorder)
     store.end_run(entry, "done")
-    return heard
+    return recorder
+
+
+def stage_folder(spec: Path, node: str, *sets: str) -> StageFolder:
+    """Return the folder of a stage in the store."""
+    prepared, store = plan(spec, *sets)
+    return store.folder(prepared.plan.by_node[node].digest)
+
+
+def metrics(spec: Path, node: str, *sets: str) -> list[dict[str, Any]]:
+    """Read the rows of metrics of a stage."""
+    return list(stage_folder(spec, node, *sets).metrics().rows)
+
+
+def step_metrics(spec: Path, node: str, *sets: str) -> list[dict[str, Any]]:
+    """Read the rows of metrics of the training steps of a stage."""
+    return [row for row in metrics(spec, node, *sets) if "loss" in row]
+
+
+def summary(spec: Path, node: str) -> dict[str, Any]:
+    """Read the summary of a finished stage."""
+    done = stage_folder(spec, node).done()
+    assert done is not None, node
+    summary: dict[str, Any] = done["summary"]
+    return summary
 
 
 def params(spec: Path, node: str, *sets: str) -> dict[str, np.ndarray[Any, Any]]:
-    """The parameters that a finished stage yielded, by name."""
+    """Read the parameters of a finished stage, by name."""
     import orbax.checkpoint as ocp
 
-    prepared, store = planned(spec, *sets)
-    folder = store.folder(prepared.plan.by_node[node].digest)
+    folder = stage_folder(spec, node, *sets)
     assert folder.done() is not None, node
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        found = reader.restore(
+        restored = reader.restore(
             folder.checkpoints / str(folder.steps()[-1]),
             ocp.args.Composite(params=ocp.args.StandardRestore()),
         )
-    return {name: np.asarray(value) for name, value in found.params.items()}
+    return {name: np.asarray(value) for name, value in restored.params.items()}
 
 
 def copy(spec: Path, to: Path) -> Path:
@@ -200,5 +227,25 @@ def copy(spec: Path, to: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """What a `tune` of its own should see."""
+    """Return the environment of a process that runs `tune`."""
     return {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
+
+
+def tune(
+    *arguments: str | Path, cwd: Path | None = None, timeout: float = 120, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command `tune` in a process, with further environment variables."""
+    return subprocess.run(
+        [sys.executable, "-m", "tunelang.runtime", *map(str, arguments)],
+        capture_output=True, text=True, cwd=cwd, check=False, timeout=timeout,
+        env={**environment(), **variables},
+    )  # fmt: skip
+
+
+TIMING = {"time", "steps_per_second", "tokens_per_second", "mfu", "memory", "rollout_seconds"}
+"""Metrics that differ from run to run."""
+
+
+def without_timing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave `TIMING` out of rows of metrics."""
+    return [{name: row[name] for name in row if name not in TIMING} for row in rows]

@@ -357,7 +357,7 @@ stage compared : evaluate { models = [base, baseline], evals = [accuracy, likeli
 eval likeliest : generate { data = sums, beams = 2, max_tokens = 4, score = correct }
 """
     )
-    prepared, store = tiny.planned(spec)
+    prepared, store = tiny.plan(spec)
     cache = store.root / "cache"
     names = {
         node: [report.name for report in rehearse(prepared, node, cache)]
