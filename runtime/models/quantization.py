@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 from jax.typing import DTypeLike
-from numpy.typing import NDArray
 
 from tunelang.runtime.models.matmul import product
 
@@ -88,7 +87,7 @@ def _forward(
 
 def _backward(
     contracted: int, residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, NDArray[np.void], jax.Array]:
+) -> tuple[jax.Array, np.ndarray, jax.Array]:
     codes, scales = residuals
     weight = dequantized(codes, scales, contracted, gradient.dtype)
     outputs = weight.ndim - contracted
