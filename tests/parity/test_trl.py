@@ -40,8 +40,8 @@ TIGHT = {"rtol": 1e-5, "atol": 1e-6}
 
 ACCELERATOR = SimpleNamespace(
     device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True,
-    autocast=nullcontext, gather=lambda given: given, gather_for_metrics=lambda given: given,
-    reduce=lambda given, reduction: given, sync_gradients=True,
+    autocast=nullcontext, gather=lambda x: x, gather_for_metrics=lambda x: x,
+    reduce=lambda x, reduction: x, sync_gradients=True,
 )  # fmt: skip
 
 

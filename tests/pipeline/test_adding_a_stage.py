@@ -54,12 +54,12 @@ def spec(kind: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_new_kind_is_found_by_its_word(kind: None) -> None:
+def test_new_kind_is_found_by_its_word(kind: None) -> None:
     assert tables.KINDS["stage"]["focal"].model is supervised_stages.Focal
     assert type(stage_kinds.kind_of(supervised_stages.Focal.unvalidated())).__name__ == "FocalKind"
 
 
-def test_the_new_kind_is_planned_and_rehearsed(spec: Path, tmp_path: Path) -> None:
+def test_new_kind_is_planned_and_rehearsed(spec: Path, tmp_path: Path) -> None:
     prepared, _ = tiny.plan(spec, until=["tuned"])
     assert prepared.layout("tuned").total > 0
     train = next(rehearse(prepared, "tuned", tmp_path))
@@ -67,7 +67,7 @@ def test_the_new_kind_is_planned_and_rehearsed(spec: Path, tmp_path: Path) -> No
     assert train.peak > 0
 
 
-def test_the_new_kind_learns(spec: Path) -> None:
+def test_new_kind_lowers_the_loss(spec: Path) -> None:
     tiny.run(spec, until=["tuned"])
     prepared, store = tiny.plan(spec, until=["tuned"])
     rows = store.folder(prepared.plan.by_node["tuned"].digest).metrics().rows

@@ -272,9 +272,9 @@ def test_transformers_loads_models_trained_from_scratch(tmp_path: Path) -> None:
         text = " two  spaces\n\tand 👩‍👧 1234567 naïve"
         assert theirs(text, add_special_tokens=False).input_ids == ours.tokenizer.encode(text)
         assert theirs.decode(ours.tokenizer.encode(text)) == text
-        turns = [Message("user", "how many?"), Message("assistant", "3")]
-        expected = ours.tokens(Example("", 0, {}, messages=tuple(turns))).ids
-        conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
+        messages = [Message("user", "how many?"), Message("assistant", "3")]
+        expected = ours.tokens(Example("", 0, {}, messages=tuple(messages))).ids
+        conversation = [{"role": turn.role, "content": turn.content} for turn in messages]
         ids = theirs.apply_chat_template(conversation, tokenize=True, return_dict=False)
         assert ids[: len(expected)] == list(expected)
         generation = json.loads((folder / "generation_config.json").read_text())

@@ -109,6 +109,7 @@ def test_merged_adapters_equal_live_ones(family, chain, storage):
 
 
 def train_adapters(architecture, config, spec=ADAMW):
+    """Train two steps; returns parameters before, the state after, and metrics."""
     optimizer = build_optimizer(spec, 10)
     start = random_state(architecture, optimizer, config, 0)
     before = jax.device_get(start.decoder_params)
@@ -151,6 +152,7 @@ def test_meshes_and_micro_batches_equal_one_device():
 
 
 def with_dropout(lora, rate):
+    """Set the dropout of an adapter."""
     return lora.model_copy(update={"dropout": rate})
 
 
@@ -206,6 +208,7 @@ def test_step_on_quantised_weights_has_no_dense_copy(remat):
 
 
 def parameters_of_blocks(a):
+    """Count the entries of all matrices of blocks."""
     return a.layers * (2 * a.width * (a.heads + a.kv_heads) * a.head_dim + 3 * a.width * a.mlp)
 
 

@@ -127,6 +127,7 @@ def chunked_divergence(logit_arrays, *, k=None, layout=None, teacher_cap=None, *
 
 
 def assert_leaves_close(actual, expected, tolerance=2e-5):
+    """Assert that the leaves of two trees agree, whatever their containers."""
     actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
     for x, y in zip(actual, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)

@@ -56,11 +56,14 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def make_batch(arrays: dict[str, np.ndarray], rows: slice = slice(None)) -> Completions:
+    """Turn some rows of `arrays` into the input of `objective`."""
     kinds = {name: bool if name == "mask" else np.float32 for name in arrays}
     return Completions(**{n: jnp.asarray(a[rows], kinds[n]) for n, a in arrays.items()})
 
 
 def loss_and_gradient(chosen: Policy, completions: Completions):
+    """Compute the mean loss, its gradient by log-probability, and the totals."""
+
     def loss(now):
         return objective(chosen, completions._replace(now=now))
 
@@ -74,6 +77,7 @@ def loss_and_gradient(chosen: Policy, completions: Completions):
 
 
 def ppo_clip(ratio, adv, low, high):
+    """Compute the clipped surrogate of a token."""
     return min(ratio * adv, min(max(ratio, 1 - low), 1 + high) * adv)
 
 
@@ -129,6 +133,7 @@ def by_paper(paper, aggregate: str, arrays: dict[str, np.ndarray], now, frozen) 
 
 
 def finite_differences(function, point: np.ndarray, step: float = 1e-6) -> np.ndarray:
+    """Estimate a gradient by central differences."""
     gradient = np.zeros_like(point)
     for index in np.ndindex(point.shape):
         up, down = point.copy(), point.copy()
@@ -189,6 +194,7 @@ def test_cispo_clips_weights_below(arrays):
 
 
 def estimate(word, log_ratio):
+    """Estimate the divergence by k1, k2 or k3."""
     r = np.exp(-log_ratio)  # pi_ref / pi
     return {"k1": log_ratio, "k2": log_ratio**2 / 2, "k3": r - 1 - np.log(r)}[word]
 

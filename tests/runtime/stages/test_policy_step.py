@@ -73,6 +73,7 @@ def random_completions(seed: int = 0, **inputs: bool) -> PolicyBatch:
 
 
 def run_step(policy: Policy, batch: PolicyBatch, config: StepConfig, spec: object = ADAMW):
+    """Take one update from random weights; returns parameters and metrics."""
     optimizer = build_optimizer(spec, 10)
     state = random_state(LLAMA, optimizer, config, 0)
     run = policy_step(LLAMA, optimizer, learning_rate(spec, 10), PolicySettings.of(policy), config)
@@ -85,6 +86,7 @@ FULL = make_policy("dapo", kl=K3(coefficient=0.1), correction=Truncated(limit=2.
 
 @pytest.fixture(scope="module")
 def one_device_step():
+    """An update on one device without micro-batches."""
     return run_step(
         FULL, random_completions(reference=True), StepConfig(layout=ONE_DEVICE, chunk=5)
     )

@@ -134,7 +134,7 @@ def test_shared_trunk_adds_the_value_loss():
     assert metrics["loss"] == pytest.approx(total, rel=1e-4)
     assert params["critic"].keys() == {"score"}
     blocks = [
-        each["policy"]["blocks"]["attention"]["q"]["weight"][...] for each in (params, alone_params)
+        tree["policy"]["blocks"]["attention"]["q"]["weight"][...] for tree in (params, alone_params)
     ]
     assert not np.allclose(*blocks)
 

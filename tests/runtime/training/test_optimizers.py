@@ -84,6 +84,8 @@ def train_in_numpy(spec, rule):
 
 
 def adam(b1, b2, eps):
+    """Kingma and Ba 2015, algorithm 1, with decoupled weight decay."""
+
     def rule(moments, name, g, x, decay, t):
         moments["m"] = b1 * moments["m"] + (1 - b1) * g
         moments["v"] = b2 * moments["v"] + (1 - b2) * g**2
@@ -94,6 +96,8 @@ def adam(b1, b2, eps):
 
 
 def lion(b1, b2):
+    """Chen et al. 2023 (2302.06675), algorithm 2."""
+
     def rule(moments, name, g, x, decay, t):
         update = np.sign(b1 * moments["m"] + (1 - b1) * g)
         moments["m"] = b2 * moments["m"] + (1 - b2) * g
@@ -103,6 +107,8 @@ def lion(b1, b2):
 
 
 def sgd(momentum, nesterov):
+    """Stochastic gradient descent, with weight decay added to the gradient."""
+
     def rule(moments, name, g, x, decay, t):
         g = g + decay * x
         moments["m"] = momentum * moments["m"] + g
@@ -112,6 +118,7 @@ def sgd(momentum, nesterov):
 
 
 def newton_schulz(x, iterations):
+    """Iterate towards the nearest orthogonal matrix."""
     a, b, c = NEWTON_SCHULZ
     x = x / np.linalg.norm(x)
     for _ in range(iterations):
@@ -121,6 +128,7 @@ def newton_schulz(x, iterations):
 
 
 def muon(momentum, iterations):
+    """Jordan 2024: orthogonalised momentum for matrices of blocks, Adam for the others."""
     other = adam(0.9, 0.999, 1e-8)
 
     def rule(moments, name, g, x, decay, t):
@@ -131,7 +139,7 @@ def muon(momentum, iterations):
         rows = SIZES["mlp"] if name == "down" else SIZES["embed"]
         matrices = ahead.reshape(SIZES["layers"], rows, -1)
         columns = matrices.shape[-1]
-        orthogonal = np.stack([newton_schulz(each, iterations) for each in matrices])
+        orthogonal = np.stack([newton_schulz(matrix, iterations) for matrix in matrices])
         return max(1, columns / rows) ** 0.5 * orthogonal.reshape(g.shape) + decay * x
 
     return rule
