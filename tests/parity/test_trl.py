@@ -237,7 +237,7 @@ def test_odds_ratio_loss_equals_trl(logits_of_answers):
 def test_log_odds_near_certainty_are_exact():
     log_prob = -np.geomspace(1e-7, 300.0, 200)
     expected = log_prob - np.log(-np.expm1(log_prob))
-    in_float32 = log_prob.astype(np.float32)
+    in_float32 = jnp.asarray(log_prob, jnp.float32)
     assert_close(log_odds(in_float32), expected, rtol=1e-6)
     assert_close(jax.vmap(jax.grad(log_odds))(in_float32), -1 / np.expm1(log_prob), rtol=1e-6)
 
@@ -350,8 +350,10 @@ def test_bradley_terry_equals_trl(margin, centring):
     expected = rewards.compute_loss(lambda **_: SimpleNamespace(logits=torch_scores), inputs)
     expected.backward()
 
+    our_margins = None if margins is None else jnp.asarray(margins)
+
     def loss(scores):
-        losses, metrics = bradley_terry(*jnp.split(scores[:, 0], 2), margins, centring)
+        losses, metrics = bradley_terry(*jnp.split(scores[:, 0], 2), our_margins, centring)
         return losses.mean(), metrics
 
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(scores)
@@ -484,10 +486,11 @@ def run_ours(stage, rollouts, rewards):
     """Run the same step by `objective`; returns loss, gradient by token and metrics."""
     advantages = group_advantages(rewards, stage.advantage).values.reshape(-1, 1)
     log_probs = {name: jnp.asarray(rollouts[name]) for name in ("old", "sampler", "reference")}
+    mask = jnp.asarray(rollouts["mask"])
 
     def loss(now):
         token_advantages = jnp.broadcast_to(advantages, now.shape)
-        batch = Completions(now, rollouts["mask"], token_advantages, entropy=now**2, **log_probs)
+        batch = Completions(now, mask, token_advantages, entropy=now**2, **log_probs)
         return objective(stage, batch)
 
     (value, totals), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(rollouts["now"]))
