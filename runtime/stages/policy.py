@@ -156,7 +156,7 @@ class PolicyKind(TrainingKind[PolicyStage]):
             score=score_with(a),
             reference=reference,
             prompt_length=longest,
-            part=_completions_per_prompt(stage, rows, layout, config),
+            completions_per_prompt=_completions_per_prompt(stage, rows, layout, config),
             critic=estimator,
         )  # fmt: skip
 

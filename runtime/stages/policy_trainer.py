@@ -54,8 +54,8 @@ _advantages = jax.jit(group_advantages, static_argnames="baseline")
 
 
 @dataclass(frozen=True)
-class _Sampled:
-    """Groups of completions that were sampled and scored together."""
+class _Round:
+    """One round of sampling: a group of completions for each prompt, scored."""
 
     examples: list[Example]
     episodes: Episodes
@@ -64,7 +64,11 @@ class _Sampled:
     batch: PolicyBatch
     """Without advantages; numpy."""
     rewards: NDArray[np.float64]
-    """`[prompts, group]`, less the divergence where that belongs to the reward."""
+    """`[prompts, group]`, less the divergence where it is part of the reward."""
+
+
+Selection = list[tuple[_Round, NDArray[np.intp]]]
+"""Rounds, each with the indices of its prompts that are trained on."""
 
 
 class AdvantageEstimator(Protocol):
@@ -113,12 +117,12 @@ class PolicyTrainer:
     """The program and parameters of the reference model; None where nothing reads them."""
     prompt_length: int
     """The longest prompt, in tokens."""
-    part: int
+    completions_per_prompt: int
     """Completions of a group that are trained on with one copy of its prompt."""
     critic: AdvantageEstimator | None = None
     """None: a group is its own baseline."""
     cursor: int = 0
-    """Prompts that were read."""
+    """Number of prompts read so far."""
     overlaps: bool = False
     """The next call begins with sampling, which waits for the update."""
     _shown: list[SampleRecord] = field(default_factory=list)
@@ -128,18 +132,18 @@ class PolicyTrainer:
         return step + 1
 
     def advance(self, step: int, until: int) -> Callable[[], Sequence[Row]]:
-        """Make the step behind `step`; returns how to wait for its metrics."""
+        """Make the step that follows `step`; returns how to wait for its metrics."""
         del until
-        begun = time.monotonic()
-        rounds, kept = self._sample(step)
-        sampled = time.monotonic() - begun
-        batch, row = self._batch(kept)
+        start = time.monotonic()
+        rounds, selection = self._sample(step)
+        rollout_seconds = time.monotonic() - start
+        batch, row = self._batch(selection)
         self.state, metrics = self.step_program(self.state, placed(batch, self.config))
-        row |= {"rollout_seconds": sampled, "rounds": float(rounds)}
+        row |= {"rollout_seconds": rollout_seconds, "rounds": float(rounds)}
 
         def wait() -> Sequence[Row]:
-            found = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            return [found | row]
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            return [values | row]
 
         return wait
 
@@ -170,33 +174,37 @@ class PolicyTrainer:
 
     # Sampling.
 
-    def _sample(self, step: int) -> tuple[int, list[tuple[_Sampled, NDArray[np.intp]]]]:
+    def _sample(self, step: int) -> tuple[int, Selection]:
         """Sample the groups of a step; with `refill`, until all of them differ in their rewards.
 
-        Returns the rounds, and what was sampled with the prompts of it that are trained on.
+        Returns the number of rounds, and what is trained on.
         """
-        found: list[tuple[_Sampled, NDArray[np.intp]]] = []
-        spare: list[tuple[_Sampled, NDArray[np.intp]]] = []
+        selection: Selection = []
+        flat_prompts: Selection = []
         missing = self.stage.batch
-        while missing and len(found) < MOST_ROUNDS:
+        while missing and len(selection) < MOST_ROUNDS:
             sampled = self._round(step)
-            flat = np.ptp(sampled.rewards, axis=1) <= 1e-6 * np.maximum(
-                1.0, np.abs(sampled.rewards).max(1)
-            )
             if not self.stage.refill:
                 return 1, [(sampled, np.arange(self.stage.batch))]
-            useful = np.flatnonzero(~flat)[:missing]
-            found.append((sampled, useful))
-            spare.append((sampled, np.flatnonzero(flat)))
+            spread = np.ptp(sampled.rewards, axis=1)
+            is_flat = spread <= 1e-6 * np.maximum(1.0, np.abs(sampled.rewards).max(1))
+            useful = np.flatnonzero(~is_flat)[:missing]
+            selection.append((sampled, useful))
+            flat_prompts.append((sampled, np.flatnonzero(is_flat)))
             missing -= len(useful)
-        rounds = len(found)
-        for sampled, rest in spare:  # so that the step keeps its shape; they have no advantage
+        rounds = len(selection)
+        # Flat groups fill the step up, so that it keeps its shape; they have no advantage.
+        for sampled, prompts in flat_prompts:
             if missing:
-                found.append((sampled, rest[:missing]))
-                missing -= len(rest[:missing])
-        return rounds, [(sampled, prompts) for sampled, prompts in found if len(prompts)]
+                selection.append((sampled, prompts[:missing]))
+                missing -= len(prompts[:missing])
+        return rounds, [(sampled, prompts) for sampled, prompts in selection if len(prompts)]
 
-    def _round(self, step: int) -> _Sampled:
+    def _round(self, step: int) -> _Round:
+        """Sample and score a group of completions for each of the next prompts.
+
+        The devices score log-probabilities and values while other processes compute rewards.
+        """
         stage, renderer = self.stage, self.model.renderer
         places = np.arange(self.cursor, self.cursor + stage.batch, dtype=np.int64)
         examples = self.stream.examples_at(places)
@@ -210,16 +218,16 @@ class PolicyTrainer:
         )
         texts = completion_texts(renderer, episodes)
         scoring = self.reward.submit(reward_rows(renderer, examples, episodes, texts))
-        batch = batch_of(episodes, self.prompt_length, self._padded(episodes))
+        batch = batch_of(episodes, self.prompt_length, self._padded_length(episodes))
         old = reference = None
-        if self._needs_old:
-            old = self._scored(self.score, self.state.decoder_params, batch)
+        if self._needs_old_log_probs:
+            old = self._score_tokens(self.score, self.state.decoder_params, batch)
         if self.reference is not None:
             score, params = self.reference
-            reference = self._scored(score, on_devices(params), batch)
+            reference = self._score_tokens(score, on_devices(params), batch)
         values: NDArray[np.float32] | None = None
         if self.critic is not None:
-            values = self._scored(self.critic.score, self.critic.params(self.state), batch)
+            values = self._score_tokens(self.critic.score, self.critic.params(self.state), batch)
         batch = replace(batch, old=old, reference=reference)
         scores = scoring.result()
         rewards = scores.values
@@ -240,20 +248,22 @@ class PolicyTrainer:
         if stage.passes * stage.minibatches == 1:
             batch = replace(batch, old=None)
         rewards = rewards.reshape(-1, stage.group)
-        return _Sampled(examples, episodes, texts, scores, batch, rewards)
+        return _Round(examples, episodes, texts, scores, batch, rewards)
 
-    def _scored(self, score: ScoreProgram, params: Any, batch: PolicyBatch) -> NDArray[np.float32]:
-        parts = in_parts(batch, self.part)
-        found = score(params, parts.prompts, parts.prompt_lengths, parts.tokens)
-        return np.asarray(found).reshape(batch.tokens.shape)
+    def _score_tokens(
+        self, score: ScoreProgram, params: Any, batch: PolicyBatch
+    ) -> NDArray[np.float32]:
+        parts = in_parts(batch, self.completions_per_prompt)
+        by_token = score(params, parts.prompts, parts.prompt_lengths, parts.tokens)
+        return np.asarray(by_token).reshape(batch.tokens.shape)
 
     @property
-    def _needs_old(self) -> bool:
+    def _needs_old_log_probs(self) -> bool:
         stage = self.stage
         in_reward = stage.kl is not None and stage.kl.at == "reward"
         return stage.passes * stage.minibatches > 1 or in_reward
 
-    def _padded(self, episodes: Episodes) -> int:
+    def _padded_length(self, episodes: Episodes) -> int:
         most = self.stage.rollout.max_tokens
         unit = -(-most // _LENGTHS)
         longest = max(1, int(episodes.lengths.max()))
@@ -261,96 +271,97 @@ class PolicyTrainer:
 
     # The batch.
 
-    def _batch(
-        self, kept: list[tuple[_Sampled, NDArray[np.intp]]]
-    ) -> tuple[PolicyBatch, dict[str, float]]:
-        """Put the groups of a step together; returns also the metrics that the host has."""
+    def _batch(self, selection: Selection) -> tuple[PolicyBatch, dict[str, float]]:
+        """Put the groups of a step together; returns also the metrics that the host knows."""
         stage = self.stage
-        rewards = np.concatenate([sampled.rewards[prompts] for sampled, prompts in kept])
-        batch = joined([chosen(sampled.batch, prompts) for sampled, prompts in kept])
-        mask, flat = batch.mask, np.zeros(len(rewards), bool)
+        rewards = np.concatenate([sampled.rewards[prompts] for sampled, prompts in selection])
+        batch = joined([chosen(sampled.batch, prompts) for sampled, prompts in selection])
+        mask, is_flat = batch.mask, np.zeros(len(rewards), bool)
         if self.critic is None:
-            found = _advantages(jnp.asarray(rewards, jnp.float32), baseline=stage.advantage)
-            batch = replace(batch, advantages=np.asarray(found.values))
-            flat = np.asarray(found.flat)
-            mask = mask & ~flat[:, None, None]
+            advantages = _advantages(jnp.asarray(rewards, jnp.float32), baseline=stage.advantage)
+            batch = replace(batch, advantages=np.asarray(advantages.values))
+            is_flat = np.asarray(advantages.flat)
+            mask = mask & ~is_flat[:, None, None]
         if stage.overlong == "mask":
             # Their rewards still count in the baseline of their group (DAPO, arXiv:2503.14476,
             # section 3.4).
             truncated = np.concatenate(
-                [s.episodes.truncated.reshape(-1, stage.group)[prompts] for s, prompts in kept]
+                [
+                    sampled.episodes.truncated.reshape(-1, stage.group)[prompts]
+                    for sampled, prompts in selection
+                ]
             )
             mask = mask & ~truncated[..., None]
         batch = replace(batch, mask=mask)
-        advantages = batch.advantages
-        valued: dict[str, float] = {}
+        shown_advantages = batch.advantages
+        critic_metrics: dict[str, float] = {}
         if self.critic is not None:
-            advantages = advantages[mask] if mask.any() else np.zeros(1)
-            batch, valued = self.critic.finish_batch(batch)
-        batch = in_parts(batch, self.part)
+            shown_advantages = shown_advantages[mask] if mask.any() else np.zeros(1)
+            batch, critic_metrics = self.critic.finish_batch(batch)
+        batch = in_parts(batch, self.completions_per_prompt)
         if stage.minibatches == 1:
             batch = useful_first(batch, self.config)
-        self._show(kept[0][0])
-        counted = batch.mask.any(2)
-        trained = float(batch.mask.sum() + batch.prompt_lengths[counted.any(1)].sum())
-        row = self._metrics(kept, advantages, flat, trained) | valued
+        self._show(selection[0][0])
+        is_counted = batch.mask.any(2)
+        trained = float(batch.mask.sum() + batch.prompt_lengths[is_counted.any(1)].sum())
+        row = self._metrics(selection, shown_advantages, is_flat, trained) | critic_metrics
         if self.critic is not None:
             row["flops"] += self.critic.flops(trained, self.sampler.engine.capacity)
         return batch, row
 
-    def _show(self, sampled: _Sampled) -> None:
+    def _show(self, sampled: _Round) -> None:
         records = sample_records(sampled.examples, sampled.episodes, sampled.texts, sampled.scores)
         self._shown = list(records)[:: self.stage.group][: self.stage.show]
 
     def _metrics(
         self,
-        kept: list[tuple[_Sampled, NDArray[np.intp]]],
+        selection: Selection,
         advantages: NDArray[np.float32],
-        flat: NDArray[np.bool_],
+        is_flat: NDArray[np.bool_],
         trained: float,
     ) -> dict[str, float]:
-        """Return the metrics of a step that the host has; rewards are of all that was sampled.
+        """Return the metrics of a step that the host knows; rewards are of all that was sampled.
 
-        `trained` are the tokens of completions that are trained on, and of their prompts.
+        `trained` counts the tokens of completions that are trained on, and of their prompts.
         """
-        rounds = list({id(sampled): sampled for sampled, _ in kept}.values())
-        weights = np.array([len(sampled.texts) for sampled in rounds], float)
-        rows: dict[str, float] = {}
-        found = [sampled.scores.metrics() for sampled in rounds]
-        for name in found[0]:
-            held = [
-                (one[name], weight)
-                for one, weight in zip(found, weights, strict=True)
-                if name in one
-            ]
-            rows[name] = sum(v * w for v, w in held) / sum(w for _, w in held)
-        rows["reward_events"] = float(sum(one["reward_events"] for one in found))
-        for source in dict.fromkeys(e.source for sampled in rounds for e in sampled.examples):
-            values = [
-                sampled.scores.values.reshape(-1, self.stage.group)[at].mean()
-                for sampled in rounds
-                for at, example in enumerate(sampled.examples)
-                if example.source == source
-            ]
-            rows[f"{source}.reward"] = float(np.mean(values))
-        lengths = np.concatenate([sampled.episodes.lengths for sampled in rounds])
-        truncated = np.concatenate([sampled.episodes.truncated for sampled in rounds])
-        prompts = sum(
-            len(prompt) * self.stage.group for s in rounds for prompt in s.episodes.prompts
-        )
-        read = sum(len(prompt) for s in rounds for prompt in s.episodes.prompts)
-        a = self.model.architecture
-        decode_steps = sum(sampled.episodes.work.decode_steps for sampled in rounds)
+        rounds = list({id(sampled): sampled for sampled, _ in selection}.values())
+        episodes = [sampled.episodes for sampled in rounds]
+        lengths = np.concatenate([one.lengths for one in episodes])
+        truncated = np.concatenate([one.truncated for one in episodes])
+        prompt_tokens = sum(len(prompt) for one in episodes for prompt in one.prompts)
+        decode_steps = sum(one.work.decode_steps for one in episodes)
+        a, engine = self.model.architecture, self.sampler.engine
+        read = prompt_tokens + lengths.sum()
         return {
-            **rows,
+            **self._reward_metrics(rounds),
             "length": float(lengths.mean()),
             "length_max": float(lengths.max()),
             "truncated": float(truncated.mean()),
             "advantage": float(advantages.mean()),
             "advantage_std": float(advantages.std()),
-            "flat_groups": float(flat.mean()),
-            "slots_used": float(lengths.sum()) / max(1, decode_steps * self.sampler.engine.slots),
-            "tokens": float(prompts + lengths.sum()),
-            "flops": self.stage.passes * trained * train_flops(a, self.sampler.engine.capacity)
-            + float(read + lengths.sum()) * forward_flops(a, self.sampler.engine.capacity),
+            "flat_groups": float(is_flat.mean()),
+            "slots_used": float(lengths.sum()) / max(1, decode_steps * engine.slots),
+            "tokens": float(prompt_tokens * self.stage.group + lengths.sum()),
+            "flops": self.stage.passes * trained * train_flops(a, engine.capacity)
+            + float(read) * forward_flops(a, engine.capacity),
         }
+
+    def _reward_metrics(self, rounds: Sequence[_Round]) -> dict[str, float]:
+        """Average the rewards and their parts over completions, and the reward of each source."""
+        weights = [float(len(sampled.texts)) for sampled in rounds]
+        by_round = [sampled.scores.metrics() for sampled in rounds]
+        metrics: dict[str, float] = {}
+        for name in by_round[0]:
+            values = [
+                (row[name], weight)
+                for row, weight in zip(by_round, weights, strict=True)
+                if name in row
+            ]
+            metrics[name] = sum(v * w for v, w in values) / sum(w for _, w in values)
+        metrics["reward_events"] = float(sum(row["reward_events"] for row in by_round))
+        sources: dict[str, list[float]] = {}
+        for sampled in rounds:
+            means = sampled.scores.values.reshape(-1, self.stage.group).mean(1)
+            for example, mean in zip(sampled.examples, means.tolist(), strict=True):
+                sources.setdefault(example.source, []).append(mean)
+        return metrics | {f"{name}.reward": float(np.mean(v)) for name, v in sources.items()}
