@@ -57,11 +57,11 @@ class ContentError(TuneError):
 
 def digest(*parts: bytes) -> str:
     """Return the digest of a sequence of byte strings and their lengths."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for part in parts:
-        found.update(len(part).to_bytes(8, "little"))
-        found.update(part)
-    return found.hexdigest()[:DIGEST_LENGTH]
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part)
+    return hasher.hexdigest()[:DIGEST_LENGTH]
 
 
 @dataclass
@@ -77,34 +77,34 @@ class Contents:
     @classmethod
     def load(cls, cache: Path | None) -> Contents:
         """Load the cache file; a missing or damaged one is empty."""
-        found = cls(cache)
+        contents = cls(cache)
         try:
             document = json.loads(cache.read_text("utf-8")) if cache is not None else {}
             if document.get("format") == _FORMAT:
-                found.known = {
-                    str(path): (int(size), int(at), str(held))
-                    for path, (size, at, held) in document["files"].items()
+                contents.known = {
+                    str(path): (int(size), int(modified), str(file_digest))
+                    for path, (size, modified, file_digest) in document["files"].items()
                 }
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            found.known = {}
-        return found
+            contents.known = {}
+        return contents
 
     def save(self) -> None:
-        """Write the cache file, whole or not at all. One that cannot be written is left: digests
-        are then worked out again next time.
+        """Write the cache file atomically. If it cannot be written, the next process computes the
+        digests again.
         """
         if self.cache is None or not self.changed:
             return
         document = {"format": _FORMAT, "files": dict(sorted(self.known.items()))}
-        beside = self.cache.with_name(f".{self.cache.name}.{os.getpid()}.part")
+        temporary = self.cache.with_name(f".{self.cache.name}.{os.getpid()}.part")
         try:
             self.cache.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_text(json.dumps(document, indent=0), "utf-8")
-            beside.replace(self.cache)
+            temporary.write_text(json.dumps(document, indent=0), "utf-8")
+            temporary.replace(self.cache)
             self.changed = False
         except OSError:
             with suppress(OSError):
-                beside.unlink()
+                temporary.unlink()
 
     def file(self, path: Path) -> str:
         """Return the digest of a file's content. Raises `ContentError`."""
@@ -137,7 +137,7 @@ class Contents:
             for path in paths
             if wanted(path.name)
         )
-        return digest(*(f"{name} {held}".encode() for name, held in lines))
+        return digest(*(f"{name} {content}".encode() for name, content in lines))
 
     def _weights(self, path: Path) -> str:
         return self._cached(path, "sampled", _sampled)
@@ -146,10 +146,10 @@ class Contents:
         key = f"{os.path.abspath(path)}{chr(9) + way if way else ''}"
         try:
             before = path.stat()
-            held = self.known.get(key)
-            if held is not None and held[:2] == (before.st_size, before.st_mtime_ns):
-                return held[2]
-            found = read(path)
+            known = self.known.get(key)
+            if known is not None and known[:2] == (before.st_size, before.st_mtime_ns):
+                return known[2]
+            file_digest = read(path)
             after = path.stat()
         except OSError as error:
             raise ContentError(path, _reason(error)) from None
@@ -157,9 +157,9 @@ class Contents:
             raise ContentError(path, "it changed while it was read")
         # A file changed just now may change again within the resolution of its time stamp.
         if time.time() - after.st_mtime > _RACY_SECONDS:
-            self.known[key] = (after.st_size, after.st_mtime_ns, found)
+            self.known[key] = (after.st_size, after.st_mtime_ns, file_digest)
             self.changed = True
-        return found
+        return file_digest
 
 
 def _whole(path: Path) -> str:

@@ -183,8 +183,8 @@ def _block(
     stage: Declared | None = None,
 ) -> str:  # fmt: skip
     rows: list[tuple[str, str, str]] = []
-    for a, held in _fields(value, known):
-        rows += _rows(a, held, f"{path}.{a.name}", "  ", program, _swept(stage))
+    for a, content in _fields(value, known):
+        rows += _rows(a, content, f"{path}.{a.name}", "  ", program, _swept(stage))
     name_width = max((len(name) for name, _, _ in rows), default=0)
     lines = [head]
     for name, text, origin in rows:

@@ -78,7 +78,7 @@ def check_reward_function(
     if function is None:
         return None
     names = [parameter.name for parameter in function.parameters]
-    if not function.takes_any and not {"completion", custom.PIECES}.intersection(names):
+    if not function.takes_any and not {"completion", custom.COMPLETION_TOKENS}.intersection(names):
         context.report(outside.no_completion_parameter(span, reward.reference, names))
         return None
     return function

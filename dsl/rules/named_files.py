@@ -172,7 +172,7 @@ def python_functions(path: Path) -> dict[str, PythonFunction]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             positional = [*node.args.posonlyargs, *node.args.args]
             required = len(positional) - len(node.args.defaults)
-            parameters = [Parameter(a.arg, at < required) for at, a in enumerate(positional)]
+            parameters = [Parameter(a.arg, index < required) for index, a in enumerate(positional)]
             defaults = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
             parameters += [Parameter(a.arg, default is None) for a, default in defaults]
             inside = [n for part in node.body for n in ast.walk(part)]

@@ -51,7 +51,7 @@ def _check(
             place = context.argument(reward, "reference", span)
             function = check_reward_function(context, reward, place)
             if function is not None:
-                supplied = ("completion", custom.PIECES)
+                supplied = ("completion", custom.COMPLETION_TOKENS)
                 check_parameters(
                     context, function, reward.reference, place, supplied, sources, used
                 )

@@ -126,9 +126,9 @@ def show(value: int | float, dimension: str | None = None) -> str:
         percent = (Decimal(repr(value)) * 100).normalize()
         return f"{percent:f}%"
     if dimension == "bytes":
-        whole = [unit for unit in BYTES if value and value % BYTES[unit] == 0]
-        if whole:
-            unit = min(whole, key=lambda unit: value // BYTES[unit])
+        divisors = [unit for unit in BYTES if value and value % BYTES[unit] == 0]
+        if divisors:
+            unit = min(divisors, key=lambda unit: value // BYTES[unit])
             return f"{int(value) // BYTES[unit]} {unit}"
         return f"{Decimal(repr(value)) / 1000:f} KB"
     if dimension == "s":

@@ -185,10 +185,10 @@ class KindInfo:
     @cached_property
     def attributes(self) -> dict[str, Attribute]:
         """Return the attributes, with the defaults of this kind."""
-        own = dict(attributes(self.model))
+        table = dict(attributes(self.model))
         for name, default in self.presets:
-            own[name] = _with_default(own[name], default)
-        return own
+            table[name] = _with_default(table[name], default)
+        return table
 
 
 def _with_default(attribute: Attribute, default: object) -> Attribute:

@@ -5,7 +5,7 @@ from typing import Annotated
 from tunelang.dsl.vocabulary import types
 from tunelang.dsl.vocabulary.base import RewardExpression, placement, result
 
-PIECES = "completion_tokens"
+COMPLETION_TOKENS = "completion_tokens"
 """The parameter of a reward that takes the texts of a completion's tokens."""
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunelang.dsl.vocabulary.base import RewardExpression, TextExpression
-from tunelang.dsl.vocabulary.custom import PIECES, Python
+from tunelang.dsl.vocabulary.custom import COMPLETION_TOKENS, Python
 from tunelang.dsl.vocabulary.data import Procedural
 from tunelang.dsl.vocabulary.rewards import (
     Contains,
@@ -175,10 +175,10 @@ def _matches(leaf: Matches, pools: Pools) -> Scorer:
 def _python(leaf: Python, folder: Path, pools: Pools) -> Scorer:
     pool = pools.get(function_of(leaf, folder), leaf.timeout)
     # Starting it now reports a function that cannot be loaded before the first batch.
-    reads_tokens = PIECES in pool.start()[0]
+    reads_tokens = COMPLETION_TOKENS in pool.start()[0]
 
     def arguments(row: CompletionRow) -> Arguments:
-        return {**row.fields, PIECES: row.token_texts()} if reads_tokens else row.fields
+        return {**row.fields, COMPLETION_TOKENS: row.token_texts()} if reads_tokens else row.fields
 
     return lambda rows: _call(pool, rows, arguments)
 

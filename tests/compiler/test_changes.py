@@ -1,4 +1,4 @@
-"""What a person is told about a stale stage, word for word."""
+"""What a person is sentences about a stale stage, word for word."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tunelang.dsl.vocabulary.policy_stages import Policy
 TUNED = "tuned[optimizer.lr=1e-6]"
 
 
-def told(node: str, old: dict[str, Fingerprint], new: dict[str, Fingerprint]) -> list[str]:
+def sentences(node: str, old: dict[str, Fingerprint], new: dict[str, Fingerprint]) -> list[str]:
     return [wording(change) for change in changes(old[node], new[node])]
 
 
@@ -70,59 +70,63 @@ CASES = [
 
 
 @pytest.mark.parametrize(("old", "new", "node", "expected"), CASES)
-def test_wording(folder: Path, old: str, new: str, node: str, expected: list[str]) -> None:
+def test_changes_are_described_in_words(
+    folder: Path, old: str, new: str, node: str, expected: list[str]
+) -> None:
     assert old in PIPELINE
     before, after = prints(PIPELINE, folder), prints(PIPELINE.replace(old, new), folder)
-    assert told(node, before, after) == expected
+    assert sentences(node, before, after) == expected
 
 
-def test_a_list_that_was_empty(folder: Path) -> None:
+def test_formerly_empty_list_is_one_change(folder: Path) -> None:
     text = PIPELINE.replace("  evals  = [accuracy]\n", "")
     expected = ["`evals`: [] → [accuracy]"]
-    assert told("warm", prints(text, folder), prints(PIPELINE, folder)) == expected
+    assert sentences("warm", prints(text, folder), prints(PIPELINE, folder)) == expected
 
 
-def test_files(folder: Path) -> None:
+def test_changed_files_are_named(folder: Path) -> None:
     before = prints(PIPELINE, folder)
     write(folder / "rewards/mine.py", "def score(completion):\n    return 0.0\n")
     write(folder / "data/spare.jsonl", '{"question": "?", "answer": "6"}\n')
-    assert told(TUNED, before, prints(PIPELINE, folder)) == [
+    assert sentences(TUNED, before, prints(PIPELINE, folder)) == [
         "`data/spare.jsonl` has other content",
         "`rewards/mine.py` has other content",
     ]
 
 
-def test_a_model_folder(folder: Path) -> None:
+def test_changed_model_folder_is_named(folder: Path) -> None:
     before = prints(PIPELINE, folder)
     write(folder / "models/tiny/tokenizer.json", '{"other": 1}')
-    assert told("warm", before, prints(PIPELINE, folder)) == ["`models/tiny` has other content"]
+    assert sentences("warm", before, prints(PIPELINE, folder)) == [
+        "`models/tiny` has other content"
+    ]
 
 
-def test_semantics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_semantics_are_a_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = prints(PIPELINE, folder)
     monkeypatch.setattr(Policy, "semantics", ("policy", 2))
     expected = ["this version computes it in another way (1 → 2)"]
-    assert told(TUNED, before, prints(PIPELINE, folder)) == expected
+    assert sentences(TUNED, before, prints(PIPELINE, folder)) == expected
 
 
-def test_a_rename_beside_a_change_is_not_told(folder: Path) -> None:
+def test_rename_together_with_a_change_is_not_reported(folder: Path) -> None:
     text = PIPELINE.replace("prosa", "prose").replace("judged", "graded").replace("0.5 *", "0.4 *")
-    found = told(TUNED, prints(PIPELINE, folder), prints(text, folder))
+    found = sentences(TUNED, prints(PIPELINE, folder), prints(text, folder))
     assert len(found) == 1
     assert found[0].startswith("`reward mixed`: 0.5 *")
 
 
-def test_long_values_are_shown_where_they_part(folder: Path) -> None:
+def test_long_values_are_shown_from_their_first_difference(folder: Path) -> None:
     long = "0.5 * right + " * 9
     one = PIPELINE.replace("reward mixed = ", f"reward mixed = {long}0.25 * own + ")
     two = PIPELINE.replace("reward mixed = ", f"reward mixed = {long}0.75 * own + ")
-    (found,) = told(TUNED, prints(one, folder), prints(two, folder))
+    (found,) = sentences(TUNED, prints(one, folder), prints(two, folder))
     assert "0.25 * own" in found
     assert "0.75 * own" in found
     assert len(found) < 200
 
 
-def test_nothing_without_a_difference(folder: Path) -> None:
+def test_equal_fingerprints_have_no_changes(folder: Path) -> None:
     found = prints(PIPELINE, folder)
-    assert told("warm", found, found) == []
-    assert told("warm", found, {"warm": found["polished"]})
+    assert sentences("warm", found, found) == []
+    assert sentences("warm", found, {"warm": found["polished"]})

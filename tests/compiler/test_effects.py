@@ -212,7 +212,7 @@ def values(declared: Declared) -> list[Node]:
     return [value for value in held if isinstance(value, Node)]
 
 
-def test_every_attribute(base: Program) -> None:
+def test_every_attribute_has_its_declared_effect(base: Program) -> None:
     contents = Contents()
     before = all_digests(base, contents)
     visited: set[tuple[type[Node], str]] = set()

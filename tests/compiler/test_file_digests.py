@@ -24,11 +24,11 @@ def aged(path: Path, at: int = OLD) -> Path:
 
 
 @given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
-def test_digest_sees_where_parts_end(one: list[bytes], two: list[bytes]) -> None:
+def test_digest_depends_on_where_parts_end(one: list[bytes], two: list[bytes]) -> None:
     assert (digest(*one) == digest(*two)) == (one == two)
 
 
-def test_cache_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_saved_and_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, cache = aged(write(tmp_path / "a", "text")), tmp_path / "deep/cache.json"
     first = Contents.load(cache)
     found = first.file(path)
@@ -37,7 +37,7 @@ def test_cache_is_kept_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert Contents.load(cache).file(path) == found
 
 
-def test_a_change_is_seen(tmp_path: Path) -> None:
+def test_changed_file_has_another_digest(tmp_path: Path) -> None:
     contents = Contents()
     path = aged(write(tmp_path / "a", "text"))
     found = contents.file(path)
@@ -62,14 +62,14 @@ def test_a_damaged_cache_is_empty(tmp_path: Path, held: str) -> None:
     assert Contents.load(cache).known == {}
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+def test_failed_save_leaves_no_temporary_file(tmp_path: Path) -> None:
     contents = Contents.load(write(tmp_path / "file", "") / "cache.json")
     contents.file(aged(write(tmp_path / "a", "text")))
     contents.save()
     assert not list(tmp_path.glob(".*"))
 
 
-def test_cache_holds_what_it_says(tmp_path: Path) -> None:
+def test_cache_contains_the_digests_of_its_files(tmp_path: Path) -> None:
     contents = Contents.load(tmp_path / "cache.json")
     path = aged(write(tmp_path / "a", "text"))
     held = contents.file(path)
@@ -77,7 +77,7 @@ def test_cache_holds_what_it_says(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "cache.json").read_text())["files"] == {str(path): [4, OLD, held]}
 
 
-def test_missing_and_unreadable(tmp_path: Path) -> None:
+def test_missing_and_unreadable_files_are_errors(tmp_path: Path) -> None:
     with pytest.raises(ContentError, match="no such file"):
         Contents().file(tmp_path / "nothing")
     with pytest.raises(ContentError, match="no such file"):
@@ -95,7 +95,7 @@ def test_names_in_a_model_folder_count(tmp_path: Path) -> None:
     assert Contents().model(moved) == before
 
 
-def test_a_tokenizer_is_not_its_model(tmp_path: Path) -> None:
+def test_tokenizer_and_model_have_separate_digests(tmp_path: Path) -> None:
     write(tmp_path / "tokenizer.json", "{}")
     write(tmp_path / "model.safetensors", safetensors(10))
     before = Contents().tokenizer(tmp_path)
@@ -108,7 +108,9 @@ def test_a_tokenizer_is_not_its_model(tmp_path: Path) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**20 - 1))
-def test_small_weights_are_read_whole(tmp_path_factory: pytest.TempPathFactory, at: int) -> None:
+def test_small_weights_are_read_completely(
+    tmp_path_factory: pytest.TempPathFactory, at: int
+) -> None:
     folder = tmp_path_factory.mktemp("model")
     whole = bytearray(safetensors(2**20))
     write(folder / "m.safetensors", bytes(whole))
@@ -134,7 +136,7 @@ def test_large_weights_are_sampled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("held", [b"", b"123", b"\xff" * 8, b"\xff" * 99])
-def test_broken_weights_are_read_whole(tmp_path: Path, held: bytes) -> None:
+def test_broken_weights_are_read_completely(tmp_path: Path, held: bytes) -> None:
     write(tmp_path / "m.safetensors", held)
     before = Contents().model(tmp_path)
     write(tmp_path / "m.safetensors", held + b"1")

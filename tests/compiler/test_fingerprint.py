@@ -39,17 +39,17 @@ def replaced(old: str, new: str) -> str:
 # What changes nothing.
 
 
-def test_the_same_twice(folder: Path) -> None:
+def test_fingerprints_are_deterministic(folder: Path) -> None:
     assert digests(PIPELINE, folder) == digests(PIPELINE, folder)
     assert len(set(digests(PIPELINE, folder).values())) == len(ALL)
 
 
-def test_comments_and_documentation(folder: Path) -> None:
+def test_comments_and_documentation_do_not_matter(folder: Path) -> None:
     text = "# a comment\n" + PIPELINE.replace("stage warm", "## Documented.\nstage warm")
     assert not stale(PIPELINE, text, folder)
 
 
-def test_layout(folder: Path) -> None:
+def test_formatting_does_not_matter(folder: Path) -> None:
     text = PIPELINE.replace(" = ", "   =  ").replace("{\n", "{\n\n\n")
     assert not stale(PIPELINE, text, folder)
     formatted, _ = format_source(Source("test.tune", text))
@@ -57,19 +57,19 @@ def test_layout(folder: Path) -> None:
     assert not stale(PIPELINE, formatted, folder)
 
 
-def test_order_of_declarations(folder: Path) -> None:
+def test_order_of_declarations_does_not_matter(folder: Path) -> None:
     parts = re.findall(r"^\w+ \w+ .*?(?=^\w|\Z)", PIPELINE, re.MULTILINE | re.DOTALL)
     run = PIPELINE.splitlines()[0]
     assert len(parts) > 12
     assert not stale(PIPELINE, "\n".join([*reversed(parts), run]), folder)
 
 
-def test_order_of_attributes(folder: Path) -> None:
+def test_order_of_attributes_does_not_matter(folder: Path) -> None:
     old = "  from   = tuned\n  data   = sums\n"
     assert not stale(PIPELINE, replaced(old, "  data   = sums\n  from   = tuned\n"), folder)
 
 
-def test_renamed_declarations(folder: Path) -> None:
+def test_names_of_declarations_do_not_matter(folder: Path) -> None:
     """All names at once, in references, metrics and `by_source` alike."""
     names = re.findall(r"^(?:model|data|reward|eval|stage) (\w+)", PIPELINE, re.MULTILINE)
     text = PIPELINE
@@ -82,7 +82,7 @@ def test_renamed_declarations(folder: Path) -> None:
     assert {f"the_{name}": held for name, held in old.items()} == new
 
 
-def test_named_expressions_are_what_they_stand_for(folder: Path) -> None:
+def test_named_expressions_equal_their_values(folder: Path) -> None:
     text = replaced("data   = sums\n", "data   = alias\n") + "data alias = sums\n"
     assert not stale(PIPELINE, text, folder)
     inlined = replaced("reward    = mixed", "reward    = 0.5 * parts + 0.5 * judged").replace(
@@ -92,7 +92,7 @@ def test_named_expressions_are_what_they_stand_for(folder: Path) -> None:
     assert not stale(PIPELINE, inlined, folder)
 
 
-def test_written_otherwise_but_equal(folder: Path) -> None:
+def test_equal_values_in_other_notation_do_not_matter(folder: Path) -> None:
     for old, new in [
         ("lr = each(1e-6, 3e-6)", "lr = each(0.000001, 3e-6)"),
         ("group     = 4", "group     = 2 + 2"),
@@ -112,7 +112,7 @@ def test_written_otherwise_but_equal(folder: Path) -> None:
     ["log_every = 3 steps", "checkpoint_every = 7 steps", "micro_batch = 2 sequences",
      "remat = full", "mesh = axes(fsdp = 4)", "on = box"],
 )  # fmt: skip
-def test_placement_and_observe(folder: Path, line: str) -> None:
+def test_placement_and_observe_do_not_matter(folder: Path, line: str) -> None:
     text = PIPELINE.replace("from   = tiny", f"from   = tiny\n  {line}")
     assert not stale(PIPELINE, text + "hardware box : local { devices = 4 }\n", folder)
 

@@ -52,7 +52,7 @@ def reads(found: StageGraph) -> dict[str, list[str]]:
     }
 
 
-def test_chain(folder: Path) -> None:
+def test_chain_of_stages_has_one_node_each(folder: Path) -> None:
     found = graph(stage("a", "g") + stage("b", "a") + stage("c", "b"), folder)
     assert reads(found) == {"a": [], "b": ["a"], "c": ["b"]}
     assert found.nodes["b"].uses == (("data", "d"),)
@@ -91,7 +91,7 @@ def test_best_folds_inherited_branches_too(folder: Path) -> None:
     assert found.by_stage["c"] == ("c",)
 
 
-def test_two_ways_to_one_sweep_agree(folder: Path) -> None:
+def test_two_paths_to_one_sweep_read_the_same_branch(folder: Path) -> None:
     """Each branch of `c` sees the same branch of `a` through `b` and directly."""
     text = stage("a", "g", "seed = each(1, 2), keep = all") + stage("b", "a", "keep = all")
     text += policy("c", "b", "kl = k3(0.1), reference = a, keep = all")
@@ -108,7 +108,7 @@ def test_two_sweeps_multiply(folder: Path) -> None:
     assert len(graph(text, folder).by_stage["c"]) == 6
 
 
-def test_each_over_stages(folder: Path) -> None:
+def test_each_over_stages_reads_one_stage_a_branch(folder: Path) -> None:
     text = stage("a", "g") + stage("b", "g", "seed = 2")
     found = graph(text + stage("c", "each(a, b)", "keep = lowest(loss)"), folder)
     assert reads(found)["c[from=a]"] == ["a"]
@@ -121,7 +121,7 @@ def test_an_each_in_a_choice_not_taken_makes_no_copies(folder: Path) -> None:
     assert len(found.by_stage["a"]) == 3
 
 
-def test_long_choices_are_shortened_to_ids_of_their_own(folder: Path) -> None:
+def test_long_choices_are_shortened_to_distinct_ids(folder: Path) -> None:
     long = ", ".join(
         f"adamw(lr = 1e-3, b1 = 0.9, b2 = 0.95, eps = 1e-8, weight_decay = 0.{n})" for n in "12"
     )
@@ -145,7 +145,7 @@ def test_order_is_topological(folder: Path) -> None:
     assert place["x"] < place["y"] < place["z"]
 
 
-def test_only_and_until(folder: Path) -> None:
+def test_only_and_until_select_nodes_in_order(folder: Path) -> None:
     found = build(program(PIPELINE, folder))
     branches = ("tuned[optimizer.lr=1e-6]", "tuned[optimizer.lr=3e-6]")
     assert until(found, ["polished"]) == ("warm", *branches, "polished")
@@ -157,7 +157,7 @@ def test_only_and_until(folder: Path) -> None:
     assert caught.value.known == ("warm", "tuned", "polished", "out")
 
 
-def test_too_many_nodes(folder: Path) -> None:
+def test_too_many_nodes_are_refused(folder: Path) -> None:
     text = stage("s0", "g")
     for at in range(1, 6):
         text += stage(f"s{at}", f"s{at - 1}", "seed = each(1, 2, 3, 4, 5, 6), keep = all")

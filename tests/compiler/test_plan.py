@@ -61,7 +61,7 @@ def states(found: Plan) -> dict[str, str]:
     return {stage.node: stage.state.kind for stage in found.stages}
 
 
-def test_states_and_text(folder: Path) -> None:
+def test_states_are_described_in_words(folder: Path) -> None:
     old = made(PIPELINE, folder)
     by_stage = [stage.digest for stage in old.stages]
     store = Memory({by_stage[0]}, {by_stage[1]: 4}, {by_stage[2]}, old)
@@ -76,18 +76,18 @@ def test_states_and_text(folder: Path) -> None:
     }
 
 
-def test_first_run(folder: Path) -> None:
+def test_first_run_runs_every_stage(folder: Path) -> None:
     assert {stage.state.reason for stage in made(PIPELINE, folder).stages} == {"first run"}
 
 
-def test_a_new_branch_is_compared_with_the_most_alike(folder: Path) -> None:
+def test_new_branch_is_compared_with_the_most_similar(folder: Path) -> None:
     store = Memory(last=made(PIPELINE, folder))
     found = made(PIPELINE.replace("3e-6)", "5e-6)"), folder, store)
     (change,) = found.by_node["tuned[optimizer.lr=5e-6]"].state.changes
     assert (change.path, change.new) == ("optimizer.lr", "5e-6")
 
 
-def test_only_needs_what_it_reads(folder: Path) -> None:
+def test_only_reports_missing_inputs(folder: Path) -> None:
     found = made(PIPELINE, folder, only=["polished"])
     assert states(found)["polished"] == "to run"
     assert states(found)["warm"] == "left out"
@@ -99,7 +99,7 @@ def test_only_needs_what_it_reads(folder: Path) -> None:
     assert not missing_inputs(made(PIPELINE, folder, done, only=["polished"]))
 
 
-def test_until(folder: Path) -> None:
+def test_until_includes_all_dependencies(folder: Path) -> None:
     found = made(PIPELINE, folder, until=["tuned"])
     left = [node for node, kind in states(found).items() if kind == "left out"]
     assert left == ["polished", "out"]
@@ -115,7 +115,7 @@ def test_force_runs_one_stage_and_no_reader(folder: Path) -> None:
     assert set(states(found).values()) == {"to run", "up to date"}
 
 
-def test_two_stages_that_are_one(folder: Path) -> None:
+def test_equal_stages_run_once(folder: Path) -> None:
     text = PIPELINE + PIPELINE[PIPELINE.index("stage warm") :].partition("stage tuned")[0].replace(
         "stage warm", "stage again"
     )
@@ -126,7 +126,7 @@ def test_two_stages_that_are_one(folder: Path) -> None:
     assert sorted([states(only)["warm"], states(only)["again"]]) == ["same", "to run"]
 
 
-def test_json_form_holds_the_whole_plan(folder: Path) -> None:
+def test_json_contains_all_of_the_plan(folder: Path) -> None:
     found = made(PIPELINE, folder, Memory(last=made(PIPELINE.replace("17", "18"), folder)))
     first = replace(found.stages[0], layout={"mesh": {"fsdp": 4}}, memory={"weights": 2**40})
     document = json.loads(replace(found, stages=(first, *found.stages[1:])).dumps())
@@ -137,7 +137,7 @@ def test_json_form_holds_the_whole_plan(folder: Path) -> None:
     assert document["stages"][0]["state"]["changes"]
 
 
-def test_json_form_of_everything() -> None:
+def test_json_contains_params_and_resolved_meshes() -> None:
     folder = EVERYTHING.parents[1] / "workspace"
     document = json.loads(made(EVERYTHING.read_text("utf-8"), folder).dumps())
     assert document["declarations"]["mode"]["value"] == "cosine"
@@ -145,7 +145,7 @@ def test_json_form_of_everything() -> None:
     assert last["resolved"]["mesh"]["fsdp"] == 8
 
 
-def test_a_plan_does_not_follow_the_spec(folder: Path) -> None:
+def test_plan_does_not_change_with_its_files(folder: Path) -> None:
     found = made(PIPELINE, folder)
     text = found.dumps()
     write(folder / "data/sums.jsonl", "{}\n")

@@ -125,7 +125,7 @@ def examine(text: str) -> Checked:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
-def test_damaged_specs(part: int) -> None:
+def test_damaged_specs_never_crash_the_checker(part: int) -> None:
     random_ = random.Random(1000 + part)
     texts = [path.read_text("utf-8") for path in SEEDS]
     for number in range(CASES // 10):
@@ -169,7 +169,7 @@ def test_damaged_specs(part: int) -> None:
     ],
     ids=lambda text: text[:12].strip() or "empty",
 )
-def test_extreme_texts(text: str) -> None:
+def test_extreme_texts_never_crash_the_checker(text: str) -> None:
     start = time.perf_counter()
     source = Source("fuzz.tune", text, WORKSPACE)
     result = check(source)

@@ -19,7 +19,7 @@ def test_policy_has_slots_and_a_cache(folder: Path) -> None:
     assert "reference" in lay_out(policy(folder, "kl = k3(0.1)"), LLAMA, 2, devices).memory
 
 
-def test_slots_shrink_where_memory_is_short(folder: Path) -> None:
+def test_slots_shrink_when_memory_is_short(folder: Path) -> None:
     long = replace(LLAMA, context=32_768)
     rollout = "rollout = sampling(max_tokens = 30_000, max_prompt = 2000)"
     devices = Devices(CHIPS["h200"], 8, False)

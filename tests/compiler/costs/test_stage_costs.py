@@ -79,7 +79,7 @@ def test_branches_of_a_kto_sweep_share_the_passes_of_the_reference() -> None:
         (STAGES["distill"], frozenset({"messages"}), 1),
     ],
 )
-def test_a_sequence_holds_both_answers_of_a_pair_and_one_answer_of_labelled_data(
+def test_sequence_has_both_answers_of_a_pair_and_one_of_labelled_data(
     kind: type[Supervised], roles: frozenset[str], answers: int
 ) -> None:
     assert planned(kind, roles).length == answers * MODEL.context
@@ -91,5 +91,5 @@ def test_every_training_stage_has_a_cost(kind: type[Training]) -> None:
 
 
 @pytest.mark.parametrize("optimizer", Optimizer.__subclasses__())
-def test_every_optimizer_says_how_many_moments_it_keeps(optimizer: type[Optimizer]) -> None:
+def test_every_optimizer_declares_its_number_of_moments(optimizer: type[Optimizer]) -> None:
     assert optimizer.moments in (0, 1, 2)

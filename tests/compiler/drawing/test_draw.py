@@ -42,7 +42,7 @@ def drawn(text: str, folder: Path) -> Picture:
 
 
 @pytest.mark.parametrize(("name", "form"), list(itertools.product(SPECS, FORMS)))
-def test_snapshot(name: str, form: str, folder: Path, bless: bool) -> None:
+def test_drawings_equal_their_snapshots(name: str, form: str, folder: Path, bless: bool) -> None:
     actual = FORMS[form](drawn(SPECS[name], folder))
     path = DRAWINGS / f"{name}.{form}"
     if bless:
@@ -68,7 +68,7 @@ BOXES = re.compile(r'<rect class="[\w ]+" x="(.+?)" y="(.+?)" width="(.+?)" heig
 
 
 @pytest.mark.parametrize("name", list(SPECS))
-def test_svg_boxes_do_not_overlap_and_lie_inside(name: str, folder: Path) -> None:
+def test_svg_boxes_are_disjoint_and_inside_the_drawing(name: str, folder: Path) -> None:
     found = drawn(SPECS[name], folder)
     text = svg(found)
     root = ET.fromstring(text)
@@ -101,13 +101,13 @@ def test_text_of_a_spec_is_never_markup() -> None:
     assert tree(found)
 
 
-def test_an_empty_spec(folder: Path) -> None:
+def test_empty_spec_is_drawn(folder: Path) -> None:
     found = drawn("", folder)
     assert tree(found) == ""
     assert ET.fromstring(svg(found)).attrib["width"]
 
 
-def test_a_thousand_stages(folder: Path) -> None:
+def test_a_thousand_stages_are_drawn_quickly(folder: Path) -> None:
     """Each reads the one before, and all read the first: long arrows must not cost their length."""
     lines = [HEAD]
     for n in range(1000):

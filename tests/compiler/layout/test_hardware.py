@@ -44,7 +44,7 @@ def test_short_form_names_hardware(text: str, count: int, groups: int) -> None:
         ("local:2", "h100"),
     ],
 )
-def test_short_form_of_unknown_hardware_is_refused_with_what_there_is(text: str, said: str) -> None:
+def test_unknown_short_form_is_refused_with_the_known_ones(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         named(text)
     assert declared(named("local")) is None

@@ -32,12 +32,12 @@ PUBLISHED = {
 """Parameters in the publishers' safetensors files."""
 
 
-def test_every_preset_of_the_language_is_there():
+def test_every_preset_of_the_language_has_an_architecture():
     assert set(PRESETS) == set(models.PRESETS)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameter_counts(name):
+def test_parameter_counts_equal_published_ones(name):
     assert parameter_count(PRESETS[name]) == PUBLISHED[name]
 
 
@@ -51,7 +51,7 @@ def test_flops():
 
 @pytest.mark.parametrize("length", [1, 5, 40])
 @pytest.mark.parametrize("window", [1, 4, 100])
-def test_flops_count_the_keys_that_a_window_leaves(length, window):
+def test_flops_count_only_the_keys_inside_a_window(length, window):
     small = replace(
         PRESETS["qwen3-0.6b"], layers=3, window=window, pattern=("local", "global"), head_dim=2
     )
@@ -64,7 +64,7 @@ def test_kv_bytes():
     assert kv_bytes_per_token(PRESETS["llama-3.1-8b"], 2) == 131_072
 
 
-def test_sizes_that_are_left_out_follow():
+def test_omitted_sizes_follow_from_the_others():
     found = from_transformer(transformer(layers=2, width=64, heads=4), 100, PRESETS)
     assert (found.kv_heads, found.head_dim, found.mlp) == (4, 16, 192)
     assert (found.vocabulary, found.context, found.pattern) == (100, 1024, ("global",))
@@ -73,7 +73,7 @@ def test_sizes_that_are_left_out_follow():
     assert (found.mlp, found.window, found.pattern, found.logit_cap) == (256, 8, ("local",), 30.0)
 
 
-def test_what_is_stated_goes_before_the_preset():
+def test_stated_sizes_override_the_preset():
     found = from_transformer(transformer(preset="gemma-3-1b", layers=4, tied=False), 300, PRESETS)
     assert found == replace(PRESETS["gemma-3-1b"], vocabulary=300, layers=4, tied=False)
 
@@ -97,6 +97,6 @@ def test_errors(given, message):
 
 
 @pytest.mark.parametrize("pattern", [(), ("local",)])
-def test_patterns_that_cannot_be(pattern):
+def test_impossible_patterns_are_refused(pattern):
     with pytest.raises(ValueError, match=r"pattern|window"):
         replace(PRESETS["qwen3-0.6b"], pattern=pattern)

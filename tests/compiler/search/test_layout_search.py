@@ -152,7 +152,7 @@ def test_contradicting_pin_is_named(folder: Path, more: str, attribute: str) -> 
     assert caught.value.attribute == attribute
 
 
-def test_optimizer_is_offloaded_where_nothing_else_fits(folder: Path) -> None:
+def test_optimizer_is_offloaded_when_nothing_else_fits(folder: Path) -> None:
     one, two = (Devices(CHIPS["h200"], count, False) for count in (1, 2))
     assert not lay_out(stage(folder), LLAMA, 2, two).offload
     alone = lay_out(stage(folder), LLAMA, 2, one)

@@ -15,7 +15,7 @@ from tunelang.compiler.layout.layout_query import (
 from tunelang.compiler.models.architecture import Architecture, Mixture
 
 
-def test_long_sequences_are_split_where_the_batch_cannot_be(folder: Path) -> None:
+def test_long_sequences_are_split_when_the_batch_cannot_be(folder: Path) -> None:
     long = replace(LLAMA, context=131_072)
     devices = Devices(CHIPS["v5p"], 16, False)
     few = lay_out(stage(folder, batch="batch = 2 sequences"), long, 2, devices)

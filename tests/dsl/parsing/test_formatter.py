@@ -88,7 +88,7 @@ def comments(text: str) -> list[str]:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(files())
-def test_round_trip(text: str) -> None:
+def test_formatting_keeps_the_program_and_is_idempotent(text: str) -> None:
     formatted, diagnostics = format_source(Source("a", text))
     if formatted is None:
         assert diagnostics
@@ -101,12 +101,12 @@ def test_round_trip(text: str) -> None:
     assert check(Source("a", text)).program == check(Source("a", formatted)).program
 
 
-def test_line_ends_of_other_systems() -> None:
+def test_foreign_line_ends_are_normalised() -> None:
     formatted, _ = format_source(Source("a", "let a = 1\r\nlet b = [\r\n  2,\r\n]\r\n"))
     assert formatted == "let a = 1\n\nlet b = [\n  2,\n]\n"
 
 
-def test_wrong_form_is_left_alone() -> None:
+def test_spec_with_syntax_errors_is_not_formatted() -> None:
     formatted, diagnostics = format_source(Source("a", "let a = (1\n"))
     assert formatted is None
     assert [d.code for d in diagnostics] == ["unclosed-bracket"]

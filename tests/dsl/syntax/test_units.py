@@ -36,7 +36,7 @@ DIMENSIONS = [None, "%", "bytes", "s", *units.COUNTED]
         ("1.2 per device_hour", 1.2, "per device_hour"),
     ],
 )
-def test_reads(text: str, value: float, dimension: str | None) -> None:
+def test_numbers_parse_to_base_units(text: str, value: float, dimension: str | None) -> None:
     found = parse(text)
     assert (found.value, found.dimension) == (value, dimension)
     assert type(found.value) is type(value)
@@ -45,23 +45,23 @@ def test_reads(text: str, value: float, dimension: str | None) -> None:
 @pytest.mark.parametrize(
     "text", ["3 bananas", "3x", "2 epochs_", "5 GiB per device_hour", "3 per day"]
 )
-def test_unknown_units(text: str) -> None:
+def test_unknown_unit_is_refused(text: str) -> None:
     with pytest.raises(units.UnknownUnit):
         parse(text)
 
 
-def test_too_large() -> None:
+def test_number_beyond_a_double_is_refused() -> None:
     with pytest.raises(units.NumberTooLarge):
         parse("1e301")
 
 
 @given(st.integers(0, 10**18), st.sampled_from([None, "bytes", *units.COUNTED]))
-def test_whole_numbers_survive(value: int, dimension: str | None) -> None:
+def test_integers_survive_a_round_trip(value: int, dimension: str | None) -> None:
     assert parse(show(value, dimension)) == Quantity(value, dimension)
 
 
 @given(st.floats(0, 1e12, allow_nan=False, allow_infinity=False), st.sampled_from([None, "%", "s"]))
-def test_fractions_survive(value: float, dimension: str | None) -> None:
+def test_fractions_survive_a_round_trip(value: float, dimension: str | None) -> None:
     assert parse(show(value, dimension)).value == value
 
 
@@ -71,6 +71,6 @@ def test_scales_multiply(value: int, scale: str) -> None:
 
 
 @given(st.text(alphabet="0123456789._eE+-%kMGiB stokenpchdm", max_size=14))
-def test_any_text_is_read_or_refused(text: str) -> None:
+def test_any_text_is_parsed_or_refused(text: str) -> None:
     with contextlib.suppress(units.UnknownUnit, units.NumberTooLarge):
         parse(text)

@@ -105,7 +105,7 @@ def test_everything_is_explained() -> None:
     assert "PydanticUndefined" not in text
 
 
-def test_docs_of_models() -> None:
+def test_models_are_documented() -> None:
     for table in KINDS.values():
         for info in table.values():
             assert info.doc.endswith("."), info.word
@@ -113,7 +113,7 @@ def test_docs_of_models() -> None:
         assert doc_of(model).endswith("."), model
 
 
-def test_foreign_words_lead_somewhere() -> None:
+def test_foreign_words_lead_to_words_of_the_language() -> None:
     """A word of another tool must not be one of ours, and its line must be."""
     for noun, table in BY_NOUN.items():
         infos = [RUN] if noun == "run" else list(KINDS[noun].values())
@@ -165,7 +165,7 @@ def test_the_prelude_of_the_examples_is_formatted() -> None:
     assert format_source(Source("prelude", PRELUDE))[0] == PRELUDE
 
 
-def test_every_optimizer_says_how_many_moments_it_keeps() -> None:
+def test_every_optimizer_declares_its_number_of_moments() -> None:
     """The planner sizes the state of an optimizer by them."""
     kinds = [function for function in FUNCTIONS.values() if function.family == "optimizer"]
     moments = {kind.word: kind.moments for kind in kinds if issubclass(kind, Optimizer)}
