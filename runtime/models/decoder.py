@@ -350,9 +350,7 @@ class Decoder(nnx.Module):
         *,
         extra: Extra,
     ) -> tuple[jax.Array, PyTree]:
-        """Return the hidden states of sequences, what `extra` names of all layers, and what the
-        routers of experts say.
-        """
+        """Return the hidden states of sequences, and `(extras, routing)` of all layers, stacked."""
         places = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         run_layer = self._sequence_layer(
             rope.rotations(self.architecture, places), segments, dropout_keys, layout, kernel, extra

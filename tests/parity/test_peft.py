@@ -110,7 +110,7 @@ def test_adapter_logits_and_gradients_equal_peft(
     )
     merged_decoder = nnx.merge(abstract_decoder(replace(plain), jnp.float32)[0], merged)
     np.testing.assert_allclose(
-        merged_decoder.logits(merged_decoder(jnp.asarray(tokens))), logits, atol=2e-4
+        merged_decoder.logits(merged_decoder(jnp.asarray(tokens))[0]), logits, atol=2e-4
     )
 
 
