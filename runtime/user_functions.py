@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +47,7 @@ class Custom:
     """A loaded function, which replaces the `Python` of a stage's attribute."""
 
     reference: str
-    function: Callable[..., Any]
+    function: worker_process.Function
 
     def __call__(self, shape: tuple[int, ...], **arguments: object) -> Any:
         """Call the function with those of `arguments` that its parameters name.
@@ -72,12 +71,12 @@ class Custom:
 def bound(node: _Node, folder: Path) -> _Node:
     """Return a stage whose functions are loaded; their paths are relative to `folder`.
 
-    Rewards stay as they are: they run elsewhere. Raises `CustomError`.
+    Rewards are not loaded: they run in processes of their own. Raises `CustomError`.
     """
     changed: dict[str, object] = {}
-    known = attributes(type(node))
+    attributes_by_name = attributes(type(node))
     for name, value in node:
-        attribute = known.get(type(node).model_fields[name].alias or name)
+        attribute = attributes_by_name.get(type(node).model_fields[name].alias or name)
         if attribute is None:
             continue
         if isinstance(attribute.type, types.Code) and isinstance(value, Python):

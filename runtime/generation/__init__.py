@@ -2,11 +2,11 @@
 
 - `engine`: the compiled programs that decode in slots of a KV cache
 - `engine_sizes`: slots, their capacity, and the layout that an engine is made for
-- `token_sampling`: from logits to the next token
-- `episodes`: the records of what was sampled
+- `token_sampling`: draws the next token from logits
+- `episodes`: records of sampled tokens, one at a time and as arrays
 - `episode_sampler`: samples groups of episodes of prompts
 - `slot_queue`: hands free slots to the next episodes
 - `stop_strings`: ends episodes by their text
-- `beam_search`: the completions of highest score
-- `text_generator`: completions, chat turns and verdicts of one loaded model
+- `beam_search`: finds the completions of highest score
+- `text_generator`: makes completions, chat turns and verdicts with one loaded model
 """

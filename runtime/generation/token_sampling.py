@@ -1,4 +1,4 @@
-"""From logits to the next token: temperature, filters, the draw, and its log-probabilities.
+"""Draws the next token from logits: temperature, filters, the draw, and its log-probabilities.
 
 The parameters of each slot are elements of arrays, so that one compiled program serves any mixture
 of requests. The order is that of `transformers`: repetition penalty, temperature, top-k, top-p of

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from typing_extensions import override
 
@@ -126,7 +125,7 @@ def verdict(kind: Rubric, reply: str) -> Result:
     return f"the judge gave no {len(kind.criteria)} scores: {excerpt}"
 
 
-def _json_values(text: str) -> Iterator[Any]:
+def _json_values(text: str) -> Iterator[object]:
     """Yield the outermost JSON objects and lists in a text."""
     decoder = json.JSONDecoder()
     position = 0

@@ -35,7 +35,7 @@ from tunelang.runtime.workers.worker_process import Arguments, Parameters, selec
 _LOADING_SECONDS = 120.0  # importing torch from a cold network disk takes a minute
 _SCRIPT = str(Path(__file__).with_name("worker_process.py"))
 
-Target = tuple[Any, ...]
+Target = tuple[str | Arguments, ...]
 """A loader's name in `worker_process.LOADERS`, and its arguments."""
 Result = float | list[float] | str
 """The value of a call, or the reason why there is none."""

@@ -86,7 +86,7 @@ def parameters(function: Function) -> Parameters:
     return required, any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature)
 
 
-def select_arguments(parameters: Parameters, available: Arguments) -> dict[str, Any]:
+def select_arguments(parameters: Parameters, available: Arguments) -> Arguments:
     """Return those of the available arguments that a function has parameters for."""
     required, takes_any = parameters
     return {name: value for name, value in available.items() if takes_any or name in required}
@@ -154,7 +154,7 @@ def serve(connection: Connection) -> None:
         try:
             if isinstance(request, Exception):
                 raise request
-            reply: tuple[str, Any] = ("value", call(function, request))
+            reply: tuple[str, float | list[float] | str] = ("value", call(function, request))
         except BaseException as error:  # SystemExit too: `exit()` ends that call alone
             reply = ("error", describe_error(error))
         connection.send(reply)

@@ -33,12 +33,12 @@ def test_pass_at_k_of_many_samples():
     assert pass_at_k(groups, 9_998) == 1
 
 
-def test_what_passes():
+def test_score_of_1_passes():
     assert pass_at_k(np.array([[0.99, 1.5, np.nan, -1.0]]), 1) == 0.25
 
 
 @pytest.mark.parametrize("k", [0, 4])
-def test_no_such_k(k):
+def test_pass_at_k_beyond_the_samples_raises_value_error(k):
     with pytest.raises(ValueError, match=f"pass@{k} of 3 samples"):
         pass_at_k(np.ones((2, 3)), k)
 
@@ -54,11 +54,11 @@ def test_no_such_k(k):
         ("a", (1.5,), 1),
     ],
 )
-def test_majority(answers, scores, expected):
+def test_majority_scores_the_most_common_answer(answers, scores, expected):
     assert majority([list(answers)], np.array([scores])) == expected
 
 
-def test_majority_is_a_share():
+def test_majority_is_the_mean_over_prompts():
     assert majority([["a", "a"], ["b", "c"]], np.array([[1, 1], [0, 1]])) == 0.5
 
 
@@ -69,22 +69,22 @@ def wilson(passed: float, count: float) -> list[float]:
 
 
 @pytest.mark.parametrize("passed", [0, 1, 7, 20])
-def test_one_sample_of_a_prompt_is_wilsons_interval(passed):
+def test_interval_of_one_sample_a_prompt_is_wilsons(passed):
     groups = (np.arange(20) < passed)[:, None]
     assert interval(groups) == pytest.approx(wilson(passed, 20), abs=1e-12)
 
 
 @pytest.mark.parametrize("passed", [0, 1, 7, 20])
-def test_samples_that_repeat_one_another_tell_nothing(passed):
+def test_repeated_samples_do_not_narrow_the_interval(passed):
     groups = (np.arange(20) < passed)[:, None]
     assert interval(groups.repeat(8, axis=1)) == pytest.approx(interval(groups))
 
 
-def test_samples_count_no_more_than_independent_ones():
+def test_interval_is_no_narrower_than_that_of_independent_samples():
     assert interval(np.tile([0, 1], (15, 3))) == pytest.approx(wilson(45, 90))
 
 
-def test_samples_of_a_prompt_are_a_cluster(monkeypatch):
+def test_interval_uses_the_error_over_prompts(monkeypatch):
     groups = draws(30, 4) + draws(30, 1, seed=2)
     means = groups.mean(1)
     error = means.std(ddof=1) / math.sqrt(30)
@@ -95,14 +95,14 @@ def test_samples_of_a_prompt_are_a_cluster(monkeypatch):
     assert interval(groups)[0] == pytest.approx(means.mean() - error)
 
 
-def test_one_prompt():
+def test_interval_of_one_prompt_is_infinite_or_of_one_sample():
     assert interval(np.array([[0.2, 0.7]])) == (-math.inf, math.inf)
     assert interval(np.array([[0, 1]])) == pytest.approx(wilson(0.5, 1))
 
 
 @pytest.mark.parametrize("samples", [1, 5])
 @pytest.mark.parametrize("kind", ["passes", "scores"])
-def test_interval_covers_the_rate_as_often_as_its_level_says(kind, samples, monkeypatch):
+def test_interval_covers_the_rate_at_its_level(kind, samples, monkeypatch):
     random = np.random.default_rng(5)
     if kind == "passes":
         rate, shape = 0.1, (3000, 60)
@@ -111,6 +111,6 @@ def test_interval_covers_the_rate_as_often_as_its_level_says(kind, samples, monk
         rate, shape = 0.0, (3000, 60)
         groups = random.normal(random.normal(0, 1, shape)[..., None], 1, (*shape, samples))
     monkeypatch.setattr(statistics, "LEVEL", 0.9)
-    found = np.array([interval(each) for each in groups])
-    covered = ((found[:, 0] <= rate) & (rate <= found[:, 1])).mean()
+    intervals = np.array([interval(scores) for scores in groups])
+    covered = ((intervals[:, 0] <= rate) & (rate <= intervals[:, 1])).mean()
     assert covered == pytest.approx(0.9, abs=0.03)

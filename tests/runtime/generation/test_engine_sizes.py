@@ -1,4 +1,4 @@
-"""Rooms, capacities and slots: few sizes, so that programs are shared."""
+"""Prompt lengths, capacities and slots of engines."""
 
 from dataclasses import replace
 
@@ -44,5 +44,5 @@ def test_sampling_layout_gives_each_device_whole_weights_and_is_idempotent():
     assert decoding.mesh.shape["data"] == 8
     assert sampling_layout(LLAMA, jnp.float32, decoding) == decoding
     assert sampling_layout_over(jax.devices(), LLAMA, jnp.float32) == decoding
-    one = make_layout(devices=jax.devices()[:1])
-    assert sampling_layout(LLAMA, jnp.float32, one) is one
+    single_device = make_layout(devices=jax.devices()[:1])
+    assert sampling_layout(LLAMA, jnp.float32, single_device) is single_device

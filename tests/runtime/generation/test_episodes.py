@@ -23,7 +23,7 @@ def episodes():
     )
 
 
-def test_rows_of_a_group_share_its_prompt(episodes):
+def test_episodes_of_a_group_share_its_prompt(episodes):
     assert [episode.prompt for episode in episodes] == [(7, 8), (7, 8), (9,), (9,)]
     assert [episode.tokens for episode in episodes] == [[0, 1, 2], [3], [], [9, 10]]
     assert [episode.truncated for episode in episodes] == [True, False, False, True]

@@ -24,7 +24,7 @@ class StandIn:
     """Answers each chat with what `reply` makes of its text; failures by their HTTP status."""
 
     def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.reply: Any = lambda text: '{"scores": [10, 5]}'
         self.failures: list[tuple[int, dict[str, str]]] = []
@@ -39,7 +39,7 @@ class StandIn:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 with outer.lock:
-                    outer.asked.append(body)
+                    outer.requests.append(body)
                     outer.keys.add(self.headers["authorization"])
                     outer.at_once += 1
                     outer.most = max(outer.most, outer.at_once)
@@ -97,10 +97,10 @@ def row(completion: str, **fields: Any) -> CompletionRow:
 def test_score_is_the_weighted_mean_of_the_criteria(stand_in: StandIn) -> None:
     score, judge = make(stand_in)
     assert score([row("hello", prompt="Greet")]) == [(3 * 10 + 5) / 40]
-    (asked,) = stand_in.asked
-    text = asked["messages"][0]["content"]
-    assert asked["model"] == "judge"
-    assert asked["temperature"] == 0
+    (request,) = stand_in.requests
+    text = request["messages"][0]["content"]
+    assert request["model"] == "judge"
+    assert request["temperature"] == 0
     for part in ("Greet", "hello", "1. Short", "2. Kind"):
         assert part in text
     judge.close()
@@ -110,16 +110,16 @@ def test_identical_requests_are_sent_once(stand_in: StandIn, tmp_path: Path) -> 
     score, judge = make(stand_in, tmp_path)
     assert len(set(score([row("a"), row("b"), row("a")]))) == 1
     score([row("b")])
-    assert len(stand_in.asked) == 2
+    assert len(stand_in.requests) == 2
     judge.close()
     # Another run, after a crash in the middle of a line.
     with next(tmp_path.glob("judge-*.jsonl")).open("a") as file:
         file.write('{"request": "cut o')
     score, judge = make(stand_in, tmp_path)
     score([row("a"), row("b")])
-    assert len(stand_in.asked) == 2
+    assert len(stand_in.requests) == 2
     score([row("c")])
-    assert len(stand_in.asked) == 3
+    assert len(stand_in.requests) == 3
     judge.close()
 
 
@@ -134,7 +134,7 @@ def test_failures_are_retried_after_the_stated_pause(stand_in: StandIn) -> None:
     stand_in.failures = [(500, {}), (429, {"retry-after": "0.05"})]
     score, judge = make(stand_in)
     assert score([row("a")]) == [(3 * 10 + 5) / 40]
-    assert len(stand_in.asked) == 3
+    assert len(stand_in.requests) == 3
     judge.close()
 
 
@@ -142,8 +142,8 @@ def test_answer_without_scores_gives_the_reason(stand_in: StandIn) -> None:
     stand_in.reply = lambda text: "I like it" if "odd" in text else "```json\n[1, 2]\n```"
     score, judge = make(stand_in, retries=0)
     results = score([row("fine"), row("odd")])
-    assert sum(isinstance(each, float) for each in results) == 1
-    assert all("the judge" in each for each in results if isinstance(each, str))
+    assert sum(isinstance(result, float) for result in results) == 1
+    assert all("the judge" in result for result in results if isinstance(result, str))
     judge.close()
 
 
@@ -168,6 +168,6 @@ def test_unreachable_judge_is_an_error(stand_in: StandIn, monkeypatch: pytest.Mo
 def test_slow_answer_times_out(stand_in: StandIn) -> None:
     score, judge = make(stand_in, timeout=0.3, retries=0)
     stand_in.reply = lambda text: time.sleep(1.0 if "slow" in text else 0) or "[4, 4]"
-    found = score([row("fast"), row("slow")])
-    assert found == [0.4, "no answer in time"]
+    scores = score([row("fast"), row("slow")])
+    assert scores == [0.4, "no answer in time"]
     judge.close()

@@ -50,14 +50,14 @@ from tunelang.runtime.rewards.number_match import ParsedNumber, equal, last_numb
         ("version v1.2.3 has 7 parts of H2O", "7"),
     ],
 )
-def test_numbers(text, value):
-    found = last_number(text)
-    assert found is not None
-    assert found.value == Fraction(value)
+def test_last_number_is_read_exactly(text, value):
+    number = last_number(text)
+    assert number is not None
+    assert number.value == Fraction(value)
 
 
 @pytest.mark.parametrize("text", ["", "none", "x2", "5/0", "1e999999999", "9" * 1000, "-", "..."])
-def test_no_number(text):
+def test_text_without_number_gives_none(text):
     assert last_number(text) is None
 
 
@@ -78,11 +78,11 @@ def test_no_number(text):
         ("0.0", "-0", 0.0, True),
     ],
 )
-def test_equality(answer, target, tolerance, same):
-    one, other = last_number(answer), last_number(target)
-    assert isinstance(one, ParsedNumber)
-    assert isinstance(other, ParsedNumber)
-    assert equal(one, other, tolerance) is same
+def test_equality_allows_tolerance_and_percentages(answer, target, tolerance, same):
+    left, right = last_number(answer), last_number(target)
+    assert isinstance(left, ParsedNumber)
+    assert isinstance(right, ParsedNumber)
+    assert equal(left, right, tolerance) is same
 
 
 @pytest.mark.parametrize(
