@@ -20,7 +20,7 @@ from plan_accuracy import architecture, devices, numbered, planned
 
 from tunelang.compiler.search.plan_layouts import Shapes
 from tunelang.runtime import sharding
-from tunelang.runtime.rehearsal.collectives import exchanged, operations
+from tunelang.runtime.rehearsal.collectives import count_collectives, operations
 from tunelang.runtime.rehearsal.topologies import compilable
 from tunelang.runtime.stages.stage_kinds import kind_of
 
@@ -90,7 +90,7 @@ def main() -> None:
         gib = compiled.memory_analysis().peak_memory_in_bytes / 2**30
         moved = ", ".join(
             f"{count} {kind} {size / 2**30:.1f} GiB"
-            for kind, (count, size) in exchanged(text).items()
+            for kind, (count, size) in count_collectives(text).items()
         )
         name = f"{point.model} {point.form} {point.chip} {point.remat}"
         print(f"{number} {name}: {cycles:.3g} cycles, {gib:.2f} GiB; {moved}", flush=True)

@@ -146,7 +146,7 @@ def graph_command(
     """Draw the stages of a spec and what each of them reads."""
     from tunelang.runtime.commands import draw_graph, terminal
 
-    draw_graph.draw_graph(terminal.checked_program(spec, sets), form, output)
+    draw_graph.draw_graph(terminal.check_program(spec, sets), form, output)
 
 
 @app.command("plan")
@@ -176,12 +176,12 @@ def plan_command(
 
     if as_json and compile:
         terminal.refuse("`--json` prints the plan alone, without `--compile`")
-    program = terminal.checked_program(spec, sets, on)
+    program = terminal.check_program(spec, sets, on)
     if compile:  # the command itself reports what does not fit; XLA need not as well
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from tunelang.runtime.commands import make_plan
 
-    with terminal.reported_errors(program, traceback):
+    with terminal.reporting_errors(program, traceback):
         choice = make_plan.PlanOptions(spec, store, only, until, force, on)
         prepared = make_plan.show_plan(program, choice, verbose, as_json)
         if compile:
@@ -202,11 +202,11 @@ def run_command(
     """Run the stages that are not up to date; an interrupted run continues."""
     from tunelang.runtime.commands import terminal
 
-    program = terminal.checked_program(spec, sets, on)
+    program = terminal.check_program(spec, sets, on)
     from tunelang.runtime.commands import make_plan, run
 
     gc.enable()
-    with terminal.reported_errors(program, traceback):
+    with terminal.reporting_errors(program, traceback):
         choice = make_plan.PlanOptions(spec, store, only, until, force, on)
         prepared = make_plan.make_plan(program, choice)
         folder = terminal.open_store(spec, store)
@@ -227,8 +227,8 @@ def show_command(
     """Show the results of stages: evaluations, metrics, completions."""
     from tunelang.runtime.commands import show, terminal
 
-    program = terminal.checked_program(spec, sets)
-    with terminal.reported_errors(program):
+    program = terminal.check_program(spec, sets)
+    with terminal.reporting_errors(program):
         folder = terminal.open_store(spec, store)
         typer.echo(show.show(program, folder, stage, samples, terminal.width()), nl=False)
 
@@ -284,7 +284,7 @@ def generate_command(
     """Complete prompts with the model that a stage yielded."""
     from tunelang.runtime.commands import terminal
 
-    program = terminal.checked_program(spec, sets)
+    program = terminal.check_program(spec, sets)
     from tunelang.runtime.commands.completions import GenerateOptions, completions
 
     choice = GenerateOptions(
@@ -292,7 +292,7 @@ def generate_command(
         beams=beams, length_penalty=length_penalty, best_of=best_of, by=by, seed=seed, raw=raw,
     )  # fmt: skip
     choice.check(program)
-    with terminal.reported_errors(program, traceback):
+    with terminal.reporting_errors(program, traceback):
         folder = terminal.open_store(spec, store)
         for text in completions(program, folder, stage, prompts or (), choice):
             typer.echo(text)
@@ -311,12 +311,12 @@ def chat_command(
     """Chat with the model that a stage yielded; an empty line or Ctrl-D ends it."""
     from tunelang.runtime.commands import terminal
 
-    program = terminal.checked_program(spec, sets)
+    program = terminal.check_program(spec, sets)
     from tunelang.dsl.vocabulary.training import Sampling
     from tunelang.runtime.commands import generate
 
     sampling = Sampling.unvalidated(max_tokens=max_tokens, temperature=temperature)
-    with terminal.reported_errors(program, traceback):
+    with terminal.reporting_errors(program, traceback):
         folder = terminal.open_store(spec, store)
         generate.chat(generate.open_generator(program, folder, stage), sampling)
 
@@ -339,10 +339,10 @@ def export_command(
         raise typer.BadParameter("f32, bf16 or f16", param_hint="--dtype")
     from tunelang.runtime.commands import terminal
 
-    program = terminal.checked_program(spec, sets)
+    program = terminal.check_program(spec, sets)
     from tunelang.runtime.commands import generate
 
-    with terminal.reported_errors(program, traceback):
+    with terminal.reporting_errors(program, traceback):
         opened = terminal.open_store(spec, store)
         for name in generate.write(program, opened, stage, folder, apart, dtype):
             typer.echo(folder / name)

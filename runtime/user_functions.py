@@ -26,7 +26,7 @@ _Node = TypeVar("_Node", bound=Node)
 
 
 @dataclass(eq=False)
-class CustomError(TuneError):
+class UserFunctionError(TuneError):
     """A function at `reference` cannot be loaded, raises, or returns the wrong shape; `why`."""
 
     code = "python-function"
@@ -43,7 +43,7 @@ class CustomError(TuneError):
 
 
 @dataclass(frozen=True)
-class Custom:
+class UserFunction:
     """A loaded function, which replaces the `Python` of a stage's attribute."""
 
     reference: str
@@ -52,7 +52,7 @@ class Custom:
     def __call__(self, shape: tuple[int, ...], **arguments: object) -> Any:
         """Call the function with those of `arguments` that its parameters name.
 
-        Raises `CustomError` if the function raises or its result has another shape.
+        Raises `UserFunctionError` if the function raises or its result has another shape.
         """
         try:
             value = self.function(
@@ -61,17 +61,17 @@ class Custom:
                 )
             )
         except Exception as error:
-            raise CustomError(self.reference, worker_process.describe_error(error)) from error
+            raise UserFunctionError(self.reference, worker_process.describe_error(error)) from error
         actual = jnp.shape(value)
         if actual != shape:
-            raise CustomError(self.reference, f"it returned the shape {actual}, not {shape}")
+            raise UserFunctionError(self.reference, f"it returned the shape {actual}, not {shape}")
         return value
 
 
-def bound(node: _Node, folder: Path) -> _Node:
+def load_user_functions(node: _Node, folder: Path) -> _Node:
     """Return a stage whose functions are loaded; their paths are relative to `folder`.
 
-    Rewards are not loaded: they run in processes of their own. Raises `CustomError`.
+    Rewards are not loaded: they run in processes of their own. Raises `UserFunctionError`.
     """
     changed: dict[str, object] = {}
     attributes_by_name = attributes(type(node))
@@ -80,9 +80,9 @@ def bound(node: _Node, folder: Path) -> _Node:
         if attribute is None:
             continue
         if isinstance(attribute.type, types.Code) and isinstance(value, Python):
-            changed[name] = _loaded(value.reference, folder)
+            changed[name] = _load(value.reference, folder)
         elif isinstance(value, Function) and not isinstance(value, RewardExpression):
-            inner = bound(value, folder)
+            inner = load_user_functions(value, folder)
             if inner is not value:
                 changed[name] = inner
     return node.model_copy(update=changed) if changed else node
@@ -91,8 +91,8 @@ def bound(node: _Node, folder: Path) -> _Node:
 def make_rows(kind: PythonData, folder: Path, cache: Path) -> Path:
     """Write the rows that a function makes to a file, one JSON object a line, and return its path.
 
-    The file is cached by the content of the function's file and the settings. Raises `CustomError`
-    and `OSError`.
+    The file is cached by the content of the function's file and the settings. Raises
+    `UserFunctionError` and `OSError`.
     """
     source = _path(kind.function, folder)
     settings = {} if kind.settings is None else dict(kind.settings.values)
@@ -100,7 +100,7 @@ def make_rows(kind: PythonData, folder: Path, cache: Path) -> Path:
     digest = hashlib.blake2b(source.read_bytes() + key, digest_size=16).hexdigest()
     path = cache / f"rows-{digest}.jsonl"
     if not path.exists():
-        rows = _loaded(kind.function, folder).function
+        rows = _load(kind.function, folder).function
         with replacing(path) as temporary, temporary.open("w") as file:
             try:
                 for row in rows(**settings):
@@ -108,7 +108,9 @@ def make_rows(kind: PythonData, folder: Path, cache: Path) -> Path:
                         raise TypeError(f"a row has to be a dict, and one is {row!r:.80}")
                     file.write(json.dumps(row, default=_plain) + "\n")
             except Exception as error:
-                raise CustomError(kind.function, worker_process.describe_error(error)) from error
+                raise UserFunctionError(
+                    kind.function, worker_process.describe_error(error)
+                ) from error
     return path
 
 
@@ -122,9 +124,9 @@ def _path(reference: str, folder: Path) -> Path:
     return (folder / Path(reference.rpartition(":")[0]).expanduser()).resolve()
 
 
-def _loaded(reference: str, folder: Path) -> Custom:
+def _load(reference: str, folder: Path) -> UserFunction:
     path, name = str(_path(reference, folder)), reference.rpartition(":")[2]
     try:
-        return Custom(reference, worker_process.load_function(path, name))
+        return UserFunction(reference, worker_process.load_function(path, name))
     except Exception as error:
-        raise CustomError(reference, worker_process.describe_error(error)) from error
+        raise UserFunctionError(reference, worker_process.describe_error(error)) from error

@@ -14,12 +14,12 @@ from tunelang.dsl.diagnostics.tune_error import WRONG_SPEC
 from tunelang.dsl.messages.wording import plural
 from tunelang.runtime.commands.terminal import (
     STANDARD_INPUT,
-    checked_program,
+    check_program,
     open_store,
     read_source,
     refuse,
     report,
-    reported_errors,
+    reporting_errors,
 )
 
 
@@ -70,15 +70,15 @@ def render_examples(specs: Sequence[str], sets: list[str], data: str, count: int
     if len(specs) != 1 or specs[0] == "-":
         refuse("--render takes one spec, in a file")
     spec = Path(specs[0])
-    program = checked_program(spec, sets)
+    program = check_program(spec, sets)
     from rich.console import Console
 
-    from tunelang.runtime.commands.preview import rendered  # JAX is slow to import
+    from tunelang.runtime.commands.preview import preview_examples  # JAX is slow to import
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    with reported_errors(program):
+    with reporting_errors(program):
         store = open_store(spec, None)
-        for text in rendered(program, store, data, count, not console.is_terminal):
+        for text in preview_examples(program, store, data, count, not console.is_terminal):
             console.print(text, end="\n\n")
 
 

@@ -77,7 +77,7 @@ def show_compiled(prepared: Prepared, cache: Path) -> None:
             continue
         compiled[key] = node
         for program in rehearse.rehearse(prepared, node, cache):
-            typer.echo(plan_text.rehearsed(prepared, node, program, width()), nl=False)
+            typer.echo(plan_text.report_text(prepared, node, program, width()), nl=False)
             if rehearse.fits(prepared, node, program):
                 continue
             fits = False

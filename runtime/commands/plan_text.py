@@ -34,7 +34,7 @@ def show(prepared: Prepared, *, verbose: bool = False, width: int = 100) -> str:
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
-def rehearsed(prepared: Prepared, node: str, report: Rehearsed, width: int) -> str:
+def report_text(prepared: Prepared, node: str, report: Rehearsed, width: int) -> str:
     """Return the compiler's report on a program of a stage, as text."""
     chip = prepared.devices[node].chip
     facts = [f"{size_text(report.peak)} of {size_text(chip.memory)} in a device"]

@@ -31,7 +31,9 @@ class UnreadDataError(CommandError):
         super().__init__(run_failures.unread_data(name, known))
 
 
-def rendered(program: Program, store: Store, data: str, count: int, marks: bool) -> Iterator[Text]:
+def preview_examples(
+    program: Program, store: Store, data: str, count: int, marks: bool
+) -> Iterator[Text]:
     """Yield some examples of declared data, as the first stage that reads it sees them.
 
     Trained tokens have the style `TRAINED`, and with `marks` stand in brackets too. Where the model

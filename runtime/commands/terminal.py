@@ -69,7 +69,7 @@ def read_source(spec: str) -> Source | None:
         return None
 
 
-def checked_program(spec: Path, sets: list[str], on: str | None = None) -> Program:
+def check_program(spec: Path, sets: list[str], on: str | None = None) -> Program:
     """Return the program of a spec; ends the command if the spec has errors."""
     checked = check_file(spec, sets, elsewhere=on is not None)
     report(checked.diagnostics)
@@ -86,7 +86,7 @@ def open_store(spec: Path, folder: Path | None) -> Store:
 
 
 @contextmanager
-def reported_errors(program: Program, traceback: bool = False) -> Iterator[None]:
+def reporting_errors(program: Program, traceback: bool = False) -> Iterator[None]:
     """Report any error at the line of the spec it is about, and end with the exit code for it."""
     try:
         yield

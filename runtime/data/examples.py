@@ -63,13 +63,13 @@ class Roles:
     nullable: frozenset[str] = frozenset()
     """Roles that a row may leave empty: a problem that many answers solve has no `response`."""
 
-    def mapped(self, new: Map) -> Roles:
+    def with_templates(self, new: Map) -> Roles:
         """Return the roles after `.map(...)`."""
         changes = {role: getattr(new, role) for role in ROLES}
         changed = {role: template for role, template in changes.items() if template is not None}
         return Roles({**self.templates, **changed}, self.nullable - changed.keys())
 
-    def answered(self, role: str) -> Roles:
+    def with_response(self, role: str) -> Roles:
         """Return the roles with the template of an answer, such as `chosen`, as the response."""
         if role == "response" or role not in self.templates:
             return self

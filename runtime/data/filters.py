@@ -24,7 +24,7 @@ _BINARY: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def holds(
+def condition_holds(
     condition: Condition, example: Example, measure: Callable[[Example], int] | None = None
 ) -> bool:
     """Return whether a condition holds; `measure` counts the tokens of an example, for `length`.

@@ -22,7 +22,7 @@ from tunelang.dsl.vocabulary import data
 from tunelang.dsl.vocabulary.base import DataExpression
 from tunelang.runtime.data.examples import Example, Roles, example_of, roles_of
 from tunelang.runtime.data.feistel import derive, permute
-from tunelang.runtime.data.filters import holds
+from tunelang.runtime.data.filters import condition_holds
 from tunelang.runtime.data.mixture import assign
 from tunelang.runtime.data.row_errors import (
     BadRows,
@@ -134,10 +134,10 @@ class Library:
                 rows = open_rows(kind, self.program.folder, cache=self.cache)
             indices = np.arange(len(rows), dtype=np.int64)
             part = Part(Source(name, kind, rows), roles_of(kind), indices)
-            self._sources[name] = self.filtered(part, lambda _: True)
+            self._sources[name] = self.filter_rows(part, lambda _: True)
         return self._sources[name]
 
-    def filtered(self, part: Part, keep: Callable[[Example], bool]) -> Part:
+    def filter_rows(self, part: Part, keep: Callable[[Example], bool]) -> Part:
         """Return the rows of a part for which `keep` is true; rows that cannot be read are
         handled by their policy.
 
@@ -154,9 +154,9 @@ class Library:
                 self.drop(part, row, error, policy)
                 verdicts[row] = False
         chosen = np.fromiter((verdicts[int(row)] for row in part.rows), bool, len(part.rows))
-        return self.nonempty(replace(part, rows=part.rows[chosen]))
+        return self.require_rows(replace(part, rows=part.rows[chosen]))
 
-    def within(self, stream: Stream, measure: Measurer, limit: int) -> Stream:
+    def drop_long(self, stream: Stream, measure: Measurer, limit: int) -> Stream:
         """Return the stream without examples of more than `limit` tokens: the prompts of a rollout.
 
         A prompt is never cut, since its end holds the question: `cut` drops it like `drop`. Raises
@@ -173,7 +173,7 @@ class Library:
         for part in stream.parts:
             rows, inverse = np.unique(part.rows, return_inverse=True)
             keep = np.fromiter((fits(part, int(row)) for row in rows), bool, len(rows))
-            parts.append(self.nonempty(replace(part, rows=part.rows[keep[inverse]])))
+            parts.append(self.require_rows(replace(part, rows=part.rows[keep[inverse]])))
         sizes = tuple(len(part.rows) for part in parts)
         return replace(stream, parts=tuple(parts), order=replace(stream.order, sizes=sizes))
 
@@ -181,7 +181,7 @@ class Library:
         """Handle a row by a policy; raises `BadRowError` under `stop`."""
         self.bad.handle(part.source.name, lambda: part.source.rows.place(row), error, policy)
 
-    def nonempty(self, part: Part) -> Part:
+    def require_rows(self, part: Part) -> Part:
         """Return the part; raises `NoRowsError` where it has no rows."""
         if not len(part.rows):
             raise NoRowsError(part.source.name, self.bad)
@@ -228,12 +228,12 @@ class _Builder:
                     for index, p in enumerate(parts)
                 ]
             case data.Map():
-                mapped = [replace(part, roles=part.roles.mapped(method)) for part in parts]
-                return [self.library.filtered(part, lambda _: True) for part in mapped]
+                mapped = [replace(part, roles=part.roles.with_templates(method)) for part in parts]
+                return [self.library.filter_rows(part, lambda _: True) for part in mapped]
             case data.Where():
                 condition, measure = method.condition, self.measure
                 return [
-                    self.library.filtered(part, lambda e: holds(condition, e, measure))
+                    self.library.filter_rows(part, lambda e: condition_holds(condition, e, measure))
                     for part in parts
                 ]
             case data.Split():
@@ -253,7 +253,7 @@ class _Builder:
             # A source with more than its natural share of the mixture comes round again.
             rounds = ceil(last / len(part.rows))
             rows = np.tile(part.rows, rounds)[first:last] if rounds > 1 else part.rows[first:last]
-            cut.append(self.library.nonempty(replace(part, rows=rows)))
+            cut.append(self.library.require_rows(replace(part, rows=rows)))
         return cut
 
     def _split(self, split: data.Split, part: Part) -> Part:
@@ -267,7 +267,7 @@ class _Builder:
         def falls(example: Example) -> bool:
             return low <= content_hash(rows.content(dict(example.fields)), salt) < high
 
-        return replace(self.library.filtered(part, falls), splits=salt + 1)
+        return replace(self.library.filter_rows(part, falls), splits=salt + 1)
 
 
 def _permutation(size: int, seed: int, part: int) -> Indices:

@@ -33,7 +33,7 @@ from tunelang.runtime.tokenize.token_cache import Corpus, tokenise
 from tunelang.runtime.training.metrics import SampleRecord
 from tunelang.runtime.training.objective import loss_program
 from tunelang.runtime.training.step_config import StepConfig
-from tunelang.runtime.user_functions import CustomError
+from tunelang.runtime.user_functions import UserFunctionError
 from tunelang.runtime.workers.worker_pool import Workers
 
 _SEED = 20_210_707
@@ -166,7 +166,7 @@ def _measured(
         if isinstance(value, list):
             value = "it returned a list, not a number"
         if isinstance(value, str):
-            raise CustomError(metric.reference, value)
+            raise UserFunctionError(metric.reference, value)
         metrics[metric.name] = value
     return metrics
 

@@ -164,7 +164,7 @@ class Resources:
             return count
 
         stream = self.stream(expression, seed=seed, renderer=renderer, shuffled=shuffled)
-        return self.library.within(stream, measure, room), longest
+        return self.library.drop_long(stream, measure, room), longest
 
     def reward_context(self, max_tokens: int) -> RewardContext:
         """Return the declarations that rewards of the program may refer to."""

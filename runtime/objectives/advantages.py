@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Num
 
-from tunelang.runtime.user_functions import Custom
+from tunelang.runtime.user_functions import UserFunction
 
 
 class Advantages(NamedTuple):
@@ -20,7 +20,9 @@ class Advantages(NamedTuple):
     """`[prompts]`, true where all rewards of the group are equal: every advantage is 0."""
 
 
-def group_advantages(rewards: Num[Array, "prompts group"], baseline: str | Custom) -> Advantages:
+def group_advantages(
+    rewards: Num[Array, "prompts group"], baseline: str | UserFunction
+) -> Advantages:
     """Compute how much better each completion is than its group.
 
     Args:
@@ -56,7 +58,7 @@ def group_advantages(rewards: Num[Array, "prompts group"], baseline: str | Custo
             values = centred
         case "leave_one_out":
             values = centred * (group / (group - 1))
-        case Custom():
+        case UserFunction():
             values = baseline(rewards.shape, rewards=rewards)
             return Advantages(values, jnp.all(values == 0, axis=-1))
         case _:

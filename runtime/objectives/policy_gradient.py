@@ -45,7 +45,7 @@ from tunelang.dsl.vocabulary.training import (
     Sampling,
     Truncated,
 )
-from tunelang.runtime.user_functions import Custom
+from tunelang.runtime.user_functions import UserFunction
 
 MISMATCH_BOUNDS = {"mismatch_error": 1.05, "mismatch_kl": 5e-4}
 """Bounds of a healthy run on two metrics: NeMo-RL's probability error and PRIME-RL's divergence."""
@@ -181,7 +181,7 @@ def objective(policy: Policy | PolicySettings, batch: Completions) -> tuple[Scal
     advantage = lax.stop_gradient(_masked(mask, batch.advantages))
 
     ratio = ratios(now - old, mask, policy.ratio)
-    if isinstance(policy.loss, Custom):
+    if isinstance(policy.loss, UserFunction):
         term = policy.loss(ratio.shape, ratio=ratio, advantages=advantage, log_probs=now, mask=mask)
         clipped: dict[str, Array] = {}
     else:

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from tunelang.dsl.vocabulary.preference_stages import Preference
-from tunelang.runtime.user_functions import Custom
+from tunelang.runtime.user_functions import UserFunction
 
 Answers = Float[Array, "*answers"]
 
@@ -89,7 +89,7 @@ def pair_losses(stage: Preference, pairs: Pairs) -> tuple[Answers, dict[str, Arr
             loss = jnp.square((margin - 0.5) / stage.beta)
         case "odds_ratio":
             loss = stage.beta * right
-        case Custom() as function:
+        case UserFunction() as function:
             loss = function(
                 chosen.shape,
                 chosen=chosen,

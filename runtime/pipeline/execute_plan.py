@@ -38,7 +38,7 @@ from tunelang.runtime.store.run_store import StageFolder, Store
 from tunelang.runtime.training.checkpoints import Checkpoints
 from tunelang.runtime.training.metrics import check_trackers
 from tunelang.runtime.training.training_loop import DivergedError
-from tunelang.runtime.user_functions import bound
+from tunelang.runtime.user_functions import load_user_functions
 
 
 @dataclass(eq=False)
@@ -215,7 +215,7 @@ class _Run(RunContext):
         if not devices.here:
             raise HardwareMissingError(str(devices), f"{len(jax.devices())} × {_device_kind()}")
         assert isinstance(node.value, Training)
-        stage = bound(node.value, self.prepared.program.folder)
+        stage = load_user_functions(node.value, self.prepared.program.folder)
         return TrainingRun(self, planned, node, stage, folder)
 
     def begin(self, planned: StagePlan, folder: StageFolder) -> int:

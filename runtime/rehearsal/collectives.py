@@ -39,7 +39,7 @@ class Collective(NamedTuple):
     """Loops that it is nested in."""
 
 
-def exchanged(text: str) -> dict[str, tuple[int, int]]:
+def count_collectives(text: str) -> dict[str, tuple[int, int]]:
     """Count the collectives of a call of a program by kind: executions, and bytes of their results
     in each device.
     """
@@ -72,7 +72,7 @@ def operations(text: str) -> Iterator[tuple[str, int, int]]:
         yield from _walk(dict(_BLOCK.findall(text)), entry[1], 1, 0, 0)
 
 
-def wasteful(text: str, architecture: Architecture, micro_batches: int) -> Iterator[str]:
+def needless_gathers(text: str, architecture: Architecture, micro_batches: int) -> Iterator[str]:
     """Describe needless all-gathers of a program: the weights of all layers at once, logits, or
     the head in every iteration of the loop over chunks.
     """

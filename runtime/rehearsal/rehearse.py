@@ -33,7 +33,7 @@ from tunelang.dsl.vocabulary.rewards import EvalKind
 from tunelang.dsl.vocabulary.stages import Training
 from tunelang.runtime.models.primitives import DTYPES
 from tunelang.runtime.planning.prepare import Prepared
-from tunelang.runtime.rehearsal.collectives import exchanged, wasteful
+from tunelang.runtime.rehearsal.collectives import count_collectives, needless_gathers
 from tunelang.runtime.rehearsal.topologies import compilable
 from tunelang.runtime.sharding import OPTIONS, Layout, is_variable, make_layout
 from tunelang.runtime.stages.abstract_programs import (
@@ -46,7 +46,7 @@ from tunelang.runtime.stages.abstract_programs import (
 from tunelang.runtime.stages.stage_kinds import TaskKind, kind_of
 from tunelang.runtime.store.atomic_files import read_json, write_json
 from tunelang.runtime.training.step_config import StepConfig
-from tunelang.runtime.user_functions import bound
+from tunelang.runtime.user_functions import load_user_functions
 
 STEP = ("train", "score", "reference", "prefill", "decode")
 """Names of the programs of a step."""
@@ -82,7 +82,7 @@ def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
     """Compile the programs of a stage, one after another.
 
     What was compiled before is read from `cache`. Raises `MissingExtraError` where the compiler
-    for the hardware is not installed, and `CustomError`.
+    for the hardware is not installed, and `UserFunctionError`.
     """
     stage, devices = prepared.graph.nodes[node].value, prepared.devices[node]
     mesh_devices = compilable(devices)
@@ -98,21 +98,21 @@ def rehearse(prepared: Prepared, node: str, cache: Path) -> Iterator[Rehearsed]:
             which = f"{shapes.architecture.width} × {shapes.architecture.layers} "
             for program in _task_programs(stage, evals, shapes, layout):
                 name = program.name if len(models) == 1 else which + program.name
-                yield _compiled(replace(program, name=name), devices, cache)
+                yield _compile(replace(program, name=name), devices, cache)
         return
-    stage = bound(stage, prepared.program.folder)
+    stage = load_user_functions(stage, prepared.program.folder)
     planned, shapes = prepared.layout(node), prepared.shapes[node]
     layout = make_layout(**planned.mesh, devices=mesh_devices)
     copied = tuple(unsplit(shapes.architecture, layout))
     stage_bytes = 0
     for program in kind_of(stage).abstract_programs(stage, shapes, planned, layout):
-        compiled = _compiled(program, devices, cache)
+        compiled = _compile(program, devices, cache)
         stage_bytes = max(stage_bytes, program.stage_bytes)
         if program.name == "train":
             compiled = replace(compiled, findings=compiled.findings + copied)
         yield compiled
     for program in stage_eval_programs(stage, evals, shapes, planned, layout, stage_bytes):
-        yield _compiled(program, devices, cache)
+        yield _compile(program, devices, cache)
 
 
 def _task_programs(
@@ -154,7 +154,7 @@ def remedies(prepared: Prepared, node: str, report: Rehearsed, cache: Path) -> I
         yield f"more devices than the {prepared.devices[node]}"
         return
     shapes = prepared.shapes[node]
-    stage = bound(unpinned(stage), prepared.program.folder)
+    stage = load_user_functions(unpinned(stage), prepared.program.folder)
     devices, planned = prepared.devices[node], prepared.layout(node)
     query = replace(
         prepared.queries[node], stage=stage, attention=planned.kernel, branches=planned.branches
@@ -170,7 +170,7 @@ def remedies(prepared: Prepared, node: str, report: Rehearsed, cache: Path) -> I
             break
         mesh = make_layout(**layout.mesh, devices=compilable(devices))
         programs = kind_of(stage).abstract_programs(stage, shapes, layout, mesh)
-        reports = [_compiled(program, devices, cache) for program in programs]
+        reports = [_compile(program, devices, cache) for program in programs]
         worst = max(r.peak for r in reports)
         if all(not r.refused and r.peak <= devices.chip.memory for r in reports):
             yield f"{_pinned(layout)}: {size_text(worst)}, as the compiler says"
@@ -188,7 +188,7 @@ def _pinned(layout: StageLayout) -> str:
 # Compiling.
 
 
-def _compiled(program: AbstractProgram, devices: Devices, cache: Path) -> Rehearsed:
+def _compile(program: AbstractProgram, devices: Devices, cache: Path) -> Rehearsed:
     lowered = program.lower()
     text = lowered.as_text()
     versions = [_FORMAT, str(OPTIONS)]
@@ -241,8 +241,8 @@ def measure(program: AbstractProgram, lowered: jax.stages.Lowered) -> Rehearsed:
         )
     text = compiled.as_text() or ""
     if program.trained is not None:
-        findings += wasteful(text, program.trained, program.micro_batches)
-    return Rehearsed(name, peak, seconds, exchanged(text), tuple(findings))
+        findings += needless_gathers(text, program.trained, program.micro_batches)
+    return Rehearsed(name, peak, seconds, count_collectives(text), tuple(findings))
 
 
 _NEEDED = re.compile(

@@ -36,7 +36,7 @@ from tunelang.runtime.stages.supervised import (
     abstract_segment_values,
     segment_values,
 )
-from tunelang.runtime.tokenize.token_cache import Valued
+from tunelang.runtime.tokenize.token_cache import ItemValues
 from tunelang.runtime.training.accumulate import micro_batches
 from tunelang.runtime.training.objective import AnyArray, Batch, Models, Objective
 
@@ -129,7 +129,7 @@ class KtoKind(ComparedKind[Kto]):
     stages = (Kto,)
 
     @override
-    def reads(self, stage: Kto, roles: set[str]) -> tuple[tuple[str, ...], Valued]:
+    def reads(self, stage: Kto, roles: set[str]) -> tuple[tuple[str, ...], ItemValues]:
         if "label" in roles:
             return ("response",), label_of
         return ("chosen", "rejected"), lambda _: (1.0, 0.0)

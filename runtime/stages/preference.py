@@ -42,7 +42,7 @@ from tunelang.runtime.stages.supervised import (
     segment_values,
 )
 from tunelang.runtime.store.atomic_files import replacing
-from tunelang.runtime.tokenize.token_cache import Valued, unvalued
+from tunelang.runtime.tokenize.token_cache import ItemValues, no_values
 from tunelang.runtime.training.objective import Batch, Models, Objective, shift_targets
 from tunelang.runtime.training.step_config import StepConfig
 
@@ -140,8 +140,8 @@ class PreferenceKind(ComparedKind[Preference]):
         return stage.reference_log_probs == "live"
 
     @override
-    def reads(self, stage: Preference, roles: set[str]) -> tuple[tuple[str, ...], Valued]:
-        return ("chosen", "rejected"), unvalued
+    def reads(self, stage: Preference, roles: set[str]) -> tuple[tuple[str, ...], ItemValues]:
+        return ("chosen", "rejected"), no_values
 
     @override
     def objective(self, stage: Preference, setup: ObjectiveSetup) -> Objective:

@@ -32,7 +32,7 @@ from tunelang.runtime.stages.supervised import (
     abstract_segment_values,
     segment_values,
 )
-from tunelang.runtime.tokenize.token_cache import Valued, unvalued
+from tunelang.runtime.tokenize.token_cache import ItemValues, no_values
 from tunelang.runtime.training.objective import Batch, Models, Objective
 
 
@@ -76,8 +76,8 @@ class RewardModelKind(SupervisedKind[RewardModel]):
     segments_per_example = 2
 
     @override
-    def reads(self, stage: RewardModel, roles: set[str]) -> tuple[tuple[str, ...], Valued]:
-        return ("chosen", "rejected"), margin_of if "margin" in roles else unvalued
+    def reads(self, stage: RewardModel, roles: set[str]) -> tuple[tuple[str, ...], ItemValues]:
+        return ("chosen", "rejected"), margin_of if "margin" in roles else no_values
 
     @override
     def objective(self, stage: RewardModel, setup: ObjectiveSetup) -> Objective:

@@ -35,7 +35,7 @@ from tunelang.runtime.stages.abstract_programs import (
 )
 from tunelang.runtime.stages.stage_kinds import TrainingInputs, TrainingKind, register
 from tunelang.runtime.tokenize import packing
-from tunelang.runtime.tokenize.token_cache import Corpus, Valued, tokenise, unvalued
+from tunelang.runtime.tokenize.token_cache import Corpus, ItemValues, no_values, tokenise
 from tunelang.runtime.training.metrics import SampleRecord
 from tunelang.runtime.training.objective import Batch, LikelihoodObjective, Objective
 from tunelang.runtime.training.optimizers import build_optimizer, learning_rate
@@ -43,7 +43,7 @@ from tunelang.runtime.training.step_config import StepConfig
 from tunelang.runtime.training.train_state import TrainState, abstract_state, stack_state
 from tunelang.runtime.training.train_step import StateProgram, StepMetrics, train_step
 from tunelang.runtime.training.training_loop import Row
-from tunelang.runtime.user_functions import Custom
+from tunelang.runtime.user_functions import UserFunction
 
 SHORT_STEP = 2e10
 """FLOPs of a call that is worth starting: shorter steps are made several in a call."""
@@ -204,10 +204,10 @@ class SupervisedKind(TrainingKind[SupervisedStage]):
 
     # What kinds override.
 
-    def reads(self, stage: SupervisedStage, roles: set[str]) -> tuple[tuple[str, ...], Valued]:
+    def reads(self, stage: SupervisedStage, roles: set[str]) -> tuple[tuple[str, ...], ItemValues]:
         """Return the roles of the answers that the stage reads, and what gives them values."""
         del stage, roles
-        return ("response",), unvalued
+        return ("response",), no_values
 
     def longest(self, stage: SupervisedStage, context: int, longest: int) -> int:
         """Return the tokens of a sequence, where the data's longest item has `longest`."""
@@ -339,14 +339,14 @@ class SupervisedKind(TrainingKind[SupervisedStage]):
             stage.data, seed=derive(inputs.seed, "data"), renderer=renderer
         )
         roles = set.intersection(*(set(part.roles.templates) for part in stream.parts))
-        answers, valued = self.reads(stage, roles)
+        answers, values_of = self.reads(stage, roles)
         return tokenise(
             stream,
             renderer,
             context=inputs.model.architecture.context,
             cache=inputs.resources.cache,
             answers=answers,
-            valued=valued,
+            values_of=values_of,
         )
 
     @override
@@ -383,7 +383,7 @@ class LikelihoodKind(SupervisedKind[Likelihood]):
 
     @override
     def objective(self, stage: Likelihood, setup: ObjectiveSetup) -> Objective:
-        assert stage.loss is None or isinstance(stage.loss, Custom)
+        assert stage.loss is None or isinstance(stage.loss, UserFunction)
         return LikelihoodObjective(stage.loss)
 
 

@@ -97,7 +97,7 @@ def open_renderer(
         case models.Trained():
             if texts is None:
                 raise TypeError("a trained tokenizer needs the texts to fit it to")
-            model = fitted(kind, texts(), added, cache)
+            model = fit_tokenizer(kind, texts(), added, cache)
             return Renderer(SentencePiece(model, added), template, kind.special)
     raise TypeError(f"not a tokenizer: {type(kind).__name__}")
 
@@ -189,7 +189,7 @@ def _adds_start(written: Configuration, start: str | None, template: ChatTemplat
     return mentioned or "bos_token" in template.source
 
 
-def fitted(
+def fit_tokenizer(
     kind: models.Trained, texts: Iterable[str], added: tuple[str, ...], cache: Path
 ) -> bytes:
     """Fit a SentencePiece model to texts; it is kept in `cache` by the content of the texts.

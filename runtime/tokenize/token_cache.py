@@ -135,11 +135,11 @@ def _cut_out(segment: SegmentTokens, item: int) -> tuple[NDArray[np.int32], NDAr
     return segment.ids[start:end], mask
 
 
-Valued = Callable[[Example], Sequence[float] | None]
+ItemValues = Callable[[Example], Sequence[float] | None]
 """Returns the values of an item's segments; raises `WrongTypeError`."""
 
 
-def unvalued(_: Example) -> None:
+def no_values(_: Example) -> None:
     """Return None: the items have no values."""
 
 
@@ -150,7 +150,7 @@ def tokenise(
     context: int,
     cache: Path,
     answers: Sequence[str] = ("response",),
-    valued: Valued = unvalued,
+    values_of: ItemValues = no_values,
 ) -> Corpus:
     """Return the corpus of a stream, with a segment for each role in `answers`.
 
@@ -165,10 +165,12 @@ def tokenise(
     for part in stream.parts:
         rows, inverse = np.unique(part.rows, return_inverse=True)
         tables = [
-            _tokenised(replace(part, rows=rows, roles=part.roles.answered(role)), renderer, cache)
+            _load_tokens(
+                replace(part, rows=rows, roles=part.roles.with_response(role)), renderer, cache
+            )
             for role in answers
         ]
-        fit = _Fit(part, rows, tables, answers, context, valued, stream.bad)
+        fit = _Fit(part, rows, tables, answers, context, values_of, stream.bad)
         parts.append(fit.items(renderer, inverse))
     sizes = tuple(len(part) for part in parts)
     order = replace(stream.order, sizes=sizes)
@@ -190,7 +192,7 @@ class _Fit:
     tables: Sequence[_Table]
     answers: Sequence[str]
     context: int
-    valued: Valued
+    values_of: ItemValues
     bad: BadRows
 
     def items(self, renderer: Renderer, inverse: Indices) -> Items:
@@ -205,17 +207,17 @@ class _Fit:
             SegmentTokens(ids, mask, spans[:, index])
             for index, (ids, mask, _) in enumerate(self.tables)
         )
-        if self.valued is unvalued:
+        if self.values_of is no_values:
             return Items(segments)
         item_values = [values[row] for row in usable for _ in items[row]]
         return Items(segments, np.array(item_values, np.float32))
 
     def _values(self, index: int) -> Sequence[float] | None:
         """Return the values of a row's segments; None if the row cannot be read."""
-        if self.valued is unvalued:
+        if self.values_of is no_values:
             return ()
         try:
-            return self.valued(self.part.of_row(int(self.rows[index])))
+            return self.values_of(self.part.of_row(int(self.rows[index])))
         except WrongTypeError as error:
             self._drop(index, error, self.part.source.kind.on_bad_row)
             return None
@@ -226,7 +228,7 @@ class _Fit:
         spans = [(int(offsets[index]), int(offsets[index + 1])) for _, _, offsets in self.tables]
         for role, (start, end) in zip(self.answers, spans, strict=True):
             if start == end:
-                part = replace(self.part, roles=self.part.roles.answered(role))
+                part = replace(self.part, roles=self.part.roles.with_response(role))
                 try:
                     renderer.tokens(part.of_row(int(self.rows[index])))
                 except EmptyMaskError as error:
@@ -258,7 +260,7 @@ def _is_plain(part: Part) -> bool:
     )
 
 
-def _tokenised(part: Part, renderer: Renderer, cache: Path) -> _Table:
+def _load_tokens(part: Part, renderer: Renderer, cache: Path) -> _Table:
     """Return the tokens of the rows of a part, from the cache or new; a row with an empty mask has
     none.
     """

@@ -20,7 +20,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Float, Float32, Int
 
 from tunelang.runtime.sharding import Layout, constrain
-from tunelang.runtime.user_functions import Custom
+from tunelang.runtime.user_functions import UserFunction
 
 
 class LogitInputs(NamedTuple):
@@ -73,7 +73,7 @@ def custom_loss(
     head: Float[Array, "vocab width"],
     targets: Int[Array, "batch length"],
     weights: Float[Array, "batch length"],
-    function: Custom,
+    function: UserFunction,
     *,
     chunk: int,
     cap: float | None = None,

@@ -18,7 +18,7 @@ from tunelang.runtime.models.parameters import Params, abstract_decoder
 from tunelang.runtime.sharding import jit
 from tunelang.runtime.training.cross_entropy import cross_entropy, custom_loss
 from tunelang.runtime.training.step_config import StepConfig
-from tunelang.runtime.user_functions import Custom
+from tunelang.runtime.user_functions import UserFunction
 
 AnyArray = Any
 """A JAX or numpy array. Batches built on the host are passed to jitted functions unconverted."""
@@ -80,7 +80,7 @@ class Objective(Protocol):
 class LikelihoodObjective(Objective):
     """The mean over the trained tokens of the batch of `-log p`, or of a loss of the user's own."""
 
-    custom: Custom | None = None
+    custom: UserFunction | None = None
 
     @override
     def normalizers(self, models: Models, batch: Batch) -> jax.Array:
@@ -103,7 +103,7 @@ def summed_loss(
     config: StepConfig,
     *,
     balanced: bool = True,
-    custom: Custom | None = None,
+    custom: UserFunction | None = None,
 ) -> jax.Array:
     """Sum the loss of the trained tokens of a batch, in nats; `custom` replaces the cross entropy.
 

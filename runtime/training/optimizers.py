@@ -21,7 +21,7 @@ from jaxtyping import Float, PyTree
 from tunelang.dsl.vocabulary.optimizer_kinds import AdamW, Lion, Muon, Optimizer, Sgd
 from tunelang.runtime.sharding import Axes, is_variable, logical_axes
 from tunelang.runtime.training.offload import offload
-from tunelang.runtime.user_functions import Custom
+from tunelang.runtime.user_functions import UserFunction
 
 STACKED = frozenset({"layers", "expert"})
 """Axes along which weights are stacked."""
@@ -76,7 +76,7 @@ def learning_rate(optimizer: Optimizer, steps: int, peak: float | None = None) -
                 left = 1 - progress
             case "cosine":
                 left = 0.5 * (1 + jnp.cos(jnp.pi * progress))
-            case Custom() as own:
+            case UserFunction() as own:
                 left = own((), progress=progress, step=now, steps=jnp.float32(steps))
             case unknown:
                 raise ValueError(f"unknown decay {unknown!r}")

@@ -26,7 +26,12 @@ from tunelang.runtime.objectives.preference_losses import Pairs, pair_losses
 from tunelang.runtime.sharding import make_layout
 from tunelang.runtime.training.cross_entropy import cross_entropy, custom_loss
 from tunelang.runtime.training.optimizers import learning_rate
-from tunelang.runtime.user_functions import Custom, CustomError, bound, make_rows
+from tunelang.runtime.user_functions import (
+    UserFunction,
+    UserFunctionError,
+    load_user_functions,
+    make_rows,
+)
 from tunelang.runtime.workers import worker_process
 
 SOURCE = """
@@ -81,10 +86,10 @@ def python_reference(name: str) -> Python:
     return Python(reference=f"mine.py:{name}")
 
 
-def load_advantage(name: str, folder: Path) -> Custom:
+def load_advantage(name: str, folder: Path) -> UserFunction:
     """Load a function of `mine.py`, as an advantage."""
-    stage = bound(Policy.unvalidated(advantage=python_reference(name)), folder)
-    assert isinstance(stage.advantage, Custom)
+    stage = load_user_functions(Policy.unvalidated(advantage=python_reference(name)), folder)
+    assert isinstance(stage.advantage, UserFunction)
     return stage.advantage
 
 
@@ -118,7 +123,9 @@ def test_user_schedule_equals_the_cosine(folder: Path) -> None:
     plain = AdamW.unvalidated(
         lr=3e-4, warmup=Measure.unvalidated(value=0.1, unit="%"), decay="cosine"
     )
-    user_stage = bound(plain.model_copy(update={"decay": python_reference("cosine")}), folder)
+    user_stage = load_user_functions(
+        plain.model_copy(update={"decay": python_reference("cosine")}), folder
+    )
     for step in (0, 3, 10, 57, 99):
         assert learning_rate(user_stage, 100)(step) == pytest.approx(
             learning_rate(plain, 100)(step)
@@ -129,7 +136,9 @@ def test_user_pair_loss_equals_the_sigmoid(folder: Path) -> None:
     arrays = [jax.random.normal(key, (5,)) for key in jax.random.split(jax.random.key(1), 4)]
     tokens = jnp.ones(5)
     pairs = Pairs(arrays[0], arrays[1], tokens, tokens, arrays[2], arrays[3])
-    user_stage = bound(Preference.unvalidated(loss=python_reference("sigmoid")), folder)
+    user_stage = load_user_functions(
+        Preference.unvalidated(loss=python_reference("sigmoid")), folder
+    )
     np.testing.assert_allclose(
         pair_losses(user_stage, pairs)[0],
         pair_losses(Preference.unvalidated(), pairs)[0],
@@ -148,7 +157,9 @@ def test_user_advantage_and_policy_loss_equal_the_built_in_ones(folder: Path) ->
     now, old, advantage = (jax.random.normal(key, (2, 4)) for key in keys)
     batch = Completions(now, jnp.ones((2, 4), bool), advantage, old)
     plain = Policy.unvalidated(clip=None, rollout=Sampling.unvalidated())
-    user_stage = bound(plain.model_copy(update={"loss": python_reference("reinforce")}), folder)
+    user_stage = load_user_functions(
+        plain.model_copy(update={"loss": python_reference("reinforce")}), folder
+    )
     np.testing.assert_allclose(
         policy_gradient.objective(user_stage, batch)[0],
         policy_gradient.objective(plain, batch)[0],
@@ -165,7 +176,7 @@ def test_user_advantage_and_policy_loss_equal_the_built_in_ones(folder: Path) ->
     [("mean", "it returned the shape (2,), not (2, 3)"), ("broken", "AttributeError")],
 )
 def test_error_in_a_user_function_names_it(folder: Path, name: str, why: str) -> None:
-    with pytest.raises(CustomError) as caught:
+    with pytest.raises(UserFunctionError) as caught:
         group_advantages(jnp.ones((2, 3)), load_advantage(name, folder))
     assert caught.value.reference == f"mine.py:{name}"
     assert why in caught.value.why
@@ -173,13 +184,13 @@ def test_error_in_a_user_function_names_it(folder: Path, name: str, why: str) ->
 
 def test_unloadable_function_is_an_error(folder: Path) -> None:
     (folder / "bad.py").write_text("import nothing_like_this\ndef f(rewards): return rewards\n")
-    with pytest.raises(CustomError, match="nothing_like_this"):
-        bound(Policy.unvalidated(advantage=Python(reference="bad.py:f")), folder)
+    with pytest.raises(UserFunctionError, match="nothing_like_this"):
+        load_user_functions(Policy.unvalidated(advantage=Python(reference="bad.py:f")), folder)
 
 
 def test_stage_without_user_functions_is_unchanged(folder: Path) -> None:
     stage = Policy.unvalidated(reward=python_reference("mean"), optimizer=AdamW.unvalidated(lr=1.0))
-    assert bound(stage, folder) is stage  # rewards run in processes of their own
+    assert load_user_functions(stage, folder) is stage  # rewards run in processes of their own
 
 
 def test_user_rows_are_made_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,7 +212,7 @@ def test_user_rows_are_made_once(folder: Path, capsys: pytest.CaptureFixture[str
 
 def test_row_that_is_no_dict_is_an_error(folder: Path) -> None:
     cache = folder / "cache"
-    with pytest.raises(CustomError, match="a row has to be a dict, and one is 2"):
+    with pytest.raises(UserFunctionError, match="a row has to be a dict, and one is 2"):
         make_rows(PythonData.unvalidated(function="mine.py:odd"), folder, cache)
     assert not list(cache.glob("*.jsonl"))
 

@@ -354,7 +354,7 @@ def test_equal_problems_fall_into_the_same_split(tmp_path: Path) -> None:
 
 def test_prompts_longer_than_the_limit_are_dropped(sources: Library) -> None:
     stream = sources.stream(ref("b"), seed=0, shuffled=False)
-    short = sources.within(stream, lambda e: int(e.fields["n"]), 3)
+    short = sources.drop_long(stream, lambda e: int(e.fields["n"]), 3)
     assert numbers(short) == [0, 1, 2, 3]
     assert short.bad.counts["TooLongError"] == 21
     assert isinstance(short.bad.shown[0].cause, TooLongError)

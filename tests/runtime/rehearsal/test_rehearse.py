@@ -266,7 +266,7 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
   ROOT %o = f32[8,4] get-tuple-element(%w), index=1
 }
 """
-    assert collectives.exchanged(text) == {"all-reduce": (1, 64), "all-gather": (5, 640)}
+    assert collectives.count_collectives(text) == {"all-reduce": (1, 64), "all-gather": (5, 640)}
 
 
 @pytest.mark.parametrize("count", ["s32", "u32"])
@@ -292,7 +292,7 @@ ENTRY %main (p: f32[2,4]) -> f32[8,4] {
 }
 """
     text = text.replace("s32", count)
-    assert collectives.exchanged(text) == {"all-gather": (18, 18 * 128)}
+    assert collectives.count_collectives(text) == {"all-gather": (18, 18 * 128)}
 
 
 def test_state_that_is_not_donated_is_reported() -> None:
@@ -338,7 +338,7 @@ def test_needless_gathers_are_reported() -> None:
         (stacked, layers, "the weights of all layers are gathered at once"),
     ):
         text = jax.jit(function).lower(hidden, argument).compile().as_text() or ""
-        findings = list(collectives.wasteful(text, a, 1))
+        findings = list(collectives.needless_gathers(text, a, 1))
         assert len(findings) == 1, (said, findings)
         assert findings[0].startswith(said)
 
