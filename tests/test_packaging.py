@@ -52,7 +52,7 @@ def test_every_module_says_what_it_is() -> None:
 @cache
 def modules() -> dict[str, Path]:
     """Every module of the project by its dotted name, without `tunelang`."""
-    paths = {path for layer in LAYERS for path in (ROOT / layer).rglob("*.py")}
+    paths = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
     names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths}
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
