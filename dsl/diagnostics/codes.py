@@ -29,7 +29,7 @@ eval accuracy : generate { data = logic, score = exact() }
 
 stage baseline : sft { from = gemma, data = math, length = 100 steps, batch = 8 sequences }
 """
-"""What the examples take for granted: `math.jsonl` has the fields `question` and `answer`."""
+"""Declarations that the examples rely on; `math.jsonl` has the fields `question` and `answer`."""
 
 
 @dataclass(frozen=True)

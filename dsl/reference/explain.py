@@ -45,7 +45,7 @@ TOPICS: dict[str, str] = {
     + ", ".join(f"`{name}`" for name in types.PARAMETERS)
     + ", or `choice(a, b)`. `param lr : number = 1e-5`.",
 }
-"""What is no word of a table."""
+"""Matches the characters that are in no word of a table."""
 
 
 def topics() -> list[str]:

@@ -17,7 +17,7 @@ class Source:
     """The name shown to the user: the path as they wrote it, or `--set a=b`."""
     text: str
     folder: Path = Path()
-    """What relative paths inside the text are relative to."""
+    """The folder that relative paths in the text start from."""
     kind: Literal["file", "override"] = "file"
 
     @cached_property

@@ -20,10 +20,10 @@ BYTES: dict[str, int] = {
 SECONDS: dict[str, int] = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 COUNTED = ("tokens", "steps", "epochs", "prompts", "sequences")
-"""What an amount may count; each is a dimension of its own. The singular is accepted too."""
+"""Units that an amount may count, each a dimension of its own. The singular is accepted too."""
 
 RATES = ("device_hour",)
-"""What a price may be for."""
+"""Units that a price may be for."""
 
 UNITS: dict[str, tuple[str, Decimal]] = {
     "%": ("%", Decimal("0.01")),

@@ -99,7 +99,7 @@ class Kind(Node):
     reads: ClassVar[dict[str, tuple[Yields, ...]]] = {}
     """Attribute -> what a stage that stands there has to yield; elsewhere a model."""
     yields: ClassVar[Yields] = "model"
-    """What a stage stands for where it is used."""
+    """The value of a stage where a spec refers to it."""
 
 
 def _attribute(

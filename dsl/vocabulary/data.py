@@ -24,7 +24,7 @@ ROLES = (
     "prompt", "response", "target", "messages", "system", "text",
     "chosen", "rejected", "label", "margin",
 )  # fmt: skip
-"""What a field of an example may mean to a stage; each is an attribute of every data kind."""
+"""Roles of the fields of an example; each is an attribute of every data kind."""
 
 
 LONG_ROW = ("drop", "cut", "divide", "stop")

@@ -67,7 +67,7 @@ class Stage(Kind):
 
 
 OFFLOADS = ("auto", "none", "optimizer", "reference", "both")
-"""What a stage may leave in the memory of the host."""
+"""The arrays that a stage may leave in the memory of the host."""
 
 
 class Training(Stage):

@@ -267,7 +267,7 @@ class Code(Choice):
     takes: dict[str, str] = field(default_factory=dict)
     """Parameter -> what it is given, with the shape. Each may be left out."""
     gives: str = ""
-    """What the function returns."""
+    """The function's result, in words."""
     fields: bool = False
     """Whether the parameters are fields of the data too."""
 

@@ -83,7 +83,7 @@ class RunContext:
     ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
         """Run evals that are not known; returns what each found by its digest, and by its name."""
         digests: dict[str, dict[str, float]] = {}
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for reference in evals:
             digest = planned.fingerprint.components[f"eval {reference.name}"]
             if digest not in known:
@@ -92,8 +92,8 @@ class RunContext:
                 digests[digest] = dict(evaluation.metrics)
             else:
                 digests[digest] = dict(known[digest])
-            found |= qualified_metrics(reference, EvalResult(digests[digest]))
-        return digests, found
+            metrics |= qualified_metrics(reference, EvalResult(digests[digest]))
+        return digests, metrics
 
     def tell_bad_rows(self) -> None:
         """Say what rows were dropped since the last time."""

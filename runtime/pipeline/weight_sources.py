@@ -79,11 +79,11 @@ class WeightSources:
 
     def summary(self, node: str) -> dict[str, Any]:
         """Return what a finished stage said of itself; raises `MissingInputError`."""
-        held = self.store.folder(self.plan.by_node[node].digest).done()
-        if held is None:
+        done = self.store.folder(self.plan.by_node[node].digest).done()
+        if done is None:
             raise MissingInputError(node)
-        found: dict[str, Any] = held["summary"]
-        return found
+        summary: dict[str, Any] = done["summary"]
+        return summary
 
     def resolve(self, node: StageNode, reference: Reference) -> Origin:
         """Return the weights that a reference to a model or a stage stands for, as it is in a node.
@@ -100,8 +100,8 @@ class WeightSources:
         name = self.winner(read)
         summary = self.summary(name)
         step = int(summary["steps"]) if reference.step is None else reference.step
-        found = self.at_step(name, step)
-        return found if reference.step is not None else replace(found, evals=summary["evals"])
+        origin = self.at_step(name, step)
+        return origin if reference.step is not None else replace(origin, evals=summary["evals"])
 
     def at_step(self, name: str, step: int) -> Origin:
         """Return the weights of a node after a step, which need not be its last.
@@ -133,17 +133,17 @@ class WeightSources:
         Of a sweep the first branch that is done is taken, unless `stage` names one. Raises
         `UnknownStage`, `MissingInputError` and what `resolve` raises.
         """
-        found: tuple[str, int] | None = None
+        newest: tuple[str, int] | None = None
         for node in named(self.graph, stage):
             folder = self.store.folder(self.plan.by_node[node].digest)
             done, steps = folder.done(), folder.steps()
-            if steps and (done is not None or found is None):
-                found = node, steps[-1]
+            if steps and (done is not None or newest is None):
+                newest = node, steps[-1]
                 if done is not None:
                     break
-        if found is None:
+        if newest is None:
             raise MissingInputError(stage)
-        return self.at_step(*found)
+        return self.at_step(*newest)
 
     def weights(self, reference: Reference) -> Origin:
         """Return the weights that a reward means by a model or a stage.
@@ -176,18 +176,18 @@ class WeightSources:
         if read.selection is None:
             return read.nodes[0]
         metric = read.selection.metric
-        found: list[tuple[float, str, str]] = []
+        candidates: list[tuple[float, str, str]] = []
         known: dict[str, None] = {}
         for node in read.nodes:
             metrics = self.summary(node)["metrics"]
             known.update(dict.fromkeys(metrics))
             value = metric_of(self.program, metrics, metric)
             if value is not None and value == value:
-                found.append((value, self.plan.by_node[node].digest, node))
-        if not found:
+                candidates.append((value, self.plan.by_node[node].digest, node))
+        if not candidates:
             raise NoMetricError(read.stage, metric, tuple(known))
         sign = -1.0 if read.selection.direction == "best" else 1.0
-        value, _, node = min(found, key=lambda each: (sign * each[0], each[1]))
+        value, _, node = min(candidates, key=lambda entry: (sign * entry[0], entry[1]))
         if (read.stage, node) not in self._told:
             self._told.add((read.stage, node))
             self.selected(read, node, value)

@@ -44,7 +44,7 @@ from tunelang.runtime.training.objective import AnyArray, Batch, Models, Objecti
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KtoExtras:
-    """What KTO adds to a batch."""
+    """The arrays that KTO adds to a batch."""
 
     labels: AnyArray
     """`[batch, segments]` float32: 1 for a desirable answer, else 0."""

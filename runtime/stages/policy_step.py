@@ -72,7 +72,7 @@ class PolicyBatch:
 
 @dataclass(frozen=True)
 class Learner:
-    """What updates the critic of a policy."""
+    """The architecture and the optimizer of the critic of a policy."""
 
     settings: Critic
     architecture: Architecture | None
@@ -87,12 +87,12 @@ def batch_of(episodes: Episodes, prompt_length: int, length: int) -> PolicyBatch
     `ValueError` where a prompt is longer than `prompt_length` or a completion than `length`.
     """
     lengths = np.array([len(prompt) for prompt in episodes.prompts], np.int32)
-    for what, found, most in (
+    for name, longest, limit in (
         ("prompt", lengths.max(initial=0), prompt_length),
         ("completion", episodes.lengths.max(initial=0), length),
     ):
-        if found > most:
-            raise ValueError(f"a {what} of {found} tokens for a length of {most}")
+        if longest > limit:
+            raise ValueError(f"a {name} of {longest} tokens for a length of {limit}")
     prompts = np.full((len(lengths), prompt_length), episodes.pad, np.int32)
     for row, prompt in enumerate(episodes.prompts):
         prompts[row, : len(prompt)] = prompt
@@ -340,18 +340,20 @@ def _merge_metrics(one: Totals, other: Totals) -> Totals:
 def score_program(
     architecture: Architecture, config: StepConfig, temperature: float
 ) -> ScoreProgram:
-    """Return the jitted `(params, prompts, prompt_lengths, tokens) -> log-probabilities`, which are
-    `[prompts, group, length]`: of each token of the completions at a temperature, in nats; or where
-    the architecture has `scores` the values before each token.
+    """Return the jitted `(params, prompts, prompt_lengths, tokens) -> scores`.
+
+    Scores are `[prompts, group, length]`: the log-probability of each token of the completions at a
+    temperature, in nats; with `architecture.scores`, the value before each token.
     """
     graph, _ = abstract_decoder(architecture, config.dtype)
 
-    def part(params: Any, given: tuple[jax.Array, ...]) -> jax.Array:
+    def score_part(params: Any, batch: tuple[jax.Array, ...]) -> jax.Array:
         decoder: Decoder = nnx.merge(graph, params)
-        hidden, tokens = _run_completions(decoder, config, *given)
+        hidden, tokens = _run_completions(decoder, config, *batch)
+        shape = batch[2].shape
         if architecture.scores:
-            return decoder.scores(hidden).reshape(given[2].shape)
-        found = token_logprobs(
+            return decoder.scores(hidden).reshape(shape)
+        log_probs = token_logprobs(
             hidden,
             decoder.head_weight(),
             tokens,
@@ -360,14 +362,14 @@ def score_program(
             temperature=temperature or 1.0,
             layout=config.layout,
         )
-        return found.reshape(given[2].shape)
+        return log_probs.reshape(shape)
 
-    def score(params: Any, *given: jax.Array) -> jax.Array:
+    def score(params: Any, *batch: jax.Array) -> jax.Array:
         if config.micro_batches == 1:
-            return part(params, given)
-        parts = jax.tree.map(lambda array: micro_batches(array, config), given)
-        found: jax.Array = jax.lax.map(lambda one: part(params, one), parts)
-        scores: jax.Array = found.swapaxes(0, 1).reshape(given[2].shape)
+            return score_part(params, batch)
+        parts = jax.tree.map(lambda array: micro_batches(array, config), batch)
+        by_part: jax.Array = jax.lax.map(lambda part: score_part(params, part), parts)
+        scores: jax.Array = by_part.swapaxes(0, 1).reshape(batch[2].shape)
         return scores
 
     return jit(score, config.layout)

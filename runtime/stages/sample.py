@@ -48,7 +48,7 @@ CHUNK = 1024
 """Completions of a chunk, about."""
 TRIES = "tries.jsonl"
 FILES = {"completions": "completions.jsonl", "pairs": "pairs.jsonl"}
-"""What later stages read: its name -> the file in the stage's folder."""
+"""Rows that later stages read: their name -> the file in the stage's folder."""
 
 Row = dict[str, Any]
 

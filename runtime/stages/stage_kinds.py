@@ -42,7 +42,7 @@ TrainingStage = TypeVar("TrainingStage", bound=Training)
 TaskStage = TypeVar("TaskStage", bound=Stage)
 
 Summary = dict[str, Any]
-"""What a finished stage reports: `model`, `from`, `steps`, `metrics`, `evals`, ..."""
+"""The report of a finished stage: `model`, `from`, `steps`, `metrics`, `evals`, ..."""
 
 
 @dataclass(eq=False)
@@ -80,7 +80,7 @@ class TrainingInputs:
     marks: frozenset[int]
     """Steps whose parameters other stages start from."""
     folder: Path
-    """Of the stage: for what is computed ahead of the first step."""
+    """The stage's folder, for files computed ahead of the first step."""
     origin: Callable[[Reference], Origin]
     """Resolves a reference of the stage to weights."""
 
@@ -172,14 +172,14 @@ class LoadedWeights:
 
 
 class TaskContext(Protocol):
-    """What a stage that does not train gets from the run."""
+    """The run, as a stage that does not train sees it."""
 
     resources: Resources
     node: StageNode
     digest: str
     """The fingerprint of the stage."""
     folder: Path
-    """Of the stage, for its results."""
+    """The stage's folder, for its results."""
     output: Path | None
     """The folder that the stage names to write to."""
     stopping: Callable[[], bool]

@@ -170,12 +170,12 @@ class Auxiliary:
 
 @dataclass(frozen=True)
 class ObjectiveSetup:
-    """What an objective is built for."""
+    """The models and the data that an objective is built for."""
 
     segments: int
     """Segments of a sequence, at most."""
     architecture: Architecture
-    """Of the trained model."""
+    """The trained model's."""
     auxiliary: Auxiliary | None
     has_values: bool
     """Whether the data gives each segment a number."""
