@@ -116,11 +116,11 @@ def test_generate_command_takes_beams_and_best_of(spec: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--beams", "4", "--temperature", "1"), "draws nothing"),
+        (("--beams", "4", "--temperature", "1"), "does not sample"),
         (("--beams", "4", "--best-of", "2"), "not with --best-of"),
-        (("--beams", "4", "-n", "5"), "more than it is chosen from"),
+        (("--beams", "4", "-n", "5"), "more than there are"),
         (("--best-of", "1"), "--best-of"),
-        (("--best-of", "4", "--temperature", "0"), "all are the same"),
+        (("--best-of", "4", "--temperature", "0"), "all completions"),
         (("--best-of", "4", "--by", "nobody"), "no reward is called `nobody`"),
         (("--by", "short"), "only with --best-of"),
         (("--length-penalty", "0"), "only with --beams"),
