@@ -58,7 +58,7 @@ def test_adapter_logits_and_gradients_equal_peft(
     base_params = pretrained.load(base, plain, layout)
     model = Model("m", plain, Renderer(Bytes(), chat_template(None)), jnp.float32, "f32", base)
     # Random in both halves, or half of the gradients would be zero.
-    params = initial_weights._begun(base_params, architecture, layout, jnp.float32, 5)
+    params = initial_weights._add_adapter(base_params, architecture, layout, jnp.float32, 5)
     adapter_params, frozen = split_trainable(architecture, params)
     keys = iter(jax.random.split(jax.random.key(1), 99))
     adapter_params = jax.tree.map(

@@ -81,7 +81,7 @@ def test_spec_runs_with_a_small_model(folder: Path, judge: StandIn) -> None:
     assert "the winner is" in done.stderr  # one of the sweep
     assert "release  written to" in done.stderr
     assert (folder / "out" / "generalist" / "model.safetensors").exists()
-    assert judge.asked  # the creative prompts
+    assert judge.requests  # the creative prompts
     again = tune(folder, "run", SPEC, *words)
     assert "everything is up to date" in again.stderr
     shown = tune(folder, "show", SPEC, "generalist", *words)
