@@ -60,7 +60,7 @@ def matrices(architecture: Architecture) -> dict[str, tuple[int, int]]:
     """
     a = architecture
     queries, keys = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    found = {
+    sizes = {
         "blocks.attention.q": (a.width, queries),
         "blocks.attention.k": (a.width, keys),
         "blocks.attention.v": (a.width, keys),
@@ -68,13 +68,13 @@ def matrices(architecture: Architecture) -> dict[str, tuple[int, int]]:
         "embedding": (a.vocabulary, a.width),
     }
     if a.experts is None:
-        found["blocks.mlp.up"] = a.width, a.mlp
-        found["blocks.mlp.down"] = a.mlp, a.width
+        sizes["blocks.mlp.up"] = a.width, a.mlp
+        sizes["blocks.mlp.down"] = a.mlp, a.width
     if a.gated and a.experts is None:
-        found["blocks.mlp.gate"] = a.width, a.mlp
+        sizes["blocks.mlp.gate"] = a.width, a.mlp
     if not a.tied and not a.scores:
-        found["head"] = a.vocabulary, a.width
-    return found
+        sizes["head"] = a.vocabulary, a.width
+    return sizes
 
 
 def adapter_of(lora: Lora, architecture: Architecture) -> Adapter:

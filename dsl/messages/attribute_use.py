@@ -75,7 +75,12 @@ def unknown_attribute(
         )
         help = f"{entry.help}: `{line}`" if line else entry.help
         target = line.split(" =")[0]
-        replaces = entry.whole and target in known and target not in written and _plain(value.text)
+        replaces = (
+            entry.replaces_attribute
+            and target in known
+            and target not in written
+            and _plain(value.text)
+        )
         fixes = (Edit(span.to(value), line),) if replaces else ()
         return error("unknown-attribute", title, span, label, help=help, fix=fixes)
     elsewhere = _elsewhere(name, owner)

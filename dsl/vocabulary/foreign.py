@@ -15,33 +15,43 @@ class Foreign:
 
     help: str
     line: str = ""
-    whole: bool = False
+    replaces_attribute: bool = False
     """Whether `line` replaces the attribute as it stands (a fix), or is only an example."""
 
 
 _LR = Foreign(
     "the learning rate is an argument of the optimizer",
     "optimizer = adamw(lr = {value})",
-    whole=True,
+    replaces_attribute=True,
 )
 _BATCH = Foreign(
     "`batch` is the batch of one step, over all devices; the plan chooses the micro-batch",
     "batch = {value} {batch}",
-    whole=True,
+    replaces_attribute=True,
 )
 _GROUP = Foreign(
-    "the number of completions for each prompt is the `group`", "group = {value}", whole=True
+    "the number of completions for each prompt is the `group`",
+    "group = {value}",
+    replaces_attribute=True,
 )
-_KL = Foreign("the KL penalty is a term with its coefficient", "kl = k3({value})", whole=True)
-_EPOCHS = Foreign("the length of a stage has a unit", "length = {value} epochs", whole=True)
-_STEPS = Foreign("the length of a stage has a unit", "length = {value} steps", whole=True)
+_KL = Foreign(
+    "the KL penalty is a term with its coefficient", "kl = k3({value})", replaces_attribute=True
+)
+_EPOCHS = Foreign(
+    "the length of a stage has a unit", "length = {value} epochs", replaces_attribute=True
+)
+_STEPS = Foreign(
+    "the length of a stage has a unit", "length = {value} steps", replaces_attribute=True
+)
 _MAX_TOKENS = Foreign(
     "the completion length is an argument of the rollout", "rollout = sampling(max_tokens = {value})",
-    whole=True,
+    replaces_attribute=True,
 )  # fmt: skip
 _LORA = Foreign("LoRA is an adapter of a stage", "adapter = lora(rank = 16, alpha = 32)")
 _MODEL = Foreign(
-    "a stage starts `from` a model, or from the stage that yields it", "from = {value}", whole=True
+    "a stage starts `from` a model, or from the stage that yields it",
+    "from = {value}",
+    replaces_attribute=True,
 )
 _QUANTIZED = Foreign("quantization is an attribute of the model", "weights = nf4")
 
@@ -67,7 +77,7 @@ STAGE: dict[str, Foreign] = {
     ),
     "num_generations": _GROUP, "group_size": _GROUP, "n_samples": _GROUP,
     "beta": _KL, "kl_coef": _KL, "kl_beta": _KL, "kl_coeff": _KL, "init_kl_coef": _KL,
-    "epsilon": Foreign("the clip range is a call", "clip = clip(low = {value}, high = {value})", whole=True),
+    "epsilon": Foreign("the clip range is a call", "clip = clip(low = {value}, high = {value})", replaces_attribute=True),
     "epsilon_high": Foreign("the clip range is a call", "clip = clip(low = 0.2, high = {value})"),
     "max_new_tokens": _MAX_TOKENS, "max_tokens": _MAX_TOKENS, "max_completion_length": _MAX_TOKENS,
     "max_response_length": _MAX_TOKENS,
@@ -77,15 +87,15 @@ STAGE: dict[str, Foreign] = {
     "lora": _LORA, "lora_r": _LORA, "lora_rank": _LORA, "peft_config": _LORA, "use_peft": _LORA,
     "load_in_4bit": _QUANTIZED, "load_in_8bit": _QUANTIZED,
     "model": _MODEL, "model_name_or_path": _MODEL, "base_model": _MODEL, "init_from": _MODEL,
-    "dataset": Foreign("a stage trains on its `data`", "data = {value}", whole=True),
-    "train_dataset": Foreign("a stage trains on its `data`", "data = {value}", whole=True),
+    "dataset": Foreign("a stage trains on its `data`", "data = {value}", replaces_attribute=True),
+    "train_dataset": Foreign("a stage trains on its `data`", "data = {value}", replaces_attribute=True),
     "eval_dataset": Foreign("declare an `eval` over the data and list it", "evals = [accuracy]"),
     "reward_funcs": Foreign("one reward expression combines them", "reward = 0.8 * correct + 0.2 * shape"),
     "reward_fn": Foreign("one reward expression combines them", "reward = 0.8 * correct + 0.2 * shape"),
     "optim": Foreign("the optimizer is a call", "optimizer = adamw(lr = 1e-5)"),
-    "save_steps": Foreign("checkpoints are written by default; their interval is", "checkpoint_every = {value} steps", whole=True),
-    "logging_steps": Foreign("metrics are logged by default; their interval is", "log_every = {value} steps", whole=True),
-    "eval_steps": Foreign("the interval of evaluations is", "eval_every = {value} steps", whole=True),
+    "save_steps": Foreign("checkpoints are written by default; their interval is", "checkpoint_every = {value} steps", replaces_attribute=True),
+    "logging_steps": Foreign("metrics are logged by default; their interval is", "log_every = {value} steps", replaces_attribute=True),
+    "eval_steps": Foreign("the interval of evaluations is", "eval_every = {value} steps", replaces_attribute=True),
     "bf16": Foreign("the precision is an attribute of the model", "dtype = bf16"),
     "fp16": Foreign("the precision is an attribute of the model", "dtype = bf16"),
     "gradient_checkpointing": Foreign("rematerialisation is", "remat = full"),
@@ -104,7 +114,7 @@ STAGE: dict[str, Foreign] = {
     "eval_strategy": Foreign("the interval of evaluations is", "eval_every = 100 steps"),
     "loss_type": Foreign("the loss is made of `advantage`, `ratio`, `clip` and `aggregate`; the kinds of stages are its rows"),
     "scale_rewards": Foreign("whether rewards are divided by their deviation", "advantage = group_mean"),
-    "num_iterations": Foreign("how often a step's completions are gone through", "passes = {value}", whole=True),
+    "num_iterations": Foreign("how often a step's completions are gone through", "passes = {value}", replaces_attribute=True),
     "use_vllm": Foreign("there is nothing to set: training and sampling share one model"),
     "reward_weights": Foreign("one reward expression weighs them", "reward = 0.8 * correct + 0.2 * shape"),
     "output_dir": Foreign("results go to the store; to write a model out, add an `export` stage", "path = {value}"),
@@ -112,80 +122,80 @@ STAGE: dict[str, Foreign] = {
 """Attributes of a stage elsewhere."""
 
 MODEL: dict[str, Foreign] = {
-    "name": Foreign("a model is named by its `path`", "path = {value}", whole=True),
-    "model_name_or_path": Foreign("a model is named by its `path`", "path = {value}", whole=True),
-    "max_position_embeddings": Foreign("the longest sequence is the `context`", "context = {value}", whole=True),
-    "max_seq_length": Foreign("the longest sequence is the `context`", "context = {value}", whole=True),
+    "name": Foreign("a model is named by its `path`", "path = {value}", replaces_attribute=True),
+    "model_name_or_path": Foreign("a model is named by its `path`", "path = {value}", replaces_attribute=True),
+    "max_position_embeddings": Foreign("the longest sequence is the `context`", "context = {value}", replaces_attribute=True),
+    "max_seq_length": Foreign("the longest sequence is the `context`", "context = {value}", replaces_attribute=True),
     "torch_dtype": Foreign("the precision is the `dtype`", "dtype = bf16"),
-    "hidden_size": Foreign("the size of the residual stream is the `width`", "width = {value}", whole=True),
-    "d_model": Foreign("the size of the residual stream is the `width`", "width = {value}", whole=True),
-    "n_embd": Foreign("the size of the residual stream is the `width`", "width = {value}", whole=True),
-    "num_hidden_layers": Foreign("the number of blocks is `layers`", "layers = {value}", whole=True),
-    "n_layer": Foreign("the number of blocks is `layers`", "layers = {value}", whole=True),
-    "num_attention_heads": Foreign("the number of query heads is `heads`", "heads = {value}", whole=True),
-    "n_head": Foreign("the number of query heads is `heads`", "heads = {value}", whole=True),
-    "num_key_value_heads": Foreign("the number of key heads is `kv_heads`", "kv_heads = {value}", whole=True),
-    "intermediate_size": Foreign("the hidden size of the feed-forward layer is `mlp`", "mlp = {value}", whole=True),
-    "block_size": Foreign("the longest sequence is the `context`", "context = {value}", whole=True),
+    "hidden_size": Foreign("the size of the residual stream is the `width`", "width = {value}", replaces_attribute=True),
+    "d_model": Foreign("the size of the residual stream is the `width`", "width = {value}", replaces_attribute=True),
+    "n_embd": Foreign("the size of the residual stream is the `width`", "width = {value}", replaces_attribute=True),
+    "num_hidden_layers": Foreign("the number of blocks is `layers`", "layers = {value}", replaces_attribute=True),
+    "n_layer": Foreign("the number of blocks is `layers`", "layers = {value}", replaces_attribute=True),
+    "num_attention_heads": Foreign("the number of query heads is `heads`", "heads = {value}", replaces_attribute=True),
+    "n_head": Foreign("the number of query heads is `heads`", "heads = {value}", replaces_attribute=True),
+    "num_key_value_heads": Foreign("the number of key heads is `kv_heads`", "kv_heads = {value}", replaces_attribute=True),
+    "intermediate_size": Foreign("the hidden size of the feed-forward layer is `mlp`", "mlp = {value}", replaces_attribute=True),
+    "block_size": Foreign("the longest sequence is the `context`", "context = {value}", replaces_attribute=True),
     "vocab_size": Foreign("the tokenizer sets the size of the vocabulary", "tokenizer = pieces"),
-    "rope_theta": Foreign("the base of the rotary frequencies is `rope_base`", "rope_base = {value}", whole=True),
+    "rope_theta": Foreign("the base of the rotary frequencies is `rope_base`", "rope_base = {value}", replaces_attribute=True),
     "tie_word_embeddings": Foreign("whether the head shares the embedding is `tied`", "tied = true"),
-    "load_in_4bit": Foreign("quantized weights are `weights`", "weights = nf4", whole=True),
-    "load_in_8bit": Foreign("quantized weights are `weights`", "weights = int8", whole=True),
+    "load_in_4bit": Foreign("quantized weights are `weights`", "weights = nf4", replaces_attribute=True),
+    "load_in_8bit": Foreign("quantized weights are `weights`", "weights = int8", replaces_attribute=True),
 }  # fmt: skip
 """Attributes of models in other tools."""
 
 DATA: dict[str, Foreign] = {
-    "file": Foreign("files are named by `path`", "path = {value}", whole=True),
-    "files": Foreign("files are named by `path`", "path = {value}", whole=True),
-    "completion": Foreign("the answer of the model is the `response`", "response = {value}", whole=True),
-    "output": Foreign("the answer of the model is the `response`", "response = {value}", whole=True),
-    "input": Foreign("the input of the model is the `prompt`", "prompt = {value}", whole=True),
-    "instruction": Foreign("the input of the model is the `prompt`", "prompt = {value}", whole=True),
-    "answer": Foreign("the correct answer is the `target`", "target = {value}", whole=True),
+    "file": Foreign("files are named by `path`", "path = {value}", replaces_attribute=True),
+    "files": Foreign("files are named by `path`", "path = {value}", replaces_attribute=True),
+    "completion": Foreign("the answer of the model is the `response`", "response = {value}", replaces_attribute=True),
+    "output": Foreign("the answer of the model is the `response`", "response = {value}", replaces_attribute=True),
+    "input": Foreign("the input of the model is the `prompt`", "prompt = {value}", replaces_attribute=True),
+    "instruction": Foreign("the input of the model is the `prompt`", "prompt = {value}", replaces_attribute=True),
+    "answer": Foreign("the correct answer is the `target`", "target = {value}", replaces_attribute=True),
     "split": Foreign("a part of the data is a method", "data = math.split(test = 5%).train"),
     "weight": Foreign("weights are shares in a mixture", "data general = 80% * a + 20% * b"),
 }  # fmt: skip
 """Attributes of data in other tools."""
 
 FUNCTION: dict[str, Foreign] = {
-    "learning_rate": Foreign("the learning rate is `lr`", "lr = {value}", whole=True),
+    "learning_rate": Foreign("the learning rate is `lr`", "lr = {value}", replaces_attribute=True),
     "betas": Foreign("the two are `b1` and `b2`", "b1 = 0.9, b2 = 0.95"),
-    "beta1": Foreign("it is called `b1`", "b1 = {value}", whole=True),
-    "beta2": Foreign("it is called `b2`", "b2 = {value}", whole=True),
-    "epsilon": Foreign("it is called `eps`", "eps = {value}", whole=True),
-    "warmup_steps": Foreign("the warm-up has a unit", "warmup = {value} steps", whole=True),
+    "beta1": Foreign("it is called `b1`", "b1 = {value}", replaces_attribute=True),
+    "beta2": Foreign("it is called `b2`", "b2 = {value}", replaces_attribute=True),
+    "epsilon": Foreign("it is called `eps`", "eps = {value}", replaces_attribute=True),
+    "warmup_steps": Foreign("the warm-up has a unit", "warmup = {value} steps", replaces_attribute=True),
     "warmup_ratio": Foreign("the warm-up has a unit", "warmup = 3%"),
-    "max_grad_norm": Foreign("gradient clipping is `clip_norm`", "clip_norm = {value}", whole=True),
+    "max_grad_norm": Foreign("gradient clipping is `clip_norm`", "clip_norm = {value}", replaces_attribute=True),
     "lr_scheduler_type": Foreign("it is called `decay`", "decay = cosine"),
     "schedule": Foreign("it is called `decay`", "decay = cosine"),
     "do_sample": Foreign("at temperature 0 the most likely token is taken", "temperature = 0"),
     "n": Foreign("completions for each prompt are the stage's `group`, or an eval's `samples`"),
-    "max_new_tokens": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}", whole=True),
+    "max_new_tokens": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}", replaces_attribute=True),
     "max_length": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}"),
-    "r": Foreign("the rank is `rank`", "rank = {value}", whole=True),
-    "lora_alpha": Foreign("it is called `alpha`", "alpha = {value}", whole=True),
+    "r": Foreign("the rank is `rank`", "rank = {value}", replaces_attribute=True),
+    "lora_alpha": Foreign("it is called `alpha`", "alpha = {value}", replaces_attribute=True),
     "target_modules": Foreign("the matrices are `targets`", "targets = [attention, mlp]"),
-    "lora_dropout": Foreign("it is called `dropout`", "dropout = {value}", whole=True),
+    "lora_dropout": Foreign("it is called `dropout`", "dropout = {value}", replaces_attribute=True),
     "use_rslora": Foreign("it is called `rank_stabilized`", "rank_stabilized = true"),
 }  # fmt: skip
 """Arguments of functions in other tools."""
 
 EVAL: dict[str, Foreign] = {
-    "max_new_tokens": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}", whole=True),
-    "reward": Foreign("the reward that scores a completion is the `score`", "score = {value}", whole=True),
-    "metric": Foreign("the reward that scores a completion is the `score`", "score = {value}", whole=True),
-    "dataset": Foreign("an eval measures on its `data`", "data = {value}", whole=True),
-    "k": Foreign("completions for each prompt are `samples`", "samples = {value}", whole=True),
-    "n": Foreign("completions for each prompt are `samples`", "samples = {value}", whole=True),
+    "max_new_tokens": Foreign("the longest completion is `max_tokens`", "max_tokens = {value}", replaces_attribute=True),
+    "reward": Foreign("the reward that scores a completion is the `score`", "score = {value}", replaces_attribute=True),
+    "metric": Foreign("the reward that scores a completion is the `score`", "score = {value}", replaces_attribute=True),
+    "dataset": Foreign("an eval measures on its `data`", "data = {value}", replaces_attribute=True),
+    "k": Foreign("completions for each prompt are `samples`", "samples = {value}", replaces_attribute=True),
+    "n": Foreign("completions for each prompt are `samples`", "samples = {value}", replaces_attribute=True),
 }  # fmt: skip
 """Attributes of evals in other tools."""
 
 RUN: dict[str, Foreign] = {
     "output_dir": Foreign("results are in the store next to the spec; to write a model, add an `export` stage"),
-    "wandb_project": Foreign("trackers are calls", "track = [wandb(project = {value})]", whole=True),
+    "wandb_project": Foreign("trackers are calls", "track = [wandb(project = {value})]", replaces_attribute=True),
     "report_to": Foreign("trackers are calls", "track = [tensorboard()]"),
-    "run_name": Foreign("it is called `name`", "name = {value}", whole=True),
+    "run_name": Foreign("it is called `name`", "name = {value}", replaces_attribute=True),
 }  # fmt: skip
 """Attributes of a run in other tools."""
 

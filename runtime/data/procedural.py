@@ -132,12 +132,12 @@ import numpy, reasoning_gym
 order = json.load(sys.stdin)
 random.seed(0)
 numpy.random.seed(0)
-made = reasoning_gym.create_dataset(order["task"], **order["settings"])
+problems = reasoning_gym.create_dataset(order["task"], **order["settings"])
 offsets = [0]
 with open(order["path"], "wb") as file:
     for row in range(order["settings"]["size"]):
-        found = made[row]
-        file.write(pickle.dumps(found))
+        problem = problems[row]
+        file.write(pickle.dumps(problem))
         offsets.append(file.tell())
 print()
 print(json.dumps(offsets))

@@ -119,11 +119,11 @@ def test_foreign_words_lead_to_words_of_the_language() -> None:
         infos = [RUN] if noun == "run" else list(KINDS[noun].values())
         for word, entry in table.items():
             assert any(word not in info.attributes for info in infos), word
-            if entry.whole:
+            if entry.replaces_attribute:
                 name = entry.line.split(" =")[0]
                 assert any(name in info.attributes for info in infos), word
     for word, entry in FUNCTION.items():
-        if entry.whole:
+        if entry.replaces_attribute:
             name = entry.line.split(" =")[0]
             assert any(name in attributes(model) for model in FUNCTIONS.values()), word
 
