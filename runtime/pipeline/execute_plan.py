@@ -104,17 +104,17 @@ def compile_cache(path: Path) -> None:
 @contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
     """Note the first SIGINT or SIGTERM; the second ends the process as usual."""
-    asked = False
+    is_stopping = False
 
     def note(*_: int | FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal is_stopping
+        if is_stopping:
             raise KeyboardInterrupt
-        asked = True
+        is_stopping = True
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: is_stopping
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -142,10 +142,10 @@ def _fields(example: Example) -> Row:
 
 def _complete_chunks(path: Path) -> int:
     """Return how many chunks are complete, and remove the rows of an incomplete one."""
-    whole = sum("whole" in row for row in read_rows(path).rows)
+    complete = sum("whole" in row for row in read_rows(path).rows)
     if path.exists():
-        keep_rows(path, lambda row: row["chunk"] < whole)
-    return whole
+        keep_rows(path, lambda row: row["chunk"] < complete)
+    return complete
 
 
 def _choose(stage: Sample, tries: Path, folder: Path) -> dict[str, float]:

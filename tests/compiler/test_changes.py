@@ -1,4 +1,4 @@
-"""What a person is sentences about a stale stage, word for word."""
+"""Sentences about a stale stage, word for word."""
 
 from __future__ import annotations
 

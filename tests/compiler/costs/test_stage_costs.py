@@ -1,4 +1,4 @@
-"""What a step of each kind of stage consists of."""
+"""Costs of kinds of stages: the passes, sequences and memory that a step of each kind takes."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_separate_critic_takes_as_much_memory_as_the_policy(folder: Path) -> Non
 
 
 def test_prompt_counts_once_for_its_group(folder: Path) -> None:
-    """As many completions: of few prompts, they cost less than of many."""
+    """The same number of completions costs less for few prompts than for many."""
     devices = Devices(CHIPS["v5p"], 1, False)
     rollout = "rollout = sampling(max_tokens = 64, max_prompt = 1024)"
 
@@ -46,7 +46,7 @@ def test_skipped_groups_favour_micro_batches(folder: Path) -> None:
 
 
 def test_fused_branches_share_frozen_weights(folder: Path) -> None:
-    """What they gather of it, too, which takes most of the time of a few tokens."""
+    """The branches gather them once, which takes most of the time of a few tokens."""
     devices = Devices(CHIPS["v5e"], 64, False, (8, 8))
     few = stage(folder, "mesh = axes(fsdp = 64)")
     lora = adapted(replace(LLAMA, context=256), (Lora.unvalidated(rank=2),), "bf16")

@@ -1,4 +1,4 @@
-"""What an update makes and frees again, against what compiled programs hold."""
+"""The temporary memory of an update, against what compiled programs hold."""
 
 from __future__ import annotations
 
